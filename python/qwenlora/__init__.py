@@ -1,0 +1,72 @@
+"""The LoRA engine for Nunchaku-quantized Qwen-Image models.
+
+Names are loaded when they are first used, so that reading keys needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwenlora import compat, emulation
+    from qwenlora._core import __version__
+    from qwenlora.cache import clear_cache
+    from qwenlora.compose import applied, compose_loras, reset_loras
+    from qwenlora.errors import QwenLoraError
+    from qwenlora.plan import read_keys
+    from qwenlora.report import ComposeReport
+    from qwenlora.spec import ComposeOptions, LoraSpec, Placement
+
+__all__ = [
+    "ComposeOptions",
+    "ComposeReport",
+    "LoraSpec",
+    "Placement",
+    "QwenLoraError",
+    "__version__",
+    "applied",
+    "clear_cache",
+    "compat",
+    "compose_loras",
+    "emulation",
+    "read_keys",
+    "reset_loras",
+]
+
+_HOMES = {
+    "ComposeOptions": "spec",
+    "ComposeReport": "report",
+    "LoraSpec": "spec",
+    "Placement": "spec",
+    "QwenLoraError": "errors",
+    "__version__": "_core",
+    "applied": "compose",
+    "clear_cache": "cache",
+    "compose_loras": "compose",
+    "read_keys": "plan",
+    "reset_loras": "compose",
+}
+_MODULES = ("compat", "emulation", "errors")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"qwenlora.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qwenlora' has no attribute {name!r}")
+    try:
+        home = importlib.import_module(f"qwenlora.{_HOMES[name]}")
+    except ModuleNotFoundError as error:
+        if error.name == "qwenlora._core":
+            raise ImportError(
+                "the Rust part of qwenlora is not installed: run `pip install qwenlora`"
+            ) from error
+        raise
+    value = getattr(home, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

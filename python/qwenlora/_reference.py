@@ -1,0 +1,227 @@
+"""The formulas of this package, written one element at a time: documentation and test oracle.
+
+Nothing here is fast. Every function restates the storage formula of one layout, or the arithmetic
+of one step in float64, so that it can be read beside the vectorised code and compared with it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from qwenlora.layout import FRAGMENT, MODULATION_PLANES, RANK_MULTIPLE, LowRankSide, round_up
+
+
+class LowRankPart(NamedTuple):
+    """One member of a fused layer: `scale * up @ down`, added to some of the output rows."""
+
+    down: torch.Tensor
+    """(rank, in_features)."""
+
+    up: torch.Tensor
+    """(rows, rank)."""
+
+    row_begin: int
+    """First output row of the fused layer that this part writes."""
+
+    scale: float
+
+
+# ---- low-rank fragments ----
+
+
+def lowrank_position(rank: int, channel: int, rank_padded: int, side: LowRankSide) -> int:
+    """Return the packed position of logical element (`rank`, `channel`)."""
+    fragment = (channel // 16) * (rank_padded // 16) + rank // 16
+    if side is LowRankSide.DOWN:
+        n, k = rank % 16, channel % 16
+    else:
+        n, k = channel % 16, rank % 16
+    within = (n % 8) * 32 + ((k % 8) // 2) * 8 + (n // 8) * 4 + (k // 8) * 2 + k % 2
+    return fragment * FRAGMENT + within
+
+
+def pack_lowrank(logical: torch.Tensor, side: LowRankSide) -> torch.Tensor:
+    """Pack (rank, C) or (C, rank) into (C, R), R padded with zeros to a multiple of 16."""
+    by_rank = logical if side is LowRankSide.DOWN else logical.T  # (rank, C)
+    ranks, channels = by_rank.shape
+    rank_padded = round_up(ranks, RANK_MULTIPLE)
+    flat = torch.zeros(channels * rank_padded, dtype=logical.dtype)
+    for rank in range(ranks):
+        for channel in range(channels):
+            flat[lowrank_position(rank, channel, rank_padded, side)] = by_rank[rank, channel]
+    return flat.view(channels, rank_padded)
+
+
+def unpack_lowrank(packed: torch.Tensor, side: LowRankSide) -> torch.Tensor:
+    """Unpack (C, R) into (R, C) or (C, R)."""
+    channels, ranks = packed.shape
+    flat = packed.reshape(-1)
+    by_rank = torch.zeros(ranks, channels, dtype=packed.dtype)
+    for rank in range(ranks):
+        for channel in range(channels):
+            by_rank[rank, channel] = flat[lowrank_position(rank, channel, ranks, side)]
+    return by_rank if side is LowRankSide.DOWN else by_rank.T.contiguous()
+
+
+# ---- per-channel vectors ----
+
+
+def vector_position(channel: int) -> int:
+    """Return the packed position of one channel of a bias, smooth factor or channel scale."""
+    tile, n = channel // 16, channel % 16
+    return tile * 16 + ((n % 8) // 2) * 4 + (n // 8) * 2 + n % 2
+
+
+def pack_vector(logical: torch.Tensor) -> torch.Tensor:
+    """Pack (C,) into (C,)."""
+    packed = torch.zeros_like(logical)
+    for channel in range(logical.shape[0]):
+        packed[vector_position(channel)] = logical[channel]
+    return packed
+
+
+def unpack_vector(packed: torch.Tensor) -> torch.Tensor:
+    """Unpack (C,) into (C,)."""
+    logical = torch.zeros_like(packed)
+    for channel in range(packed.shape[0]):
+        logical[channel] = packed[vector_position(channel)]
+    return logical
+
+
+# ---- SVDQ weight and scales ----
+
+
+def svdq_qweight_position(n: int, k: int, columns: int) -> tuple[int, int]:
+    """Return the 32-bit word and the nibble in it that hold element (`n`, `k`)."""
+    tile = (n // 128) * (columns // 64) + k // 64
+    lane = ((tile * 8 + (n % 128) // 16) * 8 + n % 8) * 4 + (k % 32) // 8
+    return lane * 4 + ((n % 16) // 8) * 2 + (k % 64) // 32, k % 8
+
+
+def pack_svdq_qweight(values: torch.Tensor) -> torch.Tensor:
+    """Pack (N, K) integers in [-8, 7] into (N, K/2) int8."""
+    rows, columns = values.shape
+    data = bytearray(rows * columns // 2)
+    for n, row in enumerate(values.tolist()):
+        for k, value in enumerate(row):
+            word, nibble = svdq_qweight_position(n, k, columns)
+            data[word * 4 + nibble // 2] |= (value & 15) << (4 * (nibble % 2))
+    return torch.frombuffer(data, dtype=torch.int8).view(rows, columns // 2)
+
+
+def unpack_svdq_qweight(packed: torch.Tensor) -> torch.Tensor:
+    """Unpack (N, K/2) int8 into (N, K) int8 in [-8, 7]."""
+    rows, columns = packed.shape[0], packed.shape[1] * 2
+    data = packed.reshape(-1).tolist()
+    values = torch.zeros(rows, columns, dtype=torch.int8)
+    for n in range(rows):
+        for k in range(columns):
+            word, nibble = svdq_qweight_position(n, k, columns)
+            bits = (data[word * 4 + nibble // 2] >> (4 * (nibble % 2))) & 15
+            values[n, k] = bits - 16 if bits > 7 else bits
+    return values
+
+
+def svdq_wscales_position(n: int, group: int, groups: int) -> int:
+    """Return the packed position of the scale of output channel `n` and input group `group`."""
+    tile = ((n // 128) * groups + group) * 128
+    return tile + ((n % 128) // 16) * 16 + ((n % 8) // 2) * 4 + ((n % 16) // 8) * 2 + n % 2
+
+
+def pack_svdq_wscales(scales: torch.Tensor) -> torch.Tensor:
+    """Pack (N, K/64) into the nominal shape (K/64, N)."""
+    rows, groups = scales.shape
+    flat = torch.zeros(rows * groups, dtype=scales.dtype)
+    for n in range(rows):
+        for group in range(groups):
+            flat[svdq_wscales_position(n, group, groups)] = scales[n, group]
+    return flat.view(groups, rows)
+
+
+def unpack_svdq_wscales(packed: torch.Tensor) -> torch.Tensor:
+    """Unpack the nominal shape (K/64, N) into (N, K/64)."""
+    groups, rows = packed.shape
+    flat = packed.reshape(-1)
+    scales = torch.zeros(rows, groups, dtype=packed.dtype)
+    for n in range(rows):
+        for group in range(groups):
+            scales[n, group] = flat[svdq_wscales_position(n, group, groups)]
+    return scales
+
+
+# ---- AWQ weight ----
+
+
+def awq_qweight_position(n: int, k: int, columns: int) -> tuple[int, int]:
+    """Return the 16-bit word and the nibble in it that hold element (`n`, `k`)."""
+    tile = ((n // 4) * (columns // 64) + k // 64) * 4 + n % 4
+    return tile * 16 + ((k % 64) // 32) * 8 + k % 8, (k % 32) // 8
+
+
+def pack_awq_qweight(values: torch.Tensor) -> torch.Tensor:
+    """Pack (N, K) integers in [0, 15] into (N/4, K/2) int32."""
+    rows, columns = values.shape
+    data = bytearray(rows * columns // 2)
+    for n, row in enumerate(values.tolist()):
+        for k, value in enumerate(row):
+            word, nibble = awq_qweight_position(n, k, columns)
+            data[word * 2 + nibble // 2] |= value << (4 * (nibble % 2))
+    return torch.frombuffer(data, dtype=torch.int32).view(rows // 4, columns // 2)
+
+
+def unpack_awq_qweight(packed: torch.Tensor) -> torch.Tensor:
+    """Unpack (N/4, K/2) int32 into (N, K) uint8 in [0, 15]."""
+    rows, columns = packed.shape[0] * 4, packed.shape[1] * 2
+    data = packed.contiguous().view(torch.uint8).reshape(-1).tolist()
+    values = torch.zeros(rows, columns, dtype=torch.uint8)
+    for n in range(rows):
+        for k in range(columns):
+            word, nibble = awq_qweight_position(n, k, columns)
+            values[n, k] = (data[word * 2 + nibble // 2] >> (4 * (nibble % 2))) & 15
+    return values
+
+
+# ---- modulation rows ----
+
+
+def interleave_modulation(rows: torch.Tensor, planes: int = MODULATION_PLANES) -> torch.Tensor:
+    """Move row j*C + c (plane j, channel c) to row c*planes + j."""
+    channels = rows.shape[0] // planes
+    result = torch.zeros_like(rows)
+    for plane in range(planes):
+        for channel in range(channels):
+            result[channel * planes + plane] = rows[plane * channels + channel]
+    return result
+
+
+def deinterleave_modulation(rows: torch.Tensor, planes: int = MODULATION_PLANES) -> torch.Tensor:
+    """Move row c*planes + j back to row j*C + c."""
+    channels = rows.shape[0] // planes
+    result = torch.zeros_like(rows)
+    for plane in range(planes):
+        for channel in range(channels):
+            result[plane * channels + channel] = rows[channel * planes + plane]
+    return result
+
+
+# ---- low-rank arithmetic ----
+
+
+def lora_delta(down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return scale * up @ down as (out, in) float64."""
+    return scale * (up.to(torch.float64) @ down.to(torch.float64))
+
+
+def fused_delta(parts: list[LowRankPart], out_features: int) -> torch.Tensor:
+    """Return the dense (out_features, in_features) float64 update of a fused layer.
+
+    Each part adds to its own rows; rows that no part writes stay zero.
+    """
+    delta = torch.zeros(out_features, parts[0].down.shape[1], dtype=torch.float64)
+    for part in parts:
+        for row in range(part.up.shape[0]):
+            update = lora_delta(part.down, part.up[row : row + 1], part.scale)  # (1, in)
+            delta[part.row_begin + row] += update[0]
+    return delta

@@ -1,0 +1,46 @@
+"""The programs `qwenlora` and `qwenlora-keys`: arguments in, exit status out."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+
+__all__ = ["keys_main", "main"]
+
+_USAGE = """\
+usage: qwenlora keys FILE... [options]   what LoRA files contain and what would be applied
+       qwenlora demo [--keep DIR]        compose LoRAs into an emulated model and measure the error
+       qwenlora --version
+"""
+_EXIT_USAGE = 64
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run `qwenlora` with these arguments, by default the process's own."""
+    args = list(sys.argv[1:] if args is None else args)
+    command = args[0] if args else None
+    if command == "keys":
+        return keys_main(args[1:])
+    if command == "demo":
+        from qwenlora.demo import main as demo
+
+        return demo(args[1:])
+    if command == "--version":
+        from qwenlora import __version__
+
+        sys.stdout.write(f"qwenlora {__version__}\n")
+        return 0
+    stream = sys.stdout if command in ("-h", "--help", "help") else sys.stderr
+    stream.write(_USAGE)
+    return 0 if stream is sys.stdout else _EXIT_USAGE
+
+
+def keys_main(args: Sequence[str] | None = None) -> int:
+    """Run `qwenlora-keys` with these arguments, by default the process's own."""
+    from qwenlora import _core
+
+    # Rust runs without the interpreter: Ctrl-C must end the process by itself.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.stdout.flush()
+    return _core.run_keys(list(sys.argv[1:] if args is None else args))

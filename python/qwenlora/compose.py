@@ -1,0 +1,396 @@
+"""Bringing a model to exactly a given stack."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from qwenlora import cache
+from qwenlora.deltas import DeltaBuilder, SlotDeltas, uniform
+from qwenlora.errors import NonFiniteError
+from qwenlora.plan import SlotPlan, StackPlan, plan_stack
+from qwenlora.report import ComposeReport, LoraReport, SlotReport
+from qwenlora.slots import Change, slot_of
+from qwenlora.source import LoraSource, TensorFetcher, open_source
+from qwenlora.spec import ComposeOptions, Item, LoraSpec, Placement, as_specs
+from qwenlora.state import (
+    EMPTY,
+    AppliedState,
+    SlotRecord,
+    check_intact,
+    lock_of,
+    read_state,
+    write_state,
+)
+from qwenlora.targets import Target, find_targets, pattern
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["applied", "compose_loras", "reset_loras"]
+
+_log = logging.getLogger("qwenlora")
+
+_MARGIN_BYTES = 512 << 20
+"""Device memory that WHOLE must leave free for AUTO to choose it: a forward needs room for its
+activations, and some drivers spill to host memory instead of failing."""
+
+
+def compose_loras(
+    model: nn.Module,
+    loras: Item | Sequence[Item],
+    *,
+    max_rank: int | None = None,
+    strict: bool = False,
+    options: ComposeOptions | None = None,
+) -> ComposeReport:
+    """Bring the model to exactly this stack, whatever was applied before.
+
+    The same stack again is no work. An empty stack, or strengths of 0 only, leaves the model
+    bit-identical to one never touched.
+
+    Args:
+        model: A Nunchaku Qwen-Image transformer (or `qwenlora.emulation`'s).
+        loras: One item or a list; an item is a path, a state dict, (either, strength), or a
+            `LoraSpec`.
+        max_rank: Most ranks that the LoRAs may add to a slot; what exceeds it, or the kernels'
+            limit of 1024 with the base, is compressed optimally and the energy lost reported.
+            None is exact up to the kernels' limit.
+        strict: Raise where a module would be left out, instead of reporting it.
+        options: Everything else.
+
+    Returns:
+        What was done.
+
+    Raises:
+        LoraReadError: A file cannot be read, or changed meanwhile.
+        LoraFileError: A file is malformed; `PickleFileError` where it is a pickle.
+        OtherModelError: A LoRA is for another model.
+        NothingToApplyError: Nothing of a LoRA can be applied.
+        UnsupportedAdapterError: With `strict`, an adapter of a kind that is not supported.
+        BrokenPairError: With `strict`, a module whose tensors are incomplete.
+        ShapeMismatchError: With `strict`, a delta that does not fit the model.
+        RankError: `max_rank` leaves nothing, or a slot has no room.
+        NonFiniteError: A composed tensor would hold NaN or infinity.
+        UnsupportedModelError: The model has no slots.
+        ModelStateError: Something else changed the model's slots.
+    """
+    request = _Request(as_specs(loras), max_rank, strict, options or ComposeOptions())
+    # Tensors that outlive the call must not be inference tensors, whatever mode the caller is in.
+    with lock_of(model), torch.inference_mode(False), torch.no_grad():
+        return _Composition(model, request).run()
+
+
+def reset_loras(model: nn.Module) -> ComposeReport:
+    """Remove every LoRA: the model is bit-identical to one never touched.
+
+    Raises:
+        ModelStateError: Something else changed the model's slots.
+    """
+    return compose_loras(model, [])
+
+
+def applied(model: nn.Module) -> ComposeReport:
+    """The report of what is in the model now, checked against the model's tensors.
+
+    Raises:
+        ModelStateError: Something else changed the model's slots.
+    """
+    with lock_of(model):
+        state = read_state(model)
+        _checked_targets(model, state)
+        return state.report
+
+
+def _checked_targets(model: nn.Module, state: AppliedState) -> dict[str, Target]:
+    targets = find_targets(model, state.base_ranks)
+    in_place = {p: slot_of(targets[p]).rank_added() for p in state.records if p in targets}
+    check_intact(state, in_place)
+    return targets
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What one call asks for."""
+
+    specs: tuple[LoraSpec, ...]
+    max_rank: int | None
+    strict: bool
+    options: ComposeOptions
+
+    def stack_key(self, sources: Sequence[LoraSource]) -> Hashable:
+        """Equal exactly for requests that lead to the same tensors and report."""
+        if not sources:
+            return EMPTY.stack
+        loras = tuple(
+            (source.identity, spec.strength, spec.title)
+            for source, spec in zip(sources, self.specs, strict=True)
+        )
+        return (loras, self.max_rank, self.options.modulation)
+
+
+@dataclass
+class _Unit:
+    """Slots of one path over all blocks: what is built at a time."""
+
+    uniform: bool = False
+    members: list[tuple[Target, SlotPlan | None]] = field(default_factory=list)
+
+
+class _Composition:
+    """One call: everything is planned and checked before the model is touched."""
+
+    def __init__(self, model: nn.Module, request: _Request) -> None:
+        self._model = model
+        self._request = request
+        self._started = time.perf_counter()
+        self._state = read_state(model)
+
+    def run(self) -> ComposeReport:
+        """Compose, or find that there is nothing to do."""
+        options = self._request.options
+        sources = [
+            open_source(spec, cache.plans, threads=options.threads) for spec in self._request.specs
+        ]
+        stack = self._request.stack_key(sources)
+        targets = _checked_targets(self._model, self._state)
+        # Planned even where the stack is in place already: what `strict` raises, it raises always.
+        plan = self._plan(sources, targets)
+        if stack == self._state.stack:
+            return self._state.report
+        units = _units(plan, targets, self._state)
+        with contextlib.ExitStack() as closing:
+            fetchers = [source.open() for source in sources]
+            for fetcher in fetchers:
+                closing.callback(fetcher.close)
+            builder = DeltaBuilder(
+                self._request.specs, sources, fetchers, cache_bytes=options.cache_bytes
+            )
+            work = _Work(units, builder, fetchers, options)
+            finish = self._finisher(stack, plan, sources)
+            if self._is_whole(plan, targets):
+                work.place_whole(finish)
+            else:
+                work.place_by_path(finish, fall_back=lambda error: self._fall_back(targets, error))
+        report = read_state(self._model).report
+        _log.info("%s", report.summary())
+        return report
+
+    def _plan(self, sources: Sequence[LoraSource], targets: Mapping[str, Target]) -> StackPlan:
+        request = self._request
+        return plan_stack(
+            [
+                (spec.title, source.plan, spec.strength)
+                for spec, source in zip(request.specs, sources, strict=True)
+            ],
+            list(targets.values()),
+            max_rank=request.max_rank,
+            strict=request.strict,
+            options=request.options,
+        )
+
+    def _is_whole(self, plan: StackPlan, targets: Mapping[str, Target]) -> bool:
+        placement = self._request.options.placement
+        if placement is not Placement.AUTO:
+            return placement is Placement.WHOLE
+        device = next(iter(targets.values())).device
+        if device.type != "cuda":
+            return True
+        free, _ = torch.cuda.mem_get_info(device)
+        # A new slot holds a second copy of its base until the old tensors are let go.
+        base = sum(target.base_bytes for target in targets.values())
+        return plan.added_bytes + base + _MARGIN_BYTES < free
+
+    def _finisher(
+        self, stack: Hashable, plan: StackPlan, sources: Sequence[LoraSource]
+    ) -> Callable[[Sequence[SlotDeltas]], None]:
+        def finish(done: Sequence[SlotDeltas]) -> None:
+            if not sources:
+                write_state(self._model, EMPTY)
+                return
+            composed = [deltas for deltas in done if deltas.rank_added]
+            records = {
+                d.target.path: SlotRecord(d.target.row.base_rank, d.rank_added) for d in composed
+            }
+            report = ComposeReport(
+                loras=_lora_reports(self._request.specs, sources, plan, done),
+                slots=tuple(_slot_report(deltas) for deltas in composed),
+                added_bytes=sum(d.target.rank_bytes * d.rank_added for d in composed),
+                seconds=time.perf_counter() - self._started,
+            )
+            write_state(self._model, AppliedState(stack=stack, records=records, report=report))
+
+        return finish
+
+    def _fall_back(self, targets: Mapping[str, Target], error: BaseException) -> None:
+        """Bring every slot to its base and say so."""
+        for target in targets.values():
+            slot = slot_of(target)
+            if slot.rank_added():
+                slot.restore()
+        failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        report = ComposeReport((), (), 0, time.perf_counter() - self._started, failure=failure)
+        write_state(self._model, AppliedState(stack=None, report=report))
+
+
+class _Work:
+    """Builds units and puts them in place, in one of the two ways."""
+
+    def __init__(
+        self,
+        units: Sequence[_Unit],
+        builder: DeltaBuilder,
+        fetchers: Sequence[TensorFetcher],
+        options: ComposeOptions,
+    ) -> None:
+        self._units = units
+        self._builder = builder
+        self._fetchers = fetchers
+        self._progress = options.progress
+        self._total = sum(len(unit.members) for unit in units)
+        self._staged = 0
+        self._written = 0
+
+    def place_whole(self, finish: Callable[[Sequence[SlotDeltas]], None]) -> None:
+        """Build everything beside the old stack, then move all pointers, or none."""
+        prepared = [pair for unit in self._units for pair in self._prepare(unit)]
+        for fetcher in self._fetchers:
+            fetcher.finish()
+        begun: list[Change] = []
+        try:
+            for change, _ in prepared:
+                self._tell("write", self._written)
+                begun.append(change)
+                change.make()
+                self._written += 1
+            finish([deltas for _, deltas in prepared])
+        except BaseException:
+            for change in reversed(begun):
+                change.unmake()
+            raise
+
+    def place_by_path(
+        self,
+        finish: Callable[[Sequence[SlotDeltas]], None],
+        *,
+        fall_back: Callable[[BaseException], None],
+    ) -> None:
+        """One path at a time, old tensors let go as it goes; an error ends in the bare base."""
+        done: list[SlotDeltas] = []
+        try:
+            for unit in self._units:
+                for change, deltas in self._prepare(unit):
+                    self._tell("write", self._written)
+                    change.make()
+                    self._written += 1
+                    done.append(_without_pairs(deltas))
+            for fetcher in self._fetchers:
+                fetcher.finish()
+            finish(done)
+        except BaseException as error:
+            fall_back(error)
+            raise
+
+    def _prepare(self, unit: _Unit) -> list[tuple[Change, SlotDeltas]]:
+        built = []
+        for target, plan in unit.members:
+            self._tell("stage", self._staged)
+            built.append(self._builder.build(target, plan))
+            self._staged += 1
+        if unit.uniform:
+            built = uniform(built)
+        prepared = [(slot_of(d.target).prepare(d.pairs, d.rank_added), d) for d in built]
+        _require_finite(prepared)
+        return [(change, _without_pairs(deltas)) for change, deltas in prepared]
+
+    def _tell(self, phase: str, done: int) -> None:
+        if self._progress is not None:
+            self._progress(phase, done, self._total)
+
+
+def _units(plan: StackPlan, targets: Mapping[str, Target], state: AppliedState) -> list[_Unit]:
+    """Group by path the slots that change: planned ones, and those that lose their deltas."""
+    plans = {slot.path: slot for slot in plan.slots}
+    grouped = {path for group in plan.groups for path in group.slots}
+    units: dict[str, _Unit] = defaultdict(_Unit)
+    for path, target in targets.items():
+        if path in plans or path in grouped or path in state.records:
+            # Slots of other blocks that stay on the device take no part in a buffer's rank.
+            key = f"{pattern(path)} {path in grouped}"
+            units[key].uniform = path in grouped
+            units[key].members.append((target, plans.get(path)))
+    return list(units.values())
+
+
+def _without_pairs(deltas: SlotDeltas) -> SlotDeltas:
+    """The record of deltas whose tensors have been copied into place."""
+    return SlotDeltas(
+        target=deltas.target,
+        rank=deltas.rank,
+        rank_added=deltas.rank_added,
+        energy_lost=deltas.energy_lost,
+        zero=deltas.zero,
+    )
+
+
+def _require_finite(prepared: Sequence[tuple[Change, SlotDeltas]]) -> None:
+    """Raise where a new tensor holds NaN or infinity; one device synchronisation for all."""
+    flags = [
+        torch.stack([torch.isfinite(tensor).all() for tensor in change.tensors()]).all()
+        for change, deltas in prepared
+        if deltas.rank_added
+    ]
+    paths = [deltas.target for _, deltas in prepared if deltas.rank_added]
+    if not flags:
+        return
+    for target, finite in zip(paths, torch.stack(flags).tolist(), strict=True):
+        if not finite:
+            raise NonFiniteError(
+                f"`{target.path}` would hold NaN or infinity in {target.dtype}"
+                "\nhint: a LoRA of the stack is damaged, or its strength is too high"
+            )
+
+
+def _slot_report(deltas: SlotDeltas) -> SlotReport:
+    return SlotReport(
+        path=deltas.target.path,
+        kind=deltas.target.kind.value,
+        base_rank=deltas.target.row.base_rank,
+        rank=deltas.rank,
+        rank_added=deltas.rank_added,
+        energy_lost=deltas.energy_lost,
+    )
+
+
+def _lora_reports(
+    specs: Sequence[LoraSpec],
+    sources: Sequence[LoraSource],
+    plan: StackPlan,
+    done: Sequence[SlotDeltas],
+) -> tuple[LoraReport, ...]:
+    held: dict[int, set[str]] = defaultdict(set)
+    for slot in plan.slots:
+        for piece in slot.pieces:
+            held[piece.lora].add(slot.path)
+    reports = []
+    for index, (spec, source) in enumerate(zip(specs, sources, strict=True)):
+        zero = tuple(d.target.path for d in done if index in d.zero)
+        reports.append(
+            LoraReport(
+                name=spec.title,
+                strength=spec.strength,
+                modules_applied=plan.applied_modules[index],
+                skipped=tuple(skip for skip in plan.skipped if skip.lora == index),
+                notes=tuple(source.plan.notes),
+                zero_slots=zero,
+                all_zero=len(zero) == len(held[index]),
+            )
+        )
+    return tuple(reports)

@@ -1,0 +1,60 @@
+"""`qwenlora demo`: compose real LoRA files into an emulated model and measure the error.
+
+Reached through `qwenlora.cli`. The files are written with the tools that people use; what they mean
+is computed from them in dense float64, without any code of the engine.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwenlora.demo.extra import MissingExtraError
+from qwenlora.errors import QwenLoraError
+
+__all__ = ["main"]
+
+_USAGE = """\
+usage: qwenlora demo [--keep DIR]   compose LoRAs into an emulated model and measure the error
+
+  --keep DIR   write the LoRA files to DIR and leave them there
+"""
+_EXIT_USAGE = 64
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the demo.
+
+    Args:
+        args: The arguments after `qwenlora demo`.
+
+    Returns:
+        The exit status: 0 where everything is within bf16 rounding and the reset is bit-exact,
+        1 where it is not or the demo could not run, 64 for arguments that are not understood.
+    """
+    args = list(args or ())
+    if args in (["-h"], ["--help"]):
+        sys.stdout.write(_USAGE)
+        return 0
+    keep = args[1] if len(args) == 2 and args[0] == "--keep" else None
+    if args and keep is None:
+        sys.stderr.write(_USAGE)
+        return _EXIT_USAGE
+    try:
+        return _run(keep)
+    except (MissingExtraError, QwenLoraError, OSError) as error:
+        sys.stderr.write(f"qwenlora demo: {error}\n")
+        return 1
+
+
+def _run(keep: str | None) -> int:
+    from qwenlora.demo.course import run
+
+    if keep is not None:
+        folder = Path(keep)
+        folder.mkdir(parents=True, exist_ok=True)
+        return run(folder, kept=True)
+    with tempfile.TemporaryDirectory(prefix="qwenlora-demo-", ignore_cleanup_errors=True) as name:
+        return run(Path(name), kept=False)

@@ -1,0 +1,125 @@
+"""The course of the demo: what is composed in which step, and whether all of it held."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from qwenlora import compose_loras, reset_loras
+from qwenlora.demo.expected import weighted_sum
+from qwenlora.demo.files import LoraFile, WrongFile, write_files, write_wrong_files
+from qwenlora.demo.measure import BOUND, Errors, Kind, Meter
+from qwenlora.demo.model import dense_model, emulated_model
+from qwenlora.demo.screen import Screen
+from qwenlora.emulation import EmulatedQwenImageTransformer
+from qwenlora.report import ComposeReport
+
+__all__ = ["run"]
+
+_BITES = 10 * BOUND
+"""A mistake must show as at least this, or the measure would be blind to it."""
+
+_Stack = Sequence[tuple[LoraFile, float]]
+
+
+def run(folder: Path, *, kept: bool) -> int:
+    """Run every step.
+
+    Args:
+        folder: Where the LoRA files are written.
+        kept: Whether they stay there.
+
+    Returns:
+        0 where everything held, else 1.
+
+    Raises:
+        MissingExtraError: diffusers or peft is missing.
+        QwenLoraError: The engine refused.
+        OSError: The files cannot be written.
+    """
+    screen = Screen()
+    screen.title()
+    started = time.perf_counter()
+    dense = dense_model()
+    model = emulated_model(dense)
+    files = write_files(dense, folder)
+    screen.setting(model, files, folder if kept else None, time.perf_counter() - started)
+    with torch.no_grad():
+        course = _Course(model, screen)
+        peft, lightning, kohya = files
+        course.compose("compose three", [(peft, 1.0), (lightning, 0.8), (kohya, -0.6)])
+        course.compose("change one strength", [(peft, 1.0), (lightning, 0.8), (kohya, 1.2)])
+        course.compose("remove one", [(peft, 1.0), (lightning, 0.8)])
+        course.reset()
+        rows, alpha = write_wrong_files(lightning, kohya, folder)
+        screen.mistakes()
+        course.mistake(rows, (Kind.MODULATION,))
+        course.mistake(alpha, (Kind.ATTENTION, Kind.MLP))
+    screen.verdict(course.failures)
+    return 1 if course.failures else 0
+
+
+class _Course:
+    """Steps on one model; what did not hold is collected."""
+
+    def __init__(self, model: EmulatedQwenImageTransformer, screen: Screen) -> None:
+        self.failures: list[str] = []
+        self._model = model
+        self._base = copy.deepcopy(model)
+        self._meter = Meter(self._base)
+        self._screen = screen
+
+    def compose(self, what: str, stack: _Stack) -> None:
+        """Bring the model to a stack and measure every slot."""
+        report, seconds = self._composed(self._model, [(f.path, s) for f, s in stack])
+        names = ", ".join(f"{file.path.stem} x {strength:g}" for file, strength in stack)
+        expected = weighted_sum((file.deltas, strength) for file, strength in stack)
+        errors = self._meter.errors(self._model, expected)
+        step = self._screen.step(what, names, report.summary(), seconds)
+        self._screen.table(errors)
+        self.failures += [
+            f"step {step}: {row.kind.value} is off by {max(row.slot, row.output):.2g}"
+            for row in errors
+            if not row.within_bound
+        ]
+        if not report.complete:
+            self.failures.append(f"step {step}: something was left out")
+
+    def reset(self) -> None:
+        """Reset the model and compare it with the base to the bit."""
+        moved = self._meter.moved(self._model)
+        started = time.perf_counter()
+        report = reset_loras(self._model)
+        seconds = time.perf_counter() - started
+        different = self._meter.differences(self._model)
+        step = self._screen.step("reset", "no LoRA", report.summary(), seconds)
+        self._screen.reset(moved, self._meter.tensors(), different)
+        if different:
+            self.failures.append(f"step {step}: the reset is not bit-exact")
+
+    def mistake(self, wrong: WrongFile, kinds: Sequence[Kind]) -> None:
+        """Compose a wrong file into a copy and measure it against the right one."""
+        model = copy.deepcopy(self._base)
+        self._composed(model, [(wrong.path, 1.0)])
+        errors = [e for e in self._meter.errors(model, wrong.original.deltas) if e.kind in kinds]
+        self._screen.mistake(wrong.mistake, errors)
+        self.failures += [
+            f"the measure does not see this in {row.kind.value}: {wrong.mistake}"
+            for row in errors
+            if not _is_seen(row)
+        ]
+
+    def _composed(
+        self, model: EmulatedQwenImageTransformer, loras: Sequence[tuple[Path, float]]
+    ) -> tuple[ComposeReport, float]:
+        started = time.perf_counter()
+        report = compose_loras(model, list(loras))
+        return report, time.perf_counter() - started
+
+
+def _is_seen(errors: Errors) -> bool:
+    return errors.slot >= _BITES and errors.output >= _BITES

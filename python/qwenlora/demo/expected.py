@@ -1,0 +1,60 @@
+"""What a LoRA file means: its dense float64 deltas, straight from its tensors.
+
+Nothing of the engine is used here: no plan, no pieces, no packing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from safetensors import safe_open
+
+__all__ = ["Deltas", "flat_name", "read_deltas", "read_tensors", "weighted_sum"]
+
+Deltas: TypeAlias = Mapping[str, torch.Tensor]
+"""Updates (out, in) float64 by the name of the dense diffusers layer, rows in diffusers' order."""
+
+
+def flat_name(name: str) -> str:
+    """The name of a layer in a kohya-style file."""
+    return "lora_unet_" + name.replace(".", "_")
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read every tensor of a file, as copies: no handle on the file is left open."""
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key).clone() for key in file.keys()}
+
+
+def read_deltas(path: Path, names: Iterable[str]) -> Deltas:
+    """Compute alpha / rank * up @ down of a file with `lora_down`, `lora_up` and `alpha`.
+
+    Args:
+        path: The file.
+        names: The dense layers that it changes, in dots; its keys are bare or flat.
+
+    Raises:
+        KeyError: A layer is not in the file.
+    """
+    tensors = read_tensors(path)
+    deltas = {}
+    for name in names:
+        stem = name if f"{name}.alpha" in tensors else flat_name(name)
+        down = tensors[f"{stem}.lora_down.weight"].double()  # (r, in)
+        up = tensors[f"{stem}.lora_up.weight"].double()  # (out, r)
+        scale = float(tensors[f"{stem}.alpha"]) / down.shape[0]
+        deltas[name] = scale * (up @ down)
+    return deltas
+
+
+def weighted_sum(stack: Iterable[tuple[Deltas, float]]) -> Deltas:
+    """Add up the deltas of a stack, each times its strength."""
+    total: dict[str, torch.Tensor] = {}
+    for deltas, strength in stack:
+        for name, delta in deltas.items():
+            term = strength * delta
+            total[name] = total[name] + term if name in total else term
+    return total

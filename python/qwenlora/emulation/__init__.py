@@ -1,0 +1,48 @@
+"""CPU stand-ins for Nunchaku's layers and for a Qwen-Image transformer made of them.
+
+They hold the same parameters under the same names, in the same order and the same packed layouts,
+run them in the same places, and enforce what the CUDA kernels only assume. So code that writes
+LoRAs into a Nunchaku model can be written and tested without a GPU and without Nunchaku:
+
+    import torch
+    from qwenlora import emulation
+
+    config = emulation.EmulatedConfig(
+        num_layers=2,
+        heads=2,
+        head_dim=64,
+        axes_dims_rope=(16, 24, 24),
+        joint_attention_dim=96,
+        precision=emulation.Precision.EXACT,
+        dtype=torch.float32,
+    )
+    model = emulation.random_transformer(config, seed=0)
+"""
+
+from qwenlora.emulation.attention import EmulatedAttention
+from qwenlora.emulation.awq import AWQW4A16Linear
+from qwenlora.emulation.block import EmulatedFeedForward, EmulatedTransformerBlock
+from qwenlora.emulation.config import EmulatedConfig
+from qwenlora.emulation.contract import KernelContractError
+from qwenlora.emulation.linear import SVDQW4A4Linear
+from qwenlora.emulation.mlp import fused_gelu_mlp
+from qwenlora.emulation.precision import Precision
+from qwenlora.emulation.synthetic import random_transformer
+from qwenlora.emulation.transformer import EmulatedOutput, EmulatedQwenImageTransformer
+from qwenlora.layout import RowOrder
+
+__all__ = [
+    "AWQW4A16Linear",
+    "EmulatedAttention",
+    "EmulatedConfig",
+    "EmulatedFeedForward",
+    "EmulatedOutput",
+    "EmulatedQwenImageTransformer",
+    "EmulatedTransformerBlock",
+    "KernelContractError",
+    "Precision",
+    "RowOrder",
+    "SVDQW4A4Linear",
+    "fused_gelu_mlp",
+    "random_transformer",
+]

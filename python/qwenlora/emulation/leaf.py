@@ -1,0 +1,36 @@
+"""What the two quantized stand-in layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from qwenlora.emulation.precision import Precision
+
+
+class QuantizedLeaf(nn.Module):
+    """A layer whose `qweight` is packed integers, or a float32 matrix in `EXACT` precision.
+
+    A cast of the module leaves that float32 matrix as it is: it stands for integers, which a cast
+    does not touch either. Moves between devices carry it along.
+    """
+
+    qweight: nn.Parameter
+    precision: Precision
+
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> QuantizedLeaf:
+        before = self.qweight.detach()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = self.qweight
+        if self.precision is Precision.EXACT and after.dtype != before.dtype:
+            after.data = before.to(after.device)
+        return self
+
+
+def frozen(tensor: torch.Tensor) -> nn.Parameter:
+    """Wrap a tensor as a parameter that takes no gradient."""
+    return nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,303 @@
+"""Stand-in for Nunchaku's SVDQ W4A4 linear layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from qwenlora import pack
+from qwenlora.emulation.contract import (
+    KernelContractError,
+    check_activation,
+    check_low_rank,
+    check_rank,
+    check_tensor,
+)
+from qwenlora.emulation.leaf import QuantizedLeaf, frozen
+from qwenlora.emulation.lowrank import low_rank_factors
+from qwenlora.emulation.precision import Precision
+from qwenlora.emulation.quantize import (
+    GROUP_SIZE,
+    UNSIGNED_SHIFT,
+    IntegerRange,
+    dequantize,
+    quantize_activation,
+    quantize_weight,
+)
+from qwenlora.layout import LowRankSide
+
+
+class SVDQW4A4Linear(QuantizedLeaf):
+    """y = (x / smooth) · residualᵀ + x · downᵀ · upᵀ + bias, stored as Nunchaku stores it.
+
+    Names, order, shapes and dtypes of the parameters are Nunchaku's; so is which of them take
+    gradients. The low-rank branch sees the raw activation.
+
+    `in_features` is a multiple of 64; `out_features` of 16 in `EXACT` and of 128 in `W4A4`
+    precision, which has to fill whole weight tiles. Unlike the kernels, both precisions also take
+    float32 activations.
+
+    Attributes:
+        in_features: K.
+        out_features: N.
+        rank: Rank of the base branch; informational, `proj_down.shape[1]` is what counts.
+        act_unsigned: The layer behind GELU: its input is shifted and quantized without a sign, and
+            its bias makes up for the shift.
+        precision: See `Precision`.
+        group_size: Input channels per scale, 64.
+        torch_dtype: Dtype of the activations and of every parameter but `qweight`.
+        qweight: `W4A4`: (N, K/2) int8 packed. `EXACT`: (N, K) float32 row-major. Both hold the
+            residual times the smooth factor.
+        bias: (N,) in packed vector order, or None.
+        wscales: (K/64, N) packed; ones in `EXACT`.
+        smooth_factor: (K,) in packed vector order.
+        smooth_factor_orig: (K,) as `smooth_factor`; no kernel reads it.
+        proj_down: (K, R) packed.
+        proj_up: (N, R) packed.
+    """
+
+    bias: nn.Parameter | None
+    wscales: nn.Parameter
+    smooth_factor: nn.Parameter
+    smooth_factor_orig: nn.Parameter
+    proj_down: nn.Parameter
+    proj_up: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int = 32,
+        bias: bool = True,
+        *,
+        precision: Precision,
+        act_unsigned: bool = False,
+        torch_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        check_rank(rank)
+        rows = 16 if precision is Precision.EXACT else 128
+        if in_features % GROUP_SIZE or out_features % rows:
+            raise ValueError(
+                f"`in_features` must be a multiple of {GROUP_SIZE} and `out_features` of {rows}, "
+                f"got: {in_features} and {out_features}"
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.act_unsigned = act_unsigned
+        self.precision = precision
+        self.group_size = GROUP_SIZE
+        self.torch_dtype = torch_dtype
+
+        def zeros(*shape: int, dtype: torch.dtype = torch_dtype) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.qweight = frozen(zeros(*self.qweight_shape, dtype=self.qweight_dtype))
+        self.bias = nn.Parameter(zeros(out_features)) if bias else None
+        self.wscales = frozen(zeros(in_features // GROUP_SIZE, out_features) + 1)
+        self.smooth_factor = frozen(zeros(in_features) + 1)
+        self.smooth_factor_orig = frozen(zeros(in_features) + 1)
+        self.proj_down = nn.Parameter(zeros(in_features, rank))
+        self.proj_up = nn.Parameter(zeros(out_features, rank))
+
+    @classmethod
+    def from_dense(
+        cls,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        rank: int,
+        precision: Precision,
+        dtype: torch.dtype,
+        act_unsigned: bool = False,
+        smooth: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> SVDQW4A4Linear:
+        """Convert a dense linear layer.
+
+        Args:
+            weight: (N, K), any float dtype.
+            bias: (N,) or None.
+            rank: Rank of the base branch, a multiple of 16.
+            precision: See `Precision`.
+            dtype: Dtype of the activations.
+            act_unsigned: Whether the layer stands behind GELU in a fused MLP.
+            smooth: (K,) positive divisors of the activation; ones when None.
+            generator: Randomness of the low-rank split of large weights.
+
+        Returns:
+            A new layer on the weight's device.
+        """
+        layer = cls(
+            weight.shape[1],
+            weight.shape[0],
+            rank,
+            bias is not None,
+            precision=precision,
+            act_unsigned=act_unsigned,
+            torch_dtype=dtype,
+            device=weight.device,
+        )
+        layer.load_dense(weight, bias, smooth=smooth, generator=generator)
+        return layer
+
+    @torch.no_grad()
+    def load_dense(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        smooth: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Set every parameter of this layer from a dense one; see `from_dense`.
+
+        Raises:
+            ValueError: The shapes are not this layer's, or a shifted layer has no bias.
+        """
+        if tuple(weight.shape) != (self.out_features, self.in_features):
+            raise ValueError(f"`weight` does not fit {self!r}, got shape: {tuple(weight.shape)}")
+        if (bias is None) != (self.bias is None) or (bias is None and self.act_unsigned):
+            raise ValueError(f"`bias` does not fit {self!r}, got: {bias if bias is None else '…'}")
+        stored = self.smooth_factor.dtype
+        if smooth is None:
+            smooth = torch.ones(self.in_features, device=weight.device)
+        # The residual makes up for the rounding of everything that is stored beside it.
+        smooth = smooth.to(weight.device, stored)
+        wide = smooth.double()
+        down, up = low_rank_factors((weight.double() * wide).float(), self.rank, generator)
+        down = (down.double() / wide).to(stored)
+        up = up.to(stored)
+        residual = weight.double() - up.double() @ down.double()  # (N, K), for the raw activation
+        if bias is not None and self.bias is not None:
+            shift = UNSIGNED_SHIFT if self.act_unsigned else 0.0
+            corrected = bias.double() - shift * residual.sum(dim=1)
+            self.bias.copy_(pack.pack_vector(corrected.to(stored)))
+        self._store_residual((residual * wide).float())
+        self.smooth_factor.copy_(pack.pack_vector(smooth))
+        self.smooth_factor_orig.copy_(pack.pack_vector(smooth))
+        self.proj_down.copy_(pack.pack_lowrank(down, LowRankSide.DOWN))
+        self.proj_up.copy_(pack.pack_lowrank(up, LowRankSide.UP))
+
+    @property
+    def qweight_shape(self) -> tuple[int, int]:
+        """Shape of `qweight` in this precision."""
+        halved = self.in_features // 2
+        return (self.out_features, self.in_features if self._exact else halved)
+
+    @property
+    def qweight_dtype(self) -> torch.dtype:
+        """Dtype of `qweight` in this precision."""
+        return torch.float32 if self._exact else torch.int8
+
+    def residual(self) -> torch.Tensor:
+        """Return the residual weight times the smooth factor, (N, K) float32."""
+        if self._exact:
+            return self.qweight
+        values = pack.unpack_svdq_qweight(self.qweight)  # (N, K)
+        return dequantize(values, pack.unpack_svdq_wscales(self.wscales))
+
+    def check(self, x: torch.Tensor) -> None:
+        """Check every tensor that a kernel would read with the activation `x`.
+
+        Raises:
+            KernelContractError: One of them breaks the contract.
+        """
+        check_activation(x, self.in_features)
+        check_low_rank(self.proj_down, self.proj_up)
+        rank = self.proj_down.shape[1]
+        inputs, outputs = self.in_features, self.out_features
+        check_tensor("qweight", self.qweight, self.qweight_shape, self.qweight_dtype, x)
+        if self.bias is not None:
+            check_tensor("bias", self.bias, (outputs,), x.dtype, x)
+        check_tensor("wscales", self.wscales, (inputs // GROUP_SIZE, outputs), x.dtype, x)
+        check_tensor("smooth_factor", self.smooth_factor, (inputs,), x.dtype, x)
+        check_tensor("proj_down", self.proj_down, (inputs, rank), x.dtype, x)
+        check_tensor("proj_up", self.proj_up, (outputs, rank), x.dtype, x)
+
+    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do what the quantizing kernel does to a raw activation.
+
+        Args:
+            x: (M, K), the layer's input before shift and smoothing.
+
+        Returns:
+            activation: (M, K) float32, what the residual is multiplied with: shifted, smoothed and,
+                in `W4A4`, rounded to 4-bit values times their scales.
+            lora_act: (M, R) float32, the raw activation times the down projection.
+        """
+        down = pack.unpack_lowrank(self.proj_down, LowRankSide.DOWN)  # (R, K)
+        lora_act = x.float() @ down.float().T  # (M, R)
+        smooth = pack.unpack_vector(self.smooth_factor)  # (K,)
+        if self._exact:
+            shifted = x.float() + UNSIGNED_SHIFT if self.act_unsigned else x.float()
+            return shifted / smooth.float(), lora_act
+        # Shift and division round to the activation's dtype, as the kernels do.
+        shifted = x + UNSIGNED_SHIFT if self.act_unsigned else x
+        integer_range = IntegerRange.UNSIGNED if self.act_unsigned else IntegerRange.SIGNED
+        values, scales = quantize_activation(shifted / smooth, integer_range)
+        return dequantize(values, scales), lora_act
+
+    def forward_quant(self, activation: torch.Tensor, lora_act: torch.Tensor) -> torch.Tensor:
+        """Do what the GEMM kernel does with the output of `quantize`.
+
+        Args:
+            activation: (M, K) float32.
+            lora_act: (M, R) float32.
+
+        Returns:
+            (M, N) float32.
+        """
+        output = activation @ self.residual().T  # (M, N)
+        if self.bias is not None:
+            output = output + pack.unpack_vector(self.bias).float()
+        up = pack.unpack_lowrank(self.proj_up, LowRankSide.UP)  # (N, R)
+        if not self._exact:
+            # The kernel feeds 16-bit values to its second low-rank product.
+            lora_act = lora_act.to(up.dtype)
+        return output + lora_act.float() @ up.float().T
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layer.
+
+        Args:
+            x: (…, K), usually (B, S, K) or (M, K), of the layer's dtype.
+
+        Returns:
+            (…, N), dtype of `x`.
+
+        Raises:
+            KernelContractError: See `check`; also for an unsigned layer in `W4A4` precision, which
+                gives meaningless results outside the fused MLP.
+        """
+        if self.act_unsigned and not self._exact:
+            raise KernelContractError(
+                "a layer with unsigned activations cannot be called by itself: it runs only in "
+                "`fused_gelu_mlp`, which shifts and quantizes the GELU output for it"
+            )
+        self.check(x)
+        rows = x.reshape(-1, self.in_features)  # (M, K)
+        output = self.forward_quant(*self.quantize(rows))  # (M, N)
+        return output.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Name the sizes that tell two layers apart."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"rank={self.rank}, precision={self.precision.value}, "
+            f"act_unsigned={self.act_unsigned}"
+        )
+
+    @property
+    def _exact(self) -> bool:
+        return self.precision is Precision.EXACT
+
+    def _store_residual(self, residual: torch.Tensor) -> None:
+        if self._exact:
+            self.qweight.copy_(residual)
+            return
+        values, scales = quantize_weight(residual, self.wscales.dtype)
+        self.qweight.copy_(pack.pack_svdq_qweight(values))
+        self.wscales.copy_(pack.pack_svdq_wscales(scales))

@@ -1,0 +1,23 @@
+"""How faithfully a stand-in layer imitates the quantization of the layer it stands in for."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Precision(enum.Enum):
+    """Arithmetic of the emulated quantized layers."""
+
+    EXACT = "exact"
+    """No quantization error: `qweight` is the float32 residual weight (out, in), row-major.
+
+    Everything else keeps its real layout: the low-rank branch, bias and smooth factor are packed,
+    the modulation rows interleaved. Arithmetic is float32 with one cast at the end.
+    """
+
+    W4A4 = "w4a4"
+    """The 4-bit values, scales and packed layouts of the real layers.
+
+    SVDQ layers hold int4 weights and quantize their activations as the kernels do; AWQ layers hold
+    uint4 weights and take 16-bit activations (W4A16).
+    """

@@ -1,0 +1,74 @@
+"""What can go wrong, one class per cause.
+
+Every class derives from `QwenLoraError` and from the built-in exception a caller would catch.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BrokenPairError",
+    "LoraFileError",
+    "LoraReadError",
+    "ModelStateError",
+    "NonFiniteError",
+    "NothingToApplyError",
+    "OtherModelError",
+    "PickleFileError",
+    "QwenLoraError",
+    "RankError",
+    "ShapeMismatchError",
+    "UnsupportedAdapterError",
+    "UnsupportedModelError",
+]
+
+
+class QwenLoraError(Exception):
+    """Base of all errors of this package."""
+
+
+class LoraReadError(QwenLoraError, OSError):
+    """A file cannot be opened or read, or changed while it was being read."""
+
+
+class LoraFileError(QwenLoraError, ValueError):
+    """A file is not a well-formed safetensors file, or its contents contradict each other."""
+
+
+class PickleFileError(LoraFileError):
+    """A file is a pickle, which can run code when loaded; only safetensors is read."""
+
+
+class OtherModelError(QwenLoraError, ValueError):
+    """A LoRA is for another model."""
+
+
+class NothingToApplyError(QwenLoraError, ValueError):
+    """Nothing of a LoRA can be applied to the model."""
+
+
+class UnsupportedAdapterError(QwenLoraError, NotImplementedError):
+    """Strict: a module's adapter, or a part of it, is of a kind that is not supported."""
+
+
+class BrokenPairError(QwenLoraError, ValueError):
+    """Strict: a module's tensors are incomplete or contradict each other."""
+
+
+class ShapeMismatchError(QwenLoraError, ValueError):
+    """Strict: a module's delta does not fit the model's module, or the model has none."""
+
+
+class RankError(QwenLoraError, ValueError):
+    """A rank limit cannot be met."""
+
+
+class NonFiniteError(QwenLoraError, ArithmeticError):
+    """A composed tensor would hold NaN or infinity."""
+
+
+class UnsupportedModelError(QwenLoraError, TypeError):
+    """The model has no layers that LoRAs can be composed into, or is in a state that forbids it."""
+
+
+class ModelStateError(QwenLoraError, RuntimeError):
+    """The model's layers are not as they were left: something else changed them."""

@@ -1,0 +1,197 @@
+"""The two documents as Python sees them: FilePlan (JSON of one file) and StackPlan.
+
+Rust plans; what arrives here is checked, plain data.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from qwenlora import _core
+from qwenlora.layout import RowOrder
+
+if TYPE_CHECKING:
+    import os
+
+    from qwenlora.spec import ComposeOptions
+    from qwenlora.targets import Target
+
+__all__ = [
+    "Piece",
+    "PieceKind",
+    "RankGroup",
+    "Skip",
+    "SlotKind",
+    "SlotPlan",
+    "StackPlan",
+    "TensorRef",
+    "plan_stack",
+    "read_keys",
+]
+
+
+class SlotKind(enum.Enum):
+    """The kind of layer that a slot is."""
+
+    SVDQ = "svdq"
+    AWQ = "awq"
+    LINEAR = "linear"
+
+
+class PieceKind(enum.Enum):
+    """How a delta is executed. `DIAGONAL` and `ROTATION` are reserved."""
+
+    LOW_RANK = "LowRank"
+    KRON = "Kron"
+    DENSE = "Dense"
+    VECTOR = "Vector"
+    DIAGONAL = "Diagonal"
+    ROTATION = "Rotation"
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A tensor of a file: its key, safetensors dtype, shape and place in bytes."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset_bytes: int
+    len_bytes: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One delta that a slot carries.
+
+    `scale` is the factor on the raw product without the strength; rows `row_begin` to
+    `row_begin + row_count` of the slot's logical output change.
+    """
+
+    kind: PieceKind
+    lora: int
+    target: str
+    rank: int
+    scale: float
+    row_begin: int
+    row_count: int
+    tensors: Mapping[str, TensorRef]
+
+
+@dataclass(frozen=True)
+class SlotPlan:
+    """One slot's pieces; `rank` bounds the ranks added, `rank_limit` is the most allowed."""
+
+    path: str
+    kind: SlotKind
+    row_order: RowOrder
+    base_rank: int
+    rank: int
+    rank_limit: int | None
+    group: int | None
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """Slots whose rank must be the same, because offload copies them through one buffer."""
+
+    pattern: str
+    slots: tuple[str, ...]
+    rank: int
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A module, or a tensor, that is left out; `matters` where the delta lacks it."""
+
+    lora: int
+    name: str
+    kind: str
+    reason: str
+    piece: str | None
+    matters: bool
+
+
+@dataclass(frozen=True)
+class StackPlan:
+    """What will be done to the model at hand."""
+
+    slots: tuple[SlotPlan, ...]
+    groups: tuple[RankGroup, ...]
+    skipped: tuple[Skip, ...]
+    applied_modules: tuple[int, ...]
+    added_bytes: int
+
+    @classmethod
+    def from_json(cls, text: str) -> StackPlan:
+        """Build the plan from Rust's document."""
+        document = json.loads(text)
+        return cls(
+            slots=tuple(_slot_plan(row) for row in document["slots"]),
+            groups=tuple(
+                RankGroup(row["pattern"], tuple(row["slots"]), row["rank"])
+                for row in document["groups"]
+            ),
+            skipped=tuple(Skip(**row) for row in document["skipped"]),
+            applied_modules=tuple(document["applied_modules"]),
+            added_bytes=document["added_bytes"],
+        )
+
+
+def _slot_plan(row: dict[str, Any]) -> SlotPlan:
+    pieces = tuple(_piece(piece) for piece in row.pop("pieces"))
+    kind, row_order = SlotKind(row.pop("kind")), RowOrder(row.pop("row_order"))
+    return SlotPlan(kind=kind, row_order=row_order, pieces=pieces, **row)
+
+
+def _piece(row: dict[str, Any]) -> Piece:
+    tensors = {
+        role: TensorRef(**{**ref, "shape": tuple(ref["shape"])})
+        for role, ref in row.pop("tensors").items()
+    }
+    return Piece(kind=PieceKind(row.pop("kind")), tensors=tensors, **row)
+
+
+def plan_stack(
+    items: Sequence[tuple[str, _core.FilePlan, float]],
+    targets: Sequence[Target],
+    *,
+    max_rank: int | None,
+    strict: bool,
+    options: ComposeOptions,
+) -> StackPlan:
+    """Plan `(name, plan, strength)` items onto a model's slots.
+
+    Raises:
+        OtherModelError: A LoRA is another model's.
+        NothingToApplyError: Nothing of a LoRA can be applied.
+        UnsupportedAdapterError: With `strict`, a kind that is not supported.
+        BrokenPairError: With `strict`, incomplete tensors.
+        ShapeMismatchError: With `strict`, a delta that does not fit.
+        RankError: The limit leaves nothing, or a slot is full.
+    """
+    slots = json.dumps([asdict(target.row) for target in targets])
+    wanted = {"max_rank": max_rank, "strict": strict, "modulation": options.modulation}
+    return StackPlan.from_json(_core.plan_stack(list(items), slots, json.dumps(wanted)))
+
+
+def read_keys(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read one LoRA file's keys and say what would be applied; no torch, no GPU.
+
+    Args:
+        path: A safetensors file or a PEFT folder.
+
+    Returns:
+        The FilePlan document, schema 1, as `qwenlora-keys --json` prints it.
+
+    Raises:
+        LoraReadError: The file cannot be read.
+        LoraFileError: It is not a well-formed safetensors file.
+    """
+    document: dict[str, Any] = json.loads(_core.FilePlan.read(path).to_json())
+    return document

@@ -1,0 +1,240 @@
+"""Where tensors come from: a file read by Rust, or a state dict in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from qwenlora import _core
+from qwenlora.errors import LoraFileError, LoraReadError
+from qwenlora.layout import round_up
+
+if TYPE_CHECKING:
+    from qwenlora.plan import TensorRef
+    from qwenlora.spec import LoraSpec
+
+__all__ = ["FileSource", "LoraSource", "StateDictSource", "TensorFetcher", "open_source"]
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Torch's dtypes by their safetensors names."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ALIGNMENT = 64
+"""Tensors begin at multiples of this in a buffer: any dtype can be viewed there."""
+
+
+class TensorFetcher(Protocol):
+    """Reads tensors while one composition lasts."""
+
+    def fetch(self, refs: Sequence[TensorRef]) -> list[torch.Tensor]:
+        """Return host tensors in the file's dtype and shape, in the order of `refs`."""
+
+    def finish(self) -> None:
+        """Raise where the source changed since it was opened, and close it."""
+
+    def close(self) -> None:
+        """Close without checking; closing twice is allowed."""
+
+
+class LoraSource(Protocol):
+    """One LoRA, planned, whose tensors can be fetched."""
+
+    @property
+    def plan(self) -> _core.FilePlan:
+        """The file's plan."""
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal exactly while the contents are the same."""
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether packed pieces are worth keeping: reading them again costs."""
+
+    def open(self) -> TensorFetcher:
+        """Begin fetching."""
+
+
+def open_source(spec: LoraSpec, plans: _PlanCache, *, threads: int | None) -> LoraSource:
+    """Plan what a spec names.
+
+    Raises:
+        LoraReadError: The file cannot be read.
+        LoraFileError: It is not a well-formed safetensors file.
+    """
+    if isinstance(spec.source, Mapping):
+        return StateDictSource(spec.source, spec.title)
+    return FileSource(Path(spec.source), plans, threads=threads)
+
+
+class _PlanCache(Protocol):
+    def get(self, path: str, identity: Hashable) -> _core.FilePlan | None: ...
+
+    def put(self, path: str, plan: _core.FilePlan) -> None: ...
+
+
+class FileSource:
+    """A safetensors file or a PEFT folder."""
+
+    cacheable = True
+
+    def __init__(self, path: Path, plans: _PlanCache, *, threads: int | None) -> None:
+        self.path = path
+        self._threads = threads or min(8, os.cpu_count() or 1)
+        current = _core.file_identity(path)
+        plan = plans.get(str(path), current)
+        if plan is None:
+            plan = _core.FilePlan.read(path)
+            plans.put(str(path), plan)
+        self._plan = plan
+
+    @property
+    def plan(self) -> _core.FilePlan:
+        """The file's plan."""
+        return self._plan
+
+    @property
+    def identity(self) -> Hashable:
+        """Path and identity of the file that was planned."""
+        return (str(self.path), self._plan.identity)
+
+    def open(self) -> TensorFetcher:
+        """Open the file that was planned.
+
+        Raises:
+            LoraReadError: It is another file by now.
+        """
+        reader = _core.TensorReader(self.path)
+        planned = self._plan.identity
+        if planned is not None and reader.identity[0] != planned[0]:
+            reader.close()
+            raise LoraReadError(
+                f"`{self.path}` changed after it was planned"
+                "\nhint: compose again when it is written"
+            )
+        return _FileFetcher(reader, threads=self._threads)
+
+
+class _FileFetcher:
+    def __init__(self, reader: _core.TensorReader, *, threads: int) -> None:
+        self._reader = reader
+        self._threads = threads
+
+    def fetch(self, refs: Sequence[TensorRef]) -> list[torch.Tensor]:
+        """Read into one buffer and return views of it."""
+        offsets, end = [], 0
+        for ref in refs:
+            offsets.append(end)
+            end = round_up(end + ref.len_bytes, _ALIGNMENT)
+        buffer = torch.empty(end, dtype=torch.uint8)
+        ranges = [
+            (ref.offset_bytes, ref.len_bytes, offset)
+            for ref, offset in zip(refs, offsets, strict=True)
+        ]
+        self._reader.read_into(ranges, buffer.numpy(), threads=self._threads)
+        return [
+            buffer[offset : offset + ref.len_bytes].view(DTYPES[ref.dtype]).view(ref.shape)
+            for ref, offset in zip(refs, offsets, strict=True)
+        ]
+
+    def finish(self) -> None:
+        """Check the file's identity again, and close it."""
+        self._reader.verify_unchanged()
+        self._reader.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._reader.close()
+
+
+class StateDictSource:
+    """Tensors in memory, under the keys a file would have."""
+
+    cacheable = False
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], name: str) -> None:
+        # A copy of the mapping: what was planned is what is fetched.
+        self._tensors = dict(tensors)
+        rows, scalars = [], []
+        for key, tensor in self._tensors.items():
+            rows.append((key, _dtype_name(key, tensor), list(tensor.shape), tensor.nbytes))
+            one = tensor.numel() == 1 and not tensor.is_meta
+            scalars.append(float(tensor.detach().to("cpu", torch.float64).item()) if one else None)
+        self._plan = _core.FilePlan.from_tensors(name, rows, scalars=scalars, metadata=[])
+
+    @property
+    def plan(self) -> _core.FilePlan:
+        """The plan of the tensors."""
+        return self._plan
+
+    @property
+    def identity(self) -> Hashable:
+        """The tensors themselves and their versions: an in-place change makes another LoRA."""
+        return tuple((key, _Same(tensor)) for key, tensor in self._tensors.items())
+
+    def open(self) -> TensorFetcher:
+        """Begin fetching."""
+        return _StateDictFetcher(self._tensors)
+
+
+class _StateDictFetcher:
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def fetch(self, refs: Sequence[TensorRef]) -> list[torch.Tensor]:
+        """Bring the tensors to the host."""
+        return [self._tensors[ref.key].detach().to("cpu") for ref in refs]
+
+    def finish(self) -> None:
+        """Nothing to close."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class _Same:
+    """Compares a tensor by what it is, not by its values; holds it, so that no id is reused."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        # Inference tensors do not count their changes.
+        self._version = -1 if tensor.is_inference() else tensor._version
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Same)
+            and self._tensor is other._tensor
+            and self._version == other._version
+        )
+
+    def __hash__(self) -> int:
+        return hash((id(self._tensor), self._version))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Same:
+        return self
+
+
+def _dtype_name(key: str, tensor: torch.Tensor) -> str:
+    if not isinstance(tensor, torch.Tensor):
+        raise LoraFileError(f"`{key}` is {type(tensor).__name__}: a state dict holds tensors")
+    try:
+        return _NAMES[tensor.dtype]
+    except KeyError:
+        raise LoraFileError(f"`{key}` has dtype {tensor.dtype}, which no LoRA uses") from None

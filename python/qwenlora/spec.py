@@ -1,0 +1,138 @@
+"""What a caller asks for: LoRAs with strengths, and options."""
+
+from __future__ import annotations
+
+import enum
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, Union
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["ComposeOptions", "LoraSpec", "Placement", "Progress", "as_specs"]
+
+StateDict: TypeAlias = "Mapping[str, Tensor]"
+PathLike: TypeAlias = Union[str, "os.PathLike[str]"]
+Source: TypeAlias = "PathLike | StateDict"
+Item: TypeAlias = "Source | tuple[Source, float] | LoraSpec"
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called as `progress(phase, done, total)` before each slot; phases are "stage" and "write".
+
+An exception that it raises cancels the composition as any other error does.
+"""
+
+
+class Placement(enum.Enum):
+    """How a new stack takes the place of the old one."""
+
+    AUTO = "auto"
+    """WHOLE where free memory allows, BY_PATH otherwise."""
+
+    WHOLE = "whole"
+    """All new slots are built beside the old ones: any error leaves the old stack in place."""
+
+    BY_PATH = "by-path"
+    """One path over all blocks at a time: least memory; an error leaves the bare base model."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoraSpec:
+    """One LoRA with its strength. Immutable and hashable.
+
+    Attributes:
+        source: Path of a safetensors file or PEFT folder, or a state dict in memory.
+        strength: Factor on the whole delta; may be negative; 0 means absent.
+        name: Name in reports; by default the file's stem.
+    """
+
+    source: Source
+    strength: float = 1.0
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.strength):
+            raise ValueError(f"strength is {self.strength}: it must be finite")
+
+    @property
+    def title(self) -> str:
+        """The name in reports."""
+        if self.name is not None:
+            return self.name
+        return "state dict" if isinstance(self.source, Mapping) else Path(self.source).stem
+
+    def _key(self) -> tuple[object, float, str | None]:
+        # A state dict is itself only: its contents are compared when a stack is made.
+        source = id(self.source) if isinstance(self.source, Mapping) else os.fspath(self.source)
+        return (source, self.strength, self.name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LoraSpec) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComposeOptions:
+    """How to compose; every field has a default.
+
+    Attributes:
+        modulation: Whether deltas of the modulation layers (`img_mod.1`, `txt_mod.1`) are applied.
+        placement: How the new stack takes the old one's place.
+        cache_bytes: Most bytes of packed pieces kept in host memory between compositions, so that
+            a change of strength reads no file; 0 keeps none.
+        threads: Threads that read a file; by default up to 8.
+        progress: Called before each slot.
+    """
+
+    modulation: bool = True
+    placement: Placement = Placement.AUTO
+    cache_bytes: int = 1 << 30
+    threads: int | None = None
+    progress: Progress | None = field(default=None, compare=False)
+
+
+def as_specs(loras: Item | Sequence[Item]) -> tuple[LoraSpec, ...]:
+    """Bring every accepted form of a stack to specs; strength 0 is absent.
+
+    Raises:
+        TypeError: An item is of no accepted form.
+        ValueError: A strength is not finite.
+    """
+    one = _as_spec(loras)
+    if one is not None:
+        specs = [one]
+    elif isinstance(loras, Iterable):
+        specs = [_required(item) for item in loras]
+    else:
+        raise _not_a_lora(loras)
+    return tuple(spec for spec in specs if spec.strength != 0)
+
+
+def _as_spec(value: object) -> LoraSpec | None:
+    if isinstance(value, LoraSpec):
+        return value
+    if isinstance(value, (str, os.PathLike, Mapping)):
+        return LoraSpec(value)
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], (int, float)):
+        return LoraSpec(value[0], float(value[1]))
+    return None
+
+
+def _required(item: object) -> LoraSpec:
+    spec = _as_spec(item)
+    if spec is None:
+        raise _not_a_lora(item)
+    return spec
+
+
+def _not_a_lora(value: object) -> TypeError:
+    return TypeError(
+        "a LoRA is a path, a state dict, (either, strength) or a LoraSpec, not "
+        f"{type(value).__name__}"
+    )

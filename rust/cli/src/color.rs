@@ -1,0 +1,60 @@
+//! Whether the text is coloured: the flag, the terminal, and `NO_COLOR`.
+
+use std::env;
+use std::io::{self, IsTerminal};
+
+/// What `--color` says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ColorChoice {
+    /// As standard output can take it.
+    Auto,
+    /// In any case.
+    Always,
+    /// In no case.
+    Never,
+}
+
+/// What text is painted with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Palette {
+    /// Nothing: the same text without a single escape sequence.
+    Plain,
+    /// ANSI colours.
+    Ansi,
+}
+
+impl Palette {
+    /// What the process's standard output can take, and its user wants.
+    pub fn of_stdout() -> Self {
+        let set = |name| env::var_os(name).is_some_and(|value| !value.is_empty());
+        let is_dumb = env::var_os("TERM").is_some_and(|term| term == "dumb");
+        // https://no-color.org: any value but the empty one counts.
+        if set("NO_COLOR") || is_dumb || !io::stdout().is_terminal() || !console_takes_ansi() {
+            Self::Plain
+        } else {
+            Self::Ansi
+        }
+    }
+
+    /// What the flag makes of `auto`.
+    pub(crate) fn choose(choice: ColorChoice, auto: Self) -> Self {
+        match choice {
+            ColorChoice::Auto => auto,
+            ColorChoice::Always => Self::Ansi,
+            ColorChoice::Never => Self::Plain,
+        }
+    }
+}
+
+/// A Windows console prints escape sequences as they are until it is asked to obey them.
+#[cfg(windows)]
+fn console_takes_ansi() -> bool {
+    winapi_util::console::Console::stdout()
+        .and_then(|mut console| console.set_virtual_terminal_processing(true))
+        .is_ok()
+}
+
+#[cfg(not(windows))]
+fn console_takes_ansi() -> bool {
+    true
+}

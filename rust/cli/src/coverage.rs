@@ -1,0 +1,155 @@
+//! What a file trains, per kind of module: in which of the model's blocks.
+
+use std::collections::HashSet;
+
+use qwenlora_core::model::{self, ModuleKind, Target};
+use qwenlora_core::plan::FilePlan;
+
+/// More stretches of blocks than this are cut short.
+const MAX_STRETCHES: usize = 6;
+
+/// What a module does in the model; the order is the report's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Class {
+    Attention,
+    Mlp,
+    Modulation,
+    Norm,
+    TopLevel,
+}
+
+const CLASSES: [(Class, &str); 5] = [
+    (Class::Attention, "attention"),
+    (Class::Mlp, "mlp"),
+    (Class::Modulation, "modulation"),
+    (Class::Norm, "norms"),
+    (Class::TopLevel, "top level"),
+];
+
+/// One module of the model's blocks, over all of them.
+#[derive(Debug)]
+struct Kind {
+    class: Class,
+    /// The blocks' name, as `transformer_blocks`; empty at top level.
+    group: &'static str,
+    /// The path inside a block.
+    name: &'static str,
+    /// How many blocks have it.
+    total: usize,
+    /// Blocks in which it is trained.
+    blocks: Vec<u32>,
+}
+
+/// Rows of (label, text): what is trained, compactly.
+pub(crate) fn rows(plan: &FilePlan) -> Vec<(&'static str, String)> {
+    let trained: HashSet<usize> = plan.modules().iter().map(|module| module.target).collect();
+    let mut kinds: Vec<Kind> = Vec::new();
+    for (id, target) in model::table().targets().iter().enumerate() {
+        add(&mut kinds, target, trained.contains(&id));
+    }
+    kinds.retain(|kind| !kind.blocks.is_empty());
+    let mut rows = Vec::new();
+    for (class, label) in CLASSES {
+        let mut left: Vec<&Kind> = kinds.iter().filter(|kind| kind.class == class).collect();
+        let mut label = label;
+        while let Some(first) = left.first().copied() {
+            let is_alike = |kind: &&Kind| kind.group == first.group && kind.blocks == first.blocks;
+            let names: Vec<&str> = left
+                .iter()
+                .copied()
+                .filter(is_alike)
+                .map(|k| k.name)
+                .collect();
+            left.retain(|kind| !is_alike(kind));
+            rows.push((label, format!("{}{}", extent(first), names.join(" "))));
+            label = "";
+        }
+    }
+    rows
+}
+
+fn add(kinds: &mut Vec<Kind>, target: &'static Target, is_trained: bool) {
+    let (group, name) = match target.block {
+        Some(_) => {
+            let (group, rest) = target.path.split_once('.').unwrap_or(("", &target.path));
+            (group, rest.split_once('.').map_or(rest, |(_, name)| name))
+        }
+        None => ("", target.path.as_str()),
+    };
+    let block = target.block.unwrap_or(0);
+    let at = kinds
+        .iter()
+        .position(|kind| kind.group == group && kind.name == name);
+    let blocks = if is_trained { vec![block] } else { Vec::new() };
+    match at.and_then(|at| kinds.get_mut(at)) {
+        Some(kind) => {
+            kind.total += 1;
+            kind.blocks.extend(blocks);
+        }
+        None => kinds.push(Kind {
+            class: class_of(target, name),
+            group,
+            name,
+            total: 1,
+            blocks,
+        }),
+    }
+}
+
+fn class_of(target: &Target, name: &str) -> Class {
+    if target.block.is_none() {
+        Class::TopLevel
+    } else if matches!(target.kind, ModuleKind::Norm { .. }) {
+        Class::Norm
+    } else if name.contains("_mlp.") || name.starts_with("feed_forward.") {
+        Class::Mlp
+    } else if name.contains("_mod.") || name.starts_with("adaLN_modulation.") {
+        Class::Modulation
+    } else {
+        Class::Attention
+    }
+}
+
+/// `60/60 blocks: `, with the blocks where not all are there; nothing at top level.
+fn extent(kind: &Kind) -> String {
+    let group = match kind.group {
+        "" => return String::new(),
+        "transformer_blocks" => "blocks",
+        other => other,
+    };
+    let (count, total) = (kind.blocks.len(), kind.total);
+    if count == total {
+        format!("{count}/{total} {group}: ")
+    } else {
+        format!("{count}/{total} {group} ({}): ", stretches(&kind.blocks))
+    }
+}
+
+/// `0-18, 40` of ascending numbers.
+fn stretches(blocks: &[u32]) -> String {
+    let runs: Vec<&[u32]> = blocks.chunk_by(|a, b| a + 1 == *b).collect();
+    let mut parts: Vec<String> = runs
+        .iter()
+        .take(MAX_STRETCHES)
+        .map(|run| match run {
+            [first, .., last] => format!("{first}-{last}"),
+            [only] => only.to_string(),
+            [] => String::new(),
+        })
+        .collect();
+    if runs.len() > MAX_STRETCHES {
+        parts.push("…".to_owned());
+    }
+    parts.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stretches_of_blocks() {
+        assert_eq!(stretches(&[0, 1, 2, 5, 7, 8]), "0-2, 5, 7-8");
+        assert_eq!(stretches(&[0, 2, 4, 6, 8, 10, 12]), "0, 2, 4, 6, 8, 10, …");
+    }
+}

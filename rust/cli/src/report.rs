@@ -1,0 +1,207 @@
+//! One file's screen.
+
+use std::path::Path;
+
+use qwenlora_core::adapter::Adapter;
+use qwenlora_core::model::Model;
+use qwenlora_core::module::{Fault, Module};
+use qwenlora_core::plan::{FilePlan, ModelCheck, Verdict};
+use qwenlora_core::table::Entry;
+
+use crate::coverage;
+use crate::escape;
+use crate::listing;
+use crate::losses::{Loss, Losses};
+use crate::producer;
+use crate::screen::{Screen, TEXT_WIDTH, Tone};
+use crate::tally::{count, counted, number, size, spread};
+
+/// More reasons than this are summed up.
+const MAX_REASONS: usize = 8;
+/// Longest reason: it may quote a key of the file.
+const REASON_CHARS: usize = 3 * TEXT_WIDTH;
+
+/// The screen of a file; `with_tensors` adds the list of all of them.
+pub(crate) fn screen(path: &Path, plan: &FilePlan, with_tensors: bool) -> Screen {
+    let mut screen = Screen::default();
+    let losses = Losses::of(plan);
+    let (tone, word) = match plan.verdict() {
+        Verdict::Apply => (Tone::Good, "APPLY"),
+        Verdict::Partial => (Tone::Warning, "PARTIAL"),
+        Verdict::Reject => (Tone::Bad, "REJECT"),
+    };
+    screen.headline(tone, word, &path.to_string_lossy());
+    screen.below(&escape::short(&sentence(plan), REASON_CHARS));
+    loss_rows(&mut screen, tone, "lost", "module", &losses.modules);
+    loss_rows(&mut screen, tone, "left out", "tensor", &losses.tensors);
+    screen.blank();
+    let facts = facts(plan).into_iter().chain(training(plan));
+    for (label, text) in facts {
+        screen.row(Tone::Faint, label, &text);
+    }
+    loss_rows(
+        &mut screen,
+        Tone::Faint,
+        "ignored",
+        "tensor",
+        &losses.harmless,
+    );
+    for note in plan.notes() {
+        screen.row(Tone::Warning, "note", &escape::short(note, REASON_CHARS));
+    }
+    if with_tensors {
+        screen.blank();
+        listing::add(&mut screen, plan);
+    }
+    screen
+}
+
+/// The verdict in words.
+fn sentence(plan: &FilePlan) -> String {
+    let (all, applied) = (plan.modules().len(), plan.applied_modules().count());
+    let whole = match all {
+        1 => "its one module is applied".to_owned(),
+        _ => format!("all {all} modules are applied"),
+    };
+    match (plan.verdict(), plan.check()) {
+        (Verdict::Apply, _) => whole,
+        (Verdict::Partial, _) if applied == all => {
+            format!("{whole}, but some tensors are left out")
+        }
+        (Verdict::Partial, _) => format!("{applied} of {all} modules are applied"),
+        (Verdict::Reject, ModelCheck::Known(Model::QwenImage)) if all == 1 => {
+            "its one module is not applied".to_owned()
+        }
+        (Verdict::Reject, ModelCheck::Known(Model::QwenImage)) => {
+            format!("none of its {all} modules is applied")
+        }
+        (Verdict::Reject, _) => plan.reason().unwrap_or_default(),
+    }
+}
+
+fn loss_rows(screen: &mut Screen, tone: Tone, label: &str, noun: &str, losses: &[Loss]) {
+    let mut label = label;
+    for loss in losses.iter().take(MAX_REASONS) {
+        let text = format!("{}: {}", count(loss.count, noun), loss.text);
+        screen.row(tone, label, &escape::short(&text, REASON_CHARS));
+        screen.row(
+            Tone::Faint,
+            "  e.g.",
+            &escape::short(&loss.example, TEXT_WIDTH),
+        );
+        label = "";
+    }
+    let rest = losses.get(MAX_REASONS..).unwrap_or_default();
+    if !rest.is_empty() {
+        let things = count(rest.iter().map(|loss| loss.count).sum(), noun);
+        let reasons = count(rest.len(), "more reason");
+        screen.below(&format!("{things} for {reasons}: `--all` lists them"));
+    }
+}
+
+/// What the file is.
+fn facts(plan: &FilePlan) -> Vec<(&'static str, String)> {
+    let model = match plan.check() {
+        ModelCheck::Known(Model::QwenImage) => "Qwen-Image",
+        ModelCheck::Known(Model::ZImage) => "Z-Image",
+        ModelCheck::Other(_) | ModelCheck::OtherShapes(_) => "not Qwen-Image",
+        ModelCheck::Nothing(_) => "unknown",
+    };
+    vec![
+        ("model", model.to_owned()),
+        ("producer", producer::describe(plan)),
+        ("file", file(plan)),
+    ]
+}
+
+/// `281.5 MiB, 2520 tensors, BF16`.
+fn file(plan: &FilePlan) -> String {
+    let entries = plan.table().entries();
+    let mut text = format!(
+        "{}, {}",
+        size(plan.size_bytes()),
+        count(entries.len(), "tensor")
+    );
+    // Alphas often have another type, which matters to nobody.
+    let large = entries.iter().filter(|entry| entry.elements() > 1);
+    let dtypes = counted(
+        large.map(|entry| entry.tensor.dtype.name()).collect(),
+        Ord::cmp,
+    );
+    match dtypes.as_slice() {
+        [] => {}
+        [(only, _)] => text = format!("{text}, {only}"),
+        several => {
+            let parts: Vec<_> = several
+                .iter()
+                .map(|(name, n)| format!("{name} ({n})"))
+                .collect();
+            text = format!("{text}, {}", parts.join(", "));
+        }
+    }
+    text
+}
+
+/// What the file trains, where it is a known model's.
+fn training(plan: &FilePlan) -> Vec<(&'static str, String)> {
+    if !matches!(plan.check(), ModelCheck::Known(_)) {
+        return Vec::new();
+    }
+    let whole: Vec<&Module> = plan
+        .modules()
+        .iter()
+        .filter(|m| !matches!(m.fault, Some(Fault::Broken(_))))
+        .collect();
+    let mut rows = Vec::new();
+    let adapters = counted(whole.iter().map(|m| m.adapter).collect(), Ord::cmp);
+    let named: Vec<_> = adapters
+        .iter()
+        .map(|(a, n)| format!("{} ({n})", a.title()))
+        .collect();
+    if !named.is_empty() {
+        rows.push(("adapters", named.join(", ")));
+    }
+    let ranks = whole
+        .iter()
+        .filter_map(|m| Some((m.rank?, is_bound(m.adapter))))
+        .collect();
+    let show = |(rank, is_bound): &(u64, bool)| {
+        if *is_bound {
+            format!("up to {rank}")
+        } else {
+            rank.to_string()
+        }
+    };
+    rows.extend(spread(&counted(ranks, Ord::cmp), show).map(|text| ("ranks", text)));
+    let scaled = whole.iter().filter(|m| m.rank.is_some());
+    let scales = counted(scaled.map(|m| m.scale).collect(), f64::total_cmp);
+    rows.extend(spread(&scales, |scale| number(*scale)).map(|text| ("scales", text)));
+    rows.extend(slots(plan).map(|text| ("slots", text)));
+    rows.extend(coverage::rows(plan));
+    rows
+}
+
+/// Whether the stored rank is only an upper bound of the delta's.
+fn is_bound(adapter: Adapter) -> bool {
+    !matches!(adapter, Adapter::Lora | Adapter::Dora)
+}
+
+/// `480, rank at most 96 each`.
+fn slots(plan: &FilePlan) -> Option<String> {
+    let slots = plan.slot_rows();
+    let highest = slots.iter().map(|slot| slot.rank).max()?;
+    Some(match slots.as_slice() {
+        [only] => format!("1, rank at most {highest} (`{}`)", only.slot),
+        _ => format!("{}, rank at most {highest} each", slots.len()),
+    })
+}
+
+/// `16x3072`; a number without dimensions is `scalar`.
+pub(crate) fn shape(entry: &Entry) -> String {
+    let sides: Vec<String> = entry.tensor.shape.iter().map(u64::to_string).collect();
+    if sides.is_empty() {
+        "scalar".to_owned()
+    } else {
+        sides.join("x")
+    }
+}

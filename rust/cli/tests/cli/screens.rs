@@ -1,0 +1,313 @@
+//! What a readable file looks like.
+
+use insta::assert_snapshot;
+
+use crate::Folder;
+use crate::lora_file::{self, LoraFile, SQUARE};
+
+fn screen(file: &LoraFile, flags: &[&str]) -> String {
+    let folder = Folder::new();
+    let path = file.write(folder.join("style.safetensors"));
+    let flags = flags.iter().map(std::ffi::OsString::from);
+    let outcome = folder.run(flags.chain([path.into_os_string()]));
+    assert_eq!(outcome.stderr, "");
+    outcome.text()
+}
+
+#[test]
+fn a_clean_file() {
+    assert_snapshot!(screen(&lora_file::clean(), &[]), @"
+    exit 0
+    --- stdout
+    APPLY        [dir]/style.safetensors
+                 all 8 modules are applied
+
+      model      Qwen-Image
+      producer   musubi-tuner (metadata `ss_network_module`)
+      file       2.4 MiB, 24 tensors, BF16
+      adapters   LoRA (8)
+      ranks      16 (8)
+      scales     0.5 (8)
+      slots      4, rank at most 48 each
+      attention  2/60 blocks (0-1): attn.to_q attn.to_k attn.to_v
+      modulation 2/60 blocks (0-1): img_mod.1
+    ");
+}
+
+#[test]
+fn a_partial_file() {
+    assert_snapshot!(screen(&lora_file::partial(), &[]), @"
+    exit 1
+    --- stdout
+    PARTIAL      [dir]/style.safetensors
+                 2 of 4 modules are applied
+      lost       1 module: DoRA is not supported yet
+        e.g.     diffusion_model.transformer_blocks.7.attn.to_v.lora_A.weight
+                 1 module: has down but no up
+        e.g.     diffusion_model.transformer_blocks.7.attn.to_out.0.lora_A.weight
+      left out   1 tensor: text encoder
+        e.g.     text_encoder.layers.0.q.lora_A.weight
+
+      model      Qwen-Image
+      producer   unknown (ComfyUI keys, as diffusion-pipe and many trainers write)
+      file       879.1 KiB, 10 tensors, BF16 (8), F32 (1)
+      adapters   LoRA (2), DoRA (1)
+      ranks      16 (2), 32 (1)
+      scales     1 (3)
+      slots      1, rank at most 48 (`transformer_blocks.7.attn.to_qkv`)
+      attention  1/60 blocks (7): attn.to_q attn.to_k attn.to_v attn.to_out.0
+      ignored    1 tensor: bookkeeping
+        e.g.     _aux.step
+      note       only attention layers of the first 19 blocks: a FLUX LoRA could
+                 look the same
+    ");
+}
+
+#[test]
+fn a_file_of_another_model() {
+    assert_snapshot!(screen(&lora_file::flux(), &[]), @"
+    exit 2
+    --- stdout
+    REJECT       [dir]/style.safetensors
+                 a FLUX LoRA (it has
+                 `transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight`)
+      left out   4 tensors: another model's
+        e.g.     transformer.transformer_blocks.0.attn.to_q.lora_A.weight
+
+      model      not Qwen-Image
+      producer   unknown (diffusers keys)
+      file       384.5 KiB, 4 tensors, BF16
+    ");
+}
+
+#[test]
+fn a_kind_that_is_not_supported() {
+    assert_snapshot!(screen(&lora_file::lokr(), &[]), @"
+    exit 2
+    --- stdout
+    REJECT       [dir]/style.safetensors
+                 none of its 60 modules is applied
+      lost       60 modules: LoKr is not supported yet
+        e.g.     diffusion_model.transformer_blocks.0.attn.to_q.lokr_w1
+
+      model      Qwen-Image
+      producer   ai-toolkit (metadata `software`)
+      file       4.2 MiB, 180 tensors, BF16
+      adapters   LoKr (60)
+      ranks      up to 3072 (60)
+      scales     1 (60)
+      attention  60/60 blocks: attn.to_q
+    ");
+}
+
+#[test]
+fn a_model_that_is_not_supported() {
+    let file = LoraFile::new().pair("lora_unet_layers_0_attention_to_q", 8, (3840, 3840));
+    assert_snapshot!(screen(&file, &[]), @"
+    exit 2
+    --- stdout
+    REJECT       [dir]/style.safetensors
+                 a Z-Image LoRA: applying to Z-Image is not supported yet
+      lost       1 module: applying to Z-Image is not supported yet
+        e.g.     lora_unet_layers_0_attention_to_q.lora_down.weight
+
+      model      Z-Image
+      producer   unknown (kohya keys, as musubi-tuner and Civitai's trainer write)
+      file       120.2 KiB, 2 tensors, BF16
+      adapters   LoRA (1)
+      ranks      8 (1)
+      scales     1 (1)
+      attention  1/30 layers (0): attention.to_q
+    ");
+}
+
+#[test]
+fn a_file_that_is_no_lora() {
+    let file = LoraFile::new().tensor("decoder.conv_in.weight", "F32", &[4, 4]);
+    assert_snapshot!(screen(&file, &[]), @"
+    exit 2
+    --- stdout
+    REJECT       [dir]/style.safetensors
+                 no key names a module of Qwen-Image (the first is
+                 `decoder.conv_in.weight`)
+      left out   1 tensor: not a transformer module
+        e.g.     decoder.conv_in.weight
+
+      model      unknown
+      producer   unknown
+      file       150 bytes, 1 tensor, F32
+    ");
+}
+
+#[test]
+fn an_empty_file() {
+    assert_snapshot!(screen(&LoraFile::new(), &[]), @"
+    exit 2
+    --- stdout
+    REJECT       [dir]/style.safetensors
+                 the file holds no tensor
+
+      model      unknown
+      producer   unknown
+      file       10 bytes, 0 tensors
+    ");
+}
+
+#[test]
+fn many_ranks_and_shapes_that_do_not_fit() {
+    let mut file = LoraFile::new();
+    for block in 0..6 {
+        let module = format!(
+            "transformer.transformer_blocks.{}.attn.add_q_proj",
+            10 * block
+        );
+        file = file.peft_pair(&module, 4 << block, SQUARE);
+    }
+    let file = file.peft_pair("transformer.img_in", 4, (3072, 128));
+    assert_snapshot!(screen(&file, &[]), @"
+    exit 1
+    --- stdout
+    PARTIAL      [dir]/style.safetensors
+                 6 of 7 modules are applied
+      lost       1 module: is 3072x128 where qwen-image has 3072x64
+        e.g.     transformer.img_in.lora_A.weight
+
+      model      Qwen-Image
+      producer   unknown (diffusers keys)
+      file       2.9 MiB, 14 tensors, BF16
+      adapters   LoRA (7)
+      ranks      4 to 128, most often 4 (2)
+      scales     1 (7)
+      slots      6, rank at most 128 each
+      attention  6/60 blocks (0, 10, 20, 30, 40, 50): attn.add_q_proj
+      top level  img_in
+    ");
+}
+
+#[test]
+fn a_note_on_what_cannot_be_told() {
+    let file = LoraFile::new()
+        .metadata(
+            "lora_adapter_metadata",
+            r#"{"transformer.r": 8, "transformer.lora_alpha": 4}"#,
+        )
+        .peft_pair("transformer.transformer_blocks.3.attn.to_q", 16, SQUARE);
+    assert_snapshot!(screen(&file, &[]), @"
+    exit 0
+    --- stdout
+    APPLY        [dir]/style.safetensors
+                 its one module is applied
+
+      model      Qwen-Image
+      producer   diffusers with PEFT (metadata `lora_adapter_metadata`)
+      file       192.3 KiB, 2 tensors, BF16
+      adapters   LoRA (1)
+      ranks      16 (1)
+      scales     0.25 (1)
+      slots      1, rank at most 16 (`transformer_blocks.3.attn.to_qkv`)
+      attention  1/60 blocks (3): attn.to_q
+      note       only attention layers of the first 19 blocks: a FLUX LoRA could
+                 look the same
+      note       `transformer_blocks.3.attn.to_q` has rank 16, the metadata says 8:
+                 the tensors win
+    ");
+}
+
+#[test]
+fn all_tensors() {
+    assert_snapshot!(screen(&lora_file::partial(), &["--all"]), @"
+    exit 1
+    --- stdout
+    PARTIAL      [dir]/style.safetensors
+                 2 of 4 modules are applied
+      lost       1 module: DoRA is not supported yet
+        e.g.     diffusion_model.transformer_blocks.7.attn.to_v.lora_A.weight
+                 1 module: has down but no up
+        e.g.     diffusion_model.transformer_blocks.7.attn.to_out.0.lora_A.weight
+      left out   1 tensor: text encoder
+        e.g.     text_encoder.layers.0.q.lora_A.weight
+
+      model      Qwen-Image
+      producer   unknown (ComfyUI keys, as diffusion-pipe and many trainers write)
+      file       879.1 KiB, 10 tensors, BF16 (8), F32 (1)
+      adapters   LoRA (2), DoRA (1)
+      ranks      16 (2), 32 (1)
+      scales     1 (3)
+      slots      1, rank at most 48 (`transformer_blocks.7.attn.to_qkv`)
+      attention  1/60 blocks (7): attn.to_q attn.to_k attn.to_v attn.to_out.0
+      ignored    1 tensor: bookkeeping
+        e.g.     _aux.step
+      note       only attention layers of the first 19 blocks: a FLUX LoRA could
+                 look the same
+
+      diffusion_model.transformer_blocks.7.attn.to_q.lora_A.weight  BF16 16x3072  -> transformer_blocks.7.attn.to_q down
+      diffusion_model.transformer_blocks.7.attn.to_q.lora_B.weight  BF16 3072x16  -> transformer_blocks.7.attn.to_q up
+      diffusion_model.transformer_blocks.7.attn.to_k.lora_A.weight  BF16 32x3072  -> transformer_blocks.7.attn.to_k down
+      diffusion_model.transformer_blocks.7.attn.to_k.lora_B.weight  BF16 3072x32  -> transformer_blocks.7.attn.to_k up
+      diffusion_model.transformer_blocks.7.attn.to_v.lora_A.weight  BF16 16x3072  -> transformer_blocks.7.attn.to_v down, not applied: DoRA is not supported yet
+      diffusion_model.transformer_blocks.7.attn.to_v.lora_B.weight  BF16 3072x16  -> transformer_blocks.7.attn.to_v up, not applied: DoRA is not supported yet
+      diffusion_model.transformer_blocks.7.attn.to_v.lora_magnitude_vector  F32 3072  -> transformer_blocks.7.attn.to_v dora_scale, not applied: DoRA is not supported yet
+      diffusion_model.transformer_blocks.7.attn.to_out.0.lora_A.weight  BF16 16x3072  -> transformer_blocks.7.attn.to_out.0 down, not applied: has down but no up
+      text_encoder.layers.0.q.lora_A.weight  BF16 16x64  -> ignored: text encoder
+      _aux.step  I64 scalar  -> ignored: bookkeeping
+    ");
+}
+
+#[test]
+fn colour_only_where_it_is_wanted() {
+    let folder = Folder::new();
+    let path = lora_file::partial().write(folder.join("style.safetensors"));
+    let path = path.to_str().unwrap();
+    let plain = folder.run(["--color", "never", path]);
+    assert!(!plain.stdout.contains('\x1b'));
+    assert_eq!(folder.run(["--color=auto", path]).stdout, plain.stdout);
+    let painted = folder.run(["--color=always", path]).stdout;
+    assert!(
+        painted.starts_with("\x1b[1;33mPARTIAL\x1b[0m      "),
+        "{painted:?}"
+    );
+    // Colour changes no letter.
+    let parts = painted
+        .split('\x1b')
+        .map(|part| match part.strip_prefix('[') {
+            Some(rest) => rest.split_once('m').unwrap().1,
+            None => part,
+        });
+    assert_eq!(parts.collect::<String>(), plain.stdout);
+}
+
+#[test]
+fn a_screen_fits_eighty_columns() {
+    for file in [lora_file::clean(), lora_file::partial(), lora_file::lokr()] {
+        let text = screen(&file, &[]);
+        let widest = text.lines().skip(2).filter(|line| !line.contains("[dir]"));
+        assert!(
+            widest.map(|line| line.chars().count()).max() <= Some(80),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn more_reasons_than_a_screen_holds() {
+    let module = "transformer_blocks.20.attn.to_q";
+    let mut file = LoraFile::new().peft_pair(module, 4, SQUARE);
+    for name in 'a'..='j' {
+        file = file.tensor(
+            &format!("{module}.lora_A.{name}.weight"),
+            "BF16",
+            &[4, 3072],
+        );
+    }
+    let text = screen(&file, &[]);
+    let rows: Vec<&str> = text
+        .lines()
+        .skip_while(|line| !line.contains(" `h` "))
+        .take(3)
+        .collect();
+    assert_snapshot!(rows.join("\n"), @"
+             1 tensor: second adapter `h` of this module
+    e.g.     transformer_blocks.20.attn.to_q.lora_A.h.weight
+             2 tensors for 2 more reasons: `--all` lists them
+    ");
+}

@@ -1,0 +1,260 @@
+//! One key: `{prefix} path suffix`, resolved by look-up.
+//!
+//! The path is looked up before every prefix is stripped: `transformer.` is a prefix, and also how
+//! an over-dotted `transformer.blocks.0…` begins.
+
+use std::borrow::Cow;
+
+use crate::model::{self, BLOCK_GROUPS, TargetId};
+use crate::role::Role;
+use crate::suffix::{self, Half};
+
+/// Prefixes that trainers and runtimes put before a path. They stack.
+pub const PREFIXES: [&str; 14] = [
+    "model.",
+    "diffusion_model.",
+    "transformer.",
+    "base_model.model.",
+    "module.",
+    "pipe.dit.",
+    "dit.",
+    "unet.",
+    "lora_unet__",
+    "lora_unet_",
+    "lycoris__",
+    "lycoris_",
+    "lora_transformer_",
+    "lora_",
+];
+
+/// Why a key belongs to no module of the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Foreign {
+    /// A text encoder's LoRA.
+    TextEncoder,
+    /// A VAE's weights.
+    Vae,
+    /// A textual-inversion embedding.
+    Embedding,
+    /// Counters and markers of a tool.
+    Bookkeeping,
+    /// The base model's own weight, saved with the adapter.
+    BaseWeight,
+    /// A block that the model does not have.
+    BlockOutOfRange,
+    /// A module's tensor whose ending is not in the grammar.
+    UnknownForm,
+    /// Anything else.
+    NotAModule,
+}
+
+impl Foreign {
+    /// The reason in reports.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::TextEncoder => "text encoder",
+            Self::Vae => "VAE",
+            Self::Embedding => "embedding",
+            Self::Bookkeeping => "bookkeeping",
+            Self::BaseWeight => "base weight saved along",
+            Self::BlockOutOfRange => "block index out of range",
+            Self::UnknownForm => "unknown kind of tensor",
+            Self::NotAModule => "not a transformer module",
+        }
+    }
+
+    /// Whether losing the tensor loses nothing of an adapter.
+    pub fn is_harmless(self) -> bool {
+        matches!(self, Self::Bookkeeping | Self::BaseWeight)
+    }
+}
+
+/// What a key says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ParsedKey<'k> {
+    /// A tensor of a known module.
+    Module {
+        /// The module.
+        target: TargetId,
+        /// What the tensor is to it.
+        role: Role,
+        /// Adapter names of PEFT's spelling.
+        slot: &'k str,
+        /// For a float8 scale, the half.
+        half: Option<Half>,
+        /// A pair without `.weight`.
+        bare: bool,
+    },
+    /// Anything else, with the reason.
+    Foreign(Foreign),
+}
+
+/// Parses one key.
+pub fn parse(key: &str) -> ParsedKey<'_> {
+    if let Some(cut) = suffix::cut(key)
+        && let Some(target) = resolve(cut.stem)
+    {
+        return ParsedKey::Module {
+            target,
+            role: cut.role,
+            slot: cut.slot,
+            half: cut.half,
+            bare: cut.bare,
+        };
+    }
+    ParsedKey::Foreign(foreign(key))
+}
+
+/// The module that a stem (prefixes and path) names.
+pub fn resolve(stem: &str) -> Option<TargetId> {
+    let path = without_processor(stem);
+    let flat = path.replace('.', "_");
+    search(&path, &flat, &|flat| model::table().find_flat(flat))
+}
+
+/// Tries the path as it is, then without each prefix that fits.
+fn search<T>(path: &str, flat: &str, find: &impl Fn(&str) -> Option<T>) -> Option<T> {
+    find(flat).or_else(|| {
+        PREFIXES.iter().find_map(|prefix| {
+            // Both have the same length: flattening replaces byte by byte.
+            let rest = path.strip_prefix(prefix)?;
+            search(rest, flat.get(prefix.len()..)?, find)
+        })
+    })
+}
+
+/// Old diffusers files put attention processors into the path.
+fn without_processor(stem: &str) -> Cow<'_, str> {
+    if stem.contains(".processor.") {
+        Cow::Owned(stem.replacen(".processor.", ".", 1))
+    } else {
+        Cow::Borrowed(stem)
+    }
+}
+
+const TEXT_ENCODERS: [&str; 7] = [
+    "text_encoder",
+    "lora_te",
+    "te.",
+    "te1.",
+    "te2.",
+    "conditioner.",
+    "text_model",
+];
+
+fn foreign(key: &str) -> Foreign {
+    let starts = |names: &[&str]| names.iter().any(|name| key.starts_with(name));
+    if key.contains(".base_layer.") {
+        Foreign::BaseWeight
+    } else if starts(&TEXT_ENCODERS) {
+        Foreign::TextEncoder
+    } else if starts(&["vae.", "first_stage_model."]) {
+        Foreign::Vae
+    } else if starts(&["bundle_emb.", "emb_params", "string_to_param"]) {
+        Foreign::Embedding
+    } else if starts(&["_aux.", "scaled_fp8", "__"]) || key.ends_with(".scaled_fp8") {
+        Foreign::Bookkeeping
+    } else if block_out_of_range(key) {
+        Foreign::BlockOutOfRange
+    } else if names_a_module(key) {
+        Foreign::UnknownForm
+    } else {
+        Foreign::NotAModule
+    }
+}
+
+/// Whether the key names a module of a block whose number the model does not have.
+fn block_out_of_range(key: &str) -> bool {
+    let Some(cut) = suffix::cut(key) else {
+        return false;
+    };
+    let path = without_processor(cut.stem);
+    let flat = path.replace('.', "_");
+    let in_another_block = |flat: &str| {
+        BLOCK_GROUPS.iter().find_map(|(group, count)| {
+            let rest = flat.strip_prefix(group)?.strip_prefix('_')?;
+            let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+            let (number, rest) = rest.split_at_checked(digits)?;
+            let beyond = number
+                .parse::<u32>()
+                .map_or(!number.is_empty(), |n| n >= *count);
+            beyond
+                .then(|| model::table().find_flat(&format!("{group}_0{rest}")))
+                .flatten()
+        })
+    };
+    search(&path, &flat, &in_another_block).is_some()
+}
+
+/// Whether some leading part of the key is a module's path.
+fn names_a_module(key: &str) -> bool {
+    let dots = key
+        .bytes()
+        .enumerate()
+        .filter(|(_, b)| *b == b'.')
+        .map(|(at, _)| at);
+    // Deep keys are not modules of ours; the bound keeps a hostile name cheap.
+    dots.take(16)
+        .any(|at| key.get(..at).is_some_and(|stem| resolve(stem).is_some()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn path(stem: &str) -> Option<&'static str> {
+        resolve(stem).map(|id| model::table().target(id).path.as_str())
+    }
+
+    #[test]
+    fn prefixes_stack_and_stop_at_the_module() {
+        for stem in [
+            "transformer_blocks.3.attn.to_q",
+            "transformer.transformer_blocks.3.attn.to_q",
+            "transformer.base_model.model.transformer_blocks.3.attn.to_q",
+            "model.diffusion_model.transformer_blocks.3.attn.to_q",
+            "diffusion_model.transformer.blocks.3.attn.to.q",
+            "lora_unet_transformer_blocks_3_attn_to_q",
+            "lora_unet__transformer_blocks_3_attn_to_q",
+            "lora_transformer_transformer_blocks_3_attn_to_q",
+            "lora_transformer_blocks_3_attn_to_q",
+            "lycoris__transformer_blocks_3_attn_to_q",
+            "pipe.dit.transformer_blocks.3.attn.to_q",
+            "transformer.transformer_blocks.3.attn.processor.to_q",
+        ] {
+            assert_eq!(path(stem), Some("transformer_blocks.3.attn.to_q"), "{stem}");
+        }
+        assert_eq!(path("transformer_blocks.60.attn.to_q"), None);
+        assert_eq!(path("xtransformer_blocks.3.attn.to_q"), None);
+        assert_eq!(path("norm_out_linear"), Some("norm_out.linear"));
+    }
+
+    #[test]
+    fn foreign_keys_have_reasons() {
+        let reason = |key| match parse(key) {
+            ParsedKey::Foreign(f) => f,
+            ParsedKey::Module { .. } => panic!("{key} is a module"),
+        };
+        assert_eq!(reason("lora_te1_x.alpha"), Foreign::TextEncoder);
+        assert_eq!(
+            reason("lora_unet_transformer_blocks_60_attn_to_q.alpha"),
+            Foreign::BlockOutOfRange
+        );
+        assert_eq!(
+            reason("transformer_blocks.99999999999999.attn.to_q.alpha"),
+            Foreign::BlockOutOfRange
+        );
+        assert_eq!(
+            reason("transformer_blocks.0.attn.to_q.lora_C.weight"),
+            Foreign::UnknownForm
+        );
+        assert_eq!(reason("x.base_layer.weight"), Foreign::BaseWeight);
+        assert_eq!(reason("single_blocks.0.x.alpha"), Foreign::NotAModule);
+    }
+
+    #[test]
+    fn stacked_prefixes_stay_cheap() {
+        let hostile = "lora_unet_".repeat(100) + "lycoris_" + &"model.".repeat(100);
+        assert_eq!(resolve(&hostile), None);
+    }
+}

@@ -1,0 +1,26 @@
+//! Reads LoRA files for Qwen-Image and plans how they apply.
+//!
+//! The stages, each one type: [`header::Header`] (bytes to names, dtypes, shapes, offsets),
+//! [`table::KeyTable`] (names to modules and roles), [`plan::FilePlan`] (one file, no model),
+//! [`stack::StackPlan`] (file plans and the slots of a model at hand). No tensor arithmetic
+//! happens here, and nothing here knows Python.
+
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+pub mod adapter;
+pub mod document;
+pub mod dtype;
+pub mod header;
+pub mod key;
+pub mod lookalike;
+pub mod model;
+pub mod module;
+pub mod peft;
+pub mod plan;
+pub mod role;
+pub mod slot;
+pub mod source;
+pub mod stack;
+pub mod suffix;
+pub mod table;

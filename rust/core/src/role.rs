@@ -1,0 +1,109 @@
+//! What a tensor is to its module: the vocabulary of the key grammar.
+
+use serde::{Serialize, Serializer};
+
+macro_rules! roles {
+    ($($(#[$doc:meta])* $variant:ident => $name:literal,)*) => {
+        /// The part a tensor plays in its adapter.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum Role { $($(#[$doc])* $variant,)* }
+
+        impl Role {
+            /// The name in reports and in JSON.
+            pub fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name,)* }
+            }
+        }
+    };
+}
+
+roles! {
+    /// LoRA A: (rank, in).
+    Down => "down",
+    /// LoRA B: (out, rank).
+    Up => "up",
+    /// The middle factor of a Tucker LoRA.
+    Mid => "mid",
+    /// PEFT's `lora_B.bias`: a bias delta before scaling.
+    UpBias => "up_bias",
+    /// The alpha of the scale rule.
+    Alpha => "alpha",
+    /// The scale itself (stable-diffusion.cpp).
+    Scale => "scale",
+    /// DoRA's magnitude.
+    DoraScale => "dora_scale",
+    /// LoKr, first factor.
+    LokrW1 => "lokr_w1",
+    /// LoKr, first factor, left half.
+    LokrW1A => "lokr_w1_a",
+    /// LoKr, first factor, right half.
+    LokrW1B => "lokr_w1_b",
+    /// LoKr, second factor.
+    LokrW2 => "lokr_w2",
+    /// LoKr, second factor, left half.
+    LokrW2A => "lokr_w2_a",
+    /// LoKr, second factor, right half.
+    LokrW2B => "lokr_w2_b",
+    /// LoKr, Tucker core of the second factor.
+    LokrT2 => "lokr_t2",
+    /// LoHa, first product, left half.
+    HadaW1A => "hada_w1_a",
+    /// LoHa, first product, right half.
+    HadaW1B => "hada_w1_b",
+    /// LoHa, second product, left half.
+    HadaW2A => "hada_w2_a",
+    /// LoHa, second product, right half.
+    HadaW2B => "hada_w2_b",
+    /// LoHa, Tucker core of the first product.
+    HadaT1 => "hada_t1",
+    /// LoHa, Tucker core of the second product.
+    HadaT2 => "hada_t2",
+    /// GLoRA a1.
+    GloraA1 => "glora_a1",
+    /// GLoRA a2.
+    GloraA2 => "glora_a2",
+    /// GLoRA b1.
+    GloraB1 => "glora_b1",
+    /// GLoRA b2.
+    GloraB2 => "glora_b2",
+    /// GLoRA middle factor.
+    GloraBm => "glora_bm",
+    /// OFT (3-D) or BOFT (4-D) blocks.
+    OftBlocks => "oft_blocks",
+    /// Rescale of OFT and BOFT.
+    OftRescale => "oft_rescale",
+    /// OFT as PEFT and OneTrainer store it.
+    OftR => "oft_r",
+    /// OneTrainer's marker of scaled OFT.
+    OftScaled => "oft_scaled",
+    /// IA3's diagonal.
+    Ia3 => "ia3",
+    /// Whether IA3 acts on the input.
+    Ia3OnInput => "ia3_on_input",
+    /// A full weight delta.
+    Diff => "diff",
+    /// A bias delta.
+    DiffB => "diff_b",
+    /// A norm's weight delta.
+    WNorm => "w_norm",
+    /// A norm's bias delta.
+    BNorm => "b_norm",
+    /// A weight that replaces the module's.
+    SetWeight => "set_weight",
+    /// A new shape of the module's weight.
+    Reshape => "reshape",
+    /// Scale of a float8 half.
+    Fp8Scale => "fp8_scale",
+    /// LoRA A, already in Nunchaku's packed layout.
+    PackedDown => "packed_down",
+    /// LoRA B, already in Nunchaku's packed layout.
+    PackedUp => "packed_up",
+    /// Not part of anything this version knows.
+    Ignored => "ignored",
+}
+
+impl Serialize for Role {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}

@@ -1,0 +1,124 @@
+//! The slots of the model at hand: what Python finds in it and planning needs to know.
+
+use serde::{Deserialize, Serialize};
+
+/// Highest rank that the low-rank kernels take; past it they read beyond their scale array and
+/// return garbage without a word.
+pub const MAX_RANK: u64 = 1024;
+/// The kernels work on tiles of this many ranks.
+pub const RANK_MULTIPLE: u64 = 16;
+
+/// The kind of layer that a slot is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SlotKind {
+    /// SVDQuant W4A4 with a packed low-rank branch.
+    Svdq,
+    /// AWQ W4A16: takes a side branch.
+    Awq,
+    /// A plain linear: takes a side branch.
+    Linear,
+}
+
+/// The order of a slot's output rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RowOrder {
+    /// As in LoRA files.
+    Planar,
+    /// Nunchaku's modulation: row `plane * channels + channel` lies at `channel * planes + plane`.
+    Interleaved,
+}
+
+/// One slot of the model at hand.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Slot {
+    /// Its path.
+    pub path: String,
+    /// Its kind.
+    pub kind: SlotKind,
+    /// Columns of its weight.
+    pub in_features: u64,
+    /// Rows of its weight.
+    pub out_features: u64,
+    /// Rank of the base model's own branch; 0 where there is none.
+    pub base_rank: u64,
+    /// Bytes of one value of its low-rank tensors.
+    pub element_bytes: u64,
+    /// Whether its block takes part in CPU offload.
+    pub offloaded: bool,
+}
+
+impl Slot {
+    /// Most ranks that may be added: a multiple of 16 for packed slots, unlimited for side
+    /// branches.
+    pub fn free_rank(&self) -> Option<u64> {
+        match self.kind {
+            SlotKind::Svdq => {
+                Some(MAX_RANK.saturating_sub(self.base_rank) / RANK_MULTIPLE * RANK_MULTIPLE)
+            }
+            SlotKind::Awq | SlotKind::Linear => None,
+        }
+    }
+
+    /// The path with its block's number replaced by `*`: slots that share a buffer under offload.
+    pub fn pattern(&self) -> String {
+        let segments = self.path.split('.').map(|segment| {
+            if !segment.is_empty() && segment.bytes().all(|b| b.is_ascii_digit()) {
+                "*"
+            } else {
+                segment
+            }
+        });
+        let mut replaced = false;
+        let mut pattern = String::with_capacity(self.path.len());
+        for (segment, original) in segments.zip(self.path.split('.')) {
+            if !pattern.is_empty() {
+                pattern.push('.');
+            }
+            // Only the first number is a block's: `to_out.0` and `net.2` are names.
+            pattern.push_str(if replaced { original } else { segment });
+            replaced |= segment == "*";
+        }
+        pattern
+    }
+}
+
+/// `value` up to the next multiple of 16, saturating.
+pub fn pad_rank(value: u64) -> u64 {
+    value.div_ceil(RANK_MULTIPLE).saturating_mul(RANK_MULTIPLE)
+}
+
+/// Planes of a modulation layer: shift, scale and gate, twice.
+pub const MODULATION_PLANES: u64 = 6;
+
+/// The row order of an AWQ layer, known per path: an unknown path has none.
+pub fn awq_row_order(path: &str) -> Option<RowOrder> {
+    let known = path.starts_with("transformer_blocks.")
+        && (path.ends_with(".img_mod.1") || path.ends_with(".txt_mod.1"));
+    known.then_some(RowOrder::Interleaved)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_blocks_number_is_a_wildcard() {
+        let slot = |path: &str| Slot {
+            path: path.to_owned(),
+            kind: SlotKind::Svdq,
+            in_features: 64,
+            out_features: 64,
+            base_rank: 40,
+            element_bytes: 2,
+            offloaded: true,
+        };
+        assert_eq!(
+            slot("transformer_blocks.12.img_mlp.net.2").pattern(),
+            "transformer_blocks.*.img_mlp.net.2"
+        );
+        assert_eq!(slot("proj_out").pattern(), "proj_out");
+        assert_eq!(slot("x").free_rank(), Some(976));
+    }
+}

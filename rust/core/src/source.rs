@@ -1,0 +1,204 @@
+//! An open LoRA file: who it is, what it holds, and its bytes, read in parallel.
+//!
+//! Reached through [`SourceFile::open`]. The file may be on a network drive, may be replaced or cut
+//! short at any moment: everything is read through one handle at given positions (a mapped file that
+//! shrinks would kill the process), and [`SourceFile::verify_unchanged`] says afterwards whether the
+//! bytes belong together.
+
+mod error;
+mod identity;
+mod ranges;
+mod scalar;
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+pub use error::SourceError;
+pub use identity::FileIdentity;
+pub use ranges::{ByteRange, RangeFault};
+
+use crate::header::{Header, Quoted, TensorInfo};
+
+/// A file open for reading, with the identity it had when it was opened.
+#[derive(Debug)]
+pub struct SourceFile {
+    file: File,
+    path: PathBuf,
+    identity: FileIdentity,
+}
+
+impl SourceFile {
+    /// Opens a regular file, or a link to one.
+    pub fn open(path: impl Into<PathBuf>) -> Result<Self, SourceError> {
+        let path = path.into();
+        match open(&path) {
+            Ok(Some((file, identity))) => Ok(Self {
+                file,
+                path,
+                identity,
+            }),
+            Ok(None) if path.is_dir() => Err(SourceError::Directory { path }),
+            Ok(None) => Err(SourceError::NotAFile { path }),
+            Err(source) => Err(SourceError::Io { path, source }),
+        }
+    }
+
+    /// The path as it was given.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Who the file was when it was opened.
+    pub fn identity(&self) -> &FileIdentity {
+        &self.identity
+    }
+
+    /// Reads the header and checks it against the length of the file.
+    pub fn read_header(&self) -> Result<Header, SourceError> {
+        let mut reader = Positional {
+            file: &self.file,
+            offset_bytes: 0,
+        };
+        Header::read(&mut reader, self.identity.size_bytes()).map_err(|source| {
+            SourceError::Header {
+                path: self.path.clone(),
+                source,
+            }
+        })
+    }
+
+    /// Reads the value of a tensor of one element, whatever its shape's rank.
+    ///
+    /// Exact, except that 64-bit integers beyond 2^53 are rounded to the nearest `f64`.
+    pub fn read_scalar(&self, tensor: &TensorInfo) -> Result<f64, SourceError> {
+        let name = || Quoted::new(tensor.name());
+        if tensor.elements() != 1 {
+            let shape = tensor.shape().into();
+            return Err(SourceError::NotAScalar {
+                path: self.path.clone(),
+                tensor: name(),
+                shape,
+            });
+        }
+        let mut bytes = [0; 8];
+        let len = usize::try_from(tensor.len_bytes()).unwrap_or(usize::MAX);
+        let value = match bytes.get_mut(..len) {
+            Some(bytes) => {
+                self.read_exact(bytes, tensor.offset_bytes())?;
+                scalar::decode(tensor.dtype(), bytes)
+            }
+            None => None,
+        };
+        value.ok_or_else(|| SourceError::NoNumber {
+            path: self.path.clone(),
+            tensor: name(),
+            dtype: tensor.dtype(),
+        })
+    }
+
+    /// Fills parts of `dest` with parts of the file, by up to `threads` parallel readers.
+    ///
+    /// All ranges are checked before the first byte is read: each lies within the file and within
+    /// `dest`, and no two share a byte of `dest`. Bytes of `dest` outside every range stay as they
+    /// are; after an error its content is unspecified.
+    pub fn read_ranges(
+        &self,
+        ranges: &[ByteRange],
+        dest: &mut [u8],
+        threads: NonZeroUsize,
+    ) -> Result<(), SourceError> {
+        let pieces = ranges::cut(ranges, self.identity.size_bytes(), dest).map_err(|source| {
+            SourceError::Range {
+                path: self.path.clone(),
+                source,
+            }
+        })?;
+        ranges::read(pieces, threads, |piece, offset_bytes| {
+            self.read_exact(piece, offset_bytes)
+        })
+    }
+
+    /// Checks that the open file is still what it was when it was opened.
+    ///
+    /// A file renamed over the path does not count: the handle keeps reading the old one.
+    pub fn verify_unchanged(&self) -> Result<(), SourceError> {
+        let now = FileIdentity::of(&self.file).map_err(|source| SourceError::Io {
+            path: self.path.clone(),
+            source,
+        })?;
+        if now == self.identity {
+            return Ok(());
+        }
+        let changes = now.changes_since(&self.identity);
+        Err(SourceError::Changed {
+            path: self.path.clone(),
+            changes,
+        })
+    }
+
+    fn read_exact(&self, mut dest: &mut [u8], mut offset_bytes: u64) -> Result<(), SourceError> {
+        while !dest.is_empty() {
+            match read_at(&self.file, dest, offset_bytes) {
+                Ok(0) => {
+                    return Err(SourceError::Ended {
+                        path: self.path.clone(),
+                        offset_bytes,
+                    });
+                }
+                Ok(count) => {
+                    dest = dest.get_mut(count..).unwrap_or_default();
+                    offset_bytes = offset_bytes.saturating_add(count as u64);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(source) => {
+                    return Err(SourceError::Io {
+                        path: self.path.clone(),
+                        source,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Opens `path` if it is a regular file.
+fn open(path: &Path) -> io::Result<Option<(File, FileIdentity)>> {
+    // Asked before opening: to open a named pipe waits for its writer, and Windows opens no folder.
+    if !fs::metadata(path)?.is_file() {
+        return Ok(None);
+    }
+    let file = File::open(path)?;
+    if !file.metadata()?.is_file() {
+        return Ok(None);
+    }
+    let identity = FileIdentity::of(&file)?;
+    Ok(Some((file, identity)))
+}
+
+/// A reader with a position of its own: the handle's position is shared by all threads, and on
+/// Windows moved by positional reads, too.
+struct Positional<'a> {
+    file: &'a File,
+    offset_bytes: u64,
+}
+
+impl Read for Positional<'_> {
+    fn read(&mut self, dest: &mut [u8]) -> io::Result<usize> {
+        let count = read_at(self.file, dest, self.offset_bytes)?;
+        self.offset_bytes = self.offset_bytes.saturating_add(count as u64);
+        Ok(count)
+    }
+}
+
+#[cfg(unix)]
+fn read_at(file: &File, dest: &mut [u8], offset_bytes: u64) -> io::Result<usize> {
+    std::os::unix::fs::FileExt::read_at(file, dest, offset_bytes)
+}
+
+#[cfg(windows)]
+fn read_at(file: &File, dest: &mut [u8], offset_bytes: u64) -> io::Result<usize> {
+    std::os::windows::fs::FileExt::seek_read(file, dest, offset_bytes)
+}

@@ -1,0 +1,287 @@
+//! Cuts the suffix off a key: the longest that matches, anchored at the end.
+
+use crate::role::Role;
+
+/// Which half of a pair a float8 scale belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Half {
+    /// The down projection.
+    Down,
+    /// The up projection.
+    Up,
+}
+
+/// A key cut in two, with what the suffix says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cut<'k> {
+    /// The key up to the suffix: prefixes and path.
+    pub stem: &'k str,
+    /// What the tensor is.
+    pub role: Role,
+    /// PEFT's adapter names between the role and `.weight`; empty where there are none.
+    pub slot: &'k str,
+    /// For a float8 scale, the half it scales.
+    pub half: Option<Half>,
+    /// Whether the suffix is a pair's without `.weight`: Nunchaku's packed tensors look so.
+    pub bare: bool,
+}
+
+/// Most adapter names that may stand between a role and `.weight`.
+const MAX_SLOTS: usize = 2;
+
+/// Suffixes without an adapter name. Order does not matter: the longest match is taken.
+const FIXED: &[(&str, Role)] = &[
+    (".lora_down.weight", Role::Down),
+    (".lora_up.weight", Role::Up),
+    (".lora_down", Role::Down),
+    (".lora_up", Role::Up),
+    (".lora.down.weight", Role::Down),
+    (".lora.up.weight", Role::Up),
+    (".lora.down", Role::Down),
+    (".lora.up", Role::Up),
+    ("_lora.down.weight", Role::Down),
+    ("_lora.up.weight", Role::Up),
+    ("_lora.down", Role::Down),
+    ("_lora.up", Role::Up),
+    ("_lora_down.weight", Role::Down),
+    ("_lora_up.weight", Role::Up),
+    ("_lora_down", Role::Down),
+    ("_lora_up", Role::Up),
+    (".lora.A.weight", Role::Down),
+    (".lora.B.weight", Role::Up),
+    (".lora_linear_layer.down.weight", Role::Down),
+    (".lora_linear_layer.up.weight", Role::Up),
+    (".lora_mid.weight", Role::Mid),
+    (".alpha", Role::Alpha),
+    (".lora_alpha", Role::Alpha),
+    (".scale", Role::Scale),
+    (".dora_scale", Role::DoraScale),
+    (".magnitude", Role::DoraScale),
+    (".lokr_w1", Role::LokrW1),
+    (".lokr_w1_a", Role::LokrW1A),
+    (".lokr_w1_b", Role::LokrW1B),
+    (".lokr_w2", Role::LokrW2),
+    (".lokr_w2_a", Role::LokrW2A),
+    (".lokr_w2_b", Role::LokrW2B),
+    (".lokr_t2", Role::LokrT2),
+    (".hada_w1_a", Role::HadaW1A),
+    (".hada_w1_b", Role::HadaW1B),
+    (".hada_w2_a", Role::HadaW2A),
+    (".hada_w2_b", Role::HadaW2B),
+    (".hada_t1", Role::HadaT1),
+    (".hada_t2", Role::HadaT2),
+    (".a1.weight", Role::GloraA1),
+    (".a2.weight", Role::GloraA2),
+    (".b1.weight", Role::GloraB1),
+    (".b2.weight", Role::GloraB2),
+    (".bm.weight", Role::GloraBm),
+    (".oft_blocks", Role::OftBlocks),
+    (".rescale", Role::OftRescale),
+    (".oft_R.weight", Role::OftR),
+    (".oft_R.scaled_oft", Role::OftScaled),
+    (".on_input", Role::Ia3OnInput),
+    (".diff", Role::Diff),
+    (".diff_b", Role::DiffB),
+    (".w_norm", Role::WNorm),
+    (".b_norm", Role::BNorm),
+    (".set_weight", Role::SetWeight),
+    (".reshape_weight", Role::Reshape),
+    // Last, and only meaningful beside `.on_input`: the table of keys decides.
+    (".weight", Role::Ia3),
+];
+
+/// Cuts `key`, or `None` where no suffix of the grammar ends it.
+pub fn cut(key: &str) -> Option<Cut<'_>> {
+    cut_named(key).or_else(|| cut_fixed(key))
+}
+
+fn cut_fixed(key: &str) -> Option<Cut<'_>> {
+    let (suffix, role) = FIXED
+        .iter()
+        .filter(|(s, _)| key.ends_with(s))
+        .max_by_key(|(s, _)| s.len())?;
+    let stem = key.strip_suffix(suffix)?;
+    let bare = matches!(role, Role::Down | Role::Up) && !suffix.ends_with(".weight");
+    Some(Cut {
+        stem,
+        role: *role,
+        slot: "",
+        half: None,
+        bare,
+    })
+}
+
+/// Segments after which adapter names may follow, with the role and the half they name.
+fn named_segment(segment: &str) -> Option<(Role, Option<Half>)> {
+    Some(match segment {
+        "lora_A" | "lora_embedding_A" | "lora_down" => (Role::Down, Some(Half::Down)),
+        "lora_B" | "lora_embedding_B" | "lora_up" => (Role::Up, Some(Half::Up)),
+        "lora_magnitude_vector" => (Role::DoraScale, None),
+        _ => return None,
+    })
+}
+
+/// The forms with adapter names: the first role segment fixes the role, what lies between it and
+/// the last segment are names, whatever they are.
+fn cut_named(key: &str) -> Option<Cut<'_>> {
+    let mut start = 0;
+    for segment in key.split('.') {
+        if start > 0
+            && let Some((role, half)) = named_segment(segment)
+        {
+            let stem = key.get(..start - 1)?;
+            let tail = key.get(start + segment.len()..)?;
+            return finish_named(stem, segment, role, half, tail);
+        }
+        start += segment.len() + 1;
+    }
+    None
+}
+
+fn finish_named<'k>(
+    stem: &'k str,
+    segment: &str,
+    role: Role,
+    half: Option<Half>,
+    tail: &'k str,
+) -> Option<Cut<'k>> {
+    let cut = |role, slot, bare| {
+        Some(Cut {
+            stem,
+            role,
+            slot,
+            half: None,
+            bare,
+        })
+    };
+    let tail = tail.strip_prefix('.').unwrap_or(tail);
+    // What stands before the last segment: nothing, or names that each end in a dot.
+    let slots_of = |before: &'k str| {
+        let Some(names) = before.strip_suffix('.') else {
+            return Some("");
+        };
+        let well_formed =
+            names.split('.').count() <= MAX_SLOTS && names.split('.').all(|name| !name.is_empty());
+        well_formed.then_some(names)
+    };
+    if tail.is_empty() {
+        return cut(role, "", true);
+    }
+    if matches!(
+        tail,
+        "scale_weight" | "weight_scale" | "weight.scale_weight"
+    ) {
+        return half.map(|half| Cut {
+            stem,
+            role: Role::Fp8Scale,
+            slot: "",
+            half: Some(half),
+            bare: false,
+        });
+    }
+    if let Some(slot) = ends_in_segment(tail, "weight") {
+        return cut(role, slots_of(slot)?, false);
+    }
+    if segment == "lora_B"
+        && let Some(slot) = ends_in_segment(tail, "bias")
+    {
+        return cut(Role::UpBias, slots_of(slot)?, false);
+    }
+    // PEFT stores embedding halves and magnitudes as bare parameters named by the adapter.
+    let unweighted = matches!(
+        segment,
+        "lora_magnitude_vector" | "lora_embedding_A" | "lora_embedding_B"
+    );
+    if unweighted && !tail.contains('.') {
+        return cut(role, tail, true);
+    }
+    None
+}
+
+/// What precedes `segment` where the dotted `text` ends in it.
+fn ends_in_segment<'t>(text: &'t str, segment: &str) -> Option<&'t str> {
+    let before = text.strip_suffix(segment)?;
+    (before.is_empty() || before.ends_with('.')).then_some(before)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn roles(key: &str) -> Option<(&str, Role, &str)> {
+        cut(key).map(|c| (c.stem, c.role, c.slot))
+    }
+
+    #[test]
+    fn slots_are_any_names() {
+        assert_eq!(
+            roles("a.to_q.lora_A.weight"),
+            Some(("a.to_q", Role::Down, ""))
+        );
+        assert_eq!(
+            roles("a.to_q.lora_A.default.weight"),
+            Some(("a.to_q", Role::Down, "default"))
+        );
+        assert_eq!(
+            roles("a.to_q.lora_B.default_0.default.weight"),
+            Some(("a.to_q", Role::Up, "default_0.default"))
+        );
+        assert_eq!(
+            roles("a.to_q.lora_A.lora_edit.weight"),
+            Some(("a.to_q", Role::Down, "lora_edit"))
+        );
+        // Not forms of the grammar: what is left is a plain weight at a path that no module has.
+        for key in ["a.to_q.lora_A.1.2.3.weight", "a.to_q.lora_A..weight"] {
+            assert_eq!(cut(key).map(|c| c.role), Some(Role::Ia3), "{key}");
+        }
+        assert_eq!(
+            roles("a.to_q.lora_B.default.bias"),
+            Some(("a.to_q", Role::UpBias, "default"))
+        );
+    }
+
+    #[test]
+    fn anchored_at_the_end() {
+        assert_eq!(
+            roles("model.diffusion_model.x.diff"),
+            Some(("model.diffusion_model.x", Role::Diff, ""))
+        );
+        assert_eq!(roles("x.lora_Alpha"), None);
+        assert_eq!(roles("x.lora_alpha"), Some(("x", Role::Alpha, "")));
+        assert_eq!(roles("x.lokr_w1_a"), Some(("x", Role::LokrW1A, "")));
+        assert_eq!(roles("x.lokr_w1"), Some(("x", Role::LokrW1, "")));
+        assert_eq!(
+            roles("x_to_q_lora.up.weight"),
+            Some(("x_to_q", Role::Up, ""))
+        );
+        assert_eq!(
+            roles("x.lora_magnitude_vector.default.weight"),
+            Some(("x", Role::DoraScale, "default"))
+        );
+        assert_eq!(
+            roles("x.lora_magnitude_vector"),
+            Some(("x", Role::DoraScale, ""))
+        );
+        assert_eq!(
+            roles("x.lora_embedding_A.default"),
+            Some(("x", Role::Down, "default"))
+        );
+        assert_eq!(roles("nothing"), None);
+        assert_eq!(roles(""), None);
+    }
+
+    #[test]
+    fn scales_name_their_half() {
+        let scale = cut("x.lora_A.scale_weight").unwrap();
+        assert_eq!((scale.role, scale.half), (Role::Fp8Scale, Some(Half::Down)));
+        let scale = cut("x.lora_B.weight_scale").unwrap();
+        assert_eq!((scale.role, scale.half), (Role::Fp8Scale, Some(Half::Up)));
+    }
+
+    #[test]
+    fn bare_pairs_are_marked() {
+        assert!(cut("x.lora_down").unwrap().bare);
+        assert!(cut("x.lora_A").unwrap().bare);
+        assert!(!cut("x.lora_down.weight").unwrap().bare);
+    }
+}

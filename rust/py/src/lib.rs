@@ -1,0 +1,33 @@
+//! The extension module `qwenlora._core`: plain arguments in, core called, errors mapped.
+//!
+//! Users never import it; `python/qwenlora` does.
+
+#![expect(
+    clippy::needless_pass_by_value,
+    reason = "PyO3 hands over owned arguments"
+)]
+
+mod cli;
+mod error;
+mod file_plan;
+mod reader;
+mod stack_plan;
+
+use pyo3::prelude::*;
+
+/// Rust core of qwenlora.
+#[pymodule(gil_used = false)]
+mod _core {
+    #[pymodule_export]
+    use super::cli::run_keys;
+    #[pymodule_export]
+    use super::file_plan::{FilePlan, file_identity};
+    #[pymodule_export]
+    use super::reader::TensorReader;
+    #[pymodule_export]
+    use super::stack_plan::plan_stack;
+
+    #[allow(non_upper_case_globals, reason = "Python's name")]
+    #[pymodule_export]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}

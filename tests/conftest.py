@@ -1,0 +1,373 @@
+"""What the tests share: tiny emulated models, LoRA files in the making, and a view into a model."""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import qwenlora
+import torch
+from hypothesis import HealthCheck, settings
+from qwenlora import pack
+from qwenlora.emulation import EmulatedConfig, Precision, random_transformer
+from qwenlora.layout import LowRankSide
+from qwenlora.slots import BRANCH_DOWN, BRANCH_UP
+from safetensors.torch import save_file
+
+WIDTH = 128
+TEXT_WIDTH = 96
+IMAGE_CHANNELS = 64
+HIDDEN = 4 * WIDTH
+PLANES = 6
+
+_SLOW_INPUTS = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile(
+    "fast", max_examples=12, deadline=None, suppress_health_check=_SLOW_INPUTS
+)
+settings.register_profile(
+    "slow", max_examples=200, deadline=None, suppress_health_check=_SLOW_INPUTS
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The tensors are tiny and the machines shared: more threads only wait for each other.
+    torch.set_num_threads(1)
+    if config.getoption("--hypothesis-profile", default=None) is None:
+        settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+# ---- LoRA files ----
+
+
+class KeyStyle(enum.Enum):
+    """How a trainer spells a module's tensors."""
+
+    DIFFUSERS = "diffusers"
+    KOHYA = "kohya"
+
+    def stem(self, target: str) -> str:
+        if self is KeyStyle.DIFFUSERS:
+            return f"transformer.{target}"
+        return f"lora_unet_{target.replace('.', '_')}"
+
+    def key(self, target: str, role: str) -> str:
+        names = {
+            KeyStyle.DIFFUSERS: {"down": "lora_A.weight", "up": "lora_B.weight"},
+            KeyStyle.KOHYA: {"down": "lora_down.weight", "up": "lora_up.weight"},
+        }
+        return f"{self.stem(target)}.{names[self].get(role, role)}"
+
+
+_BLOCK_SIZES = {
+    "attn.to_qkv": (WIDTH, 3 * WIDTH),
+    "img_mod.1": (WIDTH, PLANES * WIDTH),
+    "txt_mod.1": (WIDTH, PLANES * WIDTH),
+    "img_mlp.net.0.proj": (WIDTH, HIDDEN),
+    "txt_mlp.net.0.proj": (WIDTH, HIDDEN),
+    "img_mlp.net.2": (HIDDEN, WIDTH),
+    "txt_mlp.net.2": (HIDDEN, WIDTH),
+}
+_TOP_SIZES = {
+    "img_in": (IMAGE_CHANNELS, WIDTH),
+    "txt_in": (TEXT_WIDTH, WIDTH),
+    "time_text_embed.timestep_embedder.linear_1": (256, WIDTH),
+    "time_text_embed.timestep_embedder.linear_2": (WIDTH, WIDTH),
+    "norm_out.linear": (WIDTH, 2 * WIDTH),
+    "proj_out": (WIDTH, 64),
+}
+_FUSED = {
+    "attn.to_q": ("attn.to_qkv", 0),
+    "attn.to_k": ("attn.to_qkv", 1),
+    "attn.to_v": ("attn.to_qkv", 2),
+    "attn.add_q_proj": ("attn.add_qkv_proj", 0),
+    "attn.add_k_proj": ("attn.add_qkv_proj", 1),
+    "attn.add_v_proj": ("attn.add_qkv_proj", 2),
+}
+BLOCK_TARGETS = (*_FUSED, "attn.to_out.0", "attn.to_add_out", *list(_BLOCK_SIZES)[1:])
+TOP_TARGETS = tuple(_TOP_SIZES)
+
+
+def _in_block(target: str) -> tuple[str, str]:
+    """Cut `transformer_blocks.N.` off; empty for a top-level target."""
+    if not target.startswith("transformer_blocks."):
+        return "", target
+    parts = target.split(".", 2)
+    return f"{parts[0]}.{parts[1]}.", parts[2]
+
+
+def sizes_of(target: str) -> tuple[int, int]:
+    """(in, out) of a module of the tiny models."""
+    block, name = _in_block(target)
+    return _BLOCK_SIZES.get(name, (WIDTH, WIDTH)) if block else _TOP_SIZES[name]
+
+
+def slot_of_target(target: str) -> tuple[str, int, int]:
+    """(slot's path, first row, rows) that a target's delta is added to."""
+    block, name = _in_block(target)
+    slot, part = _FUSED.get(name, (name, 0))
+    rows = sizes_of(target)[1]
+    return f"{block}{slot}", part * rows, rows
+
+
+class LoraDraft:
+    """A LoRA in the making: tensors under a trainer's keys, and the deltas they stand for."""
+
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        style: KeyStyle = KeyStyle.DIFFUSERS,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.deltas: dict[str, torch.Tensor] = {}
+        self._generator = torch.Generator().manual_seed(seed)
+        self._style = style
+        self._dtype = dtype
+
+    @classmethod
+    def full(cls, seed: int = 0, rank: int = 4, *, blocks: int = 1, **options) -> LoraDraft:
+        """Every linear of the first blocks and of the top level."""
+        draft = cls(seed, **options)
+        for block in range(blocks):
+            for name in BLOCK_TARGETS:
+                draft.add(f"transformer_blocks.{block}.{name}", rank)
+        for name in TOP_TARGETS:
+            draft.add(name, rank)
+        return draft
+
+    def key(self, target: str, role: str) -> str:
+        """The key of a module's tensor, e.g. `role` "down", "alpha", "diff_b"."""
+        return self._style.key(target, role)
+
+    def random(self, *shape: int) -> torch.Tensor:
+        """Values of the size that training leaves, in the file's dtype."""
+        return (0.1 * torch.randn(shape, generator=self._generator)).to(self._dtype)
+
+    def add(
+        self,
+        target: str,
+        rank: int,
+        *,
+        alpha: float | None = None,
+        down: torch.Tensor | None = None,
+        up: torch.Tensor | None = None,
+    ) -> LoraDraft:
+        """Add a plain pair; without alpha the scale is 1."""
+        inputs, outputs = sizes_of(target)
+        down = self.random(rank, inputs) if down is None else down
+        up = self.random(outputs, rank) if up is None else up
+        self.tensors[self.key(target, "down")] = down
+        self.tensors[self.key(target, "up")] = up
+        if alpha is not None:
+            self.tensors[self.key(target, "alpha")] = torch.tensor(alpha, dtype=torch.float32)
+        scale = 1.0 if alpha is None else alpha / rank
+        self.deltas[target] = scale * (up.double() @ down.double())
+        return self
+
+    def put(self, target: str, role: str, *shape: int) -> LoraDraft:
+        """Add another tensor of a module."""
+        self.tensors[self.key(target, role)] = self.random(*shape)
+        return self
+
+    def slot_delta(self, slot: str, shape: tuple[int, int]) -> torch.Tensor:
+        """The (out, in) float64 delta of one slot, rows in the file's order."""
+        delta = torch.zeros(shape, dtype=torch.float64)
+        for target, part in self.deltas.items():
+            path, begin, rows = slot_of_target(target)
+            if path == slot:
+                delta[begin : begin + rows] += part
+        return delta
+
+    def save(self, path: Path, metadata: dict[str, str] | None = None) -> Path:
+        """Write a safetensors file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {key: tensor.contiguous().clone() for key, tensor in self.tensors.items()}
+        save_file(tensors, str(path), metadata=metadata)
+        return path
+
+
+# ---- models ----
+
+
+def make_model(
+    *,
+    num_layers: int = 1,
+    rank: int = 32,
+    dtype: torch.dtype = torch.float32,
+    precision: Precision = Precision.EXACT,
+    seed: int = 0,
+):
+    """A tiny emulated transformer; in float32 it computes exactly what its weights say."""
+    config = EmulatedConfig(
+        num_layers=num_layers,
+        heads=2,
+        head_dim=WIDTH // 2,
+        axes_dims_rope=(16, 24, 24),
+        joint_attention_dim=TEXT_WIDTH,
+        rank=rank,
+        precision=precision,
+        dtype=dtype,
+    )
+    return random_transformer(config, seed=seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Everything that composing may change, copied.
+
+    Attributes:
+        tensors: Bytes, dtype and shape of every parameter and buffer.
+        structure: Module tree, attributes, buffers and hooks, module by module.
+    """
+
+    tensors: dict[str, tuple[torch.dtype, torch.Size, bytes]]
+    structure: dict[str, tuple[object, ...]]
+
+    def differences(self, other: Snapshot) -> list[str]:
+        """Names of what differs."""
+        found = []
+        for mine, its in ((self.tensors, other.tensors), (self.structure, other.structure)):
+            found += [name for name in {**mine, **its} if mine.get(name) != its.get(name)]
+        return found
+
+
+class ModelProbe:
+    """Looks into a model without the engine's help."""
+
+    @staticmethod
+    def tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from model.named_parameters()
+        yield from model.named_buffers()
+
+    def snapshot(self, model: torch.nn.Module) -> Snapshot:
+        """Copy what a comparison needs."""
+        tensors = {}
+        for name, tensor in self.tensors(model):
+            flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+            tensors[name] = (tensor.dtype, tensor.shape, flat.cpu().numpy().tobytes())
+        structure = {f"{path}:": _structure(module) for path, module in model.named_modules()}
+        structure["state_dict:"] = tuple(model.state_dict())
+        return Snapshot(tensors, structure)
+
+    def addresses(self, model: torch.nn.Module) -> dict[str, int]:
+        """Where every tensor lies."""
+        return {name: tensor.data_ptr() for name, tensor in self.tensors(model)}
+
+    def delta(self, model, path: str) -> torch.Tensor:
+        """The dense (out, in) float64 delta in a slot, rows in a file's order."""
+        module = model.get_submodule(path)
+        if hasattr(module, "proj_down"):
+            base = model.config.rank
+            down = pack.unpack_lowrank(module.proj_down.detach(), LowRankSide.DOWN)[base:]
+            up = pack.unpack_lowrank(module.proj_up.detach(), LowRankSide.UP)[:, base:]
+            return up.double() @ down.double()
+        down, up = (getattr(module, name, None) for name in (BRANCH_DOWN, BRANCH_UP))
+        if down is None or up is None:
+            return torch.zeros(1, dtype=torch.float64)
+        delta = up.double() @ down.double()
+        if getattr(module, "qweight", None) is None:
+            return delta
+        return pack.deinterleave_modulation(delta.float()).double()
+
+    def assert_holds(self, model, stack: list[tuple[LoraDraft, float]], *, within: float) -> None:
+        """Every slot holds exactly the sum of the drafts' deltas, relative to its norm."""
+        slots = {slot_of_target(target)[0] for draft, _ in stack for target in draft.deltas}
+        assert slots
+        for slot in slots:
+            measured = self.delta(model, slot)
+            shape = tuple(measured.shape)
+            wanted = sum(strength * draft.slot_delta(slot, shape) for draft, strength in stack)
+            error = float((measured - wanted).norm() / wanted.norm())
+            assert error <= within, f"{slot}: relative error {error:.2e}"
+
+    def output(self, model) -> torch.Tensor:
+        """The model's answer to one fixed input."""
+        generator = torch.Generator().manual_seed(1)
+        dtype = model.dtype
+        with torch.no_grad():
+            return model(
+                hidden_states=torch.randn(2, 12, IMAGE_CHANNELS, generator=generator).to(dtype),
+                encoder_hidden_states=torch.randn(2, 5, TEXT_WIDTH, generator=generator).to(dtype),
+                timestep=torch.tensor([0.7, 0.3]),
+                img_shapes=[[(1, 3, 4)]] * 2,
+            ).sample
+
+
+def _structure(module: torch.nn.Module) -> tuple[object, ...]:
+    hooks = [
+        tuple(getattr(module, name).values())
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    ]
+    return (
+        type(module),
+        tuple(module.__dict__),
+        tuple(module._modules),
+        tuple((name, p is None or p.requires_grad) for name, p in module._parameters.items()),
+        tuple(module._buffers),
+        frozenset(module._non_persistent_buffers_set),
+        tuple(hooks),
+        len(module._forward_hooks_with_kwargs),
+        len(module._forward_hooks_always_called),
+    )
+
+
+# ---- fixtures ----
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache() -> Iterator[None]:
+    """No test sees what another left in the process-wide caches."""
+    qwenlora.clear_cache()
+    yield
+    qwenlora.clear_cache()
+
+
+@pytest.fixture(scope="session", name="make_model")
+def _make_model():
+    """The factory `make_model`."""
+    return make_model
+
+
+@pytest.fixture(scope="session", name="Draft")
+def _draft() -> type[LoraDraft]:
+    """The class `LoraDraft`."""
+    return LoraDraft
+
+
+@pytest.fixture(scope="session")
+def kohya() -> KeyStyle:
+    """The other key style."""
+    return KeyStyle.KOHYA
+
+
+@pytest.fixture(scope="session")
+def probe() -> ModelProbe:
+    """The view into a model."""
+    return ModelProbe()
+
+
+@pytest.fixture
+def model():
+    """A tiny model of one block, never touched."""
+    return make_model()
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> tuple[Path, LoraDraft]:
+    """A file that trains every linear of the tiny model, and what it stands for."""
+    draft = LoraDraft.full(seed=1, rank=4)
+    return draft.save(tmp_path / "full.safetensors"), draft
