@@ -304,11 +304,16 @@ class _Work:
             self._tell("stage", self._staged)
             built.append(self._builder.build(target, plan))
             self._staged += 1
+        _require_finite(built)
         if unit.uniform:
             built = uniform(built)
-        prepared = [(slot_of(d.target).prepare(d.pairs, d.rank_added), d) for d in built]
-        _require_finite(prepared)
-        return [(change, _without_pairs(deltas)) for change, deltas in prepared]
+        return [
+            (
+                slot_of(deltas.target).prepare(deltas.pairs, deltas.rank_added),
+                _without_pairs(deltas),
+            )
+            for deltas in built
+        ]
 
     def _tell(self, phase: str, done: int) -> None:
         if self._progress is not None:
@@ -340,18 +345,20 @@ def _without_pairs(deltas: SlotDeltas) -> SlotDeltas:
     )
 
 
-def _require_finite(prepared: Sequence[tuple[Change, SlotDeltas]]) -> None:
-    """Raise where a new tensor holds NaN or infinity; one device synchronisation for all."""
-    flags = [
-        torch.stack([torch.isfinite(tensor).all() for tensor in change.tensors()]).all()
-        for change, deltas in prepared
-        if deltas.rank_added
+def _require_finite(built: Sequence[SlotDeltas]) -> None:
+    """Raise where a delta holds NaN or infinity; one device synchronisation for all."""
+    targets = [deltas.target for deltas in built for _ in deltas.pairs]
+    # Extremes propagate NaN and are one pass over memory, unlike isfinite.
+    extremes = [
+        torch.stack([*torch.aminmax(pair.down), *torch.aminmax(pair.up)])
+        for deltas in built
+        for pair in deltas.pairs
     ]
-    paths = [deltas.target for _, deltas in prepared if deltas.rank_added]
-    if not flags:
+    if not extremes:
         return
-    for target, finite in zip(paths, torch.stack(flags).tolist(), strict=True):
-        if not finite:
+    finite = torch.isfinite(torch.stack(extremes)).all(dim=1).tolist()
+    for target, ok in zip(targets, finite, strict=True):
+        if not ok:
             raise NonFiniteError(
                 f"`{target.path}` would hold NaN or infinity in {target.dtype}"
                 "\nhint: a LoRA of the stack is damaged, or its strength is too high"

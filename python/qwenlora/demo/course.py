@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -43,24 +44,40 @@ def run(folder: Path, *, kept: bool) -> int:
     """
     screen = Screen()
     screen.title()
+    with torch.no_grad(), _one_thread():
+        failures = _run(folder, kept, screen)
+    screen.verdict(failures)
+    return 1 if failures else 0
+
+
+def _run(folder: Path, kept: bool, screen: Screen) -> list[str]:
     started = time.perf_counter()
     dense = dense_model()
     model = emulated_model(dense)
     files = write_files(dense, folder)
     screen.setting(model, files, folder if kept else None, time.perf_counter() - started)
-    with torch.no_grad():
-        course = _Course(model, screen)
-        peft, lightning, kohya = files
-        course.compose("compose three", [(peft, 1.0), (lightning, 0.8), (kohya, -0.6)])
-        course.compose("change one strength", [(peft, 1.0), (lightning, 0.8), (kohya, 1.2)])
-        course.compose("remove one", [(peft, 1.0), (lightning, 0.8)])
-        course.reset()
-        rows, alpha = write_wrong_files(lightning, kohya, folder)
-        screen.mistakes()
-        course.mistake(rows, (Kind.MODULATION,))
-        course.mistake(alpha, (Kind.ATTENTION, Kind.MLP))
-    screen.verdict(course.failures)
-    return 1 if course.failures else 0
+    course = _Course(model, screen)
+    peft, lightning, kohya = files
+    course.compose("compose three", [(peft, 1.0), (lightning, 0.8), (kohya, -0.6)])
+    course.compose("change one strength", [(peft, 1.0), (lightning, 0.8), (kohya, 1.2)])
+    course.compose("remove one", [(peft, 1.0), (lightning, 0.8)])
+    course.reset()
+    rows, alpha = write_wrong_files(lightning, kohya, folder)
+    screen.mistakes()
+    course.mistake(rows, (Kind.MODULATION,))
+    course.mistake(alpha, (Kind.ATTENTION, Kind.MLP))
+    return course.failures
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch use one thread: on matrices this small, more would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Course:
@@ -105,7 +122,7 @@ class _Course:
         """Compose a wrong file into a copy and measure it against the right one."""
         model = copy.deepcopy(self._base)
         self._composed(model, [(wrong.path, 1.0)])
-        errors = [e for e in self._meter.errors(model, wrong.original.deltas) if e.kind in kinds]
+        errors = self._meter.errors(model, wrong.original.deltas, kinds)
         self._screen.mistake(wrong.mistake, errors)
         self.failures += [
             f"the measure does not see this in {row.kind.value}: {wrong.mistake}"

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,15 +84,23 @@ class Meter:
     def __init__(self, base: EmulatedQwenImageTransformer) -> None:
         self._base = base
         self._base_output = forward(base)
+        self._base_stored = {path: _stored(base.get_submodule(path)) for path, _ in _slots(base)}
 
-    def errors(self, model: EmulatedQwenImageTransformer, expected: Deltas) -> list[Errors]:
-        """Measure every slot of the model, in order of kinds."""
-        found: defaultdict[Kind, list[tuple[bool, float, float]]] = defaultdict(list)
+    def errors(
+        self,
+        model: EmulatedQwenImageTransformer,
+        expected: Deltas,
+        kinds: Sequence[Kind] = tuple(Kind),
+    ) -> list[Errors]:
+        """Measure every slot of these kinds, in their order."""
+        found: dict[Kind, list[tuple[bool, float, float]]] = {kind: [] for kind in kinds}
         left = set(expected)
         for path, kind in _slots(self._base):
             members = _members(path)
-            wanted = self._wanted(path, members, expected)
             left.difference_update(members)
+            if kind not in found:
+                continue
+            wanted = self._wanted(path, members, expected)
             if wanted is None:
                 found[kind].append((False, *self._untouched(model, path)))
             else:
@@ -107,7 +114,7 @@ class Meter:
                 slot=_worst(slot for _, slot, _ in rows),
                 output=_worst(output for _, _, output in rows),
             )
-            for kind, rows in sorted(found.items(), key=lambda item: list(Kind).index(item[0]))
+            for kind, rows in found.items()
         ]
 
     def moved(self, model: EmulatedQwenImageTransformer) -> float:
@@ -148,7 +155,7 @@ class Meter:
         _, base_output = _run(model, path, base)
         term = output.double() - base_output.double()
         return (
-            _relative(_stored(layer) - _stored(base), wanted),
+            _relative(_stored(layer) - self._base_stored[path], wanted),
             _relative(term, x.double() @ wanted.T),
         )
 

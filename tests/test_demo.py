@@ -1,0 +1,180 @@
+"""The demo passes as it is, and fails where the engine is made wrong."""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import dataclasses
+import importlib
+import re
+import sys
+
+import pytest
+import torch
+
+import qwenlora
+from qwenlora import deltas, pieces, slots
+from qwenlora.demo import course, main, measure, model
+
+STEPS = ("set-up", "1. compose three", "2. change one strength", "3. remove one", "4. reset")
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return model.dense_model()
+
+
+@pytest.fixture(scope="module")
+def emulated(dense):
+    return model.emulated_model(dense)
+
+
+@pytest.fixture(autouse=True)
+def _models_made_once(monkeypatch, dense, emulated):
+    monkeypatch.setattr(course, "dense_model", lambda: dense)
+    monkeypatch.setattr(course, "emulated_model", lambda _: copy.deepcopy(emulated))
+    qwenlora.clear_cache()
+    yield
+    qwenlora.clear_cache()
+
+
+def errors_shown(screen: str) -> list[float]:
+    """The numbers of the tables, without the section on mistakes."""
+    steps, _, _ = screen.partition("what mistakes would show")
+    return [float(n) for n in re.findall(r"\s(\d+\.\d+|inf|nan)(?=\s{2,}|\n)", _tables(steps))]
+
+
+def _tables(steps: str) -> str:
+    kinds = tuple(kind.value for kind in measure.Kind)
+    lines = [line for line in steps.splitlines() if line.strip().startswith(kinds)]
+    return "\n".join(lines) + "\n"
+
+
+def test_all_steps_within_bound(capsys, tmp_path):
+    threads = torch.get_num_threads()
+    assert main(["--keep", str(tmp_path / "kept")]) == 0
+    screen, talk = capsys.readouterr()
+    assert talk == ""
+    assert all(f"\n{step} " in screen for step in STEPS)
+    assert screen.endswith("all within bf16 rounding (1e-2); reset is bit-exact\n")
+    assert max(map(len, screen.splitlines())) <= 80
+    shown = errors_shown(screen)
+    assert len(shown) == 2 * (4 + 4 + 2)  # two numbers per kind that carries a delta
+    assert max(shown) <= measure.BOUND
+    assert screen.count("bit-exact") == 2 * 2 + 1
+    assert screen.count("; complete") == 3
+    assert re.search(r"modulation \(awq\) +1\.4\d +1\.4\d\n", screen)
+    assert re.search(r"mlp \(svdq\) +7\.00 +7\.00\n", screen)
+    assert torch.get_num_threads() == threads
+    # What is kept is what `qwenlora keys` reads.
+    for name in ("peft", "lightning", "kohya"):
+        keys = qwenlora.read_keys(tmp_path / "kept" / f"{name}.safetensors")
+        assert keys["verdict"] == "apply"
+
+
+def test_temporary_files_are_gone(capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(course, "run", lambda folder, *, kept: seen.append((folder, kept)) or 0)
+    assert main([]) == 0
+    folder, kept = seen[0]
+    assert not kept
+    assert not folder.exists()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_wrong_row_order_fails(capsys, monkeypatch):
+    monkeypatch.setattr(pieces, "interleave_modulation", lambda rows: rows)
+    assert main([]) == 1
+    screen = capsys.readouterr().out
+    assert "FAILED (bound 1e-2)\n" in screen
+    assert "step 1: modulation (awq) is off by 1.4" in screen
+    assert "step 1: attention" not in screen
+
+
+def test_wrong_scale_fails(capsys, monkeypatch):
+    right = deltas.scaled
+
+    def doubled(pair, strength, **where):
+        return right(pair, 2 * strength, **where)
+
+    monkeypatch.setattr(deltas, "scaled", doubled)
+    assert main([]) == 1
+    screen = capsys.readouterr().out
+    for kind in measure.Kind:
+        assert f"step 1: {kind.value} is off by 1\n" in screen
+
+
+def test_left_out_delta_and_inexact_reset_fail(capsys, monkeypatch):
+    right = slots.PackedSlot._joined
+
+    def joined(slot, current, added, rank_added):
+        result = right(slot, current, added, rank_added)
+        if slot.path.endswith("1.img_mlp.net.2"):
+            result.view(-1)[0] += 1
+        return result
+
+    monkeypatch.setattr(slots.PackedSlot, "_joined", joined)
+    assert main([]) == 1
+    screen = capsys.readouterr().out
+    assert "mlp (svdq) is off by" in screen
+    assert "DIFFERENCES: transformer_blocks.1.img_mlp.net.2.proj_down" in screen
+    assert "step 4: the reset is not bit-exact" in screen
+    assert "all within" not in screen
+
+
+def test_blind_measure_fails(capsys, monkeypatch):
+    right = measure.Meter.errors
+
+    def blind(meter, *args):
+        return [dataclasses.replace(row, slot=0.001) for row in right(meter, *args)]
+
+    monkeypatch.setattr(measure.Meter, "errors", blind)
+    assert main([]) == 1
+    assert "the measure does not see this in mlp (svdq)" in capsys.readouterr().out
+
+
+def test_refusal_is_one_line(capsys, monkeypatch):
+    def refuse(*_):
+        raise qwenlora.QwenLoraError("`x` is refused")
+
+    monkeypatch.setattr(course, "compose_loras", refuse)
+    assert main([]) == 1
+    assert capsys.readouterr().err == "qwenlora demo: `x` is refused\n"
+
+
+@pytest.mark.parametrize("package", ["diffusers", "peft"])
+def test_missing_extra_is_one_line(capsys, monkeypatch, package):
+    right = importlib.import_module
+
+    def without(name, *args):
+        if name.partition(".")[0] == package:
+            raise ModuleNotFoundError(f"No module named '{package}'", name=package)
+        return right(name, *args)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    monkeypatch.setattr(course, "dense_model", model.dense_model)
+    assert main([]) == 1
+    assert capsys.readouterr().err == (
+        "qwenlora demo: it needs diffusers and peft, run `pip install qwenlora[demo]` "
+        f"(No module named '{package}')\n"
+    )
+
+
+def test_importing_the_demo_is_cheap(monkeypatch):
+    right = builtins.__import__
+
+    def light(name, *args, **kwargs):
+        assert name.partition(".")[0] not in ("torch", "diffusers", "peft")
+        return right(name, *args, **kwargs)
+
+    monkeypatch.delitem(sys.modules, "qwenlora.demo")
+    monkeypatch.setattr(builtins, "__import__", light)
+    assert importlib.import_module("qwenlora.demo").main(["--help"]) == 0
+
+
+@pytest.mark.parametrize("args", [["--keep"], ["--what"], ["--keep", "a", "b"]])
+def test_usage(capsys, args):
+    assert main(args) == 64
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("usage: qwenlora demo [--keep DIR]")
