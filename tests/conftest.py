@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import qwenlora
 import torch
 from hypothesis import HealthCheck, settings
+from safetensors.torch import save_file
+
+import qwenlora
 from qwenlora import pack
 from qwenlora.emulation import EmulatedConfig, Precision, random_transformer
 from qwenlora.layout import LowRankSide
 from qwenlora.slots import BRANCH_DOWN, BRANCH_UP
-from safetensors.torch import save_file
 
 WIDTH = 128
 TEXT_WIDTH = 96

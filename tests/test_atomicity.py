@@ -6,8 +6,9 @@ import sys
 from contextlib import contextmanager
 
 import pytest
-import qwenlora
 import torch
+
+import qwenlora
 from qwenlora import Placement, slots
 from qwenlora.compose import _Composition
 from qwenlora.slots import PackedSlot, SideBranchSlot

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import qwenlora
 import torch
+
+import qwenlora
 from qwenlora import _core, cache, compat, compose, errors
 from qwenlora.emulation import Precision
 from qwenlora.plan import StackPlan
@@ -111,7 +112,7 @@ def test_other_forms_are_type_errors(item, model):
 
 @pytest.mark.parametrize("strength", [float("nan"), float("inf"), -float("inf")])
 def test_strengths_are_finite(strength, model, lora):
-    with pytest.raises(ValueError, match="strength is .*: it must be finite"):
+    with pytest.raises(ValueError, match=r"strength is .*: it must be finite"):
         qwenlora.compose_loras(model, (lora[0], strength))
 
 
@@ -290,9 +291,7 @@ def test_an_edited_file_is_composed_again(model, lora, probe, Draft):
     os.utime(path, ns=(later, later))
     assert qwenlora.compose_loras(model, path) is not first
     probe.assert_holds(model, [(Draft.full(seed=77, rank=4), 1.0)], within=EXACT)
-    assert not torch.equal(
-        probe.delta(model, "proj_out"), draft.slot_delta("proj_out", (64, 128))
-    )
+    assert not torch.equal(probe.delta(model, "proj_out"), draft.slot_delta("proj_out", (64, 128)))
 
 
 @pytest.mark.parametrize("moment", ["before reading", "while reading"])
@@ -544,7 +543,7 @@ def test_a_slot_that_something_else_changed(change, model, lora):
         lambda: qwenlora.reset_loras(model),
         lambda: qwenlora.compose_loras(model, lora[0]),
     ):
-        with pytest.raises(errors.ModelStateError, match="something else changed|reload"):
+        with pytest.raises(errors.ModelStateError, match=r"something else changed|reload"):
             call()
 
 
@@ -615,7 +614,10 @@ def test_strict_passes_what_is_whole(model, lora):
     ("name", "tensors"),
     [
         ("LoKr", {"lokr_w1": (4, 4), "lokr_w2": (32, 32)}),
-        ("LoHa", {f"hada_w{n}_{h}": (128, 4)[:: 1 if h == "a" else -1] for n in "12" for h in "ab"}),
+        (
+            "LoHa",
+            {f"hada_w{n}_{h}": (128, 4)[:: 1 if h == "a" else -1] for n in "12" for h in "ab"},
+        ),
         ("DoRA", {"down": (4, 128), "up": (128, 4), "dora_scale": (128,)}),
         (
             "GLoRA",

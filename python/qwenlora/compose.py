@@ -7,7 +7,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,6 +42,11 @@ _MARGIN_BYTES = 512 << 20
 """Device memory that WHOLE must leave free for AUTO to choose it: a forward needs room for its
 activations, and some drivers spill to host memory instead of failing."""
 
+_THIRDED = (
+    "its fused q, k, v are block-diagonal with an alpha of at most a third of the rank: if it seems"
+    " too weak, its converter copied alpha from one projection; use three times the strength"
+)
+
 
 def compose_loras(
     model: nn.Module,
@@ -70,7 +75,8 @@ def compose_loras(
         What was done.
 
     Raises:
-        LoraReadError: A file cannot be read, or changed meanwhile.
+        LoraReadError: A file cannot be read, or changed meanwhile; `LoraNotFoundError` where there
+            is none.
         LoraFileError: A file is malformed; `PickleFileError` where it is a pickle.
         OtherModelError: A LoRA is for another model.
         NothingToApplyError: Nothing of a LoRA can be applied.
@@ -336,13 +342,7 @@ def _units(plan: StackPlan, targets: Mapping[str, Target], state: AppliedState) 
 
 def _without_pairs(deltas: SlotDeltas) -> SlotDeltas:
     """The record of deltas whose tensors have been copied into place."""
-    return SlotDeltas(
-        target=deltas.target,
-        rank=deltas.rank,
-        rank_added=deltas.rank_added,
-        energy_lost=deltas.energy_lost,
-        zero=deltas.zero,
-    )
+    return replace(deltas, pairs=())
 
 
 def _require_finite(built: Sequence[SlotDeltas]) -> None:
@@ -389,13 +389,16 @@ def _lora_reports(
     reports = []
     for index, (spec, source) in enumerate(zip(specs, sources, strict=True)):
         zero = tuple(d.target.path for d in done if index in d.zero)
+        notes = list(source.plan.notes)
+        if any(index in deltas.thirded for deltas in done):
+            notes.append(_THIRDED)
         reports.append(
             LoraReport(
                 name=spec.title,
                 strength=spec.strength,
                 modules_applied=plan.applied_modules[index],
                 skipped=tuple(skip for skip in plan.skipped if skip.lora == index),
-                notes=tuple(source.plan.notes),
+                notes=tuple(notes),
                 zero_slots=zero,
                 all_zero=len(zero) == len(held[index]),
             )

@@ -36,6 +36,7 @@ class SlotDeltas:
         rank_added: Ranks that the slot will hold beyond its base.
         energy_lost: Share of the sum's energy that compression dropped; None if not compressed.
         zero: Indices of LoRAs whose delta here is all zero, hence left out exactly.
+        thirded: Indices of LoRAs whose alpha here may be a third of what is meant.
     """
 
     target: Target
@@ -44,6 +45,7 @@ class SlotDeltas:
     rank_added: int = 0
     energy_lost: float | None = None
     zero: tuple[int, ...] = ()
+    thirded: tuple[int, ...] = ()
 
 
 class DeltaBuilder:
@@ -66,9 +68,11 @@ class DeltaBuilder:
         """Read and scale one slot's pieces; without a plan the slot returns to its base."""
         if plan is None:
             return SlotDeltas(target)
-        pairs, zero = [], []
+        pairs, zero, thirded = [], [], []
         for lora, pieces in _by_lora(plan):
             pair = self._pair(lora, pieces, plan, target)
+            if pair.thirded:
+                thirded.append(lora)
             if pair.zero:
                 zero.append(lora)
                 continue
@@ -82,6 +86,7 @@ class DeltaBuilder:
             rank_added=sum(_rank_taken(pair, target) for pair in pairs),
             energy_lost=energy_lost,
             zero=tuple(zero),
+            thirded=tuple(thirded),
         )
 
     def _pair(self, lora: int, pieces: Sequence[Piece], plan: SlotPlan, target: Target) -> LoraPair:

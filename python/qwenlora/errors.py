@@ -8,6 +8,7 @@ from __future__ import annotations
 __all__ = [
     "BrokenPairError",
     "LoraFileError",
+    "LoraNotFoundError",
     "LoraReadError",
     "ModelStateError",
     "NonFiniteError",
@@ -28,6 +29,10 @@ class QwenLoraError(Exception):
 
 class LoraReadError(QwenLoraError, OSError):
     """A file cannot be opened or read, or changed while it was being read."""
+
+
+class LoraNotFoundError(LoraReadError, FileNotFoundError):
+    """There is no such file."""
 
 
 class LoraFileError(QwenLoraError, ValueError):

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["LoraPair", "ScaledPair", "fuse", "scaled", "unpacked"]
 
+QKV_PARTS = 3
+"""Projections that a fused attention linear is made of."""
+
 
 @dataclass(frozen=True)
 class LoraPair:
@@ -38,6 +41,8 @@ class LoraPair:
         rank: Ranks used; packed tensors hold `rank` rounded up to 16, the rest zero.
         packed: Whether `down` and `up` are in the packed layout.
         zero: Whether the delta is all zero.
+        thirded: Whether a fused file's `up` is block-diagonal while its scale is at most 1/3: a
+            converter that stacked q, k and v may have copied alpha from one of them.
     """
 
     down: Tensor
@@ -46,6 +51,7 @@ class LoraPair:
     rank: int
     packed: bool
     zero: bool
+    thirded: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +104,8 @@ def fuse(
     if slot.row_order is RowOrder.INTERLEAVED:
         up = interleave_modulation(up)
     zero = not (_has_value(down) and _has_value(up))
-    pair = LoraPair(down, up, scale, rank, packed=False, zero=zero)
+    thirded = len(pieces) == 1 and _is_thirded(pieces[0], up)
+    pair = LoraPair(down, up, scale, rank, packed=False, zero=zero, thirded=thirded)
     return _packed(pair) if slot.kind is SlotKind.SVDQ else pair
 
 
@@ -163,6 +170,7 @@ def _packed(pair: LoraPair) -> LoraPair:
         rank=pair.rank,
         packed=True,
         zero=pair.zero,
+        thirded=pair.thirded,
     )
 
 
@@ -181,6 +189,20 @@ def _stack_downs(downs: Sequence[Tensor]) -> tuple[list[int], Tensor]:
     if len(distinct) == 1:
         return starts, distinct[0][1]
     return starts, torch.cat([down for _, down in distinct])
+
+
+def _is_thirded(piece: Piece, up: Tensor) -> bool:
+    out, rank = up.shape
+    fused = piece.target.endswith(("to_qkv", "add_qkv_proj"))
+    if not fused or rank % QKV_PARTS or piece.scale * QKV_PARTS > 1:
+        return False
+    blocks = up.view(QKV_PARTS, out // QKV_PARTS, QKV_PARTS, rank // QKV_PARTS)
+    return not any(
+        _has_value(blocks[row, :, column])
+        for row in range(QKV_PARTS)
+        for column in range(QKV_PARTS)
+        if row != column
+    )
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:

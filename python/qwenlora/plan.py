@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qwenlora import _core
@@ -175,7 +175,7 @@ def plan_stack(
         ShapeMismatchError: With `strict`, a delta that does not fit.
         RankError: The limit leaves nothing, or a slot is full.
     """
-    slots = json.dumps([asdict(target.row) for target in targets])
+    slots = json.dumps([vars(target.row) for target in targets])
     wanted = {"max_rank": max_rank, "strict": strict, "modulation": options.modulation}
     return StackPlan.from_json(_core.plan_stack(list(items), slots, json.dumps(wanted)))
 

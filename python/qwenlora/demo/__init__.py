@@ -6,6 +6,7 @@ is computed from them in dense float64, without any code of the engine.
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -44,6 +45,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return _EXIT_USAGE
     try:
         return _run(keep)
+    except BrokenPipeError:
+        # The reader has seen enough; what is still buffered must not raise at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (MissingExtraError, QwenLoraError, OSError) as error:
         sys.stderr.write(f"qwenlora demo: {error}\n")
         return 1

@@ -1,4 +1,4 @@
-"""What the demo shows: plain text, 80 columns, no colour."""
+"""What the demo shows: plain ASCII text, 80 columns, no colour."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Screen:
             f" wide, int4 (W4A4) and bfloat16 in Nunchaku's layouts, base rank {BASE_RANK}."
         )
         self._text(
-            "LoRA files, each as large as the layers that it changes, "
-            + ("deleted at the end:" if kept is None else f"kept in {kept}:")
+            "LoRA files, drawn as strong as the layers they change, "
+            + ("deleted at the end:" if kept is None else f"for this width only, kept in {kept}:")
         )
         for file in files:
             self._line(f"    {file.path.stem:<10} {file.wrote}")
@@ -55,7 +55,7 @@ class Screen:
             self._line(f"    {'':<10} {file.example}")
         self._line()
         self._text(
-            "Errors are ‖measured - expected‖ / ‖expected‖, the worst of each kind of layer, of the"
+            "Errors are |measured - expected| / |expected|, the worst of each kind of layer, of the"
             " slot (unpacked) and of the layer's output. The expected is computed from the files in"
             " dense float64; for PEFT's file by PEFT. Slots that a stack leaves alone must be the"
             " base, bit for bit."
@@ -89,7 +89,7 @@ class Screen:
             )
         else:
             shown = ", ".join(different[:_MANY_DIFFERENCES])
-            more = ", …" if len(different) > _MANY_DIFFERENCES else ""
+            more = ", ..." if len(different) > _MANY_DIFFERENCES else ""
             self._text(f"after   {len(different)} DIFFERENCES: {shown}{more}", hanging=8)
         self._line()
 
@@ -132,7 +132,9 @@ class Screen:
             self._line(line)
 
     def _line(self, text: str = "") -> None:
-        sys.stdout.write(f"{text}\n")
+        # A kept folder's name may hold what the console cannot show.
+        encoding = sys.stdout.encoding or "utf-8"
+        sys.stdout.write(f"{text}\n".encode(encoding, "replace").decode(encoding))
         sys.stdout.flush()
 
 

@@ -3,6 +3,8 @@
 //! The classes live in `qwenlora.errors`, because a class that also extends a built-in can only be
 //! written in Python. Every variant is matched, so that a new one fails to compile.
 
+use std::io::ErrorKind;
+
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 use qwenlora_core::header::HeaderError;
@@ -29,7 +31,17 @@ fn source_class(error: &SourceError) -> &'static str {
             ..
         } => "PickleFileError",
         SourceError::Header { .. } => "LoraFileError",
-        _ => "LoraReadError",
+        SourceError::Io { source, .. } if source.kind() == ErrorKind::NotFound => {
+            "LoraNotFoundError"
+        }
+        SourceError::Io { .. }
+        | SourceError::Directory { .. }
+        | SourceError::NotAFile { .. }
+        | SourceError::Ended { .. }
+        | SourceError::Changed { .. }
+        | SourceError::NotAScalar { .. }
+        | SourceError::NoNumber { .. }
+        | SourceError::Range { .. } => "LoraReadError",
     }
 }
 
