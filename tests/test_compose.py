@@ -403,7 +403,7 @@ def _unusable(folder: Path, Draft):
     empty = folder / "empty"
     empty.mkdir()
     return {
-        "missing": (folder / "no.safetensors", errors.LoraReadError, "no.safetensors"),
+        "missing": (folder / "no.safetensors", errors.LoraNotFoundError, "no.safetensors"),
         "folder": (empty, errors.LoraReadError, "adapter_model"),
         "empty": (_write(folder / "0.safetensors", b""), errors.LoraFileError, "0.safetensors"),
         "malformed": (
@@ -430,6 +430,7 @@ def _unusable(folder: Path, Draft):
 
 
 _BUILT_IN = {
+    errors.LoraNotFoundError: FileNotFoundError,
     errors.LoraReadError: OSError,
     errors.LoraFileError: ValueError,
     errors.PickleFileError: ValueError,

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenlora import cache
-from qwenlora.deltas import DeltaBuilder, SlotDeltas, uniform
-from qwenlora.errors import NonFiniteError
+from qwenlora.deltas import DeltaBuilder, SlotDeltas, require_finite, uniform
 from qwenlora.plan import SlotPlan, StackPlan, plan_stack
 from qwenlora.report import ComposeReport, LoraReport, SlotReport
 from qwenlora.slots import Change, slot_of
@@ -173,9 +172,10 @@ class _Composition:
             return self._state.report
         units = _units(plan, targets, self._state)
         with contextlib.ExitStack() as closing:
-            fetchers = [source.open() for source in sources]
-            for fetcher in fetchers:
-                closing.callback(fetcher.close)
+            fetchers: list[TensorFetcher] = []
+            for source in sources:
+                fetchers.append(source.open())
+                closing.callback(fetchers[-1].close)
             builder = DeltaBuilder(
                 self._request.specs, sources, fetchers, cache_bytes=options.cache_bytes
             )
@@ -239,7 +239,7 @@ class _Composition:
         """Bring every slot to its base and say so."""
         for target in targets.values():
             slot = slot_of(target)
-            if slot.rank_added():
+            if not slot.is_base():
                 slot.restore()
         failure = f"{type(error).__name__}: {error}".splitlines()[0]
         report = ComposeReport((), (), 0, time.perf_counter() - self._started, failure=failure)
@@ -310,7 +310,7 @@ class _Work:
             self._tell("stage", self._staged)
             built.append(self._builder.build(target, plan))
             self._staged += 1
-        _require_finite(built)
+        require_finite(built)
         if unit.uniform:
             built = uniform(built)
         return [
@@ -343,26 +343,6 @@ def _units(plan: StackPlan, targets: Mapping[str, Target], state: AppliedState) 
 def _without_pairs(deltas: SlotDeltas) -> SlotDeltas:
     """The record of deltas whose tensors have been copied into place."""
     return replace(deltas, pairs=())
-
-
-def _require_finite(built: Sequence[SlotDeltas]) -> None:
-    """Raise where a delta holds NaN or infinity; one device synchronisation for all."""
-    targets = [deltas.target for deltas in built for _ in deltas.pairs]
-    # Extremes propagate NaN and are one pass over memory, unlike isfinite.
-    extremes = [
-        torch.stack([*torch.aminmax(pair.down), *torch.aminmax(pair.up)])
-        for deltas in built
-        for pair in deltas.pairs
-    ]
-    if not extremes:
-        return
-    finite = torch.isfinite(torch.stack(extremes)).all(dim=1).tolist()
-    for target, ok in zip(targets, finite, strict=True):
-        if not ok:
-            raise NonFiniteError(
-                f"`{target.path}` would hold NaN or infinity in {target.dtype}"
-                "\nhint: a LoRA of the stack is damaged, or its strength is too high"
-            )
 
 
 def _slot_report(deltas: SlotDeltas) -> SlotReport:

@@ -11,6 +11,7 @@ import torch
 
 from qwenlora import cache
 from qwenlora.compress import compress
+from qwenlora.errors import NonFiniteError
 from qwenlora.layout import RANK_MULTIPLE, LowRankSide, round_up
 from qwenlora.pack import pack_lowrank
 from qwenlora.pieces import LoraPair, ScaledPair, fuse, scaled, unpacked
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from qwenlora.spec import LoraSpec
     from qwenlora.targets import Target
 
-__all__ = ["DeltaBuilder", "SlotDeltas", "uniform"]
+__all__ = ["DeltaBuilder", "SlotDeltas", "require_finite", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,30 @@ def uniform(deltas: Sequence[SlotDeltas]) -> list[SlotDeltas]:
     return [replace(d, rank_added=rank) for d in deltas]
 
 
+def require_finite(built: Sequence[SlotDeltas]) -> None:
+    """Check the deltas of several slots with one device synchronisation.
+
+    Raises:
+        NonFiniteError: A delta holds NaN or infinity.
+    """
+    targets = [deltas.target for deltas in built for _ in deltas.pairs]
+    # Extremes propagate NaN and are one pass over memory, unlike isfinite.
+    extremes = [
+        torch.stack([*torch.aminmax(pair.down), *torch.aminmax(pair.up)])
+        for deltas in built
+        for pair in deltas.pairs
+    ]
+    if not extremes:
+        return
+    finite = torch.isfinite(torch.stack(extremes)).all(dim=1).tolist()
+    for target, ok in zip(targets, finite, strict=True):
+        if not ok:
+            raise NonFiniteError(
+                f"`{target.path}` would hold NaN or infinity in {target.dtype}"
+                "\nhint: a LoRA of the stack is damaged, or its strength is too high"
+            )
+
+
 def _by_lora(plan: SlotPlan) -> Iterator[tuple[int, list[Piece]]]:
     for lora, pieces in itertools.groupby(plan.pieces, key=lambda piece: piece.lora):
         yield lora, list(pieces)
@@ -138,6 +163,8 @@ def _within_limit(
         up = torch.cat([pair[1] for pair in factors], dim=1)
         energy_lost = None
     else:
+        # The decomposition would fail on them with a message that names nothing.
+        require_finite([SlotDeltas(target, tuple(pairs))])
         best = compress(factors, limit)
         down, up = best.down.to(target.dtype), best.up.to(target.dtype)
         energy_lost = best.energy_lost

@@ -103,7 +103,7 @@ def fuse(
         scale[piece.row_begin // piece.row_count, columns] = piece.scale
     if slot.row_order is RowOrder.INTERLEAVED:
         up = interleave_modulation(up)
-    zero = not (_has_value(down) and _has_value(up))
+    zero = _is_zero(down, up)
     thirded = len(pieces) == 1 and _is_thirded(pieces[0], up)
     pair = LoraPair(down, up, scale, rank, packed=False, zero=zero, thirded=thirded)
     return _packed(pair) if slot.kind is SlotKind.SVDQ else pair
@@ -187,7 +187,8 @@ def _stack_downs(downs: Sequence[Tensor]) -> tuple[list[int], Tensor]:
             end += down.shape[0]
         starts.append(start)
     if len(distinct) == 1:
-        return starts, distinct[0][1]
+        # A copy: what is read is a view of a buffer that holds the other tensors, too.
+        return starts, distinct[0][1].clone()
     return starts, torch.cat([down for _, down in distinct])
 
 
@@ -217,6 +218,15 @@ def _same_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
         return list(tensors)
     wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     return [tensor.to(wide) for tensor in tensors]
+
+
+def _is_zero(down: Tensor, up: Tensor) -> bool:
+    """Whether the product is zero: a zero half times an infinite one is not."""
+    halves = (down, up)
+    if all(_has_value(half) for half in halves):
+        return False
+    extremes = torch.stack([x for half in halves for x in torch.aminmax(half.to(torch.float32))])
+    return bool(torch.isfinite(extremes).all())
 
 
 def _has_value(tensor: Tensor) -> bool:

@@ -61,6 +61,9 @@ class Slot(Protocol):
     def rank_added(self) -> int:
         """Ranks beyond the base that are in place now."""
 
+    def is_base(self) -> bool:
+        """Whether nothing is in place, not even one half of a change that was interrupted."""
+
     def restore(self) -> None:
         """Put the base in place, even where the device has no memory left."""
 
@@ -102,6 +105,10 @@ class PackedSlot:
                 self._joined(up, [pair.up for pair in pairs], rank_added),
             ),
         )
+
+    def is_base(self) -> bool:
+        """Whether both factors have the base's rank."""
+        return all(getattr(self._module, name).shape[1] == self._base_rank for name in FACTORS)
 
     def restore(self) -> None:
         """Put the base in place; through the host where the device is full."""
@@ -200,6 +207,16 @@ class SideBranchSlot:
         """Ranks of the branch in place now."""
         down = self._module._buffers.get(BRANCH_DOWN)
         return 0 if down is None else int(down.shape[0])
+
+    def is_base(self) -> bool:
+        """Whether neither a buffer nor the hook is there."""
+        buffers = self._module._buffers
+        hooks = self._module._forward_hooks.values()
+        return (
+            BRANCH_DOWN not in buffers
+            and BRANCH_UP not in buffers
+            and (add_side_branch not in hooks)
+        )
 
     def restore(self) -> None:
         """Remove the branch."""

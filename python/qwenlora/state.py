@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from qwenlora.errors import ModelStateError
+import torch
+
+from qwenlora.errors import ModelStateError, UnsupportedModelError
 from qwenlora.report import ComposeReport
 
 if TYPE_CHECKING:
@@ -86,7 +88,16 @@ def write_state(model: nn.Module, state: AppliedState) -> None:
 
 
 def lock_of(model: nn.Module) -> threading.RLock:
-    """The one lock of a transformer."""
+    """The one lock of a transformer.
+
+    Raises:
+        UnsupportedModelError: The model is no module.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise UnsupportedModelError(
+            f"expected a transformer module, got {type(model).__name__}"
+            "\nhint: with a diffusers pipeline, pass `pipeline.transformer`"
+        )
     with _LOCKS_GUARD:
         return _LOCKS.setdefault(model, threading.RLock())
 

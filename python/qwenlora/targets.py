@@ -96,11 +96,6 @@ def find_targets(model: nn.Module, base_ranks: Mapping[str, int]) -> dict[str, T
         UnsupportedModelError: The model is no transformer with such layers.
         ModelStateError: A packed layer's tensors contradict each other.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise UnsupportedModelError(
-            f"expected a transformer module, got {type(model).__name__}"
-            "\nhint: with a diffusers pipeline, pass `pipeline.transformer`"
-        )
     if getattr(model, "offload_manager", None) is not None and getattr(model, "offload", False):
         raise UnsupportedModelError(
             "CPU offload is on, and composing under offload is not supported yet"
