@@ -59,7 +59,7 @@ OTHER_ROLES = ("diff", "diff_b", "up_bias", "reshape")
 
 DELTA_BOUND = 1e-6
 """Relative error of a slot's dense delta in float32, whatever the file's dtype: its values are
-exact in float32, so one rounding of the factor and one of each product remain (measured: 3.7e-8)."""
+exact in float32, so one rounding of the factor and one of each product remain; measured: 3.7e-8."""
 
 
 def names(adapter):

@@ -258,7 +258,6 @@ def _time_waves(timestep: torch.Tensor) -> torch.Tensor:
     # (B,) -> (B, 256): cosines, then sines
     half = TIME_CHANNELS // 2
     exponents = torch.arange(half, dtype=torch.float32, device=timestep.device) / half
-    # The model was trained with frequencies of the activation's dtype, phases of float32.
-    frequencies = torch.exp(-math.log(10000) * exponents).to(timestep.dtype)
-    phases = 1000 * (timestep.float()[:, None] * frequencies.float())
+    frequencies = torch.exp(-math.log(10000) * exponents)
+    phases = 1000 * (timestep.float()[:, None] * frequencies)
     return torch.cat([phases.cos(), phases.sin()], dim=-1).to(timestep.dtype)

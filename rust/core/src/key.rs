@@ -40,6 +40,8 @@ pub enum Foreign {
     Bookkeeping,
     /// The base model's own weight, saved with the adapter.
     BaseWeight,
+    /// A module's own weight or bias: this is (also) a checkpoint.
+    PlainWeight,
     /// A block that the model does not have.
     BlockOutOfRange,
     /// A module's tensor whose ending is not in the grammar.
@@ -57,6 +59,7 @@ impl Foreign {
             Self::Embedding => "embedding",
             Self::Bookkeeping => "bookkeeping",
             Self::BaseWeight => "base weight saved along",
+            Self::PlainWeight => "a checkpoint's weight",
             Self::BlockOutOfRange => "block index out of range",
             Self::UnknownForm => "unknown kind of tensor",
             Self::NotAModule => "not a transformer module",
@@ -154,6 +157,8 @@ fn foreign(key: &str) -> Foreign {
         Foreign::Embedding
     } else if starts(&["_aux.", "scaled_fp8", "__"]) || key.ends_with(".scaled_fp8") {
         Foreign::Bookkeeping
+    } else if key.strip_suffix(".bias").and_then(resolve).is_some() {
+        Foreign::PlainWeight
     } else if block_out_of_range(key) {
         Foreign::BlockOutOfRange
     } else if names_a_module(key) {

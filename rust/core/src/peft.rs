@@ -9,6 +9,7 @@ use std::marker::PhantomData;
 use regex_lite::{Regex, RegexBuilder};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 
+use crate::header::Quoted;
 use crate::role::Role;
 
 /// Metadata key under which diffusers stores the adapter's configuration.
@@ -41,8 +42,19 @@ pub enum ConfigError {
         /// Its length.
         count: usize,
     },
+    /// A pattern that is no regular expression that is understood here: look-around and back
+    /// references are not.
+    #[error("`{origin}` has a pattern in `{field}` that is not understood: {pattern}")]
+    Pattern {
+        /// Where the JSON stood.
+        origin: String,
+        /// The table.
+        field: &'static str,
+        /// The pattern.
+        pattern: Quoted,
+    },
     /// An alpha that is not a number to scale with.
-    #[error("`{origin}` has `{field}`: {value}, which is not a finite number")]
+    #[error("`{origin}` has {field}: {value}, which is not a finite number")]
     NonFinite {
         /// Where the JSON stood.
         origin: String,
@@ -173,16 +185,24 @@ fn patterns(
     table
         .into_iter()
         .map(|(text, value)| {
-            if value.is_finite() {
-                Ok((Pattern::new(&text), value))
-            } else {
-                let field = format!("{field}.{text}");
-                Err(ConfigError::NonFinite {
-                    origin: origin.to_owned(),
+            let origin = origin.to_owned();
+            if !value.is_finite() {
+                let field = format!("{field}.{}", Quoted::new(&text));
+                return Err(ConfigError::NonFinite {
+                    origin,
                     field,
                     value,
-                })
+                });
             }
+            let pattern = Pattern::new(&text).ok_or_else(|| {
+                let pattern = Quoted::new(&text);
+                ConfigError::Pattern {
+                    origin,
+                    field,
+                    pattern,
+                }
+            })?;
+            Ok((pattern, value))
         })
         .collect()
 }
@@ -198,16 +218,16 @@ enum Pattern {
 }
 
 impl Pattern {
-    fn new(text: &str) -> Self {
+    fn new(text: &str) -> Option<Self> {
         let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '.';
         if text.chars().all(plain) {
-            return Self::Plain(text.to_owned());
+            return Some(Self::Plain(text.to_owned()));
         }
-        // An expression that does not compile is compared as the text it is.
         RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{text})$"))
             .size_limit(MAX_PATTERN_BYTES)
             .build()
-            .map_or_else(|_| Self::Plain(text.to_owned()), Self::Regex)
+            .ok()
+            .map(Self::Regex)
     }
 
     fn matches(&self, path: &str) -> bool {
@@ -327,8 +347,13 @@ mod tests {
     }
 
     #[test]
-    fn an_expression_that_does_not_compile_is_text() {
-        assert!(Pattern::new("(").matches("("));
-        assert!(!Pattern::new("(").matches("img_in"));
+    fn an_expression_that_is_not_understood_is_refused() {
+        let json = r#"{"lora_alpha": 8, "alpha_pattern": {"(?!x)to_q": 4}}"#;
+        let error = AdapterConfig::parse("adapter_config.json", json).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "`adapter_config.json` has a pattern in `alpha_pattern` that is not understood: \
+             `(?!x)to_q`"
+        );
     }
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::adapter::Adapter;
 use crate::header::Quoted;
+use crate::key::Foreign;
 use crate::lookalike;
 use crate::model::{self, Model};
 use crate::module::{self, Fit, Module, ModuleError};
@@ -565,7 +566,7 @@ fn nothing_found(table: &KeyTable, lookalike: Option<&str>) -> String {
     let plain = table
         .entries()
         .iter()
-        .any(|e| e.reason == Some(Reason::PlainWeight));
+        .any(|e| e.reason == Some(Reason::Foreign(Foreign::PlainWeight)));
     match lookalike {
         _ if table.entries().is_empty() => "the file holds no tensor".to_owned(),
         _ if plain => "a checkpoint, not a LoRA: it holds whole weights".to_owned(),

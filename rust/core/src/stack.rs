@@ -446,7 +446,10 @@ impl Planner<'_> {
 
     fn finish(self, applied_modules: Vec<usize>) -> Result<StackPlan, StackError> {
         let mut slots = Vec::new();
-        for (slot, pieces) in self.slots.iter().zip(self.pieces) {
+        for (slot, mut pieces) in self.slots.iter().zip(self.pieces) {
+            // By rows, not by the order of keys: the same LoRA gives the same tensors from a file
+            // and from a state dict.
+            pieces.sort_by_key(|piece| (piece.lora, piece.row_begin));
             if !pieces.is_empty() {
                 slots.push((slot, slot_plan(slot, pieces, self.options.max_rank)?));
             }

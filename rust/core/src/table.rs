@@ -40,17 +40,13 @@ pub enum Reason {
     SecondAdapter(String),
     /// A bias delta for a module without bias.
     NoBias,
-    /// The module's own weight: this is (also) a checkpoint.
-    PlainWeight,
 }
 
 impl Reason {
     /// The reason in reports.
     pub fn text(&self) -> String {
         match self {
-            Self::Foreign(_) | Self::SplitPreferred | Self::NoBias | Self::PlainWeight => {
-                self.kind().to_owned()
-            }
+            Self::Foreign(_) | Self::SplitPreferred | Self::NoBias => self.kind().to_owned(),
             Self::DuplicateOf(key) => format!("the same tensor as {}", Quoted::new(key)),
             Self::SecondAdapter(slot) => {
                 format!("second adapter {} of this module", Quoted::new(slot))
@@ -66,7 +62,6 @@ impl Reason {
             Self::SplitPreferred => "the file holds this module's parts as well",
             Self::SecondAdapter(_) => "a second adapter of its module",
             Self::NoBias => "module has no bias",
-            Self::PlainWeight => "a checkpoint's weight",
         }
     }
 
@@ -83,7 +78,7 @@ impl Reason {
         match self {
             Self::Foreign(foreign) => foreign.is_harmless(),
             Self::DuplicateOf(_) | Self::SplitPreferred => true,
-            Self::SecondAdapter(_) | Self::NoBias | Self::PlainWeight => false,
+            Self::SecondAdapter(_) | Self::NoBias => false,
         }
     }
 }
@@ -190,7 +185,7 @@ impl KeyTable {
         let ia3 = self.modules_with(Role::Ia3OnInput);
         for entry in self.entries.iter_mut().filter(|e| e.role == Role::Ia3) {
             if entry.target.is_some_and(|target| !ia3.contains(&target)) {
-                entry.ignore(Reason::PlainWeight);
+                entry.ignore(Reason::Foreign(Foreign::PlainWeight));
             }
         }
     }
