@@ -214,13 +214,14 @@ class _Same:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
-        # Inference tensors do not count their changes.
-        self._version = -1 if tensor.is_inference() else tensor._version
+        # Inference tensors do not count their changes: they are never known to be the same.
+        self._version = None if tensor.is_inference() else tensor._version
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, _Same)
             and self._tensor is other._tensor
+            and self._version is not None
             and self._version == other._version
         )
 
