@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 
 import qwenlora
-from qwenlora import pack
+from qwenlora import _core, pack
 from qwenlora.emulation import EmulatedConfig, Precision, random_transformer
 from qwenlora.layout import LowRankSide
 from qwenlora.slots import BRANCH_DOWN, BRANCH_UP
@@ -372,3 +372,48 @@ def lora(tmp_path: Path) -> tuple[Path, LoraDraft]:
     """A file that trains every linear of the tiny model, and what it stands for."""
     draft = LoraDraft.full(seed=1, rank=4)
     return draft.save(tmp_path / "full.safetensors"), draft
+
+
+class Reads:
+    """Counts what is read of files: plans and tensors."""
+
+    def __init__(self) -> None:
+        self.plans = 0
+        self.tensors = 0
+        self.open = 0
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    counted = Reads()
+    plan, reader = _core.FilePlan, _core.TensorReader
+
+    class CountingPlan:
+        from_tensors = plan.from_tensors
+
+        @staticmethod
+        def read(path):
+            counted.plans += 1
+            return plan.read(path)
+
+    class CountingReader:
+        def __init__(self, path):
+            self._reader = reader(path)
+            self._closed = False
+            counted.open += 1
+
+        def __getattr__(self, name):
+            return getattr(self._reader, name)
+
+        def read_into(self, ranges, dest, *, threads):
+            counted.tensors += len(ranges)
+            return self._reader.read_into(ranges, dest, threads=threads)
+
+        def close(self):
+            counted.open -= not self._closed
+            self._closed = True
+            self._reader.close()
+
+    monkeypatch.setattr(_core, "FilePlan", CountingPlan)
+    monkeypatch.setattr(_core, "TensorReader", CountingReader)
+    return counted

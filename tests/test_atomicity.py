@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 import qwenlora
 from qwenlora import Placement, slots
-from qwenlora.compose import _Composition
+from qwenlora.errors import ModelStateError
+from qwenlora.placement import Journal
 from qwenlora.slots import PackedSlot, SideBranchSlot
 from qwenlora.spec import ComposeOptions
 from qwenlora.state import read_state
@@ -337,18 +339,74 @@ def test_an_error_between_the_two_halves_of_a_slot(
 def test_an_error_in_the_last_step_undoes_all(model, lora, probe, monkeypatch):
     report = qwenlora.compose_loras(model, lora[0])
     before = probe.snapshot(model)
-    finisher = _Composition._finisher
+    done = Journal.done
 
-    def failing(self, *args):
-        finish = finisher(self, *args)
+    def failing(self, state):
+        done(self, state)
+        raise RuntimeError("injected after the record was written")
 
-        def finish_and_fail(done):
-            raise RuntimeError(f"injected after {len(done)} slots, before {finish}")
-
-        return finish_and_fail
-
-    monkeypatch.setattr(_Composition, "_finisher", failing)
+    monkeypatch.setattr(Journal, "done", failing)
     with pytest.raises(RuntimeError, match="injected after"):
         qwenlora.compose_loras(model, (lora[0], 0.5))
     assert probe.snapshot(model).differences(before) == []
     assert qwenlora.applied(model) is report
+
+
+@pytest.mark.parametrize("placement", [Placement.WHOLE, Placement.BY_PATH])
+@pytest.mark.parametrize("from_base", [True, False])
+def test_a_second_interruption_while_cleaning_up_loses_nothing(
+    placement, from_base, model, lora, probe, monkeypatch
+):
+    """What even the cleaning up could not do, the next call does first."""
+    base = probe.snapshot(model)
+    if not from_base:
+        qwenlora.compose_loras(model, (lora[0], 0.25))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "done", interrupted)
+        patch.setattr(Journal, "to_base", interrupted)
+        patch.setattr(Journal, "undone", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            qwenlora.compose_loras(model, lora[0], options=ComposeOptions(placement=placement))
+    assert not qwenlora.applied(model).complete
+    assert "interrupted" in qwenlora.applied(model).summary()
+    qwenlora.reset_loras(model)
+    assert probe.snapshot(model).differences(base) == []
+
+
+def test_composing_within_composing_raises(model, lora, probe):
+    before = probe.snapshot(model)
+
+    def progress(phase, done, total):
+        qwenlora.compose_loras(model, [])
+
+    with pytest.raises(ModelStateError, match="this very thread"):
+        qwenlora.compose_loras(model, lora[0], options=ComposeOptions(progress=progress))
+    assert probe.snapshot(model).differences(before) == []
+    qwenlora.compose_loras(model, lora[0])
+
+
+def test_threads_wait_for_each_other(model, lora, probe):
+    base = probe.snapshot(model)
+    strengths = [0.1 * (i + 1) for i in range(8)]
+    errors = []
+
+    def work(strength):
+        try:
+            for _ in range(5):
+                qwenlora.compose_loras(model, (lora[0], strength))
+        except Exception as error:  # noqa: BLE001 - whatever it is, it fails the test
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(s,)) for s in strengths]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert qwenlora.applied(model).loras[0].strength in strengths
+    qwenlora.reset_loras(model)
+    assert probe.snapshot(model).differences(base) == []

@@ -6,17 +6,19 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from qwenlora import cache
-from qwenlora.deltas import DeltaBuilder, SlotDeltas, require_finite, uniform
-from qwenlora.plan import SlotPlan, StackPlan, plan_stack
+from qwenlora.deltas import DeltaBuilder, SlotDeltas
+from qwenlora.errors import RankError
+from qwenlora.placement import Journal, Placer, path_units, restore_all
+from qwenlora.plan import StackPlan, plan_stack
 from qwenlora.report import ComposeReport, LoraReport, SlotReport
-from qwenlora.slots import Change, slot_of
+from qwenlora.slots import slot_of
 from qwenlora.source import LoraSource, TensorFetcher, open_source
 from qwenlora.spec import ComposeOptions, Item, LoraSpec, Placement, as_specs
 from qwenlora.state import (
@@ -28,7 +30,7 @@ from qwenlora.state import (
     read_state,
     write_state,
 )
-from qwenlora.targets import Target, find_targets, pattern
+from qwenlora.targets import Target, find_targets, transformer_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,6 +89,8 @@ def compose_loras(
         UnsupportedModelError: The model has no slots.
         ModelStateError: Something else changed the model's slots.
     """
+    _check_max_rank(max_rank)
+    model = transformer_of(model)
     request = _Request(as_specs(loras), max_rank, strict, options or ComposeOptions())
     # Tensors that outlive the call must not be inference tensors, whatever mode the caller is in.
     with lock_of(model), torch.inference_mode(False), torch.no_grad():
@@ -108,6 +112,7 @@ def applied(model: nn.Module) -> ComposeReport:
     Raises:
         ModelStateError: Something else changed the model's slots.
     """
+    model = transformer_of(model)
     with lock_of(model):
         state = read_state(model)
         _checked_targets(model, state)
@@ -116,9 +121,19 @@ def applied(model: nn.Module) -> ComposeReport:
 
 def _checked_targets(model: nn.Module, state: AppliedState) -> dict[str, Target]:
     targets = find_targets(model, state.base_ranks)
-    in_place = {p: slot_of(targets[p]).rank_added() for p in state.records if p in targets}
-    check_intact(state, in_place)
+    if not state.in_flight:
+        in_place = {p: slot_of(targets[p]).rank_added() for p in state.records if p in targets}
+        check_intact(state, in_place)
     return targets
+
+
+def _check_max_rank(max_rank: object) -> None:
+    if max_rank is None:
+        return
+    if isinstance(max_rank, bool) or not isinstance(max_rank, int):
+        raise TypeError(f"max_rank is {max_rank!r}: it is a whole number or None")
+    if max_rank < 1:
+        raise RankError(f"max_rank is {max_rank}: it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -141,14 +156,6 @@ class _Request:
         return (loras, self.max_rank, self.options.modulation)
 
 
-@dataclass
-class _Unit:
-    """Slots of one path over all blocks: what is built at a time."""
-
-    uniform: bool = False
-    members: list[tuple[Target, SlotPlan | None]] = field(default_factory=list)
-
-
 class _Composition:
     """One call: everything is planned and checked before the model is touched."""
 
@@ -165,12 +172,14 @@ class _Composition:
             open_source(spec, cache.plans, threads=options.threads) for spec in self._request.specs
         ]
         stack = self._request.stack_key(sources)
-        targets = _checked_targets(self._model, self._state)
-        # Planned even where the stack is in place already: what `strict` raises, it raises always.
-        plan = self._plan(sources, targets)
-        if stack == self._state.stack:
+        targets = self._targets()
+        unchanged = stack == self._state.stack
+        if unchanged and not self._request.strict:
             return self._state.report
-        units = _units(plan, targets, self._state)
+        # Also where the stack is in place already: what `strict` raises, it raises always.
+        plan = self._plan(sources, targets)
+        if unchanged:
+            return self._state.report
         with contextlib.ExitStack() as closing:
             fetchers: list[TensorFetcher] = []
             for source in sources:
@@ -179,15 +188,23 @@ class _Composition:
             builder = DeltaBuilder(
                 self._request.specs, sources, fetchers, cache_bytes=options.cache_bytes
             )
-            work = _Work(units, builder, fetchers, options)
-            finish = self._finisher(stack, plan, sources)
-            if self._is_whole(plan, targets):
-                work.place_whole(finish)
-            else:
-                work.place_by_path(finish, fall_back=lambda error: self._fall_back(targets, error))
+            journal = Journal(self._model, targets, self._state)
+            units = path_units(plan, targets, self._state)
+            placer = Placer(units, builder, fetchers, options, journal)
+            place = placer.whole if self._is_whole(plan, targets) else placer.by_path
+            place(lambda done: self._state_of(stack, plan, sources, done))
         report = read_state(self._model).report
         _log.info("%s", report.summary())
         return report
+
+    def _targets(self) -> dict[str, Target]:
+        """The model's slots, after cleaning up what an earlier call could not."""
+        targets = _checked_targets(self._model, self._state)
+        if self._state.in_flight:
+            restore_all(targets)
+            self._state = EMPTY
+            write_state(self._model, EMPTY)
+        return targets
 
     def _plan(self, sources: Sequence[LoraSource], targets: Mapping[str, Target]) -> StackPlan:
         request = self._request
@@ -214,135 +231,27 @@ class _Composition:
         base = sum(target.base_bytes for target in targets.values())
         return plan.added_bytes + base + _MARGIN_BYTES < free
 
-    def _finisher(
-        self, stack: Hashable, plan: StackPlan, sources: Sequence[LoraSource]
-    ) -> Callable[[Sequence[SlotDeltas]], None]:
-        def finish(done: Sequence[SlotDeltas]) -> None:
-            if not sources:
-                write_state(self._model, EMPTY)
-                return
-            composed = [deltas for deltas in done if deltas.rank_added]
-            records = {
-                d.target.path: SlotRecord(d.target.row.base_rank, d.rank_added) for d in composed
-            }
-            report = ComposeReport(
-                loras=_lora_reports(self._request.specs, sources, plan, done),
-                slots=tuple(_slot_report(deltas) for deltas in composed),
-                added_bytes=sum(d.target.rank_bytes * d.rank_added for d in composed),
-                seconds=time.perf_counter() - self._started,
-            )
-            write_state(self._model, AppliedState(stack=stack, records=records, report=report))
-
-        return finish
-
-    def _fall_back(self, targets: Mapping[str, Target], error: BaseException) -> None:
-        """Bring every slot to its base and say so."""
-        for target in targets.values():
-            slot = slot_of(target)
-            if not slot.is_base():
-                slot.restore()
-        failure = f"{type(error).__name__}: {error}".splitlines()[0]
-        report = ComposeReport((), (), 0, time.perf_counter() - self._started, failure=failure)
-        write_state(self._model, AppliedState(stack=None, report=report))
-
-
-class _Work:
-    """Builds units and puts them in place, in one of the two ways."""
-
-    def __init__(
+    def _state_of(
         self,
-        units: Sequence[_Unit],
-        builder: DeltaBuilder,
-        fetchers: Sequence[TensorFetcher],
-        options: ComposeOptions,
-    ) -> None:
-        self._units = units
-        self._builder = builder
-        self._fetchers = fetchers
-        self._progress = options.progress
-        self._total = sum(len(unit.members) for unit in units)
-        self._staged = 0
-        self._written = 0
-
-    def place_whole(self, finish: Callable[[Sequence[SlotDeltas]], None]) -> None:
-        """Build everything beside the old stack, then move all pointers, or none."""
-        prepared = [pair for unit in self._units for pair in self._prepare(unit)]
-        for fetcher in self._fetchers:
-            fetcher.finish()
-        begun: list[Change] = []
-        try:
-            for change, _ in prepared:
-                self._tell("write", self._written)
-                begun.append(change)
-                change.make()
-                self._written += 1
-            finish([deltas for _, deltas in prepared])
-        except BaseException:
-            for change in reversed(begun):
-                change.unmake()
-            raise
-
-    def place_by_path(
-        self,
-        finish: Callable[[Sequence[SlotDeltas]], None],
-        *,
-        fall_back: Callable[[BaseException], None],
-    ) -> None:
-        """One path at a time, old tensors let go as it goes; an error ends in the bare base."""
-        done: list[SlotDeltas] = []
-        try:
-            for unit in self._units:
-                for change, deltas in self._prepare(unit):
-                    self._tell("write", self._written)
-                    change.make()
-                    self._written += 1
-                    done.append(_without_pairs(deltas))
-            for fetcher in self._fetchers:
-                fetcher.finish()
-            finish(done)
-        except BaseException as error:
-            fall_back(error)
-            raise
-
-    def _prepare(self, unit: _Unit) -> list[tuple[Change, SlotDeltas]]:
-        built = []
-        for target, plan in unit.members:
-            self._tell("stage", self._staged)
-            built.append(self._builder.build(target, plan))
-            self._staged += 1
-        require_finite(built)
-        if unit.uniform:
-            built = uniform(built)
-        return [
-            (
-                slot_of(deltas.target).prepare(deltas.pairs, deltas.rank_added),
-                _without_pairs(deltas),
-            )
-            for deltas in built
-        ]
-
-    def _tell(self, phase: str, done: int) -> None:
-        if self._progress is not None:
-            self._progress(phase, done, self._total)
-
-
-def _units(plan: StackPlan, targets: Mapping[str, Target], state: AppliedState) -> list[_Unit]:
-    """Group by path the slots that change: planned ones, and those that lose their deltas."""
-    plans = {slot.path: slot for slot in plan.slots}
-    grouped = {path for group in plan.groups for path in group.slots}
-    units: dict[str, _Unit] = defaultdict(_Unit)
-    for path, target in targets.items():
-        if path in plans or path in grouped or path in state.records:
-            # Slots of other blocks that stay on the device take no part in a buffer's rank.
-            key = f"{pattern(path)} {path in grouped}"
-            units[key].uniform = path in grouped
-            units[key].members.append((target, plans.get(path)))
-    return list(units.values())
-
-
-def _without_pairs(deltas: SlotDeltas) -> SlotDeltas:
-    """The record of deltas whose tensors have been copied into place."""
-    return replace(deltas, pairs=())
+        stack: Hashable,
+        plan: StackPlan,
+        sources: Sequence[LoraSource],
+        done: Sequence[SlotDeltas],
+    ) -> AppliedState:
+        """What is in the model when all of `done` is in place."""
+        if not sources:
+            return EMPTY
+        composed = [deltas for deltas in done if deltas.rank_added]
+        records = {
+            d.target.path: SlotRecord(d.target.row.base_rank, d.rank_added) for d in composed
+        }
+        report = ComposeReport(
+            loras=_lora_reports(self._request.specs, sources, plan, done),
+            slots=tuple(_slot_report(deltas) for deltas in composed),
+            added_bytes=sum(d.target.rank_bytes * d.rank_added for d in composed),
+            seconds=time.perf_counter() - self._started,
+        )
+        return AppliedState(stack=stack, records=records, report=report)
 
 
 def _slot_report(deltas: SlotDeltas) -> SlotReport:

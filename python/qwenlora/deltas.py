@@ -94,9 +94,10 @@ class DeltaBuilder:
         source = self._sources[lora]
         if not source.cacheable:
             return fuse(pieces, plan, target, self._fetchers[lora])
-        # The same file may meet models of other sizes and row orders.
-        layout = (plan.path, plan.kind, plan.row_order, target.row.out_features)
-        key = (source.identity, layout)
+        # The same file may meet models of other sizes and row orders, of which other parts fit.
+        sizes = (target.row.in_features, target.row.out_features)
+        parts = tuple((piece.target, piece.row_begin) for piece in pieces)
+        key = (source.identity, plan.path, plan.kind, plan.row_order, sizes, parts)
         pair = cache.pieces.get(key)
         if pair is None:
             pair = fuse(pieces, plan, target, self._fetchers[lora])
@@ -165,7 +166,10 @@ def _within_limit(
     else:
         # The decomposition would fail on them with a message that names nothing.
         require_finite([SlotDeltas(target, tuple(pairs))])
-        best = compress(factors, limit)
+        try:
+            best = compress(factors, limit)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise NonFiniteError(f"`{target.path}`: its deltas are too large to sum") from error
         down, up = best.down.to(target.dtype), best.up.to(target.dtype)
         energy_lost = best.energy_lost
     kept = down.shape[0]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwenlora.layout import TILE, LowRankSide, RowOrder, round_up
+from qwenlora.layout import FRAGMENT, TILE, LowRankSide, RowOrder, round_up
 from qwenlora.pack import interleave_modulation, pack_lowrank, unpack_lowrank
 from qwenlora.plan import SlotKind
 
@@ -103,7 +103,7 @@ def fuse(
         scale[piece.row_begin // piece.row_count, columns] = piece.scale
     if slot.row_order is RowOrder.INTERLEAVED:
         up = interleave_modulation(up)
-    zero = _is_zero(down, up)
+    zero = _is_zero(down, up) or not bool(scale.any())
     thirded = len(pieces) == 1 and _is_thirded(pieces[0], up)
     pair = LoraPair(down, up, scale, rank, packed=False, zero=zero, thirded=thirded)
     return _packed(pair) if slot.kind is SlotKind.SVDQ else pair
@@ -148,9 +148,9 @@ def _scale_packed(up: Tensor, factor: Tensor) -> Tensor:
     # The factor of each element of a fragment row: a packed matrix of 16 equal rows per part.
     # (parts, R) -> (parts*16, R) => packed (parts, R/16, 256)
     rows = padded.repeat_interleave(TILE, dim=0)
-    pattern = pack_lowrank(rows, LowRankSide.UP).view(parts, 1, rank_padded // TILE, TILE * TILE)
+    pattern = pack_lowrank(rows, LowRankSide.UP).view(parts, 1, rank_padded // TILE, FRAGMENT)
     # (C, R) nominal -> (parts, C/16/parts, R/16, 256)
-    fragments = up.view(parts, channels // TILE // parts, rank_padded // TILE, TILE * TILE)
+    fragments = up.view(parts, channels // TILE // parts, rank_padded // TILE, FRAGMENT)
     return (fragments * pattern).view(channels, rank_padded)
 
 

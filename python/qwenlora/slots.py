@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from qwenlora.layout import TILE
+from qwenlora.layout import FRAGMENT, TILE
 from qwenlora.plan import SlotKind
 
 if TYPE_CHECKING:
@@ -39,9 +39,6 @@ class Change(Protocol):
 
     def unmake(self) -> None:
         """Put back what was there before; allowed before, during and after `make`."""
-
-    def tensors(self) -> list[Tensor]:
-        """The new tensors."""
 
 
 class Slot(Protocol):
@@ -122,7 +119,7 @@ class PackedSlot:
         current: Tensor = getattr(self._module, name)
         channels, rank = current.shape
         tiles, base_tiles = channels // TILE, self._base_rank // TILE
-        host = current.detach().cpu().view(tiles, rank // TILE, TILE * TILE)[:, :base_tiles]
+        host = current.detach().cpu().view(tiles, rank // TILE, FRAGMENT)[:, :base_tiles]
         device = current.device
         # Let go of the composed tensor first: the smaller one then fits in its place.
         _point(self._module, name, torch.empty(0, dtype=current.dtype, device=device))
@@ -140,13 +137,13 @@ class PackedSlot:
             pin_memory=current.is_pinned(),
         )
         # (C, R) nominal -> (C/16, R/16, 256)
-        fragments = joined.view(tiles, -1, TILE * TILE)
-        base = current.detach().view(tiles, rank // TILE, TILE * TILE)[:, :base_tiles]
+        fragments = joined.view(tiles, -1, FRAGMENT)
+        base = current.detach().view(tiles, rank // TILE, FRAGMENT)[:, :base_tiles]
         fragments[:, :base_tiles].copy_(base)
         end = base_tiles
         for piece in added:
             piece_tiles = piece.shape[1] // TILE
-            fragments[:, end : end + piece_tiles].copy_(piece.view(tiles, piece_tiles, TILE * TILE))
+            fragments[:, end : end + piece_tiles].copy_(piece.view(tiles, piece_tiles, FRAGMENT))
             end += piece_tiles
         fragments[:, end:].zero_()
         return joined
@@ -169,9 +166,6 @@ class _PackedChange:
                 parameter.data = data
             else:
                 setattr(self.module, name, parameter)
-
-    def tensors(self) -> list[Tensor]:
-        return list(self.new)
 
 
 def _point(module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -252,9 +246,6 @@ class _BranchChange:
 
     def unmake(self) -> None:
         _set_branch(self.module, self.old)
-
-    def tensors(self) -> list[Tensor]:
-        return [] if self.new is None else list(self.new)
 
 
 def add_side_branch(

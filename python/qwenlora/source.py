@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -30,6 +31,9 @@ DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -174,9 +178,9 @@ class StateDictSource:
         self._tensors = dict(tensors)
         rows, scalars = [], []
         for key, tensor in self._tensors.items():
-            rows.append((key, _dtype_name(key, tensor), list(tensor.shape), tensor.nbytes))
-            one = tensor.numel() == 1 and not tensor.is_meta
-            scalars.append(float(tensor.detach().to("cpu", torch.float64).item()) if one else None)
+            dtype = _checked_dtype(key, tensor)
+            rows.append((key, dtype, list(tensor.shape), tensor.nbytes))
+            scalars.append(_scalar(tensor) if tensor.numel() == 1 else None)
         self._plan = _core.FilePlan.from_tensors(name, rows, scalars=scalars, metadata=[])
 
     @property
@@ -210,32 +214,44 @@ class _StateDictFetcher:
 
 
 class _Same:
-    """Compares a tensor by what it is, not by its values; holds it, so that no id is reused."""
+    """Compares a tensor by what it is, not by its values, and does not keep it alive.
+
+    A tensor that is gone equals none: its number may have been given to another.
+    """
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
+        self._id = id(tensor)
+        self._tensor = weakref.ref(tensor)
         # Inference tensors do not count their changes: they are never known to be the same.
         self._version = None if tensor.is_inference() else tensor._version
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, _Same)
-            and self._tensor is other._tensor
+            and self._tensor() is not None
+            and self._tensor() is other._tensor()
             and self._version is not None
             and self._version == other._version
         )
 
     def __hash__(self) -> int:
-        return hash((id(self._tensor), self._version))
-
-    def __deepcopy__(self, memo: dict[int, object]) -> _Same:
-        return self
+        return hash((self._id, self._version))
 
 
-def _dtype_name(key: str, tensor: torch.Tensor) -> str:
+def _checked_dtype(key: object, tensor: object) -> str:
+    """The dtype's name, where the entry is one that can be planned and fetched."""
+    if not isinstance(key, str) or not key.isprintable():
+        raise LoraFileError(f"a state dict's keys are printable text, not {key!a:.80}")
     if not isinstance(tensor, torch.Tensor):
         raise LoraFileError(f"`{key}` is {type(tensor).__name__}: a state dict holds tensors")
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        where = "on the meta device" if tensor.is_meta else f"{tensor.layout}"
+        raise LoraFileError(f"`{key}` is {where}: a LoRA's tensors are dense and have values")
     try:
         return _NAMES[tensor.dtype]
     except KeyError:
         raise LoraFileError(f"`{key}` has dtype {tensor.dtype}, which no LoRA uses") from None
+
+
+def _scalar(tensor: torch.Tensor) -> float:
+    return float(tensor.detach().to("cpu", torch.float64).item())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,7 +64,10 @@ class LoraSpec:
         """The name in reports."""
         if self.name is not None:
             return self.name
-        return "state dict" if isinstance(self.source, Mapping) else Path(self.source).stem
+        if isinstance(self.source, Mapping):
+            return "state dict"
+        # A file name need not be text; a report is.
+        return Path(self.source).stem.encode("utf-8", "backslashreplace").decode()
 
     def _key(self) -> tuple[object, float, str | None]:
         # A state dict is itself only: its contents are compared when a stack is made.
@@ -119,7 +123,7 @@ def _as_spec(value: object) -> LoraSpec | None:
         return value
     if isinstance(value, (str, os.PathLike, Mapping)):
         return LoraSpec(value)
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], (int, float)):
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], numbers.Real):
         return LoraSpec(value[0], float(value[1]))
     return None
 

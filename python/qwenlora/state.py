@@ -10,12 +10,10 @@ import threading
 import weakref
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from qwenlora.errors import ModelStateError, UnsupportedModelError
+from qwenlora.errors import ModelStateError
 from qwenlora.report import ComposeReport
 
 if TYPE_CHECKING:
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EMPTY",
     "AppliedState",
+    "ModelLock",
     "SlotRecord",
     "check_intact",
     "lock_of",
@@ -32,8 +31,6 @@ __all__ = [
 ]
 
 _ATTRIBUTE = "_qwenlora_applied"
-_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_LOCKS_GUARD = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -49,14 +46,17 @@ class AppliedState:
     """One composition. Immutable: a new one takes its place in one assignment.
 
     Attributes:
-        stack: What was asked for; equal stacks need no work. None for the base and after a failure.
+        stack: What was asked for; equal stacks need no work. None after a failure.
         records: Composed slots by path.
         report: What was done.
+        in_flight: Slots are being written. Seen by a later call only where the writing call could
+            not even clean up: every slot is then brought to its base first.
     """
 
     stack: Hashable
-    records: Mapping[str, SlotRecord] = field(default_factory=lambda: MappingProxyType({}))
+    records: Mapping[str, SlotRecord] = field(default_factory=dict)
     report: ComposeReport = field(default_factory=lambda: ComposeReport((), (), 0, 0.0))
+    in_flight: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AppliedState:
         # Immutable throughout, hence shared with the copy of the transformer.
@@ -73,9 +73,17 @@ EMPTY = AppliedState(stack=())
 
 
 def read_state(model: nn.Module) -> AppliedState:
-    """What is applied to the model."""
+    """What is applied to the model.
+
+    Raises:
+        ModelStateError: The attribute that holds it is somebody else's.
+    """
     state = model.__dict__.get(_ATTRIBUTE, EMPTY)
-    assert isinstance(state, AppliedState)
+    if not isinstance(state, AppliedState):
+        raise ModelStateError(
+            f"the model's attribute `{_ATTRIBUTE}` is a {type(state).__name__}:"
+            " something else set it\nhint: reload the model"
+        )
     return state
 
 
@@ -87,19 +95,41 @@ def write_state(model: nn.Module, state: AppliedState) -> None:
         model.__dict__[_ATTRIBUTE] = state
 
 
-def lock_of(model: nn.Module) -> threading.RLock:
-    """The one lock of a transformer.
+class ModelLock:
+    """One transformer's lock. Threads wait for each other; one thread cannot enter twice."""
 
-    Raises:
-        UnsupportedModelError: The model is no module.
-    """
-    if not isinstance(model, torch.nn.Module):
-        raise UnsupportedModelError(
-            f"expected a transformer module, got {type(model).__name__}"
-            "\nhint: with a diffusers pipeline, pass `pipeline.transformer`"
-        )
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    def __enter__(self) -> None:
+        # Only this thread can have set its own number, so the comparison needs no lock.
+        if self._owner == threading.get_ident():
+            raise ModelStateError(
+                "the model is being composed by this very thread"
+                "\nhint: a progress callback must not compose"
+            )
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._owner = None
+        self._lock.release()
+
+
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, ModelLock] = weakref.WeakKeyDictionary()
+_LOCKS_GUARD = threading.Lock()
+
+
+def lock_of(model: nn.Module) -> ModelLock:
+    """The one lock of a transformer."""
     with _LOCKS_GUARD:
-        return _LOCKS.setdefault(model, threading.RLock())
+        return _LOCKS.setdefault(model, ModelLock())
 
 
 def check_intact(state: AppliedState, added: Mapping[str, int]) -> None:

@@ -19,7 +19,7 @@ from qwenlora.plan import SlotKind
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["SlotRow", "Target", "find_targets", "pattern"]
+__all__ = ["SlotRow", "Target", "find_targets", "pattern", "transformer_of"]
 
 PACKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """Dtypes of a low-rank branch: the kernels' two, and the exact emulation's."""
@@ -36,6 +36,7 @@ class SlotRow:
     base_rank: int
     element_bytes: int
     offloaded: bool
+    pattern: str
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,50 @@ def find_targets(model: nn.Module, base_ranks: Mapping[str, int]) -> dict[str, T
         target = _target(path, module, base_ranks.get(path))
         if target is not None:
             targets[path] = target
-    if not any(target.kind is SlotKind.SVDQ for target in targets.values()):
+    packed = [target for target in targets.values() if target.kind is SlotKind.SVDQ]
+    _require_own_factors(packed)
+    _require_the_transformer(packed)
+    if not packed:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no Nunchaku SVDQuant layer"
             "\nhint: load a Nunchaku Qwen-Image transformer; other models take LoRAs natively"
         )
     return targets
+
+
+def transformer_of(model: object) -> nn.Module:
+    """The transformer itself: what `torch.compile` wrapped, or the module given.
+
+    Raises:
+        UnsupportedModelError: It is no module.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise UnsupportedModelError(
+            f"expected a transformer module, got {type(model).__name__}"
+            "\nhint: with a diffusers pipeline, pass `pipeline.transformer`"
+        )
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, torch.nn.Module) else model
+
+
+def _require_own_factors(packed: list[Target]) -> None:
+    """Two layers over one parameter could not differ: each would carry the other's deltas."""
+    owners: dict[int, str] = {}
+    for target in packed:
+        for name in ("proj_down", "proj_up"):
+            other = owners.setdefault(id(getattr(target.module, name)), target.path)
+            if other != target.path:
+                raise UnsupportedModelError(f"`{target.path}` and `{other}` share one {name}")
+
+
+def _require_the_transformer(packed: list[Target]) -> None:
+    """State belongs to the transformer: a module around it would have none."""
+    for target in packed:
+        outer, found, _ = target.path.partition("transformer_blocks.")
+        if found and outer:
+            raise UnsupportedModelError(
+                f"the transformer is inside this module, at `{outer.rstrip('.')}`: pass that"
+            )
 
 
 def _target(path: str, module: nn.Module, base_rank: int | None) -> Target | None:
@@ -191,8 +230,12 @@ def _make(
         base_rank=base_rank,
         element_bytes=dtype.itemsize,
         offloaded=False,
+        pattern=pattern(path),
     )
-    return Target(module=module, kind=kind, dtype=dtype, row=row)
+    target = Target(module=module, kind=kind, dtype=dtype, row=row)
+    if target.device.type == "meta":
+        raise ModelStateError(f"`{path}` is on the meta device: load its weights first")
+    return target
 
 
 def _show(tensor: Tensor) -> str:

@@ -1,0 +1,183 @@
+"""Putting a new stack in the old one's place: all of it, or nothing of either.
+
+Slots of one path over all blocks are built at a time. In both ways of placing, the model's record
+says what is true at every moment, so that a later call finds the base whatever happens.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from qwenlora.deltas import DeltaBuilder, SlotDeltas, require_finite, uniform
+from qwenlora.report import ComposeReport
+from qwenlora.slots import Change, slot_of
+from qwenlora.state import AppliedState, SlotRecord, write_state
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qwenlora.plan import SlotPlan, StackPlan
+    from qwenlora.source import TensorFetcher
+    from qwenlora.spec import ComposeOptions
+    from qwenlora.targets import Target
+
+__all__ = ["Journal", "PathUnit", "Placer", "path_units", "restore_all"]
+
+
+@dataclass
+class PathUnit:
+    """Slots of one path over all blocks: what is built at a time."""
+
+    uniform: bool = False
+    members: list[tuple[Target, SlotPlan | None]] = field(default_factory=list)
+
+
+def restore_all(targets: Mapping[str, Target]) -> None:
+    """Bring every slot to its base."""
+    for target in targets.values():
+        slot = slot_of(target)
+        if not slot.is_base():
+            slot.restore()
+
+
+class Journal:
+    """Keeps the recorded state truthful while slots are being written.
+
+    From before the first write until the last the record says so, with every base rank: whatever
+    interrupts the writing, and the cleaning up after it, a later call can find the base again.
+    """
+
+    def __init__(
+        self, model: nn.Module, targets: Mapping[str, Target], before: AppliedState
+    ) -> None:
+        self._model = model
+        self._targets = targets
+        self._before = before
+        records = {path: SlotRecord(t.row.base_rank, 0) for path, t in targets.items()}
+        report = ComposeReport((), (), 0, 0.0, failure="interrupted while it was written")
+        self._in_flight = AppliedState(None, records, report, in_flight=True)
+
+    def begin(self) -> None:
+        """Slots are about to be written."""
+        write_state(self._model, self._in_flight)
+
+    def done(self, state: AppliedState) -> None:
+        """All slots are written."""
+        write_state(self._model, state)
+
+    def undone(self) -> None:
+        """All slots are as they were before."""
+        write_state(self._model, self._before)
+
+    def to_base(self, error: BaseException) -> None:
+        """Bring every slot to its base and say why."""
+        restore_all(self._targets)
+        failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        report = ComposeReport((), (), 0, 0.0, failure=failure)
+        write_state(self._model, AppliedState(stack=None, report=report))
+
+
+class Placer:
+    """Builds units and puts them in place, in one of the two ways."""
+
+    def __init__(
+        self,
+        units: Sequence[PathUnit],
+        builder: DeltaBuilder,
+        fetchers: Sequence[TensorFetcher],
+        options: ComposeOptions,
+        journal: Journal,
+    ) -> None:
+        self._units = units
+        self._journal = journal
+        self._builder = builder
+        self._fetchers = fetchers
+        self._progress = options.progress
+        self._total = sum(len(unit.members) for unit in units)
+        self._staged = 0
+        self._written = 0
+
+    def whole(self, state_of: Callable[[Sequence[SlotDeltas]], AppliedState]) -> None:
+        """Build everything beside the old stack, then move all pointers, or none."""
+        prepared = [pair for unit in self._units for pair in self._prepare(unit)]
+        for fetcher in self._fetchers:
+            fetcher.finish()
+        begun: list[Change] = []
+        self._journal.begin()
+        try:
+            for change, _ in prepared:
+                self._tell("write", self._written)
+                begun.append(change)
+                change.make()
+                self._written += 1
+            self._journal.done(state_of([deltas for _, deltas in prepared]))
+        except BaseException:
+            self._journal.begin()
+            for change in reversed(begun):
+                change.unmake()
+            self._journal.undone()
+            raise
+
+    def by_path(self, state_of: Callable[[Sequence[SlotDeltas]], AppliedState]) -> None:
+        """One path at a time, old tensors let go as it goes; an error ends in the bare base."""
+        done: list[SlotDeltas] = []
+        self._journal.begin()
+        try:
+            for unit in self._units:
+                for change, deltas in self._prepare(unit):
+                    self._tell("write", self._written)
+                    change.make()
+                    self._written += 1
+                    done.append(deltas)
+            for fetcher in self._fetchers:
+                fetcher.finish()
+            self._journal.done(state_of(done))
+        except BaseException as error:
+            self._journal.begin()
+            self._journal.to_base(error)
+            raise
+
+    def _prepare(self, unit: PathUnit) -> list[tuple[Change, SlotDeltas]]:
+        built = []
+        for target, plan in unit.members:
+            self._tell("stage", self._staged)
+            built.append(self._builder.build(target, plan))
+            self._staged += 1
+        require_finite(built)
+        if unit.uniform:
+            built = uniform(built)
+        return [
+            (
+                slot_of(deltas.target).prepare(deltas.pairs, deltas.rank_added),
+                _without_pairs(deltas),
+            )
+            for deltas in built
+        ]
+
+    def _tell(self, phase: str, done: int) -> None:
+        if self._progress is not None:
+            self._progress(phase, done, self._total)
+
+
+def path_units(
+    plan: StackPlan, targets: Mapping[str, Target], state: AppliedState
+) -> list[PathUnit]:
+    """Group by path the slots that change: planned ones, and those that lose their deltas."""
+    plans = {slot.path: slot for slot in plan.slots}
+    grouped = {path for group in plan.groups for path in group.slots}
+    units: dict[str, PathUnit] = defaultdict(PathUnit)
+    for path, target in targets.items():
+        if path in plans or path in grouped or path in state.records:
+            # Slots of other blocks that stay on the device take no part in a buffer's rank.
+            key = f"{target.row.pattern} {path in grouped}"
+            units[key].uniform = path in grouped
+            units[key].members.append((target, plans.get(path)))
+    return list(units.values())
+
+
+def _without_pairs(deltas: SlotDeltas) -> SlotDeltas:
+    """The record of deltas whose tensors have been copied into place."""
+    return replace(deltas, pairs=())

@@ -1,0 +1,163 @@
+"""State dicts in memory and paths: what is accepted, what is refused, what is kept alive."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import pickle
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import qwenlora
+from qwenlora import errors
+
+BLOCK = "transformer_blocks.0"
+KEY = f"{BLOCK}.attn.to_q"
+
+
+def pair(rank: int = 4, width: int = 128) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return {
+        f"{KEY}.lora_A.weight": torch.randn(rank, width, generator=generator),
+        f"{KEY}.lora_B.weight": torch.randn(width, rank, generator=generator),
+    }
+
+
+def test_a_state_dict_is_not_kept_alive(model):
+    tensors = pair()
+    alive = weakref.ref(tensors[f"{KEY}.lora_A.weight"])
+    qwenlora.compose_loras(model, tensors)
+    del tensors
+    gc.collect()
+    assert alive() is None
+    assert qwenlora.applied(model).complete
+    # Another one in its place is another LoRA, whatever number it was given.
+    qwenlora.compose_loras(model, pair(rank=5))
+    assert qwenlora.applied(model).slots[0].rank == 5
+
+
+def test_inference_tensors_are_never_taken_for_unchanged(model):
+    with torch.inference_mode():
+        tensors = {key: tensor.clone() for key, tensor in pair().items()}
+        first = qwenlora.compose_loras(model, tensors)
+        tensors[f"{KEY}.lora_B.weight"].mul_(3)
+        layer = model.get_submodule(f"{BLOCK}.attn.to_qkv")
+        before = layer.proj_up.clone()
+        second = qwenlora.compose_loras(model, tensors)
+    assert second is not first
+    assert not torch.equal(layer.proj_up, before)
+
+
+def test_what_a_state_dict_may_not_hold(model):
+    key = f"{KEY}.lora_A.weight"
+    for bad, words in (
+        ({key: torch.empty(4, 128, device="meta")}, "meta"),
+        ({key: torch.eye(128).to_sparse()}, "sparse"),
+        ({3: torch.ones(1)}, "printable text"),
+        ({"a\ud800": torch.ones(1)}, "printable text"),
+        ({"a\nb": torch.ones(1)}, "printable text"),
+    ):
+        with pytest.raises(errors.LoraFileError, match=words):
+            qwenlora.compose_loras(model, pair() | bad)
+
+
+def test_very_long_keys_do_no_harm(model):
+    with pytest.raises(errors.LoraFileError):
+        qwenlora.compose_loras(model, pair() | {"dit." * 100_000 + "x.weight": torch.ones(1)})
+
+
+def test_foreign_integers_are_ignored_as_in_a_file(model):
+    report = qwenlora.compose_loras(
+        model, pair() | {"_aux.step": torch.ones(2, dtype=torch.uint16)}
+    )
+    assert report.complete
+
+
+def test_strength_may_be_any_real_number(model):
+    report = qwenlora.compose_loras(model, (pair(), np.float32(0.5)))
+    assert report.loras[0].strength == 0.5
+
+
+@pytest.mark.parametrize("max_rank", [0, -1])
+def test_a_limit_that_leaves_nothing(model, max_rank):
+    with pytest.raises(errors.RankError, match="at least 1"):
+        qwenlora.compose_loras(model, pair(), max_rank=max_rank)
+
+
+@pytest.mark.parametrize("max_rank", [2.0, True, "auto"])
+def test_a_limit_that_is_no_number(model, max_rank):
+    with pytest.raises(TypeError, match="whole number"):
+        qwenlora.compose_loras(model, pair(), max_rank=max_rank)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there names are bytes")
+def test_a_file_name_that_is_not_text(model, tmp_path, lora):
+    path = os.fsencode(tmp_path) + b"/l\xff.safetensors"
+    with open(path, "wb") as file:
+        file.write(Path(lora[0]).read_bytes())
+    report = qwenlora.compose_loras(model, os.fsdecode(path))
+    assert report.loras[0].name == "l\\udcff"
+    report.summary().encode()
+
+
+def test_deltas_too_large_to_sum_name_the_module(model):
+    tensors = {key: torch.full_like(tensor, 1e25) for key, tensor in pair(rank=8).items()}
+    with pytest.raises(errors.NonFiniteError, match="to_qkv"):
+        qwenlora.compose_loras(model, tensors, max_rank=4)
+
+
+def test_a_compiled_transformer_is_the_transformer(model, probe):
+    base = probe.snapshot(model)
+    compiled = torch.compile(model, backend="eager")
+    report = qwenlora.compose_loras(compiled, pair())
+    assert qwenlora.applied(model) is report
+    assert qwenlora.applied(compiled) is report
+    qwenlora.reset_loras(compiled)
+    assert probe.snapshot(model).differences(base) == []
+
+
+def test_a_module_around_the_transformer_is_refused(model):
+    outer = nn.Module()
+    outer.diffusion_model = model
+    for call in (qwenlora.reset_loras, qwenlora.applied):
+        with pytest.raises(errors.UnsupportedModelError, match="`diffusion_model`"):
+            call(outer)
+
+
+def test_layers_that_share_a_parameter_are_refused(model):
+    blocks = model.transformer_blocks
+    blocks[1].attn.to_qkv.proj_down = blocks[0].attn.to_qkv.proj_down
+    with pytest.raises(errors.UnsupportedModelError, match="share one proj_down"):
+        qwenlora.compose_loras(model, pair())
+
+
+def test_a_linear_without_values_is_refused(model):
+    model.proj_out = nn.Linear(128, 64, device="meta")
+    with pytest.raises(errors.ModelStateError, match="meta"):
+        qwenlora.compose_loras(model, pair())
+
+
+def test_the_record_may_be_pickled(model):
+    qwenlora.compose_loras(model, pair())
+    again = pickle.loads(pickle.dumps(copy.deepcopy(qwenlora.applied(model))))
+    assert again == qwenlora.applied(model)
+
+
+def test_a_modulation_lora_with_modulation_off_is_no_error(model):
+    key = f"{BLOCK}.img_mod.1"
+    tensors = {
+        f"{key}.lora_A.weight": torch.ones(4, 128),
+        f"{key}.lora_B.weight": torch.ones(768, 4),
+    }
+    report = qwenlora.compose_loras(
+        model, tensors, options=qwenlora.ComposeOptions(modulation=False)
+    )
+    assert report.slots == ()
+    assert [skip.reason for skip in report.loras[0].skipped] == ["modulation layers are turned off"]
