@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import qwenlora
-from qwenlora import _core, cache, compat, compose, errors
+from qwenlora import _core, cache, compat, errors
 from qwenlora.emulation import Precision
 from qwenlora.plan import StackPlan
 from qwenlora.slots import BRANCH_DOWN, BRANCH_UP
@@ -498,34 +498,6 @@ def test_offloaded_slots_are_planned_in_groups(make_model, Draft):
     assert {slot.path: slot.group is None for slot in stack.slots}["proj_out"]
     added = 4 * (3 * 48 * (128 + 384) + 3 * 16 * (128 + 768) + 16 * (128 + 64))
     assert stack.added_bytes == added
-
-
-def test_offloaded_slots_get_one_rank_per_path(make_model, probe, Draft, monkeypatch):
-    model = make_model(num_layers=3)
-    untouched = probe.snapshot(model)
-    monkeypatch.setattr(compose, "find_targets", _offloaded(compose.find_targets))
-    draft = Draft(1).add("transformer_blocks.0.attn.to_q", 20)
-    draft.add("transformer_blocks.2.attn.to_k", 40).add("transformer_blocks.1.txt_mod.1", 5)
-    draft.add("proj_out", 3)
-    for placement in (qwenlora.Placement.BY_PATH, qwenlora.Placement.WHOLE):
-        options = ComposeOptions(placement=placement)
-        report = qwenlora.compose_loras(model, draft.tensors, options=options)
-        added = {slot.path: slot.rank_added for slot in report.slots}
-        assert added == {
-            **{f"transformer_blocks.{n}.attn.to_qkv": 48 for n in range(3)},
-            **{f"transformer_blocks.{n}.txt_mod.1": 16 for n in range(3)},
-            "proj_out": 3,
-        }
-        probe.assert_holds(model, [(draft, 1.0)], within=EXACT)
-        assert probe.delta(model, "transformer_blocks.1.attn.to_qkv").norm() == 0
-        # Buffers of equal shapes and order on every block: offload copies them by position.
-        shapes = [
-            [(name, t.shape) for name, t in probe.tensors(block)]
-            for block in model.transformer_blocks
-        ]
-        assert shapes[0] == shapes[1] == shapes[2]
-        qwenlora.reset_loras(model)
-        assert probe.snapshot(model).differences(untouched) == []
 
 
 # ---- names of the earlier loader ----

@@ -150,18 +150,6 @@ def test_models_without_slots(lora):
         assert issubclass(errors.UnsupportedModelError, TypeError)
 
 
-def test_offload_is_refused(model, lora, probe):
-    before = probe.snapshot(model)
-    model.offload, model.offload_manager = True, object()
-    with pytest.raises(errors.UnsupportedModelError, match=r"set_offload\(False\)"):
-        qwenlora.compose_loras(model, lora[0])
-    model.offload = False
-    qwenlora.compose_loras(model, lora[0])
-    qwenlora.reset_loras(model)
-    del model.offload, model.offload_manager
-    assert probe.snapshot(model).differences(before) == []
-
-
 @pytest.mark.parametrize("change", ["one half", "both halves", "base", "dtype", "gone", "branch"])
 def test_a_slot_that_something_else_changed(change, model, lora):
     qwenlora.compose_loras(model, lora[0])

@@ -15,6 +15,7 @@ import torch
 from qwenlora import cache
 from qwenlora.deltas import DeltaBuilder, SlotDeltas
 from qwenlora.errors import RankError
+from qwenlora.offload import OffloadLayout, offload_of
 from qwenlora.placement import Journal, Placer, path_units, restore_all
 from qwenlora.plan import StackPlan, plan_stack
 from qwenlora.report import ComposeReport, LoraReport, SlotReport
@@ -172,8 +173,9 @@ class _Composition:
             open_source(spec, cache.plans, threads=options.threads) for spec in self._request.specs
         ]
         stack = self._request.stack_key(sources)
-        targets = self._targets()
-        unchanged = stack == self._state.stack
+        layout = offload_of(self._model)
+        targets = self._targets(layout)
+        unchanged = stack == self._state.stack and _fits(layout, targets)
         if unchanged and not self._request.strict:
             return self._state.report
         # Also where the stack is in place already: what `strict` raises, it raises always.
@@ -188,20 +190,22 @@ class _Composition:
             builder = DeltaBuilder(
                 self._request.specs, sources, fetchers, cache_bytes=options.cache_bytes
             )
-            journal = Journal(self._model, targets, self._state)
-            units = path_units(plan, targets, self._state)
+            journal = Journal(self._model, targets, layout, self._state)
+            units = path_units(plan, targets, layout, self._state)
             placer = Placer(units, builder, fetchers, options, journal)
             place = placer.whole if self._is_whole(plan, targets) else placer.by_path
-            place(lambda done: self._state_of(stack, plan, sources, done))
+            place(lambda done: self._state_of(stack, plan, sources, targets, done))
         report = read_state(self._model).report
         _log.info("%s", report.summary())
         return report
 
-    def _targets(self) -> dict[str, Target]:
+    def _targets(self, layout: OffloadLayout | None) -> dict[str, Target]:
         """The model's slots, after cleaning up what an earlier call could not."""
         targets = _checked_targets(self._model, self._state)
         if self._state.in_flight:
-            restore_all(targets)
+            restore_all(targets.values())
+            if layout is not None:
+                restore_all(layout.all_twins(targets.values()))
             self._state = EMPTY
             write_state(self._model, EMPTY)
         return targets
@@ -236,12 +240,15 @@ class _Composition:
         stack: Hashable,
         plan: StackPlan,
         sources: Sequence[LoraSource],
+        targets: Mapping[str, Target],
         done: Sequence[SlotDeltas],
     ) -> AppliedState:
         """What is in the model when all of `done` is in place."""
         if not sources:
             return EMPTY
-        composed = [deltas for deltas in done if deltas.rank_added]
+        # Buffer blocks belong to their manager, which may be replaced at any time: not recorded.
+        own = [deltas for deltas in done if deltas.target.path in targets]
+        composed = [deltas for deltas in own if deltas.rank_added]
         records = {
             d.target.path: SlotRecord(d.target.row.base_rank, d.rank_added) for d in composed
         }
@@ -249,9 +256,26 @@ class _Composition:
             loras=_lora_reports(self._request.specs, sources, plan, done),
             slots=tuple(_slot_report(deltas) for deltas in composed),
             added_bytes=sum(d.target.rank_bytes * d.rank_added for d in composed),
+            bus_bytes=sum(
+                d.target.rank_bytes * d.rank_added for d in composed if d.target.row.offloaded
+            ),
             seconds=time.perf_counter() - self._started,
         )
         return AppliedState(stack=stack, records=records, report=report)
+
+
+def _fits(layout: OffloadLayout | None, targets: Mapping[str, Target]) -> bool:
+    """Whether every offloaded slot can be copied into the buffers as they are now.
+
+    Offload may be turned on after composing, which copies block 0 into new buffers.
+    """
+    if layout is None:
+        return True
+    ranks: dict[str, set[int]] = defaultdict(set)
+    offloaded = [target for target in targets.values() if target.row.offloaded]
+    for target in (*offloaded, *layout.all_twins(offloaded)):
+        ranks[target.row.pattern].add(slot_of(target).rank_added())
+    return all(len(found) == 1 for found in ranks.values())
 
 
 def _slot_report(deltas: SlotDeltas) -> SlotReport:
@@ -289,7 +313,7 @@ def _lora_reports(
                 skipped=tuple(skip for skip in plan.skipped if skip.lora == index),
                 notes=tuple(notes),
                 zero_slots=zero,
-                all_zero=len(zero) == len(held[index]),
+                all_zero=bool(zero) and len(zero) == len(held[index]),
             )
         )
     return tuple(reports)

@@ -7,7 +7,7 @@ says what is true at every moment, so that a later call finds the base whatever 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from qwenlora.state import AppliedState, SlotRecord, write_state
 if TYPE_CHECKING:
     from torch import nn
 
+    from qwenlora.offload import OffloadLayout
     from qwenlora.plan import SlotPlan, StackPlan
     from qwenlora.source import TensorFetcher
     from qwenlora.spec import ComposeOptions
@@ -29,15 +30,21 @@ __all__ = ["Journal", "PathUnit", "Placer", "path_units", "restore_all"]
 
 @dataclass
 class PathUnit:
-    """Slots of one path over all blocks: what is built at a time."""
+    """Slots of one path over all blocks: what is built at a time.
 
-    uniform: bool = False
+    Attributes:
+        members: The slots with their plans; None brings one to its base.
+        twins: Under offload, the slots of the buffer blocks that the members are copied into; all
+            then get the same rank.
+    """
+
     members: list[tuple[Target, SlotPlan | None]] = field(default_factory=list)
+    twins: list[Target] = field(default_factory=list)
 
 
-def restore_all(targets: Mapping[str, Target]) -> None:
+def restore_all(targets: Iterable[Target]) -> None:
     """Bring every slot to its base."""
-    for target in targets.values():
+    for target in targets:
         slot = slot_of(target)
         if not slot.is_base():
             slot.restore()
@@ -51,10 +58,17 @@ class Journal:
     """
 
     def __init__(
-        self, model: nn.Module, targets: Mapping[str, Target], before: AppliedState
+        self,
+        model: nn.Module,
+        targets: Mapping[str, Target],
+        layout: OffloadLayout | None,
+        before: AppliedState,
     ) -> None:
         self._model = model
-        self._targets = targets
+        self._targets = [*targets.values()]
+        if layout is not None:
+            self._targets += layout.all_twins(targets.values())
+        self._layout = layout
         self._before = before
         records = {path: SlotRecord(t.row.base_rank, 0) for path, t in targets.items()}
         report = ComposeReport((), (), 0, 0.0, failure="interrupted while it was written")
@@ -62,6 +76,8 @@ class Journal:
 
     def begin(self) -> None:
         """Slots are about to be written."""
+        if self._layout is not None:
+            self._layout.synchronise()
         write_state(self._model, self._in_flight)
 
     def done(self, state: AppliedState) -> None:
@@ -147,8 +163,9 @@ class Placer:
             built.append(self._builder.build(target, plan))
             self._staged += 1
         require_finite(built)
-        if unit.uniform:
+        if unit.twins:
             built = uniform(built)
+            built += [SlotDeltas(twin, rank_added=built[0].rank_added) for twin in unit.twins]
         return [
             (
                 slot_of(deltas.target).prepare(deltas.pairs, deltas.rank_added),
@@ -163,19 +180,37 @@ class Placer:
 
 
 def path_units(
-    plan: StackPlan, targets: Mapping[str, Target], state: AppliedState
+    plan: StackPlan,
+    targets: Mapping[str, Target],
+    layout: OffloadLayout | None,
+    state: AppliedState,
 ) -> list[PathUnit]:
-    """Group by path the slots that change: planned ones, and those that lose their deltas."""
+    """Group by path the slots that change: planned ones, and those that lose their deltas.
+
+    Where one offloaded slot of a path changes, all of them do, and the buffers' slots with them.
+    """
     plans = {slot.path: slot for slot in plan.slots}
-    grouped = {path for group in plan.groups for path in group.slots}
-    units: dict[str, PathUnit] = defaultdict(PathUnit)
+    changing = {
+        _unit_key(target)
+        for path, target in targets.items()
+        if path in plans or path in state.records
+    }
+    units: dict[tuple[str, bool], PathUnit] = defaultdict(PathUnit)
     for path, target in targets.items():
-        if path in plans or path in grouped or path in state.records:
-            # Slots of other blocks that stay on the device take no part in a buffer's rank.
-            key = f"{target.row.pattern} {path in grouped}"
-            units[key].uniform = path in grouped
+        key = _unit_key(target)
+        alone = not target.row.offloaded and path not in plans and path not in state.records
+        if key in changing and not alone:
             units[key].members.append((target, plans.get(path)))
+    if layout is not None:
+        for (_, offloaded), unit in units.items():
+            if offloaded:
+                unit.twins = layout.twins(unit.members[0][0])
     return list(units.values())
+
+
+def _unit_key(target: Target) -> tuple[str, bool]:
+    # Slots of blocks that stay on the device take no part in a buffer's rank.
+    return (target.row.pattern, target.row.offloaded)
 
 
 def _without_pairs(deltas: SlotDeltas) -> SlotDeltas:

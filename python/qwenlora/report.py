@@ -70,6 +70,7 @@ class ComposeReport:
         loras: The LoRAs of the stack, in order.
         slots: The slots that carry deltas, in model order.
         added_bytes: Bytes that the model's tensors grew by.
+        bus_bytes: Bytes that offload copies to the device more than before, in each forward.
         seconds: Time that composing took.
         failure: Set where a composition failed and the model was brought to the bare base.
     """
@@ -79,6 +80,7 @@ class ComposeReport:
     added_bytes: int
     seconds: float
     failure: str | None = None
+    bus_bytes: int = 0
 
     @property
     def complete(self) -> bool:
@@ -103,6 +105,8 @@ class ComposeReport:
             f"{self.added_bytes / 1e6:.1f} MB",
             f"{self.seconds:.2f} s",
         ]
+        if self.bus_bytes:
+            parts.append(f"{self.bus_bytes / 1e6:.1f} MB per forward over the bus")
         compressed = sum(slot.energy_lost is not None for slot in self.slots)
         if compressed:
             parts.append(f"{compressed} slots compressed, up to {self.energy_lost:.2%} energy lost")

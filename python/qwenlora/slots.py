@@ -195,6 +195,7 @@ class SideBranchSlot:
         self._sizes = (target.row.in_features, target.row.out_features)
         self._dtype = target.dtype
         self._device = target.device
+        self._pinned = any(p.is_pinned() for p in target.module.parameters(recurse=False))
         self.path = target.path
 
     def rank_added(self) -> int:
@@ -220,9 +221,16 @@ class SideBranchSlot:
         """Allocate and fill the branch; ranks are not padded unless `rank_added` asks for it."""
         if rank_added == 0:
             return _BranchChange(self._module, new=None)
-        device = self._device
-        down = torch.zeros((rank_added, self._sizes[0]), dtype=self._dtype, device=device)
-        up = torch.zeros((self._sizes[1], rank_added), dtype=self._dtype, device=device)
+        down, up = (
+            torch.zeros(
+                shape,
+                dtype=self._dtype,
+                device=self._device,
+                # As the layer's own tensors: offload copies from pinned memory asynchronously.
+                pin_memory=self._pinned,
+            )
+            for shape in ((rank_added, self._sizes[0]), (self._sizes[1], rank_added))
+        )
         end = 0
         for pair in pairs:
             down[end : end + pair.rank] = pair.down

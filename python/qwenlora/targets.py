@@ -7,13 +7,14 @@ share its name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qwenlora.errors import ModelStateError, UnsupportedModelError
 from qwenlora.layout import RANK_MULTIPLE, TILE
+from qwenlora.offload import offload_of
 from qwenlora.plan import SlotKind
 
 if TYPE_CHECKING:
@@ -94,18 +95,17 @@ def find_targets(model: nn.Module, base_ranks: Mapping[str, int]) -> dict[str, T
         Targets by path, in module order.
 
     Raises:
-        UnsupportedModelError: The model is no transformer with such layers.
+        UnsupportedModelError: The model is no transformer with such layers, or it is offloaded in
+            a way that is not known.
         ModelStateError: A packed layer's tensors contradict each other.
     """
-    if getattr(model, "offload_manager", None) is not None and getattr(model, "offload", False):
-        raise UnsupportedModelError(
-            "CPU offload is on, and composing under offload is not supported yet"
-            "\nhint: call `set_offload(False)` first"
-        )
+    layout = offload_of(model)
     targets: dict[str, Target] = {}
     for path, module in model.named_modules():
         target = _target(path, module, base_ranks.get(path))
         if target is not None:
+            if layout is not None and layout.holds(path):
+                target = replace(target, row=replace(target.row, offloaded=True))
             targets[path] = target
     packed = [target for target in targets.values() if target.kind is SlotKind.SVDQ]
     _require_own_factors(packed)

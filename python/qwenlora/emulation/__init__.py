@@ -26,6 +26,7 @@ from qwenlora.emulation.config import EmulatedConfig
 from qwenlora.emulation.contract import KernelContractError
 from qwenlora.emulation.linear import SVDQW4A4Linear
 from qwenlora.emulation.mlp import fused_gelu_mlp
+from qwenlora.emulation.offload import CPUOffloadManager
 from qwenlora.emulation.precision import Precision
 from qwenlora.emulation.synthetic import random_transformer
 from qwenlora.emulation.transformer import EmulatedOutput, EmulatedQwenImageTransformer
@@ -33,6 +34,7 @@ from qwenlora.layout import RowOrder
 
 __all__ = [
     "AWQW4A16Linear",
+    "CPUOffloadManager",
     "EmulatedAttention",
     "EmulatedConfig",
     "EmulatedFeedForward",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from qwenlora.emulation.attention import NORM_EPSILON
 from qwenlora.emulation.block import EmulatedTransformerBlock
 from qwenlora.emulation.config import EmulatedConfig
 from qwenlora.emulation.dense import load_dense_state
+from qwenlora.emulation.offload import CPUOffloadManager
 from qwenlora.emulation.precision import Precision
 from qwenlora.emulation.rope import ImageShape, rotations
 
@@ -98,11 +101,17 @@ class EmulatedQwenImageTransformer(nn.Module):
 
     Attributes:
         config: Sizes and precision it was built with.
+        offload: Whether blocks are offloaded; see `set_offload`.
+        offload_manager: Runs the blocks while they are, else None.
     """
+
+    offload_manager: CPUOffloadManager | None
 
     def __init__(self, config: EmulatedConfig) -> None:
         super().__init__()
         self.config = config
+        self.offload = False
+        self.offload_manager = None
         channels, dtype = config.channels, config.dtype
         self.time_text_embed = TimeTextEmbedding(config)
         self.txt_norm = nn.RMSNorm(config.joint_attention_dim, eps=NORM_EPSILON, dtype=dtype)
@@ -186,6 +195,51 @@ class EmulatedQwenImageTransformer(nn.Module):
         """Device of the plain weights."""
         return self.img_in.weight.device
 
+    def set_offload(self, offload: bool, **kwargs: Any) -> None:
+        """Turn block offload on or off, as Nunchaku's transformer does.
+
+        Nothing happens where it is on or off already, whatever the other arguments say. Turned off,
+        every block stays on the device it is on.
+
+        Args:
+            offload: Whether to offload.
+            **kwargs: `use_pin_memory` (True) and `num_blocks_on_gpu` (1). Not in Nunchaku:
+                `device` (None: "cuda" where there is one, else the CPU). Others are ignored.
+        """
+        if offload == self.offload:
+            return
+        self.offload = offload
+        if not offload:
+            self.offload_manager = None
+            gc.collect()
+            torch.cuda.empty_cache()
+            return
+        self.offload_manager = CPUOffloadManager(
+            self.transformer_blocks,
+            device=kwargs.get("device"),
+            use_pin_memory=kwargs.get("use_pin_memory", True),
+            on_gpu_modules=[
+                self.img_in,
+                self.txt_in,
+                self.txt_norm,
+                self.time_text_embed,
+                self.norm_out,
+                self.proj_out,
+            ],
+            num_blocks_on_gpu=kwargs.get("num_blocks_on_gpu", 1),
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> EmulatedQwenImageTransformer:
+        """Move or cast the model; with offload on a call that names a device does nothing.
+
+        Warns:
+            UserWarning: The call was left out.
+        """
+        if self.offload and ("device" in kwargs or any(map(_is_device, args))):
+            warnings.warn("the model is not moved: offload is on", UserWarning, stacklevel=2)
+            return self
+        return super().to(*args, **kwargs)
+
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
         """Do nothing; diffusers' pipelines open one around each forward."""
@@ -229,6 +283,9 @@ class EmulatedQwenImageTransformer(nn.Module):
         del txt_seq_lens, guidance, kwargs
         if timestep is None or not img_shapes:
             raise ValueError("`timestep` and `img_shapes` are needed")
+        manager = self.offload_manager
+        if manager is not None:
+            manager.set_device(hidden_states.device)
         image = self.img_in(hidden_states)  # (B, S, C)
         text = self.txt_in(self.txt_norm(encoder_hidden_states))  # (B, T, C)
         temb = self.time_text_embed(timestep.to(image.dtype))  # (B, C)
@@ -236,7 +293,10 @@ class EmulatedQwenImageTransformer(nn.Module):
             _images_of(img_shapes[0]), text.shape[1], self.config.axes_dims_rope, image.device
         )
         mask = encoder_hidden_states_mask
-        for block in self.transformer_blocks:
+        if manager is not None:
+            manager.initialize()
+        for index, resident in enumerate(self.transformer_blocks):
+            block = resident if manager is None else manager.get_block(index)
             text, image = block(
                 hidden_states=image,
                 encoder_hidden_states=text,
@@ -245,6 +305,8 @@ class EmulatedQwenImageTransformer(nn.Module):
                 image_rotary_emb=rotary,
                 joint_attention_kwargs=attention_kwargs,
             )
+            if manager is not None:
+                manager.step()
         sample = self.proj_out(self.norm_out(image, temb))  # (B, S, patch_size² * out_channels)
         return EmulatedOutput(sample) if return_dict else (sample,)
 
@@ -252,6 +314,17 @@ class EmulatedQwenImageTransformer(nn.Module):
 def _images_of(shapes: Any) -> list[ImageShape]:
     # A sample's entry is one shape as a tuple, or the list of its images' shapes.
     return list(shapes) if isinstance(shapes, list) else [shapes]
+
+
+def _is_device(argument: object) -> bool:
+    # A string, too, if it names one; Nunchaku lets tensors and device numbers pass.
+    if isinstance(argument, str):
+        try:
+            torch.device(argument)
+        except RuntimeError:
+            return False
+        return True
+    return isinstance(argument, torch.device)
 
 
 def _time_waves(timestep: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,82 @@
+"""Block offload by the model's own manager: which slots share a buffer, and the buffers' slots.
+
+Nunchaku's manager copies each offloaded block into one of two buffer blocks in every forward,
+parameter by parameter and buffer by buffer, by position. So a path's rank is the same over all
+offloaded blocks and in both buffer blocks, and a side branch is on all of them or on none. The
+manager itself is never rebuilt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from qwenlora.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qwenlora.targets import Target
+
+__all__ = ["OffloadLayout", "offload_of"]
+
+
+def offload_of(model: nn.Module) -> OffloadLayout | None:
+    """The model's offload, where it is on.
+
+    Raises:
+        UnsupportedModelError: It is on, and its manager is not of the kind that is known.
+    """
+    manager = getattr(model, "offload_manager", None)
+    if manager is None or not getattr(model, "offload", True):
+        return None
+    known = ("blocks", "buffer_blocks", "num_blocks_on_gpu")
+    if not all(hasattr(manager, name) for name in known):
+        raise UnsupportedModelError(
+            f"the model is offloaded by a {type(manager).__name__}, which is not known"
+            "\nhint: turn its offload off"
+        )
+    first_block = manager.blocks[0]
+    path = next((name for name, module in model.named_modules() if module is first_block), None)
+    if path is None or not path.endswith(".0"):
+        raise UnsupportedModelError("the offloaded blocks are not blocks of this model")
+    return OffloadLayout(manager, path.removesuffix("0"))
+
+
+class OffloadLayout:
+    """One manager's blocks, by path."""
+
+    def __init__(self, manager: Any, prefix: str) -> None:
+        self._manager = manager
+        self._prefix = prefix
+        self._first = int(manager.num_blocks_on_gpu)
+
+    def holds(self, path: str) -> bool:
+        """Whether the module at this path is in a block that goes through a buffer."""
+        number, _, rest = path.removeprefix(self._prefix).partition(".")
+        inside = path.startswith(self._prefix) and bool(rest) and number.isdigit()
+        return inside and int(number) >= self._first
+
+    def twins(self, target: Target) -> list[Target]:
+        """The slots of both buffer blocks that this offloaded slot is copied into."""
+        _, _, inner = target.path.removeprefix(self._prefix).partition(".")
+        return [
+            replace(
+                target,
+                module=block.get_submodule(inner),
+                row=replace(target.row, path=f"buffer {index}: {inner}"),
+            )
+            for index, block in enumerate(self._manager.buffer_blocks)
+        ]
+
+    def all_twins(self, targets: Iterable[Target]) -> list[Target]:
+        """The buffer slots of all these slots, each once."""
+        one_per_pattern = {t.row.pattern: t for t in targets if t.row.offloaded}
+        return [twin for target in one_per_pattern.values() for twin in self.twins(target)]
+
+    def synchronise(self) -> None:
+        """Wait until no copy from the host's tensors is under way."""
+        stream = getattr(self._manager, "memory_stream", None)
+        if stream is not None:
+            stream.synchronize()

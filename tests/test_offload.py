@@ -1,0 +1,181 @@
+"""Composing under block offload: the emulated manager behaves as Nunchaku's does."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import qwenlora
+from qwenlora.errors import UnsupportedModelError
+from qwenlora.slots import PackedSlot
+from qwenlora.spec import ComposeOptions, Placement
+
+BLOCKS = 4
+RANKS = {0: 4, 1: 8, 2: 40, 3: None}
+"""Rank of the LoRA in each block: they differ, and the last block has none."""
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model(num_layers=BLOCKS)
+
+
+@pytest.fixture
+def uneven(Draft, tmp_path):
+    """A LoRA of some blocks only, with ranks that differ, on every kind of slot."""
+    draft = Draft(seed=3)
+    for block, rank in RANKS.items():
+        if rank is not None:
+            for name in ("attn.to_q", "attn.to_out.0", "img_mlp.net.2", "img_mod.1"):
+                draft.add(f"transformer_blocks.{block}.{name}", rank)
+    draft.add("proj_out", 4)
+    return draft.save(tmp_path / "uneven.safetensors")
+
+
+@pytest.fixture
+def other(Draft, tmp_path):
+    draft = Draft(seed=4)
+    draft.add("transformer_blocks.3.attn.to_k", 24)
+    draft.add("transformer_blocks.1.txt_mod.1", 6)
+    return draft.save(tmp_path / "other.safetensors")
+
+
+def same(found, expected):
+    """Equal to rounding: padding to a common rank changes the order of sums."""
+    return (found - expected).norm() <= 1e-6 * expected.norm()
+
+
+def resident_output(model, loras, probe):
+    """What the model without offload gives for a stack."""
+    twin = copy.deepcopy(model)
+    qwenlora.reset_loras(twin)
+    twin.set_offload(False)
+    qwenlora.compose_loras(twin, loras)
+    return probe.output(twin)
+
+
+@pytest.mark.parametrize("resident", [1, 2, BLOCKS])
+@pytest.mark.parametrize("placement", [Placement.WHOLE, Placement.BY_PATH])
+def test_composing_under_offload_is_composing(model, uneven, other, probe, resident, placement):
+    base = probe.output(model)
+    loras = [(uneven, 0.8), (other, -0.5)]
+    expected = resident_output(model, loras, probe)
+    model.set_offload(True, num_blocks_on_gpu=resident)
+    options = ComposeOptions(placement=placement)
+    report = qwenlora.compose_loras(model, loras, options=options)
+    assert same(probe.output(model), expected)
+    assert not torch.equal(expected, base)
+    assert report.complete
+    assert (report.bus_bytes > 0) is (resident < BLOCKS)
+    qwenlora.compose_loras(model, other, options=options)
+    assert same(probe.output(model), resident_output(model, other, probe))
+    qwenlora.reset_loras(model)
+    assert torch.equal(probe.output(model), base)
+
+
+@pytest.mark.parametrize("change", ["strength", "another", "none"])
+def test_changes_between_forwards(model, uneven, other, probe, change):
+    model.set_offload(True)
+    qwenlora.compose_loras(model, uneven)
+    probe.output(model)
+    stack = {"strength": (uneven, 0.3), "another": [uneven, other], "none": []}[change]
+    qwenlora.compose_loras(model, stack)
+    assert same(probe.output(model), resident_output(model, stack, probe))
+
+
+def test_offload_turned_on_after_composing(model, uneven, probe):
+    report = qwenlora.compose_loras(model, uneven)
+    expected = probe.output(model)
+    model.set_offload(True)
+    # The same stack, but not the same tensors: ranks must be uniform now.
+    assert qwenlora.compose_loras(model, uneven) is not report
+    assert same(probe.output(model), expected)
+    assert qwenlora.compose_loras(model, uneven) is qwenlora.applied(model)
+
+
+def test_offload_turned_off_after_composing(model, uneven, probe):
+    model.set_offload(True)
+    report = qwenlora.compose_loras(model, uneven)
+    expected = probe.output(model)
+    model.set_offload(False)
+    assert same(probe.output(model), expected)
+    assert qwenlora.compose_loras(model, uneven) is report
+    qwenlora.reset_loras(model)
+
+
+def test_the_manager_is_not_rebuilt(model, uneven):
+    model.set_offload(True)
+    manager = model.offload_manager
+    buffers = list(manager.buffer_blocks)
+    parameters = [list(block.parameters()) for block in buffers]
+    qwenlora.compose_loras(model, uneven)
+    qwenlora.reset_loras(model)
+    assert model.offload_manager is manager
+    assert all(a is b for a, b in zip(manager.buffer_blocks, buffers, strict=True))
+    for block, before in zip(buffers, parameters, strict=True):
+        assert all(a is b for a, b in zip(block.parameters(), before, strict=True))
+        assert not list(block.buffers())
+
+
+def test_buses_carry_what_the_report_says(model, uneven, probe):
+    model.set_offload(True)
+    manager = model.offload_manager
+    manager.bytes_per_forward = []
+    probe.output(model)
+    report = qwenlora.compose_loras(model, uneven)
+    probe.output(model)
+    before, after = manager.bytes_per_forward
+    assert after - before == report.bus_bytes
+
+
+@pytest.mark.parametrize("placement", [Placement.WHOLE, Placement.BY_PATH])
+def test_an_error_at_any_allocation(model, uneven, other, probe, placement, monkeypatch):
+    model.set_offload(True)
+    base = probe.output(model)
+    joined = PackedSlot._joined
+    calls = failing_at = 0
+
+    def failing(self, *args):
+        nonlocal calls
+        calls += 1
+        if calls == failing_at:
+            raise RuntimeError("injected")
+        return joined(self, *args)
+
+    qwenlora.compose_loras(model, other)
+    before = probe.output(model)
+    done = False
+    while not done:
+        calls, failing_at = 0, failing_at + 1
+        with monkeypatch.context() as patch:
+            patch.setattr(PackedSlot, "_joined", failing)
+            try:
+                qwenlora.compose_loras(model, uneven, options=ComposeOptions(placement=placement))
+                done = True
+            except RuntimeError:
+                wanted = before if placement is Placement.WHOLE else base
+                assert torch.equal(probe.output(model), wanted), failing_at
+        qwenlora.compose_loras(model, other)
+    assert failing_at > 10
+    qwenlora.reset_loras(model)
+    assert torch.equal(probe.output(model), base)
+
+
+def test_200_alternations_grow_nothing(model, uneven, other, probe):
+    model.set_offload(True)
+    sizes = set()
+    for _ in range(100):
+        for lora in (uneven, other):
+            qwenlora.compose_loras(model, lora)
+        blocks = (*model.transformer_blocks, *model.offload_manager.buffer_blocks)
+        tensors = [t for b in blocks for t in (*b.parameters(), *b.buffers())]
+        sizes.add((len(tensors), sum(t.nbytes for t in tensors)))
+    assert len(sizes) == 1
+
+
+def test_an_unknown_manager_is_refused(model, uneven):
+    model.offload, model.offload_manager = True, object()
+    with pytest.raises(UnsupportedModelError, match="not known"):
+        qwenlora.compose_loras(model, uneven)
