@@ -114,8 +114,8 @@ def test_deltas_too_large_to_sum_name_the_module(model):
 
 
 def test_a_compiled_transformer_is_the_transformer(model, probe):
-    base = probe.snapshot(model)
     compiled = torch.compile(model, backend="eager")
+    base = probe.snapshot(model)
     report = qwenlora.compose_loras(compiled, pair())
     assert qwenlora.applied(model) is report
     assert qwenlora.applied(compiled) is report
@@ -132,8 +132,8 @@ def test_a_module_around_the_transformer_is_refused(model):
 
 
 def test_layers_that_share_a_parameter_are_refused(model):
-    blocks = model.transformer_blocks
-    blocks[1].attn.to_qkv.proj_down = blocks[0].attn.to_qkv.proj_down
+    attention = model.transformer_blocks[0].attn
+    attention.add_qkv_proj.proj_down = attention.to_qkv.proj_down
     with pytest.raises(errors.UnsupportedModelError, match="share one proj_down"):
         qwenlora.compose_loras(model, pair())
 

@@ -7,6 +7,15 @@ from typing import TypeAlias, final
 import numpy as np
 import numpy.typing as npt
 
+__all__ = [
+    "FilePlan",
+    "TensorReader",
+    "__version__",
+    "file_identity",
+    "plan_stack",
+    "run_keys",
+]
+
 _Identity: TypeAlias = tuple[int, int, int, int]
 _SourceIdentity: TypeAlias = tuple[_Identity, _Identity | None]
 

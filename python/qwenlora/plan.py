@@ -170,7 +170,7 @@ def plan_stack(
     Raises:
         OtherModelError: A LoRA is another model's.
         NothingToApplyError: Nothing of a LoRA can be applied.
-        UnsupportedAdapterError: With `strict`, a kind that is not supported.
+        UnsupportedAdapterError: With `strict`, a kind or a tensor that is not supported.
         BrokenPairError: With `strict`, incomplete tensors.
         ShapeMismatchError: With `strict`, a delta that does not fit.
         RankError: The limit leaves nothing, or a slot is full.

@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use qwenlora_core::header::is_deceptive;
+
 /// `text` on one line: control, invisible and direction-changing characters are spelled out.
 pub(crate) fn line(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
@@ -47,23 +49,6 @@ pub(crate) fn json(text: &str) -> String {
         }
     }
     safe
-}
-
-/// Characters that a reader would not see as what they are.
-fn is_deceptive(character: char) -> bool {
-    character.is_control()
-        || matches!(
-            character,
-            '\u{ad}'
-                | '\u{61c}'
-                | '\u{180e}'
-                | '\u{200b}'..='\u{200f}'
-                | '\u{2028}'..='\u{202e}'
-                | '\u{2060}'..='\u{206f}'
-                | '\u{feff}'
-                | '\u{fff9}'..='\u{fffb}'
-                | '\u{e0000}'..='\u{e007f}'
-        )
 }
 
 #[cfg(test)]

@@ -2,9 +2,10 @@
 
 use std::collections::HashMap;
 
+use qwenlora_core::check::ModelCheck;
 use qwenlora_core::model;
 use qwenlora_core::module::Fault;
-use qwenlora_core::plan::{FilePlan, ModelCheck};
+use qwenlora_core::plan::FilePlan;
 use qwenlora_core::table::Entry;
 
 use crate::escape;

@@ -3,10 +3,12 @@
 use std::cmp::Reverse;
 use std::collections::HashMap;
 
+use qwenlora_core::check::ModelCheck;
 use qwenlora_core::model::Model;
 use qwenlora_core::module::{self, Module};
-use qwenlora_core::plan::{FilePlan, ModelCheck};
-use qwenlora_core::table::{Entry, Reason};
+use qwenlora_core::plan::FilePlan;
+use qwenlora_core::reason::Reason;
+use qwenlora_core::table::Entry;
 
 /// Things that are left out for one reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -128,7 +130,7 @@ fn reason_of(module: &Module, check: &ModelCheck) -> Option<String> {
 /// The reason without what differs from tensor to tensor.
 fn kind_of(reason: &Reason) -> String {
     match reason {
-        Reason::DuplicateOf(_) => "the same tensor under a second key".to_owned(),
+        Reason::DuplicateOf(_) | Reason::UnequalDuplicate(_) => reason.kind().to_owned(),
         other => other.text(),
     }
 }

@@ -3,9 +3,10 @@
 use std::path::Path;
 
 use qwenlora_core::adapter::Adapter;
+use qwenlora_core::check::ModelCheck;
 use qwenlora_core::model::Model;
 use qwenlora_core::module::{Fault, Module};
-use qwenlora_core::plan::{FilePlan, ModelCheck, Verdict};
+use qwenlora_core::plan::{FilePlan, Verdict};
 use qwenlora_core::table::Entry;
 
 use crate::coverage;

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use qwenlora_core::plan::{self, PEFT_WEIGHTS};
+use qwenlora_core::config::{self, PEFT_WEIGHTS};
 
 /// What an argument stands for.
 #[derive(Debug, Default)]
@@ -37,7 +37,7 @@ impl Sources {
             return sources;
         }
         // A PEFT folder that is named counts wherever its weights really lie: caches link them.
-        if plan::weights_path(path).is_ok() {
+        if config::weights_path(path).is_ok() {
             sources.paths.push(path.to_owned());
         }
         sources.walk(path);

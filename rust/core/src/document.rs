@@ -6,8 +6,10 @@ use serde::Serialize;
 use serde::ser::{SerializeMap, Serializer};
 
 use crate::adapter::Adapter;
+use crate::check::ModelCheck;
 use crate::model::{self, Target};
-use crate::plan::{FilePlan, ModelCheck};
+use crate::plan::FilePlan;
+use crate::reason::Reason;
 use crate::role::Role;
 use crate::table::Entry;
 
@@ -97,7 +99,8 @@ impl FilePlan {
             },
             slots: self.slot_rows(),
         };
-        // A tree of strings and finite numbers always serialises.
+        // Strings and finite numbers always serialise: scales are checked to be finite, and values
+        // that are not are spelled out.
         serde_json::to_string(&document).unwrap_or_default()
     }
 
@@ -105,7 +108,7 @@ impl FilePlan {
         let (target, role, reason) = if other && !is_text_encoder(entry) {
             (None, Role::Ignored, Some(OTHER_MODEL.to_owned()))
         } else {
-            let reason = entry.reason.as_ref().map(crate::table::Reason::text);
+            let reason = entry.reason.as_ref().map(Reason::text);
             (
                 entry.target,
                 entry.role,
@@ -176,7 +179,6 @@ impl FilePlan {
 
 fn is_text_encoder(entry: &Entry) -> bool {
     use crate::key::Foreign;
-    use crate::table::Reason;
     entry.reason == Some(Reason::Foreign(Foreign::TextEncoder))
 }
 

@@ -18,7 +18,7 @@ use std::collections::HashSet;
 use std::io::Read;
 
 pub use error::{HeaderError, TensorFault};
-pub use quoted::Quoted;
+pub use quoted::{Quoted, is_deceptive};
 use tensor::Data;
 pub use tensor::{MAX_NAME_BYTES, MAX_RANK, TensorInfo};
 

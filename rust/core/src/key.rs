@@ -27,6 +27,9 @@ pub const PREFIXES: [&str; 14] = [
     "lora_",
 ];
 
+/// Most prefixes that are stripped from one key; real files stack three.
+const MAX_PREFIXES: usize = 8;
+
 /// Why a key belongs to no module of the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Foreign {
@@ -79,6 +82,8 @@ pub enum ParsedKey<'k> {
     Module {
         /// The module.
         target: TargetId,
+        /// The key up to the suffix: how it spells the module.
+        stem: &'k str,
         /// What the tensor is to it.
         role: Role,
         /// Adapter names of PEFT's spelling.
@@ -88,8 +93,13 @@ pub enum ParsedKey<'k> {
         /// A pair without `.weight`.
         bare: bool,
     },
-    /// Anything else, with the reason.
-    Foreign(Foreign),
+    /// Anything else.
+    Foreign {
+        /// Why.
+        reason: Foreign,
+        /// For [`Foreign::UnknownForm`], the module that the key names.
+        beside: Option<TargetId>,
+    },
 }
 
 /// Parses one key.
@@ -99,29 +109,39 @@ pub fn parse(key: &str) -> ParsedKey<'_> {
     {
         return ParsedKey::Module {
             target,
+            stem: cut.stem,
             role: cut.role,
             slot: cut.slot,
             half: cut.half,
             bare: cut.bare,
         };
     }
-    ParsedKey::Foreign(foreign(key))
+    let (reason, beside) = foreign(key);
+    ParsedKey::Foreign { reason, beside }
 }
 
 /// The module that a stem (prefixes and path) names.
 pub fn resolve(stem: &str) -> Option<TargetId> {
     let path = without_processor(stem);
     let flat = path.replace('.', "_");
-    search(&path, &flat, &|flat| model::table().find_flat(flat))
+    search(&path, &flat, MAX_PREFIXES, &|flat| {
+        model::table().find_flat(flat)
+    })
 }
 
-/// Tries the path as it is, then without each prefix that fits.
-fn search<T>(path: &str, flat: &str, find: &impl Fn(&str) -> Option<T>) -> Option<T> {
+/// Tries the path as it is, then without each prefix that fits, up to `strips` of them.
+fn search<T>(
+    path: &str,
+    flat: &str,
+    strips: usize,
+    find: &impl Fn(&str) -> Option<T>,
+) -> Option<T> {
     find(flat).or_else(|| {
+        let strips = strips.checked_sub(1)?;
         PREFIXES.iter().find_map(|prefix| {
             // Both have the same length: flattening replaces byte by byte.
             let rest = path.strip_prefix(prefix)?;
-            search(rest, flat.get(prefix.len()..)?, find)
+            search(rest, flat.get(prefix.len()..)?, strips, find)
         })
     })
 }
@@ -145,9 +165,10 @@ const TEXT_ENCODERS: [&str; 7] = [
     "text_model",
 ];
 
-fn foreign(key: &str) -> Foreign {
+/// The reason, and the module beside which a tensor of unknown kind stands.
+fn foreign(key: &str) -> (Foreign, Option<TargetId>) {
     let starts = |names: &[&str]| names.iter().any(|name| key.starts_with(name));
-    if key.contains(".base_layer.") {
+    let reason = if key.contains(".base_layer.") {
         Foreign::BaseWeight
     } else if starts(&TEXT_ENCODERS) {
         Foreign::TextEncoder
@@ -161,11 +182,12 @@ fn foreign(key: &str) -> Foreign {
         Foreign::PlainWeight
     } else if block_out_of_range(key) {
         Foreign::BlockOutOfRange
-    } else if names_a_module(key) {
-        Foreign::UnknownForm
+    } else if let Some(target) = named_module(key) {
+        return (Foreign::UnknownForm, Some(target));
     } else {
         Foreign::NotAModule
-    }
+    };
+    (reason, None)
 }
 
 /// Whether the key names a module of a block whose number the model does not have.
@@ -188,19 +210,18 @@ fn block_out_of_range(key: &str) -> bool {
                 .flatten()
         })
     };
-    search(&path, &flat, &in_another_block).is_some()
+    search(&path, &flat, MAX_PREFIXES, &in_another_block).is_some()
 }
 
-/// Whether some leading part of the key is a module's path.
-fn names_a_module(key: &str) -> bool {
+/// The module whose path a leading part of the key is.
+fn named_module(key: &str) -> Option<TargetId> {
     let dots = key
         .bytes()
         .enumerate()
         .filter(|(_, b)| *b == b'.')
         .map(|(at, _)| at);
     // Deep keys are not modules of ours; the bound keeps a hostile name cheap.
-    dots.take(16)
-        .any(|at| key.get(..at).is_some_and(|stem| resolve(stem).is_some()))
+    dots.take(16).find_map(|at| resolve(key.get(..at)?))
 }
 
 #[cfg(test)]
@@ -237,7 +258,7 @@ mod tests {
     #[test]
     fn foreign_keys_have_reasons() {
         let reason = |key| match parse(key) {
-            ParsedKey::Foreign(f) => f,
+            ParsedKey::Foreign { reason, .. } => reason,
             ParsedKey::Module { .. } => panic!("{key} is a module"),
         };
         assert_eq!(reason("lora_te1_x.alpha"), Foreign::TextEncoder);
@@ -261,5 +282,15 @@ mod tests {
     fn stacked_prefixes_stay_cheap() {
         let hostile = "lora_unet_".repeat(100) + "lycoris_" + &"model.".repeat(100);
         assert_eq!(resolve(&hostile), None);
+        let module = "transformer_blocks.3.attn.to_q";
+        let under = |prefixes: usize| "dit.".repeat(prefixes) + module;
+        assert_eq!(path(&under(MAX_PREFIXES)), Some(module));
+        assert_eq!(path(&under(MAX_PREFIXES + 1)), None);
+        let deep = under(100_000) + ".lora_A.weight";
+        let expected = ParsedKey::Foreign {
+            reason: Foreign::NotAModule,
+            beside: None,
+        };
+        assert_eq!(parse(&deep), expected);
     }
 }

@@ -9,15 +9,20 @@
 #![deny(missing_docs)]
 
 pub mod adapter;
+pub mod check;
+pub mod config;
 pub mod document;
 pub mod dtype;
+pub mod fit;
 pub mod header;
 pub mod key;
 pub mod lookalike;
 pub mod model;
 pub mod module;
+mod notes;
 pub mod peft;
 pub mod plan;
+pub mod reason;
 pub mod role;
 pub mod slot;
 pub mod source;

@@ -117,6 +117,7 @@ impl Target {
 pub struct ModelTable {
     targets: Vec<Target>,
     by_spelling: HashMap<String, TargetId>,
+    longest_bytes: usize,
 }
 
 impl ModelTable {
@@ -135,6 +136,10 @@ impl ModelTable {
 
     /// Looks up a path whose dots have been turned into underscores.
     pub fn find_flat(&self, flat: &str) -> Option<TargetId> {
+        // Nothing is hashed that is longer than any spelling: names in files may be long.
+        if flat.len() > self.longest_bytes {
+            return None;
+        }
         self.by_spelling.get(flat).copied()
     }
 
@@ -151,6 +156,7 @@ impl ModelTable {
     }
 
     fn alias(&mut self, path: &str, id: TargetId) {
+        self.longest_bytes = self.longest_bytes.max(path.len());
         let earlier = self.by_spelling.insert(path.replace('.', "_"), id);
         debug_assert!(
             earlier.is_none_or(|e| e == id),
@@ -278,6 +284,7 @@ fn build() -> ModelTable {
     let mut table = ModelTable {
         targets: Vec::new(),
         by_spelling: HashMap::new(),
+        longest_bytes: 0,
     };
     let qwen = BlockRows {
         model: Model::QwenImage,

@@ -3,117 +3,66 @@
 //! A pattern is a regular expression matched at the end of a module's path, after a dot or at its
 //! start; the first that matches wins, so the order in the file is kept.
 
+mod error;
+mod pattern;
+
 use std::fmt;
 use std::marker::PhantomData;
 
-use regex_lite::{Regex, RegexBuilder};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use serde_json::Value;
+use serde_json::value::RawValue;
 
 use crate::header::Quoted;
 use crate::role::Role;
+pub use error::ConfigError;
+use pattern::{PatternTable, is_plain};
 
 /// Metadata key under which diffusers stores the adapter's configuration.
 pub const METADATA_KEY: &str = "lora_adapter_metadata";
 /// Component prefix of the transformer's fields in that JSON.
 const COMPONENT: &str = "transformer.";
-/// Patterns beyond this many are not a trainer's work.
-const MAX_PATTERNS: usize = 4096;
-/// Compiled size of one pattern.
-const MAX_PATTERN_BYTES: usize = 64 * 1024;
-
-/// Faults of an adapter configuration.
-#[derive(Debug, thiserror::Error, PartialEq)]
-pub enum ConfigError {
-    /// Not the JSON of a configuration.
-    #[error("`{origin}` is not the JSON of a PEFT configuration: {detail}")]
-    Json {
-        /// Where the JSON stood.
-        origin: String,
-        /// What the parser says.
-        detail: String,
-    },
-    /// A pattern table of absurd size.
-    #[error("`{origin}` has {count} patterns in `{field}`, more than {MAX_PATTERNS}")]
-    TooManyPatterns {
-        /// Where the JSON stood.
-        origin: String,
-        /// The table.
-        field: &'static str,
-        /// Its length.
-        count: usize,
-    },
-    /// A pattern that is no regular expression that is understood here: look-around and back
-    /// references are not.
-    #[error("`{origin}` has a pattern in `{field}` that is not understood: {pattern}")]
-    Pattern {
-        /// Where the JSON stood.
-        origin: String,
-        /// The table.
-        field: &'static str,
-        /// The pattern.
-        pattern: Quoted,
-    },
-    /// An alpha that is not a number to scale with.
-    #[error("`{origin}` has {field}: {value}, which is not a finite number")]
-    NonFinite {
-        /// Where the JSON stood.
-        origin: String,
-        /// The field.
-        field: String,
-        /// Its value.
-        value: f64,
-    },
-}
 
 /// What a PEFT configuration says about scale.
 #[derive(Debug, Clone, Default)]
 pub struct AdapterConfig {
     lora_alpha: Option<f64>,
-    alpha_pattern: Vec<(Pattern, f64)>,
+    alpha_pattern: PatternTable<f64>,
     rank: Option<u64>,
-    rank_pattern: Vec<(Pattern, u64)>,
+    /// `None` where expressions are among the patterns: ranks are only checked, and a fault in
+    /// one of these is no reason to refuse a file.
+    rank_pattern: Option<PatternTable<f64>>,
     use_rslora: bool,
 }
 
 impl AdapterConfig {
     /// Parses `lora_adapter_metadata` (fields prefixed by their component) or
-    /// `adapter_config.json` (no prefix). Fields of other components are passed over.
+    /// `adapter_config.json` (no prefix). Fields of other components are passed over; `null` is as
+    /// good as no field.
     pub fn parse(origin: &str, json: &str) -> Result<Self, ConfigError> {
-        let json_error = |e: serde_json::Error| ConfigError::Json {
-            origin: origin.to_owned(),
-            detail: e.to_string(),
-        };
-        let fields: Ordered<serde_json::Value> = serde_json::from_str(json).map_err(json_error)?;
-        // The patterns are parsed a second time because only `Ordered` keeps their order.
-        let ordered: Ordered<PatternField> = serde_json::from_str(json).map_err(json_error)?;
-        let mut config = Self::default();
-        for (name, value) in &fields.0 {
-            match own_field(name) {
-                Some("lora_alpha") => config.lora_alpha = value.as_f64(),
-                Some("r") => config.rank = value.as_u64(),
-                Some("use_rslora") => config.use_rslora = value.as_bool().unwrap_or(false),
-                _ => {}
-            }
-        }
-        for (name, table) in ordered.0 {
-            let PatternField::Table(table) = table else {
-                continue;
-            };
-            match own_field(&name) {
-                Some("alpha_pattern") => {
-                    config.alpha_pattern = patterns(origin, "alpha_pattern", table)?;
-                }
-                Some("rank_pattern") => {
-                    let rows = patterns(origin, "rank_pattern", table)?;
-                    config.rank_pattern = rows
-                        .into_iter()
-                        .filter_map(|(p, v)| Some((p, whole(v)?)))
-                        .collect();
-                }
-                _ => {}
-            }
-        }
-        Ok(config)
+        let rows = serde_json::from_str::<Ordered<&RawValue>>(json)
+            .map_err(|e| json_error(origin, &e))?
+            .0;
+        let fields = Fields { origin, rows };
+        let ranks = fields.rows("rank_pattern")?;
+        let rank_pattern = ranks
+            .iter()
+            .all(|(text, _)| is_plain(text))
+            .then(|| PatternTable::new(origin, "rank_pattern", ranks))
+            .transpose()?;
+        Ok(Self {
+            lora_alpha: fields.typed("lora_alpha", "a number", Value::as_f64)?,
+            alpha_pattern: PatternTable::new(
+                origin,
+                "alpha_pattern",
+                fields.rows("alpha_pattern")?,
+            )?,
+            rank: fields.value("r")?.and_then(|value| value.as_u64()),
+            rank_pattern,
+            use_rslora: fields
+                .typed("use_rslora", "true or false", Value::as_bool)?
+                .unwrap_or(false),
+        })
     }
 
     /// The scale of a LoRA of this rank at this path, or `None` where the file names no alpha.
@@ -121,7 +70,7 @@ impl AdapterConfig {
     /// alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732).
     #[allow(clippy::cast_precision_loss, reason = "a rank is far below 2^52")]
     pub fn scale(&self, path: &str, rank: u64) -> Option<f64> {
-        let alpha = first_match(&self.alpha_pattern, path).or(self.lora_alpha)?;
+        let alpha = self.alpha_pattern.first_match(path).or(self.lora_alpha)?;
         let rank = rank as f64;
         // An alpha of 0 means alpha = r to every trainer that writes one.
         if alpha == 0.0 {
@@ -130,9 +79,10 @@ impl AdapterConfig {
         Some(alpha / if self.use_rslora { rank.sqrt() } else { rank })
     }
 
-    /// The rank that the configuration promises for a path.
+    /// The rank that the configuration promises for a path, if that can be told.
     pub fn promised_rank(&self, path: &str) -> Option<u64> {
-        first_match(&self.rank_pattern, path).or(self.rank)
+        let promised = self.rank_pattern.as_ref()?.first_match(path);
+        promised.and_then(whole).or(self.rank)
     }
 
     /// Whether the configuration asks for rsLoRA.
@@ -146,14 +96,6 @@ pub(crate) fn governs(role: Role) -> bool {
     matches!(role, Role::Down | Role::Up)
 }
 
-fn own_field(name: &str) -> Option<&str> {
-    match name.strip_prefix(COMPONENT) {
-        Some(field) => Some(field),
-        None if name.contains('.') => None,
-        None => Some(name),
-    }
-}
-
 #[allow(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
@@ -163,89 +105,80 @@ fn whole(value: f64) -> Option<u64> {
     (value.fract() == 0.0 && (0.0..=1e9).contains(&value)).then_some(value as u64)
 }
 
-fn first_match<V: Copy>(rows: &[(Pattern, V)], path: &str) -> Option<V> {
-    rows.iter()
-        .find(|(pattern, _)| pattern.matches(path))
-        .map(|(_, value)| *value)
-}
-
-fn patterns(
-    origin: &str,
-    field: &'static str,
-    table: Vec<(String, f64)>,
-) -> Result<Vec<(Pattern, f64)>, ConfigError> {
-    if table.len() > MAX_PATTERNS {
-        let (origin, count) = (origin.to_owned(), table.len());
-        return Err(ConfigError::TooManyPatterns {
-            origin,
-            field,
-            count,
-        });
+fn json_error(origin: &str, error: &serde_json::Error) -> ConfigError {
+    ConfigError::Json {
+        origin: origin.to_owned(),
+        detail: error.to_string(),
     }
-    table
-        .into_iter()
-        .map(|(text, value)| {
-            let origin = origin.to_owned();
-            if !value.is_finite() {
-                let field = format!("{field}.{}", Quoted::new(&text));
-                return Err(ConfigError::NonFinite {
-                    origin,
-                    field,
-                    value,
-                });
-            }
-            let pattern = Pattern::new(&text).ok_or_else(|| {
-                let pattern = Quoted::new(&text);
-                ConfigError::Pattern {
-                    origin,
-                    field,
-                    pattern,
-                }
-            })?;
-            Ok((pattern, value))
-        })
-        .collect()
 }
 
-/// A pattern of PEFT: `(.*\.)?({pattern})$` from the start of the path.
-#[derive(Debug, Clone)]
-enum Pattern {
-    /// Letters, digits, `_` and `.` only (`.` matches any character): compared without a regex,
-    /// since files list one full path per module.
-    Plain(String),
-    /// Any other expression.
-    Regex(Regex),
+/// The fields of a configuration, in order, none of them parsed yet.
+struct Fields<'j> {
+    origin: &'j str,
+    rows: Vec<(String, &'j RawValue)>,
 }
 
-impl Pattern {
-    fn new(text: &str) -> Option<Self> {
-        let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '.';
-        if text.chars().all(plain) {
-            return Some(Self::Plain(text.to_owned()));
+impl<'j> Fields<'j> {
+    /// The JSON of a field: the transformer's own before one without a component.
+    fn find(&self, name: &str) -> Option<&'j RawValue> {
+        let last = |wanted: &str| {
+            let named =
+                |(name, json): &&(String, &RawValue)| name == wanted && json.get() != "null";
+            self.rows.iter().rev().find(named).map(|(_, json)| *json)
+        };
+        last(&format!("{COMPONENT}{name}")).or_else(|| last(name))
+    }
+
+    fn value(&self, name: &str) -> Result<Option<Value>, ConfigError> {
+        let json = self.find(name).map(|json| serde_json::from_str(json.get()));
+        json.transpose().map_err(|e| json_error(self.origin, &e))
+    }
+
+    /// A field as what it has to be.
+    fn typed<T>(
+        &self,
+        name: &str,
+        expected: &'static str,
+        read: fn(&Value) -> Option<T>,
+    ) -> Result<Option<T>, ConfigError> {
+        let Some(value) = self.value(name)? else {
+            return Ok(None);
+        };
+        let typed = read(&value);
+        let wrong = || self.wrong_type(format!("`{name}`"), &value.to_string(), expected);
+        typed.map(Some).ok_or_else(wrong)
+    }
+
+    /// The rows of a table of numbers, in order.
+    fn rows(&self, name: &str) -> Result<Vec<(String, f64)>, ConfigError> {
+        let Some(json) = self.find(name) else {
+            return Ok(Vec::new());
+        };
+        if !json.get().starts_with('{') {
+            return Err(self.wrong_type(format!("`{name}`"), json.get(), "a table of patterns"));
         }
-        RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{text})$"))
-            .size_limit(MAX_PATTERN_BYTES)
-            .build()
-            .ok()
-            .map(Self::Regex)
+        let rows: Ordered<Value> =
+            serde_json::from_str(json.get()).map_err(|e| json_error(self.origin, &e))?;
+        let mut numbers = Vec::with_capacity(rows.0.len());
+        for (pattern, value) in rows.0 {
+            match value.as_f64() {
+                Some(number) => numbers.push((pattern, number)),
+                None if value.is_null() => {}
+                None => {
+                    let field = format!("`{name}` at {}", Quoted::new(&pattern));
+                    return Err(self.wrong_type(field, &value.to_string(), "a number"));
+                }
+            }
+        }
+        Ok(numbers)
     }
 
-    fn matches(&self, path: &str) -> bool {
-        match self {
-            Self::Regex(regex) => regex.is_match(path),
-            Self::Plain(text) => {
-                let Some(start) = path.len().checked_sub(text.len()) else {
-                    return false;
-                };
-                let (before, tail) = (path.get(..start), path.get(start..));
-                let after_a_dot = before.is_some_and(|b| b.is_empty() || b.ends_with('.'));
-                after_a_dot
-                    && tail.is_some_and(|tail| {
-                        tail.bytes()
-                            .zip(text.bytes())
-                            .all(|(c, p)| c == p || p == b'.')
-                    })
-            }
+    fn wrong_type(&self, field: String, json: &str, expected: &'static str) -> ConfigError {
+        ConfigError::WrongType {
+            origin: self.origin.to_owned(),
+            field,
+            value: Quoted::new(json),
+            expected,
         }
     }
 }
@@ -273,18 +206,6 @@ impl<'de, V: Deserialize<'de>> Deserialize<'de> for Ordered<V> {
         }
         deserializer.deserialize_map(Rows(PhantomData))
     }
-}
-
-/// A field that may be a pattern table.
-#[derive(serde::Deserialize)]
-#[serde(untagged)]
-enum PatternField {
-    Table(#[serde(deserialize_with = "table_rows")] Vec<(String, f64)>),
-    Other(serde::de::IgnoredAny),
-}
-
-fn table_rows<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<(String, f64)>, D::Error> {
-    Ordered::deserialize(deserializer).map(|rows| rows.0)
 }
 
 #[cfg(test)]
@@ -355,5 +276,106 @@ mod tests {
             "`adapter_config.json` has a pattern in `alpha_pattern` that is not understood: \
              `(?!x)to_q`"
         );
+    }
+
+    fn refusal(json: &str) -> String {
+        let error = AdapterConfig::parse("adapter_config.json", json).unwrap_err();
+        error.to_string()
+    }
+
+    #[test]
+    fn a_null_is_as_good_as_nothing() {
+        let config = config(
+            r#"{"lora_alpha": 8, "transformer.lora_alpha": null,
+                "alpha_pattern": {"to_q": null, "to_k": 4}, "rank_pattern": null}"#,
+        );
+        assert_eq!(config.scale("attn.to_q", 8), Some(1.0));
+        assert_eq!(config.scale("attn.to_k", 8), Some(0.5));
+        assert_eq!(config.promised_rank("attn.to_k"), None);
+    }
+
+    #[test]
+    fn the_transformers_own_fields_win() {
+        for json in [
+            r#"{"transformer.lora_alpha": 8, "lora_alpha": 1000, "use_rslora": true,
+                "transformer.use_rslora": false}"#,
+            r#"{"lora_alpha": 1000, "transformer.lora_alpha": 8, "text_encoder.use_rslora": true}"#,
+        ] {
+            assert_eq!(config(json).scale("img_in", 16), Some(0.5), "{json}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_of_its_type_is_refused() {
+        insta::assert_snapshot!(
+            refusal(r#"{"lora_alpha": "8"}"#),
+            @r#"`adapter_config.json` has `"8"` in `lora_alpha`, which is not a number"#
+        );
+        insta::assert_snapshot!(
+            refusal(r#"{"lora_alpha": 8, "transformer.use_rslora": "yes"}"#),
+            @r#"`adapter_config.json` has `"yes"` in `use_rslora`, which is not true or false"#
+        );
+        insta::assert_snapshot!(
+            refusal(r#"{"alpha_pattern": {"to_k": 4, "to_q": [8]}}"#),
+            @"`adapter_config.json` has `[8]` in `alpha_pattern` at `to_q`, which is not a number"
+        );
+        insta::assert_snapshot!(
+            refusal(r#"{"rank_pattern": [8]}"#),
+            @"`adapter_config.json` has `[8]` in `rank_pattern`, which is not a table of patterns"
+        );
+    }
+
+    /// A configuration with this many expressions of one kind.
+    fn with_expressions(count: usize, expression: &str) -> String {
+        let patterns: Vec<String> = (0..count)
+            .map(|i| format!(r#""{expression}x{i}": 1"#))
+            .collect();
+        format!(r#"{{"alpha_pattern": {{{}}}}}"#, patterns.join(", "))
+    }
+
+    #[test]
+    fn expressions_are_few_and_small() {
+        insta::assert_snapshot!(
+            refusal(&with_expressions(65, "(a|b)")),
+            @"`adapter_config.json` has 65 regular expressions in `alpha_pattern`, more than 64"
+        );
+        insta::assert_snapshot!(
+            refusal(&with_expressions(1, "(.?){1000}")),
+            @"`adapter_config.json` has a pattern in `alpha_pattern` that is not understood: `(.?){1000}x0`"
+        );
+        insta::assert_snapshot!(
+            refusal(&with_expressions(4, "(?:.*){170}")),
+            @"`adapter_config.json` has regular expressions in `alpha_pattern` that are too large, over the limit of 49152 bytes in all"
+        );
+        // Of ranks, which only a note depends on, no expression is compiled.
+        let ranks = with_expressions(65, "(?!a)").replace("alpha_pattern", "rank_pattern");
+        assert_eq!(config(&ranks).promised_rank("to_q"), None);
+    }
+
+    #[test]
+    fn a_trainers_expressions_are_not_too_many() {
+        let json = with_expressions(30, "(img|txt)_mlp.net.");
+        assert_eq!(config(&json).scale("img_mlp.net.x29", 2), Some(0.5));
+        let json = with_expressions(900, r"^transformer_blocks\\.0\\.");
+        assert_eq!(
+            config(&json).scale("transformer_blocks.0.x899", 2),
+            Some(0.5)
+        );
+    }
+
+    #[test]
+    fn matching_takes_less_than_a_second() {
+        let config = config(&with_expressions(3, "(?:.*){170}"));
+        // Without optimisation, matching takes ten times as long.
+        let blocks = if cfg!(debug_assertions) { 6 } else { 60 };
+        let start = std::time::Instant::now();
+        for block in 0..blocks {
+            for part in ["q", "k", "v", "q", "k", "v", "q", "k"] {
+                let path = format!("transformer_blocks.{block}.attn.to_{part}");
+                assert_eq!(config.scale(&path, 8), None);
+            }
+        }
+        let elapsed = start.elapsed();
+        assert!(elapsed.as_secs_f64() < 1.0, "{elapsed:?}");
     }
 }

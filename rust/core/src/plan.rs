@@ -1,26 +1,21 @@
 //! One file, no model: the FilePlan.
 
 use std::collections::HashMap;
-use std::fs;
+use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 
-use crate::adapter::Adapter;
-use crate::header::Quoted;
-use crate::key::Foreign;
-use crate::lookalike;
+use crate::check::{self, ModelCheck};
+use crate::config::{self, PEFT_WEIGHTS, SourceIdentity};
+use crate::header::{MAX_NAME_BYTES, MAX_TENSORS, Quoted};
 use crate::model::{self, Model};
-use crate::module::{self, Fit, Module, ModuleError};
-use crate::peft::{self, AdapterConfig, ConfigError};
-use crate::role::Role;
-use crate::source::{FileIdentity, SourceError, SourceFile};
-use crate::table::{KeyTable, RawTensor, Reason};
+use crate::module::{self, Module, ModuleError};
+use crate::notes;
+use crate::peft::{AdapterConfig, ConfigError};
+use crate::source::{SourceError, SourceFile};
+use crate::table::{KeyTable, RawTensor};
 
-/// The weights of a PEFT folder.
-pub const PEFT_WEIGHTS: &str = "adapter_model.safetensors";
-/// The configuration beside them.
-pub const PEFT_CONFIG: &str = "adapter_config.json";
-/// A configuration beyond this size is not one.
-const MAX_CONFIG_BYTES: u64 = 4 * 1024 * 1024;
+/// Duplicates whose first bytes agree, up to this many, are taken for equal.
+const COMPARED_BYTES: usize = 4096;
 
 /// What this version would do with a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -72,6 +67,26 @@ pub enum PlanError {
         /// What is wrong.
         source: ConfigError,
     },
+    /// More tensors than any model has.
+    #[error("{origin} has too many tensors, over the limit of {max}: {count}")]
+    TooManyTensors {
+        /// The state dict.
+        origin: Quoted,
+        /// How many.
+        count: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// A key longer than any name.
+    #[error("{origin}: tensor {tensor}: the name is over the limit of {max_bytes} bytes")]
+    NameTooLong {
+        /// The state dict.
+        origin: Quoted,
+        /// The name, which tells its length.
+        tensor: Quoted,
+        /// The limit.
+        max_bytes: usize,
+    },
     /// A module makes no sense.
     #[error("{origin}: {source}")]
     Module {
@@ -80,19 +95,6 @@ pub enum PlanError {
         /// What is wrong.
         source: ModuleError,
     },
-}
-
-/// What a file is found to be.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ModelCheck {
-    /// Its modules are this model's.
-    Known(Model),
-    /// It names another model's modules.
-    Other(String),
-    /// Its names fit, its shapes are not the released model's.
-    OtherShapes(String),
-    /// It names no module at all.
-    Nothing(String),
 }
 
 /// One file, understood.
@@ -108,37 +110,15 @@ pub struct FilePlan {
     identity: Option<SourceIdentity>,
 }
 
-/// Identity of everything that a path's plan was made from.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct SourceIdentity {
-    /// The weights.
-    pub weights: FileIdentity,
-    /// PEFT's configuration beside them, where there is one.
-    pub config: Option<FileIdentity>,
-}
-
-impl SourceIdentity {
-    /// Takes the identity of a LoRA file or PEFT folder, as it is now.
-    pub fn of(path: &Path) -> Result<Self, PlanError> {
-        let weights = weights_path(path)?;
-        let source = SourceFile::open(&weights)?;
-        let config = open_config(&weights)?.map(|(_, identity)| identity);
-        Ok(Self {
-            weights: source.identity().clone(),
-            config,
-        })
-    }
-}
-
 impl FilePlan {
     /// Reads a safetensors file or a PEFT folder: its header and its stored scalars.
     pub fn read(path: &Path) -> Result<Self, PlanError> {
-        let file_path = weights_path(path)?;
+        let file_path = config::weights_path(path)?;
         let source = SourceFile::open(&file_path)?;
         let header = source.read_header()?;
         let metadata = header.metadata().to_vec();
         let origin = Quoted::path(&file_path);
-        let (config, config_identity) = config_of(&file_path, &metadata, &origin)?;
+        let (config, config_identity) = config::config_of(&file_path, &metadata, &origin)?;
         let raw = header.tensors().iter().map(|tensor| RawTensor {
             key: tensor.name().to_owned(),
             dtype: tensor.dtype(),
@@ -156,6 +136,12 @@ impl FilePlan {
                 table.set_value(index, source.read_scalar(tensor)?);
             }
         }
+        table.settle_duplicates(|index, original| {
+            match (header.tensors().get(index), header.tensors().get(original)) {
+                (Some(a), Some(b)) => source.begin_alike(a, b, COMPARED_BYTES),
+                _ => Ok(false),
+            }
+        })?;
         source.verify_unchanged()?;
         let mut plan = Self::build(&origin, table, metadata, config.as_ref())?;
         plan.size_bytes = source.identity().size_bytes();
@@ -170,19 +156,21 @@ impl FilePlan {
 
     /// Plans tensors that are in memory already.
     ///
-    /// `scalars[i]` is the value of tensor `i` where it has exactly one element.
+    /// `scalars[i]` is the value of tensor `i` where it has exactly one element. Names and their
+    /// number are bound by the limits of a file's header.
     pub fn from_tensors(
         name: &str,
         tensors: Vec<RawTensor>,
         scalars: &[Option<f64>],
         metadata: Vec<(String, String)>,
     ) -> Result<Self, PlanError> {
+        let origin = Quoted::new(name);
+        check_names(&origin, &tensors)?;
         let size_bytes = tensors
             .iter()
             .map(|t| t.len_bytes)
             .fold(0, u64::saturating_add);
-        let origin = Quoted::new(name);
-        let config = embedded_config(&metadata, &origin)?;
+        let config = config::embedded_config(&metadata, &origin)?;
         let mut table = KeyTable::new(tensors);
         for (index, value) in scalars.iter().enumerate() {
             let needed = table
@@ -195,6 +183,10 @@ impl FilePlan {
                 table.set_value(index, *value);
             }
         }
+        let value = |index: usize| scalars.get(index).copied().flatten();
+        let Ok(()) = table.settle_duplicates(|index, original| {
+            Ok::<_, Infallible>(value(index) == value(original))
+        });
         let mut plan = Self::build(&origin, table, metadata, config.as_ref())?;
         plan.size_bytes = size_bytes;
         Ok(plan)
@@ -210,7 +202,7 @@ impl FilePlan {
             origin: origin.to_owned(),
             source,
         })?;
-        let check = check_model(&mut modules, &table);
+        let check = check::check_model(&mut modules, &table);
         let mut plan = Self {
             path: None,
             size_bytes: 0,
@@ -221,7 +213,7 @@ impl FilePlan {
             notes: Vec::new(),
             identity: None,
         };
-        plan.notes = plan.take_notes(config);
+        plan.notes = notes::take(&plan, config);
         Ok(plan)
     }
 
@@ -357,50 +349,24 @@ impl FilePlan {
             tally.count, tally.example
         ))
     }
+}
 
-    fn take_notes(&self, config: Option<&AdapterConfig>) -> Vec<String> {
-        let mut notes = Vec::new();
-        if self.check == ModelCheck::Known(Model::QwenImage) && self.could_be_flux() {
-            notes.push(
-                "only attention layers of the first 19 blocks: a FLUX LoRA could look the same"
-                    .to_owned(),
-            );
-        }
-        if let Some(config) = config {
-            let has_alpha = self.table.entries().iter().any(|e| e.role == Role::Alpha);
-            if has_alpha && config.use_rslora() {
-                notes.push(
-                    "stored alphas and rsLoRA metadata together: alpha / rank is used".to_owned(),
-                );
-            }
-            notes.extend(self.rank_note(config));
-        }
-        notes
+/// Holds a state dict's names to the limits of a file's.
+fn check_names(origin: &Quoted, tensors: &[RawTensor]) -> Result<(), PlanError> {
+    if tensors.len() > MAX_TENSORS {
+        return Err(PlanError::TooManyTensors {
+            origin: origin.clone(),
+            count: tensors.len(),
+            max: MAX_TENSORS,
+        });
     }
-
-    fn rank_note(&self, config: &AdapterConfig) -> Option<String> {
-        self.modules
-            .iter()
-            .filter(|m| m.adapter == Adapter::Lora)
-            .find_map(|module| {
-                let path = &model::table().target(module.target).path;
-                let (stored, promised) = (module.rank?, config.promised_rank(path)?);
-                (stored != promised).then(|| {
-                    format!(
-                        "`{path}` has rank {stored}, the metadata says {promised}: the tensors win"
-                    )
-                })
-            })
-    }
-
-    /// FLUX has the same names and widths for these modules, and 19 such blocks.
-    fn could_be_flux(&self) -> bool {
-        self.modules.iter().all(|module| {
-            let target = model::table().target(module.target);
-            let shared = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"];
-            target.block.is_some_and(|block| block <= 18)
-                && shared.iter().any(|name| target.path.ends_with(name))
-        })
+    match tensors.iter().find(|t| t.key.len() > MAX_NAME_BYTES) {
+        Some(long) => Err(PlanError::NameTooLong {
+            origin: origin.clone(),
+            tensor: Quoted::new(&long.key),
+            max_bytes: MAX_NAME_BYTES,
+        }),
+        None => Ok(()),
     }
 }
 
@@ -428,158 +394,4 @@ fn most_common(rows: impl Iterator<Item = (String, String)>) -> Option<(String, 
         .into_iter()
         .find(|r| tallies.get(r).is_some_and(|tally| tally.count == most))?;
     tallies.remove_entry(&reason)
-}
-
-/// The file with the weights: the path itself, or the one in a PEFT folder.
-pub fn weights_path(path: &Path) -> Result<PathBuf, PlanError> {
-    if !path.is_dir() {
-        return Ok(path.to_owned());
-    }
-    let weights = path.join(PEFT_WEIGHTS);
-    if weights.is_file() {
-        Ok(weights)
-    } else {
-        Err(PlanError::NotAPeftFolder {
-            folder: Quoted::path(path),
-        })
-    }
-}
-
-/// The configuration in the metadata, else the one beside a PEFT file.
-fn config_of(
-    path: &Path,
-    metadata: &[(String, String)],
-    origin: &Quoted,
-) -> Result<(Option<AdapterConfig>, Option<FileIdentity>), PlanError> {
-    let embedded = embedded_config(metadata, origin)?;
-    let Some((file, identity)) = open_config(path)? else {
-        return Ok((embedded, None));
-    };
-    if embedded.is_some() {
-        return Ok((embedded, Some(identity)));
-    }
-    let shown = Quoted::path(&path.with_file_name(PEFT_CONFIG));
-    let json =
-        std::io::read_to_string(std::io::Read::take(file, MAX_CONFIG_BYTES)).map_err(|e| {
-            PlanError::Config {
-                path: shown.clone(),
-                detail: e.to_string(),
-            }
-        })?;
-    let config =
-        AdapterConfig::parse(PEFT_CONFIG, &json).map_err(|source| PlanError::ConfigContent {
-            origin: shown,
-            source,
-        })?;
-    Ok((Some(config), Some(identity)))
-}
-
-/// The configuration beside a PEFT weights file, opened.
-fn open_config(weights: &Path) -> Result<Option<(fs::File, FileIdentity)>, PlanError> {
-    let beside = weights.with_file_name(PEFT_CONFIG);
-    if weights.file_name().is_none_or(|name| name != PEFT_WEIGHTS) || !beside.is_file() {
-        return Ok(None);
-    }
-    let unreadable = |detail: String| PlanError::Config {
-        path: Quoted::path(&beside),
-        detail,
-    };
-    let file = fs::File::open(&beside).map_err(|e| unreadable(e.to_string()))?;
-    let identity = FileIdentity::of(&file).map_err(|e| unreadable(e.to_string()))?;
-    let size = identity.size_bytes();
-    if size > MAX_CONFIG_BYTES {
-        return Err(unreadable(format!(
-            "{size} bytes are more than {MAX_CONFIG_BYTES}"
-        )));
-    }
-    Ok(Some((file, identity)))
-}
-
-fn embedded_config(
-    metadata: &[(String, String)],
-    origin: &Quoted,
-) -> Result<Option<AdapterConfig>, PlanError> {
-    metadata
-        .iter()
-        .find(|(key, _)| key == peft::METADATA_KEY)
-        .map(|(key, json)| AdapterConfig::parse(key, json))
-        .transpose()
-        .map_err(|source| PlanError::ConfigContent {
-            origin: origin.to_owned(),
-            source,
-        })
-}
-
-/// Decides whose file it is, and marks modules whose shape is not the released model's.
-fn check_model(modules: &mut [Module], table: &KeyTable) -> ModelCheck {
-    let seen: Vec<_> = table
-        .entries()
-        .iter()
-        .filter_map(|e| Some((lookalike::witness(&e.tensor.key)?, e.tensor.key.as_str())))
-        .collect();
-    if let Some((other, key)) = seen.iter().find(|(l, _)| l.decides) {
-        return ModelCheck::Other(format!(
-            "a {} LoRA (it has {})",
-            other.model,
-            Quoted::new(key)
-        ));
-    }
-    let Some(model) = module::majority_model(modules) else {
-        return ModelCheck::Nothing(nothing_found(table, seen.first().map(|(l, _)| l.model)));
-    };
-    let (mut fitting, mut differing) = (0usize, 0usize);
-    let mut example = None;
-    for module in modules.iter_mut() {
-        let own = model::table().target(module.target).model;
-        if own != model {
-            module.misfit = Some(format!("is a module of {own}, the file is {model}'s"));
-            continue;
-        }
-        let reshaped = module.tensors.iter().any(|&i| {
-            table
-                .entries()
-                .get(i)
-                .is_some_and(|e| e.role == Role::Reshape)
-        });
-        match module::fit(module, table.entries()) {
-            Fit::Fits => fitting += 1,
-            Fit::Differs(_) if reshaped => {}
-            Fit::Differs(text) => {
-                differing += 1;
-                example.get_or_insert_with(|| {
-                    format!("`{}` {text}", model::table().target(module.target).path)
-                });
-                module.misfit = Some(text);
-            }
-            Fit::Unknown => {}
-        }
-    }
-    match example {
-        Some(example) if differing >= fitting => {
-            ModelCheck::OtherShapes(format!("a LoRA of another model: {example}"))
-        }
-        _ => ModelCheck::Known(model),
-    }
-}
-
-fn nothing_found(table: &KeyTable, lookalike: Option<&str>) -> String {
-    let plain = table
-        .entries()
-        .iter()
-        .any(|e| e.reason == Some(Reason::Foreign(Foreign::PlainWeight)));
-    match lookalike {
-        _ if table.entries().is_empty() => "the file holds no tensor".to_owned(),
-        _ if plain => "a checkpoint, not a LoRA: it holds whole weights".to_owned(),
-        Some(model) => format!("a LoRA of another model, probably {model}"),
-        None => {
-            let key = table
-                .entries()
-                .first()
-                .map_or("", |e| e.tensor.key.as_str());
-            format!(
-                "no key names a module of Qwen-Image (the first is {})",
-                Quoted::new(key)
-            )
-        }
-    }
 }

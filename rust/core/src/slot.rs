@@ -47,6 +47,8 @@ pub struct Slot {
     pub element_bytes: u64,
     /// Whether its block takes part in CPU offload.
     pub offloaded: bool,
+    /// The path with its block's number replaced by `*`: slots that share a buffer under offload.
+    pub pattern: String,
 }
 
 impl Slot {
@@ -59,28 +61,6 @@ impl Slot {
             }
             SlotKind::Awq | SlotKind::Linear => None,
         }
-    }
-
-    /// The path with its block's number replaced by `*`: slots that share a buffer under offload.
-    pub fn pattern(&self) -> String {
-        let segments = self.path.split('.').map(|segment| {
-            if !segment.is_empty() && segment.bytes().all(|b| b.is_ascii_digit()) {
-                "*"
-            } else {
-                segment
-            }
-        });
-        let mut replaced = false;
-        let mut pattern = String::with_capacity(self.path.len());
-        for (segment, original) in segments.zip(self.path.split('.')) {
-            if !pattern.is_empty() {
-                pattern.push('.');
-            }
-            // Only the first number is a block's: `to_out.0` and `net.2` are names.
-            pattern.push_str(if replaced { original } else { segment });
-            replaced |= segment == "*";
-        }
-        pattern
     }
 }
 
@@ -104,21 +84,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_blocks_number_is_a_wildcard() {
-        let slot = |path: &str| Slot {
-            path: path.to_owned(),
-            kind: SlotKind::Svdq,
+    fn packed_slots_take_whole_tiles_of_ranks() {
+        let slot = |kind, base_rank| Slot {
+            path: "proj_out".to_owned(),
+            kind,
             in_features: 64,
             out_features: 64,
-            base_rank: 40,
+            base_rank,
             element_bytes: 2,
             offloaded: true,
+            pattern: "proj_out".to_owned(),
         };
-        assert_eq!(
-            slot("transformer_blocks.12.img_mlp.net.2").pattern(),
-            "transformer_blocks.*.img_mlp.net.2"
-        );
-        assert_eq!(slot("proj_out").pattern(), "proj_out");
-        assert_eq!(slot("x").free_rank(), Some(976));
+        assert_eq!(slot(SlotKind::Svdq, 40).free_rank(), Some(976));
+        assert_eq!(slot(SlotKind::Svdq, 2000).free_rank(), Some(0));
+        assert_eq!(slot(SlotKind::Linear, 0).free_rank(), None);
     }
 }

@@ -98,6 +98,22 @@ impl SourceFile {
         })
     }
 
+    /// Whether two tensors agree in their first bytes, up to `limit_bytes` of them.
+    pub fn begin_alike(
+        &self,
+        a: &TensorInfo,
+        b: &TensorInfo,
+        limit_bytes: usize,
+    ) -> Result<bool, SourceError> {
+        let start = |tensor: &TensorInfo| {
+            let len = usize::try_from(tensor.len_bytes()).unwrap_or(usize::MAX);
+            let mut bytes = vec![0; len.min(limit_bytes)];
+            self.read_exact(&mut bytes, tensor.offset_bytes())?;
+            Ok(bytes)
+        };
+        Ok(start(a)? == start(b)?)
+    }
+
     /// Fills parts of `dest` with parts of the file, by up to `threads` parallel readers.
     ///
     /// All ranges are checked before the first byte is read: each lies within the file and within

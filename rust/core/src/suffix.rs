@@ -29,6 +29,9 @@ pub struct Cut<'k> {
 /// Most adapter names that may stand between a role and `.weight`.
 const MAX_SLOTS: usize = 2;
 
+/// How a float8 scale ends, the longer before what it ends in.
+const FLOAT8_SCALES: [&str; 3] = ["weight.scale_weight", "scale_weight", "weight_scale"];
+
 /// Suffixes without an adapter name. Order does not matter: the longest match is taken.
 const FIXED: &[(&str, Role)] = &[
     (".lora_down.weight", Role::Down),
@@ -49,6 +52,8 @@ const FIXED: &[(&str, Role)] = &[
     ("_lora_up", Role::Up),
     (".lora.A.weight", Role::Down),
     (".lora.B.weight", Role::Up),
+    (".lora.A", Role::Down),
+    (".lora.B", Role::Up),
     (".lora_linear_layer.down.weight", Role::Down),
     (".lora_linear_layer.up.weight", Role::Up),
     (".lora_mid.weight", Role::Mid),
@@ -167,15 +172,15 @@ fn finish_named<'k>(
     if tail.is_empty() {
         return cut(role, "", true);
     }
-    if matches!(
-        tail,
-        "scale_weight" | "weight_scale" | "weight.scale_weight"
-    ) {
-        return half.map(|half| Cut {
+    if let Some(names) = FLOAT8_SCALES
+        .iter()
+        .find_map(|ending| ends_in_segment(tail, ending))
+    {
+        return Some(Cut {
             stem,
             role: Role::Fp8Scale,
-            slot: "",
-            half: Some(half),
+            slot: slots_of(names)?,
+            half: Some(half?),
             bare: false,
         });
     }
@@ -276,12 +281,26 @@ mod tests {
         assert_eq!((scale.role, scale.half), (Role::Fp8Scale, Some(Half::Down)));
         let scale = cut("x.lora_B.weight_scale").unwrap();
         assert_eq!((scale.role, scale.half), (Role::Fp8Scale, Some(Half::Up)));
+        for (ending, slot) in [
+            ("lora_A.weight.scale_weight", ""),
+            ("lora_A.default.weight_scale", "default"),
+            ("lora_A.default.scale_weight", "default"),
+            ("lora_A.default.weight.scale_weight", "default"),
+            ("lora_A.a.b.weight.scale_weight", "a.b"),
+        ] {
+            let key = format!("x.{ending}");
+            let scale = cut(&key).unwrap();
+            assert_eq!((scale.role, scale.half), (Role::Fp8Scale, Some(Half::Down)));
+            assert_eq!((scale.stem, scale.slot), ("x", slot), "{key}");
+        }
     }
 
     #[test]
     fn bare_pairs_are_marked() {
         assert!(cut("x.lora_down").unwrap().bare);
         assert!(cut("x.lora_A").unwrap().bare);
+        assert!(cut("x.lora.A").unwrap().bare);
+        assert_eq!(roles("x.lora.B"), Some(("x", Role::Up, "")));
         assert!(!cut("x.lora_down.weight").unwrap().bare);
     }
 }

@@ -3,14 +3,17 @@
 //! What one key cannot tell is settled here: duplicates, fused beside split, a second adapter, a
 //! lone `.weight`, packed pairs, biases of modules that have none.
 
-use std::collections::{HashMap, HashSet};
+mod spelling;
+
+use std::collections::{BTreeMap, HashSet};
 
 use crate::dtype::Dtype;
-use crate::header::Quoted;
 use crate::key::{self, Foreign, ParsedKey};
 use crate::model::{self, ModuleKind, TargetId};
+use crate::reason::Reason;
 use crate::role::Role;
 use crate::suffix::Half;
+use spelling::{Extent, Spelling};
 
 /// A tensor as a file or a state dict lists it.
 #[derive(Debug, Clone, PartialEq)]
@@ -27,62 +30,6 @@ pub struct RawTensor {
     pub len_bytes: u64,
 }
 
-/// Why a tensor is left out.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Reason {
-    /// It belongs to no module of the model.
-    Foreign(Foreign),
-    /// Another key names the same tensor of the same module.
-    DuplicateOf(String),
-    /// The file holds the fused and the split form; the split one is used.
-    SplitPreferred,
-    /// A second adapter for a module; the first is used.
-    SecondAdapter(String),
-    /// A bias delta for a module without bias.
-    NoBias,
-}
-
-impl Reason {
-    /// The reason in reports.
-    pub fn text(&self) -> String {
-        match self {
-            Self::Foreign(_) | Self::SplitPreferred | Self::NoBias => self.kind().to_owned(),
-            Self::DuplicateOf(key) => format!("the same tensor as {}", Quoted::new(key)),
-            Self::SecondAdapter(slot) => {
-                format!("second adapter {} of this module", Quoted::new(slot))
-            }
-        }
-    }
-
-    /// The reason without the names in it.
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::Foreign(foreign) => foreign.reason(),
-            Self::DuplicateOf(_) => "the same tensor under another key",
-            Self::SplitPreferred => "the file holds this module's parts as well",
-            Self::SecondAdapter(_) => "a second adapter of its module",
-            Self::NoBias => "module has no bias",
-        }
-    }
-
-    /// Whether it is part of an adapter of the model, unlike another component's tensors.
-    pub fn is_of_model(&self) -> bool {
-        matches!(
-            self,
-            Self::SecondAdapter(_) | Self::Foreign(Foreign::UnknownForm)
-        )
-    }
-
-    /// Whether leaving it out changes nothing of what the file does.
-    pub fn is_harmless(&self) -> bool {
-        match self {
-            Self::Foreign(foreign) => foreign.is_harmless(),
-            Self::DuplicateOf(_) | Self::SplitPreferred => true,
-            Self::SecondAdapter(_) | Self::NoBias => false,
-        }
-    }
-}
-
 /// A classified tensor.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Entry {
@@ -96,6 +43,8 @@ pub struct Entry {
     pub half: Option<Half>,
     /// Why it is left out, if it is.
     pub reason: Option<Reason>,
+    /// For a tensor of unknown kind, the module that its key names.
+    pub beside: Option<TargetId>,
     /// The value of a stored scalar.
     pub value: Option<f64>,
 }
@@ -133,29 +82,24 @@ impl Entry {
 #[derive(Debug, Clone, PartialEq)]
 pub struct KeyTable {
     entries: Vec<Entry>,
+    /// (duplicate, original) whose content has not been compared.
+    duplicates: Vec<(usize, usize)>,
 }
 
 impl KeyTable {
     /// Classifies a file's tensors.
     pub fn new(tensors: Vec<RawTensor>) -> Self {
-        let mut slots = Vec::with_capacity(tensors.len());
-        let mut bare = Vec::with_capacity(tensors.len());
-        let entries = tensors
-            .into_iter()
-            .map(|tensor| {
-                let (entry, slot, is_bare) = classify(tensor);
-                slots.push(slot);
-                bare.push(is_bare);
-                entry
-            })
-            .collect();
-        let mut table = Self { entries };
+        let (entries, spellings): (Vec<Entry>, Vec<Spelling>) =
+            tensors.into_iter().map(classify).unzip();
+        let mut table = Self {
+            entries,
+            duplicates: Vec::new(),
+        };
         table.settle_plain_weights();
-        table.drop_second_adapters(&slots);
-        table.drop_duplicates();
-        table.prefer_split();
-        table.mark_packed(&bare);
+        table.keep_one_adapter(&spellings);
+        table.mark_packed(&spellings);
         table.mark_lone_deltas();
+        table.prefer_split();
         table.drop_missing_biases();
         table
     }
@@ -163,6 +107,14 @@ impl KeyTable {
     /// The entries, in file order.
     pub fn entries(&self) -> &[Entry] {
         &self.entries
+    }
+
+    /// Whether base weights are saved along: then the file is a dump of a whole wrapped model.
+    pub fn has_base_weights(&self) -> bool {
+        let base = Reason::Foreign(Foreign::BaseWeight);
+        self.entries
+            .iter()
+            .any(|e| e.reason.as_ref() == Some(&base))
     }
 
     /// Stores the value of a scalar.
@@ -190,59 +142,43 @@ impl KeyTable {
         }
     }
 
-    fn drop_second_adapters(&mut self, slots: &[String]) {
-        let mut first: HashMap<TargetId, &String> = HashMap::new();
-        for (entry, slot) in self.entries.iter_mut().zip(slots) {
-            let Some(target) = entry.target else { continue };
-            if !matches!(
-                entry.role,
-                Role::Down | Role::Up | Role::UpBias | Role::DoraScale
-            ) {
-                continue;
-            }
-            if *first.entry(target).or_insert(slot) != slot {
-                entry.ignore(Reason::SecondAdapter(slot.clone()));
-            }
-        }
-    }
-
-    fn drop_duplicates(&mut self) {
-        let mut first: HashMap<(TargetId, Role, bool), String> = HashMap::new();
-        for entry in &mut self.entries {
-            let Some(target) = entry.target else { continue };
-            let place = (target, entry.role, entry.half == Some(Half::Up));
-            match first.get(&place) {
-                Some(key) => entry.ignore(Reason::DuplicateOf(key.clone())),
-                None => {
-                    first.insert(place, entry.tensor.key.clone());
-                }
-            }
-        }
-    }
-
-    /// A fused module beside its parts is the same delta written twice.
+    /// A fused module beside all of its parts is the same delta written twice; beside some of them
+    /// it says more than they do.
     fn prefer_split(&mut self) {
-        let present: HashSet<TargetId> = self.entries.iter().filter_map(|e| e.target).collect();
+        let mut extents: BTreeMap<TargetId, Extent> = BTreeMap::new();
+        for entry in &self.entries {
+            if let Some(target) = entry.target {
+                extents.entry(target).or_default().add(entry.role);
+            }
+        }
+        let is_whole = |target: &TargetId| extents.get(target).is_some_and(|e| e.is_whole());
+        let mut fused: HashSet<TargetId> = HashSet::new();
+        let mut parts: HashSet<TargetId> = HashSet::new();
+        for target in extents.keys() {
+            let split = &model::table().target(*target).split;
+            if !split.is_empty() && split.iter().all(is_whole) {
+                fused.insert(*target);
+            } else if is_whole(target) {
+                parts.extend(split);
+            }
+        }
         for entry in &mut self.entries {
             let Some(target) = entry.target else { continue };
-            if model::table()
-                .target(target)
-                .split
-                .iter()
-                .any(|part| present.contains(part))
-            {
+            if fused.contains(&target) {
                 entry.ignore(Reason::SplitPreferred);
+            } else if parts.contains(&target) {
+                entry.ignore(Reason::FusedPreferred);
             }
         }
     }
 
     /// Nunchaku's packed tensors are a bare pair whose `down` has a row per input channel.
-    fn mark_packed(&mut self, bare: &[bool]) {
+    fn mark_packed(&mut self, spellings: &[Spelling]) {
         let packed: HashSet<TargetId> = self
             .entries
             .iter()
-            .zip(bare)
-            .filter(|(e, bare)| **bare && e.role == Role::Down)
+            .zip(spellings)
+            .filter(|(e, spelling)| spelling.bare && e.role == Role::Down)
             .filter_map(|(e, _)| {
                 let target = e.target?;
                 let (rows, columns) = e.matrix()?;
@@ -288,38 +224,37 @@ impl KeyTable {
     }
 }
 
-fn classify(tensor: RawTensor) -> (Entry, String, bool) {
-    let parsed = key::parse(&tensor.key);
-    match parsed {
+fn classify(tensor: RawTensor) -> (Entry, Spelling) {
+    let mut entry = Entry {
+        tensor,
+        target: None,
+        role: Role::Ignored,
+        half: None,
+        reason: None,
+        beside: None,
+        value: None,
+    };
+    let mut spelling = Spelling::default();
+    match key::parse(&entry.tensor.key) {
         ParsedKey::Module {
             target,
+            stem,
             role,
             slot,
             half,
             bare,
         } => {
-            let slot = slot.to_owned();
-            let entry = Entry {
-                tensor,
-                target: Some(target),
-                role,
-                half,
-                reason: None,
-                value: None,
+            spelling = Spelling {
+                stem_bytes: stem.len(),
+                slot: slot.to_owned(),
+                bare,
             };
-            (entry, slot, bare)
+            (entry.target, entry.role, entry.half) = (Some(target), role, half);
         }
-        ParsedKey::Foreign(foreign) => {
-            let reason = Some(Reason::Foreign(foreign));
-            let entry = Entry {
-                tensor,
-                target: None,
-                role: Role::Ignored,
-                half: None,
-                reason,
-                value: None,
-            };
-            (entry, String::new(), false)
+        ParsedKey::Foreign { reason, beside } => {
+            entry.reason = Some(Reason::Foreign(reason));
+            entry.beside = beside;
         }
     }
+    (entry, spelling)
 }

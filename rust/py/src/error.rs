@@ -55,7 +55,10 @@ pub(crate) fn from_plan(py: Python<'_>, error: &PlanError) -> PyErr {
     let class = match error {
         PlanError::Source(source) => source_class(source),
         PlanError::NotAPeftFolder { .. } | PlanError::Config { .. } => "LoraReadError",
-        PlanError::ConfigContent { .. } | PlanError::Module { .. } => "LoraFileError",
+        PlanError::ConfigContent { .. }
+        | PlanError::TooManyTensors { .. }
+        | PlanError::NameTooLong { .. }
+        | PlanError::Module { .. } => "LoraFileError",
     };
     raise(py, class, error.to_string())
 }
@@ -66,11 +69,11 @@ pub(crate) fn from_stack(py: Python<'_>, error: &StackError) -> PyErr {
         StackError::OtherModel { .. } => "OtherModelError",
         StackError::NothingApplicable { .. } => "NothingToApplyError",
         StackError::Strict { kind, .. } => match kind {
-            SkipKind::Unsupported | SkipKind::UnknownLayout => "UnsupportedAdapterError",
-            SkipKind::Broken => "BrokenPairError",
-            SkipKind::Shape | SkipKind::Missing | SkipKind::TurnedOff | SkipKind::Foreign => {
-                "ShapeMismatchError"
+            SkipKind::Unsupported | SkipKind::UnknownLayout | SkipKind::Foreign => {
+                "UnsupportedAdapterError"
             }
+            SkipKind::Broken => "BrokenPairError",
+            SkipKind::Shape | SkipKind::Missing | SkipKind::TurnedOff => "ShapeMismatchError",
         },
         StackError::SlotFull { .. } | StackError::RankLimit { .. } => "RankError",
     };

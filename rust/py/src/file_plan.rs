@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use qwenlora_core::config::SourceIdentity;
 use qwenlora_core::dtype::Dtype;
-use qwenlora_core::plan::{FilePlan as CorePlan, SourceIdentity};
+use qwenlora_core::plan::FilePlan as CorePlan;
 use qwenlora_core::source::FileIdentity;
 use qwenlora_core::table::RawTensor;
 

@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use numpy::{PyArray1, PyArrayMethods};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use qwenlora_core::plan::{self, SourceIdentity};
+use qwenlora_core::config::{self, SourceIdentity};
+use qwenlora_core::plan::PlanError;
 use qwenlora_core::source::{ByteRange, SourceFile};
 
 use crate::error;
@@ -34,10 +35,10 @@ impl TensorReader {
     #[new]
     fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
         let source = py.detach(|| {
-            let weights = plan::weights_path(&path)?;
+            let weights = config::weights_path(&path)?;
             Ok(SourceFile::open(&weights)?)
         });
-        let source = source.map_err(|e: plan::PlanError| error::from_plan(py, &e))?;
+        let source = source.map_err(|e: PlanError| error::from_plan(py, &e))?;
         Ok(Self {
             source: Mutex::new(Some(Arc::new(source))),
         })

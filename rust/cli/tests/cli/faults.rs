@@ -69,7 +69,7 @@ fn a_scale_that_is_no_number() {
     assert_snapshot!(folder.run([path]).text(), @"
     exit 3
     --- stderr
-    error: `[dir]/nan.safetensors`: `lora_unet_transformer_blocks_0_attn_to_q.alpha` is NaN: a scale must be finite
+    error: `[dir]/nan.safetensors`: `lora_unet_transformer_blocks_0_attn_to_q.alpha` gives a scale of NaN: it must be finite
     ");
 }
 

@@ -45,7 +45,7 @@ impl fmt::Display for Quoted {
 fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for character in text.chars() {
-        if is_deceptive(character) {
+        if character == '`' || is_deceptive(character) {
             escaped.extend(character.escape_unicode());
         } else {
             escaped.push(character);
@@ -54,12 +54,13 @@ fn escape(text: &str) -> String {
     escaped
 }
 
-/// Characters that a reader would not see as what they are.
-fn is_deceptive(character: char) -> bool {
+/// Whether a reader would not see the character as what it is: control, invisible and
+/// direction-changing characters.
+pub fn is_deceptive(character: char) -> bool {
     character.is_control()
         || matches!(
             character,
-            '`' | '\u{ad}'
+            '\u{ad}'
                 | '\u{61c}'
                 | '\u{180e}'
                 | '\u{200b}'..='\u{200f}'

@@ -1,0 +1,98 @@
+//! Whose file it is: decided by names and shapes, never by what the metadata says.
+
+use crate::fit::{self, Fit};
+use crate::header::Quoted;
+use crate::key::Foreign;
+use crate::lookalike;
+use crate::model::{self, Model};
+use crate::module::Module;
+use crate::reason::Reason;
+use crate::role::Role;
+use crate::table::KeyTable;
+
+/// What a file is found to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelCheck {
+    /// Its modules are this model's.
+    Known(Model),
+    /// It names another model's modules.
+    Other(String),
+    /// Its names fit, its shapes are not the released model's.
+    OtherShapes(String),
+    /// It names no module at all.
+    Nothing(String),
+}
+
+/// Decides whose file it is, and marks modules whose shape is not the released model's.
+pub(crate) fn check_model(modules: &mut [Module], table: &KeyTable) -> ModelCheck {
+    let seen: Vec<_> = table
+        .entries()
+        .iter()
+        .filter_map(|e| Some((lookalike::witness(&e.tensor.key)?, e.tensor.key.as_str())))
+        .collect();
+    if let Some((other, key)) = seen.iter().find(|(l, _)| l.decides) {
+        return ModelCheck::Other(format!(
+            "a {} LoRA (it has {})",
+            other.model,
+            Quoted::new(key)
+        ));
+    }
+    let Some(model) = fit::majority_model(modules) else {
+        return ModelCheck::Nothing(nothing_found(table, seen.first().map(|(l, _)| l.model)));
+    };
+    let (mut fitting, mut differing) = (0usize, 0usize);
+    let mut example = None;
+    for module in modules.iter_mut() {
+        let own = model::table().target(module.target).model;
+        if own != model {
+            module.misfit = Some(format!("is a module of {own}, the file is {model}'s"));
+            continue;
+        }
+        let reshaped = module.tensors.iter().any(|&i| {
+            table
+                .entries()
+                .get(i)
+                .is_some_and(|e| e.role == Role::Reshape)
+        });
+        match fit::fit(module, table.entries()) {
+            Fit::Fits => fitting += 1,
+            Fit::Differs(_) if reshaped => {}
+            Fit::Differs(text) => {
+                differing += 1;
+                example.get_or_insert_with(|| {
+                    format!("`{}` {text}", model::table().target(module.target).path)
+                });
+                module.misfit = Some(text);
+            }
+            Fit::Unknown => {}
+        }
+    }
+    match example {
+        Some(example) if differing >= fitting => {
+            ModelCheck::OtherShapes(format!("a LoRA of another model: {example}"))
+        }
+        _ => ModelCheck::Known(model),
+    }
+}
+
+fn nothing_found(table: &KeyTable, lookalike: Option<&str>) -> String {
+    let plain = table
+        .entries()
+        .iter()
+        .any(|e| e.reason == Some(Reason::Foreign(Foreign::PlainWeight)));
+    match lookalike {
+        _ if table.entries().is_empty() => "the file holds no tensor".to_owned(),
+        _ if plain => "a checkpoint, not a LoRA: it holds whole weights".to_owned(),
+        Some(model) => format!("a LoRA of another model, probably {model}"),
+        None => {
+            let key = table
+                .entries()
+                .first()
+                .map_or("", |e| e.tensor.key.as_str());
+            format!(
+                "no key names a module of Qwen-Image (the first is {})",
+                Quoted::new(key)
+            )
+        }
+    }
+}

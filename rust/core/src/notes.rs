@@ -1,0 +1,78 @@
+//! Remarks on a file that change no verdict.
+
+use crate::adapter::Adapter;
+use crate::check::ModelCheck;
+use crate::header::Quoted;
+use crate::model::{self, Model};
+use crate::peft::AdapterConfig;
+use crate::plan::FilePlan;
+use crate::role::Role;
+
+/// Metadata key under which trainers name the base model.
+const BASE_MODEL_KEY: &str = "ss_base_model_version";
+/// What the names of the known models hold, without `-` and `_`.
+const KNOWN_NAMES: [&str; 2] = ["qwen", "zimage"];
+
+pub(crate) fn take(plan: &FilePlan, config: Option<&AdapterConfig>) -> Vec<String> {
+    let mut notes = Vec::new();
+    if plan.check == ModelCheck::Known(Model::QwenImage) && could_be_flux(plan) {
+        notes.push(
+            "only attention layers of the first 19 blocks: a FLUX LoRA could look the same"
+                .to_owned(),
+        );
+    }
+    notes.extend(name_note(plan));
+    if let Some(config) = config {
+        let has_alpha = plan.table.entries().iter().any(|e| e.role == Role::Alpha);
+        if has_alpha && config.use_rslora() {
+            notes.push(
+                "stored alphas and rsLoRA metadata together: alpha / rank is used".to_owned(),
+            );
+        }
+        notes.extend(rank_note(plan, config));
+    }
+    notes
+}
+
+/// Models may share every name and shape, and trainers write one name for several models: the
+/// metadata's name decides nothing.
+fn name_note(plan: &FilePlan) -> Option<String> {
+    let ModelCheck::Known(model) = plan.check else {
+        return None;
+    };
+    let (_, name) = plan
+        .metadata
+        .iter()
+        .find(|(key, _)| key == BASE_MODEL_KEY)?;
+    let bare = name.to_lowercase().replace(['-', '_'], "");
+    let is_known = bare.is_empty() || KNOWN_NAMES.iter().any(|known| bare.contains(known));
+    (!is_known).then(|| {
+        format!(
+            "the metadata names another model, {}: names and shapes are {model}'s",
+            Quoted::new(name)
+        )
+    })
+}
+
+fn rank_note(plan: &FilePlan, config: &AdapterConfig) -> Option<String> {
+    plan.modules
+        .iter()
+        .filter(|m| m.adapter == Adapter::Lora)
+        .find_map(|module| {
+            let path = &model::table().target(module.target).path;
+            let (stored, promised) = (module.rank?, config.promised_rank(path)?);
+            (stored != promised).then(|| {
+                format!("`{path}` has rank {stored}, the metadata says {promised}: the tensors win")
+            })
+        })
+}
+
+/// FLUX has the same names and widths for these modules, and 19 such blocks.
+fn could_be_flux(plan: &FilePlan) -> bool {
+    plan.modules.iter().all(|module| {
+        let target = model::table().target(module.target);
+        let shared = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"];
+        target.block.is_some_and(|block| block <= 18)
+            && shared.iter().any(|name| target.path.ends_with(name))
+    })
+}

@@ -1,0 +1,71 @@
+//! What can be wrong with an adapter configuration.
+
+use super::pattern::{MAX_EXPRESSIONS, MAX_PATTERNS, MAX_TABLE_BYTES};
+use crate::header::Quoted;
+
+/// Faults of an adapter configuration.
+#[derive(Debug, thiserror::Error, PartialEq)]
+pub enum ConfigError {
+    /// Not the JSON of a configuration.
+    #[error("`{origin}` is not the JSON of a PEFT configuration: {detail}")]
+    Json {
+        /// Where the JSON stood.
+        origin: String,
+        /// What the parser says.
+        detail: String,
+    },
+    /// A pattern table of absurd size.
+    #[error("`{origin}` has {count} patterns in `{field}`, more than {MAX_PATTERNS}")]
+    TooManyPatterns {
+        /// Where the JSON stood.
+        origin: String,
+        /// The table.
+        field: &'static str,
+        /// Its length.
+        count: usize,
+    },
+    /// More regular expressions than can be matched in reasonable time.
+    #[error("`{origin}` has {count} regular expressions in `{field}`, more than {MAX_EXPRESSIONS}")]
+    TooManyExpressions {
+        /// Where the JSON stood.
+        origin: String,
+        /// The table.
+        field: &'static str,
+        /// How many.
+        count: usize,
+    },
+    /// Regular expressions that would take too long to match.
+    #[error(
+        "`{origin}` has regular expressions in `{field}` that are too large, over the limit of \
+         {MAX_TABLE_BYTES} bytes in all"
+    )]
+    LargeExpressions {
+        /// Where the JSON stood.
+        origin: String,
+        /// The table.
+        field: &'static str,
+    },
+    /// A pattern that is no regular expression that is understood here (look-around and back
+    /// references are not), or one of absurd size.
+    #[error("`{origin}` has a pattern in `{field}` that is not understood: {pattern}")]
+    Pattern {
+        /// Where the JSON stood.
+        origin: String,
+        /// The table.
+        field: &'static str,
+        /// The pattern.
+        pattern: Quoted,
+    },
+    /// A field that the scale depends on, of another type than it has.
+    #[error("`{origin}` has {value} in {field}, which is not {expected}")]
+    WrongType {
+        /// Where the JSON stood.
+        origin: String,
+        /// The field.
+        field: String,
+        /// Its JSON.
+        value: Quoted,
+        /// What belongs there.
+        expected: &'static str,
+    },
+}

@@ -1,0 +1,236 @@
+//! One module under several spellings or with several adapters: which tensors are used.
+//!
+//! Halves and alpha belong together only under one spelling of their module: the alpha of one
+//! spelling says nothing about the pair of another, into which it may be folded already.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use super::{Entry, KeyTable};
+use crate::model::TargetId;
+use crate::reason::Reason;
+use crate::role::Role;
+use crate::suffix::Half;
+
+/// How a tensor's key spells its module.
+#[derive(Debug, Default)]
+pub(super) struct Spelling {
+    /// Length of the stem, the key up to its suffix.
+    pub(super) stem_bytes: usize,
+    /// Adapter names of PEFT's spelling.
+    pub(super) slot: String,
+    /// Whether it is a pair's half without `.weight`.
+    pub(super) bare: bool,
+}
+
+/// What of an adapter is there.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Extent {
+    down: bool,
+    up: bool,
+    other: bool,
+}
+
+impl Extent {
+    pub(super) fn add(&mut self, role: Role) {
+        match role {
+            Role::Down | Role::PackedDown => self.down = true,
+            Role::Up | Role::PackedUp => self.up = true,
+            role => self.other |= makes_an_adapter(role),
+        }
+    }
+
+    /// Both halves of a pair, or a tensor of another kind of adapter.
+    pub(super) fn is_whole(self) -> bool {
+        self.other || (self.down && self.up)
+    }
+}
+
+/// Whether a tensor other than a pair's changes a weight; scalars, magnitudes and biases only
+/// accompany such a tensor.
+fn makes_an_adapter(role: Role) -> bool {
+    match role {
+        Role::LokrW1
+        | Role::LokrW1A
+        | Role::LokrW1B
+        | Role::LokrW2
+        | Role::LokrW2A
+        | Role::LokrW2B
+        | Role::HadaW1A
+        | Role::HadaW1B
+        | Role::HadaW2A
+        | Role::HadaW2B
+        | Role::GloraA1
+        | Role::GloraA2
+        | Role::GloraB1
+        | Role::GloraB2
+        | Role::OftBlocks
+        | Role::OftR
+        | Role::Ia3
+        | Role::Diff
+        | Role::WNorm
+        | Role::SetWeight => true,
+        Role::Down
+        | Role::Up
+        | Role::PackedDown
+        | Role::PackedUp
+        | Role::Mid
+        | Role::UpBias
+        | Role::Alpha
+        | Role::Scale
+        | Role::DoraScale
+        | Role::LokrT2
+        | Role::HadaT1
+        | Role::HadaT2
+        | Role::GloraBm
+        | Role::OftRescale
+        | Role::OftScaled
+        | Role::Ia3OnInput
+        | Role::DiffB
+        | Role::BNorm
+        | Role::Reshape
+        | Role::Fp8Scale
+        | Role::Ignored => false,
+    }
+}
+
+/// The place of a tensor in its module's adapter: two in one place are duplicates.
+fn place(entry: &Entry) -> (Role, bool) {
+    (entry.role, entry.half == Some(Half::Up))
+}
+
+impl KeyTable {
+    /// Leaves each module one adapter under one spelling.
+    pub(super) fn keep_one_adapter(&mut self, spellings: &[Spelling]) {
+        let mut modules: BTreeMap<TargetId, Vec<usize>> = BTreeMap::new();
+        for (index, entry) in self.entries.iter().enumerate() {
+            if let Some(target) = entry.target {
+                modules.entry(target).or_default().push(index);
+            }
+        }
+        for members in modules.into_values() {
+            let stem = self.kept_stem(&members, spellings);
+            let (kept, others): (Vec<usize>, Vec<usize>) = members
+                .into_iter()
+                .partition(|&i| self.stem(i, spellings) == stem.as_deref());
+            let kept = self.drop_second_adapters(kept, spellings);
+            self.drop_duplicates(&kept, &others);
+        }
+    }
+
+    fn stem(&self, index: usize, spellings: &[Spelling]) -> Option<&str> {
+        let bytes = spellings.get(index)?.stem_bytes;
+        self.entries.get(index)?.tensor.key.get(..bytes)
+    }
+
+    /// The first stem that holds a whole adapter, else the first.
+    fn kept_stem(&self, members: &[usize], spellings: &[Spelling]) -> Option<String> {
+        let mut stems: Vec<(&str, Extent)> = Vec::new();
+        let mut known: HashMap<&str, usize> = HashMap::new();
+        for &index in members {
+            let (entry, stem) = (self.entries.get(index)?, self.stem(index, spellings)?);
+            let at = *known.entry(stem).or_insert_with(|| {
+                stems.push((stem, Extent::default()));
+                stems.len() - 1
+            });
+            if let Some((_, extent)) = stems.get_mut(at) {
+                extent.add(entry.role);
+            }
+        }
+        let whole = stems.iter().find(|(_, extent)| extent.is_whole());
+        whole.or(stems.first()).map(|(stem, _)| (*stem).to_owned())
+    }
+
+    /// Drops what belongs to another adapter name than the first; the rest.
+    fn drop_second_adapters(&mut self, members: Vec<usize>, spellings: &[Spelling]) -> Vec<usize> {
+        let named = |index: usize| spellings.get(index).map_or("", |s| s.slot.as_str());
+        let role = |index: usize| self.entries.get(index).map(|e| e.role);
+        let halves = members
+            .iter()
+            .filter(|&&i| matches!(role(i), Some(Role::Down | Role::Up)));
+        let with_halves: HashSet<&str> = halves.clone().map(|&i| named(i)).collect();
+        let biases = members.iter().filter(|&&i| role(i) == Some(Role::UpBias));
+        let Some(kept) = halves.chain(biases).next().map(|&i| named(i)) else {
+            return members;
+        };
+        let is_second = |index: usize| match role(index) {
+            Some(Role::Down | Role::Up | Role::UpBias) => named(index) != kept,
+            // Without a name, or with that of no pair, these belong to the adapter that is kept:
+            // a pair is not what it was without its magnitude or scale.
+            Some(Role::DoraScale | Role::Fp8Scale) => {
+                let name = named(index);
+                name != kept && !name.is_empty() && with_halves.contains(name)
+            }
+            _ => false,
+        };
+        let (second, first): (Vec<usize>, Vec<usize>) =
+            members.into_iter().partition(|&index| is_second(index));
+        for index in second {
+            if let Some(entry) = self.entries.get_mut(index) {
+                entry.ignore(Reason::SecondAdapter(named(index).to_owned()));
+            }
+        }
+        first
+    }
+
+    /// Drops repeated places of the adapter that is kept, and all of the module's other spellings.
+    fn drop_duplicates(&mut self, kept: &[usize], others: &[usize]) {
+        let mut first: HashMap<(Role, bool), usize> = HashMap::new();
+        let mut repeated = Vec::new();
+        for &index in kept {
+            let Some(entry) = self.entries.get(index) else {
+                continue;
+            };
+            match first.get(&place(entry)) {
+                Some(&original) => repeated.push((index, original)),
+                None => {
+                    first.insert(place(entry), index);
+                }
+            }
+        }
+        for &index in others {
+            let original = self
+                .entries
+                .get(index)
+                .and_then(|entry| first.get(&place(entry)).copied());
+            match (original, kept.first()) {
+                (Some(original), _) => repeated.push((index, original)),
+                (None, Some(&module)) => {
+                    self.ignore_as(index, module, Reason::UnequalDuplicate);
+                }
+                (None, None) => {}
+            }
+        }
+        for &(index, original) in &repeated {
+            self.ignore_as(index, original, Reason::DuplicateOf);
+        }
+        self.duplicates.append(&mut repeated);
+    }
+
+    fn ignore_as(&mut self, index: usize, original: usize, reason: fn(String) -> Reason) {
+        let key = self.entries.get(original).map(|e| e.tensor.key.clone());
+        if let (Some(entry), Some(key)) = (self.entries.get_mut(index), key) {
+            entry.ignore(reason(key));
+        }
+    }
+
+    /// Tells duplicates whose content differs from those that say the same twice.
+    ///
+    /// `same` compares the content of two tensors of one dtype and shape, by their indices.
+    pub(crate) fn settle_duplicates<E>(
+        &mut self,
+        mut same: impl FnMut(usize, usize) -> Result<bool, E>,
+    ) -> Result<(), E> {
+        for (index, original) in std::mem::take(&mut self.duplicates) {
+            let (Some(entry), Some(first)) = (self.entries.get(index), self.entries.get(original))
+            else {
+                continue;
+            };
+            let alike = entry.tensor.dtype == first.tensor.dtype
+                && entry.tensor.shape == first.tensor.shape;
+            if !(alike && same(index, original)?) {
+                self.ignore_as(index, original, Reason::UnequalDuplicate);
+            }
+        }
+        Ok(())
+    }
+}
