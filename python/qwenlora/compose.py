@@ -6,22 +6,20 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from qwenlora import cache
 from qwenlora.deltas import DeltaBuilder, SlotDeltas
-from qwenlora.errors import RankError
+from qwenlora.lora_set import LoraSet
 from qwenlora.offload import OffloadLayout, offload_of
 from qwenlora.placement import Journal, Placer, path_units, restore_all
 from qwenlora.plan import StackPlan, plan_stack
 from qwenlora.report import ComposeReport, LoraReport, SlotReport
 from qwenlora.slots import slot_of
-from qwenlora.source import LoraSource, TensorFetcher, open_source
-from qwenlora.spec import ComposeOptions, Item, LoraSpec, Placement, as_specs
+from qwenlora.source import TensorFetcher
+from qwenlora.spec import ComposeOptions, Item, Placement
 from qwenlora.state import (
     EMPTY,
     AppliedState,
@@ -90,12 +88,17 @@ def compose_loras(
         UnsupportedModelError: The model has no slots.
         ModelStateError: Something else changed the model's slots.
     """
-    _check_max_rank(max_rank)
     model = transformer_of(model)
-    request = _Request(as_specs(loras), max_rank, strict, options or ComposeOptions())
+    wanted = LoraSet.of(loras, max_rank=max_rank, options=options)
+    with lock_of(model):
+        return bring(model, wanted, strict=strict)
+
+
+def bring(model: nn.Module, wanted: LoraSet, *, strict: bool = False) -> ComposeReport:
+    """Bring a transformer, its lock held, to exactly this set; raises as `compose_loras` does."""
     # Tensors that outlive the call must not be inference tensors, whatever mode the caller is in.
-    with lock_of(model), torch.inference_mode(False), torch.no_grad():
-        return _Composition(model, request).run()
+    with torch.inference_mode(False), torch.no_grad():
+        return _Composition(model, wanted, strict=strict).run()
 
 
 def reset_loras(model: nn.Module) -> ComposeReport:
@@ -128,73 +131,41 @@ def _checked_targets(model: nn.Module, state: AppliedState) -> dict[str, Target]
     return targets
 
 
-def _check_max_rank(max_rank: object) -> None:
-    if max_rank is None:
-        return
-    if isinstance(max_rank, bool) or not isinstance(max_rank, int):
-        raise TypeError(f"max_rank is {max_rank!r}: it is a whole number or None")
-    if max_rank < 1:
-        raise RankError(f"max_rank is {max_rank}: it must be at least 1")
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What one call asks for."""
-
-    specs: tuple[LoraSpec, ...]
-    max_rank: int | None
-    strict: bool
-    options: ComposeOptions
-
-    def stack_key(self, sources: Sequence[LoraSource]) -> Hashable:
-        """Equal exactly for requests that lead to the same tensors and report."""
-        if not sources:
-            return EMPTY.stack
-        loras = tuple(
-            (source.identity, spec.strength, spec.title)
-            for source, spec in zip(sources, self.specs, strict=True)
-        )
-        return (loras, self.max_rank, self.options.modulation)
-
-
 class _Composition:
     """One call: everything is planned and checked before the model is touched."""
 
-    def __init__(self, model: nn.Module, request: _Request) -> None:
+    def __init__(self, model: nn.Module, wanted: LoraSet, *, strict: bool) -> None:
         self._model = model
-        self._request = request
+        self._wanted = wanted
+        self._strict = strict
         self._started = time.perf_counter()
         self._state = read_state(model)
 
     def run(self) -> ComposeReport:
         """Compose, or find that there is nothing to do."""
-        options = self._request.options
-        sources = [
-            open_source(spec, cache.plans, threads=options.threads) for spec in self._request.specs
-        ]
-        stack = self._request.stack_key(sources)
+        wanted, options = self._wanted, self._wanted.options
         layout = offload_of(self._model)
         targets = self._targets(layout)
-        unchanged = stack == self._state.stack and _fits(layout, targets)
-        if unchanged and not self._request.strict:
+        unchanged = wanted.key == self._state.stack and _fits(layout, targets)
+        if unchanged and not self._strict:
             return self._state.report
         # Also where the stack is in place already: what `strict` raises, it raises always.
-        plan = self._plan(sources, targets)
+        plan = self._plan(targets)
         if unchanged:
             return self._state.report
         with contextlib.ExitStack() as closing:
             fetchers: list[TensorFetcher] = []
-            for source in sources:
+            for source in wanted.sources:
                 fetchers.append(source.open())
                 closing.callback(fetchers[-1].close)
             builder = DeltaBuilder(
-                self._request.specs, sources, fetchers, cache_bytes=options.cache_bytes
+                wanted.specs, wanted.sources, fetchers, cache_bytes=options.cache_bytes
             )
             journal = Journal(self._model, targets, layout, self._state)
             units = path_units(plan, targets, layout, self._state)
             placer = Placer(units, builder, fetchers, options, journal)
             place = placer.whole if self._is_whole(plan, targets) else placer.by_path
-            place(lambda done: self._state_of(stack, plan, sources, targets, done))
+            place(lambda done: self._state_of(plan, targets, done))
         report = read_state(self._model).report
         _log.info("%s", report.summary())
         return report
@@ -210,21 +181,21 @@ class _Composition:
             write_state(self._model, EMPTY)
         return targets
 
-    def _plan(self, sources: Sequence[LoraSource], targets: Mapping[str, Target]) -> StackPlan:
-        request = self._request
+    def _plan(self, targets: Mapping[str, Target]) -> StackPlan:
+        wanted = self._wanted
         return plan_stack(
             [
                 (spec.title, source.plan, spec.strength)
-                for spec, source in zip(request.specs, sources, strict=True)
+                for spec, source in zip(wanted.specs, wanted.sources, strict=True)
             ],
             list(targets.values()),
-            max_rank=request.max_rank,
-            strict=request.strict,
-            options=request.options,
+            max_rank=wanted.max_rank,
+            strict=self._strict,
+            options=wanted.options,
         )
 
     def _is_whole(self, plan: StackPlan, targets: Mapping[str, Target]) -> bool:
-        placement = self._request.options.placement
+        placement = self._wanted.options.placement
         if placement is not Placement.AUTO:
             return placement is Placement.WHOLE
         device = next(iter(targets.values())).device
@@ -237,14 +208,12 @@ class _Composition:
 
     def _state_of(
         self,
-        stack: Hashable,
         plan: StackPlan,
-        sources: Sequence[LoraSource],
         targets: Mapping[str, Target],
         done: Sequence[SlotDeltas],
     ) -> AppliedState:
         """What is in the model when all of `done` is in place."""
-        if not sources:
+        if not self._wanted.specs:
             return EMPTY
         # Buffer blocks belong to their manager, which may be replaced at any time: not recorded.
         own = [deltas for deltas in done if deltas.target.path in targets]
@@ -253,7 +222,7 @@ class _Composition:
             d.target.path: SlotRecord(d.target.row.base_rank, d.rank_added) for d in composed
         }
         report = ComposeReport(
-            loras=_lora_reports(self._request.specs, sources, plan, done),
+            loras=_lora_reports(self._wanted, plan, done),
             slots=tuple(_slot_report(deltas) for deltas in composed),
             added_bytes=sum(d.target.rank_bytes * d.rank_added for d in composed),
             bus_bytes=sum(
@@ -261,7 +230,7 @@ class _Composition:
             ),
             seconds=time.perf_counter() - self._started,
         )
-        return AppliedState(stack=stack, records=records, report=report)
+        return AppliedState(stack=self._wanted.key, records=records, report=report)
 
 
 def _fits(layout: OffloadLayout | None, targets: Mapping[str, Target]) -> bool:
@@ -290,8 +259,7 @@ def _slot_report(deltas: SlotDeltas) -> SlotReport:
 
 
 def _lora_reports(
-    specs: Sequence[LoraSpec],
-    sources: Sequence[LoraSource],
+    wanted: LoraSet,
     plan: StackPlan,
     done: Sequence[SlotDeltas],
 ) -> tuple[LoraReport, ...]:
@@ -300,7 +268,7 @@ def _lora_reports(
         for piece in slot.pieces:
             held[piece.lora].add(slot.path)
     reports = []
-    for index, (spec, source) in enumerate(zip(specs, sources, strict=True)):
+    for index, (spec, source) in enumerate(zip(wanted.specs, wanted.sources, strict=True)):
         zero = tuple(d.target.path for d in done if index in d.zero)
         notes = list(source.plan.notes)
         if any(index in deltas.thirded for deltas in done):

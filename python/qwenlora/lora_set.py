@@ -1,0 +1,93 @@
+"""A stack with its settings, as a value: what is wanted, apart from how it is applied."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from qwenlora import cache
+from qwenlora.errors import RankError
+from qwenlora.source import LoraSource, open_source
+from qwenlora.spec import ComposeOptions, LoraSpec, as_specs
+
+if TYPE_CHECKING:
+    from qwenlora.spec import Item
+
+__all__ = ["LoraSet"]
+
+
+@dataclass(frozen=True, eq=False)
+class LoraSet:
+    """An immutable stack: LoRAs with strengths, planned, and the settings that steer the result.
+
+    The identity of each file is taken when the set is made and never again; a set that is asked for
+    after its file changed is refused when the file is read.
+
+    Attributes:
+        specs: The LoRAs, in order; none has strength 0.
+        sources: Their plans and files, in the same order.
+        max_rank: Most ranks that the LoRAs may add to a slot.
+        options: How to compose.
+        key: Equal exactly for sets that lead to the same tensors and report.
+    """
+
+    specs: tuple[LoraSpec, ...]
+    sources: tuple[LoraSource, ...]
+    max_rank: int | None
+    options: ComposeOptions
+    key: Hashable = field(init=False)
+
+    def __post_init__(self) -> None:
+        loras = tuple(
+            (source.identity, spec.strength, spec.title)
+            for source, spec in zip(self.sources, self.specs, strict=True)
+        )
+        key = (loras, self.max_rank, self.options.modulation) if loras else ()
+        object.__setattr__(self, "key", key)
+
+    @classmethod
+    def of(
+        cls,
+        loras: Item | Sequence[Item] = (),
+        *,
+        max_rank: int | None = None,
+        options: ComposeOptions | None = None,
+    ) -> LoraSet:
+        """Plan a stack; see `compose_loras` for its forms.
+
+        Raises:
+            LoraReadError: A file cannot be read.
+            LoraFileError: A file is malformed.
+            RankError: `max_rank` leaves nothing.
+            TypeError: An item, or `max_rank`, is of no accepted form.
+        """
+        _check_max_rank(max_rank)
+        options = options or ComposeOptions()
+        specs = as_specs(loras)
+        sources = tuple(open_source(s, cache.plans, threads=options.threads) for s in specs)
+        return cls(specs, sources, max_rank, options)
+
+    def extended(self, loras: Item | Sequence[Item]) -> LoraSet:
+        """The set with more LoRAs at its end; this one stays as it is."""
+        more = LoraSet.of(loras, max_rank=self.max_rank, options=self.options)
+        return replace(self, specs=self.specs + more.specs, sources=self.sources + more.sources)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LoraSet) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoraSet:
+        # Immutable throughout: hosts copy the options that it travels in.
+        return self
+
+
+def _check_max_rank(max_rank: object) -> None:
+    if max_rank is None:
+        return
+    if isinstance(max_rank, bool) or not isinstance(max_rank, int):
+        raise TypeError(f"max_rank is {max_rank!r}: it is a whole number or None")
+    if max_rank < 1:
+        raise RankError(f"max_rank is {max_rank}: it must be at least 1")
