@@ -18,7 +18,7 @@ $(UV):
 	$(BIN)/pip install --quiet --disable-pip-version-check 'uv>=0.8'
 
 $(VENV)/.tools: pyproject.toml | $(UV)
-	VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet --group dev
+	VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet --group dev --group host
 	@touch $@
 
 # --no-deps is not given: the wheel's own requirements are what a user gets.

@@ -295,16 +295,17 @@ class ModelProbe:
             error = float((measured - wanted).norm() / wanted.norm())
             assert error <= within, f"{slot}: relative error {error:.2e}"
 
-    def output(self, model) -> torch.Tensor:
-        """The model's answer to one fixed input."""
+    def output(self, model, *, call=None, **options) -> torch.Tensor:
+        """The model's answer to one fixed input, through `call` where it is given."""
         generator = torch.Generator().manual_seed(1)
         dtype = model.dtype
         with torch.no_grad():
-            return model(
+            return (call or model)(
                 hidden_states=torch.randn(2, 12, IMAGE_CHANNELS, generator=generator).to(dtype),
                 encoder_hidden_states=torch.randn(2, 5, TEXT_WIDTH, generator=generator).to(dtype),
                 timestep=torch.tensor([0.7, 0.3]),
                 img_shapes=[[(1, 3, 4)]] * 2,
+                **options,
             ).sample
 
 

@@ -14,13 +14,17 @@ if TYPE_CHECKING:
     from qwenlora.cache import clear_cache
     from qwenlora.compose import applied, compose_loras, reset_loras
     from qwenlora.errors import QwenLoraError
+    from qwenlora.lora_set import LoraSet
     from qwenlora.plan import read_keys
     from qwenlora.report import ComposeReport
+    from qwenlora.runtime import ComfyQwenImageWrapper
     from qwenlora.spec import ComposeOptions, LoraSpec, Placement
 
 __all__ = [
+    "ComfyQwenImageWrapper",
     "ComposeOptions",
     "ComposeReport",
+    "LoraSet",
     "LoraSpec",
     "Placement",
     "QwenLoraError",
@@ -35,8 +39,10 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ComfyQwenImageWrapper": "runtime",
     "ComposeOptions": "spec",
     "ComposeReport": "report",
+    "LoraSet": "lora_set",
     "LoraSpec": "spec",
     "Placement": "spec",
     "QwenLoraError": "errors",

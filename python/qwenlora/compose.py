@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenlora.deltas import DeltaBuilder, SlotDeltas
+from qwenlora.lock import lock_of
 from qwenlora.lora_set import LoraSet
 from qwenlora.offload import OffloadLayout, offload_of
 from qwenlora.placement import Journal, Placer, path_units, restore_all
@@ -24,9 +25,10 @@ from qwenlora.state import (
     EMPTY,
     AppliedState,
     SlotRecord,
+    Unmakeable,
     check_intact,
-    lock_of,
     read_state,
+    write_default,
     write_state,
 )
 from qwenlora.targets import Target, find_targets, transformer_of
@@ -34,13 +36,9 @@ from qwenlora.targets import Target, find_targets, transformer_of
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["applied", "compose_loras", "reset_loras"]
+__all__ = ["applied", "bring", "compose_loras", "plan_report", "reset_loras"]
 
 _log = logging.getLogger("qwenlora")
-
-_MARGIN_BYTES = 512 << 20
-"""Device memory that WHOLE must leave free for AUTO to choose it: a forward needs room for its
-activations, and some drivers spill to host memory instead of failing."""
 
 _THIRDED = (
     "its fused q, k, v are block-diagonal with an alpha of at most a third of the rank: if it seems"
@@ -91,7 +89,11 @@ def compose_loras(
     model = transformer_of(model)
     wanted = LoraSet.of(loras, max_rank=max_rank, options=options)
     with lock_of(model):
-        return bring(model, wanted, strict=strict)
+        report = bring(model, wanted, strict=strict)
+        # Tensors in memory are not kept alive for forwards that may never ask for them again.
+        kept = all(source.cacheable for source in wanted.sources)
+        write_default(model, wanted if kept else Unmakeable(wanted.key))
+        return report
 
 
 def bring(model: nn.Module, wanted: LoraSet, *, strict: bool = False) -> ComposeReport:
@@ -123,6 +125,54 @@ def applied(model: nn.Module) -> ComposeReport:
         return state.report
 
 
+def plan_report(model: nn.Module, wanted: LoraSet) -> ComposeReport:
+    """What composing a set would do, from its plan alone: no tensor is read, nothing is touched.
+
+    Ranks and bytes are upper bounds; what only the data can tell (shared downs, zero deltas, energy
+    lost) is in the report of the composition itself.
+
+    Raises:
+        OtherModelError: A LoRA is for another model.
+        NothingToApplyError: Nothing of a LoRA can be applied.
+        RankError: A slot has no room.
+        UnsupportedModelError: The model has no slots.
+    """
+    model = transformer_of(model)
+    targets = find_targets(model, read_state(model).base_ranks)
+    plan = _plan(wanted, targets, strict=False)
+    slots = tuple(
+        SlotReport(
+            path=slot.path,
+            kind=slot.kind.value,
+            base_rank=slot.base_rank,
+            rank=sum(piece.rank for piece in slot.pieces),
+            rank_added=slot.rank,
+            energy_lost=None,
+        )
+        for slot in plan.slots
+    )
+    bus = sum(
+        targets[slot.path].rank_bytes * slot.rank
+        for slot in plan.slots
+        if targets[slot.path].row.offloaded
+    )
+    loras = _lora_reports(wanted, plan, ())
+    return ComposeReport(loras, slots, plan.added_bytes, 0.0, bus_bytes=bus)
+
+
+def _plan(wanted: LoraSet, targets: Mapping[str, Target], *, strict: bool) -> StackPlan:
+    return plan_stack(
+        [
+            (spec.title, source.plan, spec.strength)
+            for spec, source in zip(wanted.specs, wanted.sources, strict=True)
+        ],
+        list(targets.values()),
+        max_rank=wanted.max_rank,
+        strict=strict,
+        options=wanted.options,
+    )
+
+
 def _checked_targets(model: nn.Module, state: AppliedState) -> dict[str, Target]:
     targets = find_targets(model, state.base_ranks)
     if not state.in_flight:
@@ -150,7 +200,7 @@ class _Composition:
         if unchanged and not self._strict:
             return self._state.report
         # Also where the stack is in place already: what `strict` raises, it raises always.
-        plan = self._plan(targets)
+        plan = _plan(wanted, targets, strict=self._strict)
         if unchanged:
             return self._state.report
         with contextlib.ExitStack() as closing:
@@ -181,19 +231,6 @@ class _Composition:
             write_state(self._model, EMPTY)
         return targets
 
-    def _plan(self, targets: Mapping[str, Target]) -> StackPlan:
-        wanted = self._wanted
-        return plan_stack(
-            [
-                (spec.title, source.plan, spec.strength)
-                for spec, source in zip(wanted.specs, wanted.sources, strict=True)
-            ],
-            list(targets.values()),
-            max_rank=wanted.max_rank,
-            strict=self._strict,
-            options=wanted.options,
-        )
-
     def _is_whole(self, plan: StackPlan, targets: Mapping[str, Target]) -> bool:
         placement = self._wanted.options.placement
         if placement is not Placement.AUTO:
@@ -204,7 +241,7 @@ class _Composition:
         free, _ = torch.cuda.mem_get_info(device)
         # A new slot holds a second copy of its base until the old tensors are let go.
         base = sum(target.base_bytes for target in targets.values())
-        return plan.added_bytes + base + _MARGIN_BYTES < free
+        return plan.added_bytes + base + self._wanted.options.margin_bytes < free
 
     def _state_of(
         self,

@@ -195,6 +195,13 @@ def path_units(
         for path, target in targets.items()
         if path in plans or path in state.records
     }
+    if layout is not None:
+        # A new manager's buffers are copies of block 0, with what that had.
+        changing |= {
+            (twin.row.pattern, True)
+            for twin in layout.all_twins(targets.values())
+            if not slot_of(twin).is_base()
+        }
     units: dict[tuple[str, bool], PathUnit] = defaultdict(PathUnit)
     for path, target in targets.items():
         key = _unit_key(target)

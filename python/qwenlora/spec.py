@@ -90,6 +90,9 @@ class ComposeOptions:
         placement: How the new stack takes the old one's place.
         cache_bytes: Most bytes of packed pieces kept in host memory between compositions, so that
             a change of strength reads no file; 0 keeps none.
+        margin_bytes: Device memory that composing beside the old stack must leave free, or AUTO
+            takes BY_PATH: a forward needs room for its activations, and some drivers spill to host
+            memory instead of failing.
         threads: Threads that read a file; by default up to 8.
         progress: Called before each slot.
     """
@@ -97,6 +100,7 @@ class ComposeOptions:
     modulation: bool = True
     placement: Placement = Placement.AUTO
     cache_bytes: int = 1 << 30
+    margin_bytes: int = 512 << 20
     threads: int | None = None
     progress: Progress | None = field(default=None, compare=False)
 

@@ -6,14 +6,12 @@ knows its own base ranks and never reaches the original.
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from qwenlora.errors import ModelStateError
+from qwenlora.lora_set import LoraSet
 from qwenlora.report import ComposeReport
 
 if TYPE_CHECKING:
@@ -22,15 +20,17 @@ if TYPE_CHECKING:
 __all__ = [
     "EMPTY",
     "AppliedState",
-    "ModelLock",
     "SlotRecord",
+    "Unmakeable",
     "check_intact",
-    "lock_of",
+    "read_default",
     "read_state",
+    "write_default",
     "write_state",
 ]
 
 _ATTRIBUTE = "_qwenlora_applied"
+_DEFAULT = "_qwenlora_default"
 
 
 @dataclass(frozen=True)
@@ -95,41 +95,29 @@ def write_state(model: nn.Module, state: AppliedState) -> None:
         model.__dict__[_ATTRIBUTE] = state
 
 
-class ModelLock:
-    """One transformer's lock. Threads wait for each other; one thread cannot enter twice."""
+@dataclass(frozen=True)
+class Unmakeable:
+    """A default whose tensors were let go: it can stay where it is, but not come back.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._owner: int | None = None
+    Attributes:
+        key: Key of the set.
+    """
 
-    def __enter__(self) -> None:
-        # Only this thread can have set its own number, so the comparison needs no lock.
-        if self._owner == threading.get_ident():
-            raise ModelStateError(
-                "the model is being composed by this very thread"
-                "\nhint: a progress callback must not compose"
-            )
-        self._lock.acquire()
-        self._owner = threading.get_ident()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._owner = None
-        self._lock.release()
+    key: Hashable
 
 
-_LOCKS: weakref.WeakKeyDictionary[nn.Module, ModelLock] = weakref.WeakKeyDictionary()
-_LOCKS_GUARD = threading.Lock()
+def read_default(model: nn.Module) -> LoraSet | Unmakeable:
+    """The set of forwards that carry none."""
+    default: LoraSet | Unmakeable = model.__dict__.get(_DEFAULT) or LoraSet.of()
+    return default
 
 
-def lock_of(model: nn.Module) -> ModelLock:
-    """The one lock of a transformer."""
-    with _LOCKS_GUARD:
-        return _LOCKS.setdefault(model, ModelLock())
+def write_default(model: nn.Module, default: LoraSet | Unmakeable) -> None:
+    """Set it; an empty set leaves no trace."""
+    if default.key == EMPTY.stack:
+        model.__dict__.pop(_DEFAULT, None)
+    else:
+        model.__dict__[_DEFAULT] = default
 
 
 def check_intact(state: AppliedState, added: Mapping[str, int]) -> None:

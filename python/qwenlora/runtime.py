@@ -1,0 +1,229 @@
+"""Lazy composition: what a forward wants is brought about just before it runs.
+
+A host runs one transformer for many branches, each with a set of its own in the options that it
+passes along; a script sets one default. A forward pre-hook compares what is wanted with what is
+applied. So a bypassed branch is bypassed, two branches cannot leak into each other, and nothing
+has to be restored.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qwenlora.compose import bring
+from qwenlora.errors import ModelStateError
+from qwenlora.lock import lock_of
+from qwenlora.lora_set import LoraSet
+from qwenlora.spec import ComposeOptions
+from qwenlora.state import Unmakeable, read_default, read_state, write_default
+from qwenlora.targets import transformer_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qwenlora.report import ComposeReport
+    from qwenlora.spec import Item
+
+__all__ = ["OPTIONS_KEY", "ComfyQwenImageWrapper"]
+
+OPTIONS_KEY = "qwenlora"
+"""Key of a branch's `LoraSet` in `transformer_options`; present with an empty set it means base."""
+
+_ATTRIBUTE = "_qwenlora_runtime"
+_STEP_CACHES = ("_cache_context", "_prev_timestep")
+"""What step caches keep on a transformer: residuals of the stack that made them."""
+
+
+class ComfyQwenImageWrapper:
+    """One transformer's runtime; `of` gives the same object each time.
+
+    Called like the transformer, whose forward it runs. Which LoRAs a forward gets: the set under
+    `transformer_options["qwenlora"]` where that key is present, otherwise `loras`.
+
+    Attributes:
+        loras: The default stack, in any form that `compose_loras` takes as items: append to it, and
+            the next forward that carries no set composes it.
+        max_rank: As in `compose_loras`, for `loras`.
+        options: As in `compose_loras`, for `loras`.
+    """
+
+    def __init__(self) -> None:
+        self.loras: list[Item] = []
+        self.max_rank: int | None = None
+        self.options = ComposeOptions()
+        self._transformer: weakref.ref[nn.Module] | None = None
+        self._asked: tuple[object, ...] = ()
+        self._settled: tuple[LoraSet | Unmakeable, object, object] | None = None
+
+    @classmethod
+    def of(cls, transformer: nn.Module) -> ComfyQwenImageWrapper:
+        """The runtime of a transformer; made, and its hooks installed, where there is none.
+
+        Raises:
+            UnsupportedModelError: It is no module.
+        """
+        module = transformer_of(transformer)
+        runtime = module.__dict__.get(_ATTRIBUTE)
+        if not isinstance(runtime, cls):
+            runtime = cls()
+            module.__dict__[_ATTRIBUTE] = runtime
+            module.register_forward_pre_hook(_before_forward, with_kwargs=True)
+            module.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
+        runtime._bind(module)
+        return runtime
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The transformer.
+
+        Raises:
+            ModelStateError: It is gone.
+        """
+        module = self._transformer() if self._transformer is not None else None
+        if module is None:
+            raise ModelStateError("the transformer of this wrapper is gone")
+        return module
+
+    @property
+    def report(self) -> ComposeReport:
+        """What is in the model now."""
+        return read_state(self.transformer).report
+
+    @property
+    def vram_margin_gb(self) -> float:
+        """Device memory, in GB, that composing beside the old stack must leave free."""
+        return self.options.margin_bytes / 1e9
+
+    @vram_margin_gb.setter
+    def vram_margin_gb(self, value: float) -> None:
+        self.options = replace(self.options, margin_bytes=int(value * 1e9))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the transformer."""
+        return self.transformer(*args, **kwargs)
+
+    def reconcile(self, transformer_options: Mapping[str, Any] | None = None) -> None:
+        """Bring the transformer to what a forward with these options wants, now.
+
+        For hosts that compile the forward, which then does not run the hooks that were added later.
+        """
+        with lock_of(self.transformer):
+            self._settle(transformer_options)
+
+    def _bind(self, module: nn.Module) -> None:
+        if self._transformer is None or self._transformer() is not module:
+            self._transformer = weakref.ref(module)
+            self._settled = None
+
+    def _settle(self, transformer_options: Mapping[str, Any] | None) -> None:
+        """Compose where what is wanted is not what is applied; the lock is held."""
+        module = self.transformer
+        wanted = self._wanted(module, transformer_options)
+        manager = getattr(module, "offload_manager", None)
+        _restart(manager)
+        state = read_state(module)
+        if self._settled == (wanted, manager, state) and self._settled[2] is state:
+            return
+        if isinstance(wanted, Unmakeable):
+            if wanted.key != state.stack:
+                raise ModelStateError(
+                    "the default stack's tensors were let go: it cannot be made again"
+                    "\nhint: call compose_loras again, or reset_loras for the base"
+                )
+        else:
+            bring(module, wanted)
+        after = read_state(module)
+        if after is not state:
+            _forget_steps(module)
+        self._settled = (wanted, manager, after)
+
+    def _wanted(
+        self, module: nn.Module, transformer_options: Mapping[str, Any] | None
+    ) -> LoraSet | Unmakeable:
+        if transformer_options is not None and OPTIONS_KEY in transformer_options:
+            wanted = transformer_options[OPTIONS_KEY]
+            return LoraSet.of() if wanted is None else wanted
+        asked = (*self.loras, self.max_rank, self.options)
+        same = len(asked) == len(self._asked) and all(
+            mine is theirs for mine, theirs in zip(asked, self._asked, strict=True)
+        )
+        if not same and (self.loras or self._asked):
+            wanted = LoraSet.of(self.loras, max_rank=self.max_rank, options=self.options)
+            write_default(module, wanted)
+            self._asked = asked
+        return read_default(module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ComfyQwenImageWrapper:
+        # The copy of the transformer brings its own: it is bound when that runs.
+        copied = type(self)()
+        copied.loras = list(self.loras)
+        copied.max_rank, copied.options = self.max_rank, self.options
+        copied._asked = self._asked
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_transformer": None, "_settled": None}
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    runtime = module.__dict__.get(_ATTRIBUTE)
+    if not isinstance(runtime, ComfyQwenImageWrapper):
+        return
+    lock = lock_of(module)
+    frame = _forward_frame()
+    lock.acquire(frame or sys._getframe())
+    try:
+        runtime._bind(module)
+        runtime._settle(_options_of(args, kwargs))
+    except BaseException:
+        lock.release()
+        raise
+    if frame is None:
+        # Compiled code calls hooks from frames of its own: none tells when the forward ends.
+        lock.release()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _after_forward(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    lock_of(module).release()
+
+
+def _forward_frame() -> FrameType | None:
+    """The frame that calls the hooks and the forward: it lives as long as the forward does."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != "torch.nn.modules.module":
+        frame = frame.f_back
+    return frame
+
+
+def _options_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any] | None:
+    """The host's options: by name, else the first mapping; their position has changed often."""
+    options = kwargs.get("transformer_options")
+    if options is None:
+        options = next((arg for arg in args if isinstance(arg, Mapping)), None)
+    return options if isinstance(options, Mapping) else None
+
+
+def _restart(manager: Any) -> None:
+    """Let offload begin at the first block: an aborted forward leaves its count in between."""
+    if getattr(manager, "current_block_idx", 0):
+        stream = getattr(manager, "memory_stream", None)
+        if stream is not None:
+            stream.synchronize()
+        manager.current_block_idx = 0
+
+
+def _forget_steps(module: nn.Module) -> None:
+    for name in _STEP_CACHES:
+        if getattr(module, name, None) is not None:
+            setattr(module, name, None)
