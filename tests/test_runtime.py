@@ -267,6 +267,23 @@ def test_offload_switched_between_forwards(make_model, two, probe):
         assert (host(lora_set) - expected).norm() <= 1e-6 * expected.norm()
 
 
+def test_offload_as_part_of_what_is_wanted(make_model, two, probe):
+    model = make_model(num_layers=3)
+    ComfyQwenImageWrapper.of(model)
+    host = Host(model, probe)
+    plain = LoraSet.of(two)
+    expected = host(plain)
+    assert not model.offload
+    wanted = LoraSet.of(two, options=qwenlora.ComposeOptions(offload=True))
+    assert (host(wanted) - expected).norm() <= 1e-6 * expected.norm()
+    assert model.offload
+    manager = model.offload_manager
+    host(wanted)
+    host(plain)
+    # Only the loader's owner turns it off again.
+    assert model.offload_manager is manager
+
+
 def test_200_alternations_grow_nothing(host, two, model):
     sets = [LoraSet.of(path) for path in two]
     counts = set()
@@ -284,6 +301,13 @@ def test_moves_need_no_composition(host, two, model, monkeypatch, probe):
     monkeypatch.setattr("qwenlora.runtime.bring", None)
     model.to("cpu", torch.float32)
     assert torch.equal(host(lora_set), expected)
+
+
+def test_a_model_without_offload_says_so(host, two, model, monkeypatch):
+    monkeypatch.delattr(type(model), "set_offload")
+    wanted = LoraSet.of(two, options=qwenlora.ComposeOptions(offload=True))
+    with pytest.raises(UnsupportedModelError, match="no block offload"):
+        host(wanted)
 
 
 def test_called_like_the_transformer(model, probe, two):

@@ -14,7 +14,7 @@ import torch
 from qwenlora.deltas import DeltaBuilder, SlotDeltas
 from qwenlora.lock import lock_of
 from qwenlora.lora_set import LoraSet
-from qwenlora.offload import OffloadLayout, offload_of
+from qwenlora.offload import OffloadLayout, offload_of, turn_on
 from qwenlora.placement import Journal, Placer, path_units, restore_all
 from qwenlora.plan import StackPlan, plan_stack
 from qwenlora.report import ComposeReport, LoraReport, SlotReport
@@ -194,6 +194,8 @@ class _Composition:
     def run(self) -> ComposeReport:
         """Compose, or find that there is nothing to do."""
         wanted, options = self._wanted, self._wanted.options
+        if options.offload:
+            turn_on(self._model)
         layout = offload_of(self._model)
         targets = self._targets(layout)
         unchanged = wanted.key == self._state.stack and _fits(layout, targets)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from qwenlora.targets import Target
 
-__all__ = ["OffloadLayout", "offload_of"]
+__all__ = ["OffloadLayout", "offload_of", "turn_on"]
 
 
 def offload_of(model: nn.Module) -> OffloadLayout | None:
@@ -42,6 +42,22 @@ def offload_of(model: nn.Module) -> OffloadLayout | None:
     if path is None or not path.endswith(".0"):
         raise UnsupportedModelError("the offloaded blocks are not blocks of this model")
     return OffloadLayout(manager, path.removesuffix("0"))
+
+
+def turn_on(model: nn.Module) -> None:
+    """Turn the model's block offload on, where it is off, with its own defaults.
+
+    Raises:
+        UnsupportedModelError: The model has no offload to turn on.
+    """
+    if getattr(model, "offload", False):
+        return
+    switch = getattr(model, "set_offload", None)
+    if switch is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no block offload\nhint: leave `ComposeOptions.offload` off"
+        )
+    switch(True)
 
 
 class OffloadLayout:

@@ -21,6 +21,7 @@ from qwenlora.compose import bring
 from qwenlora.errors import ModelStateError
 from qwenlora.lock import lock_of
 from qwenlora.lora_set import LoraSet
+from qwenlora.offload import turn_on
 from qwenlora.spec import ComposeOptions
 from qwenlora.state import Unmakeable, read_default, read_state, write_default
 from qwenlora.targets import transformer_of
@@ -126,6 +127,8 @@ class ComfyQwenImageWrapper:
         """Compose where what is wanted is not what is applied; the lock is held."""
         module = self.transformer
         wanted = self._wanted(module, transformer_options)
+        if isinstance(wanted, LoraSet) and wanted.options.offload:
+            turn_on(module)
         manager = getattr(module, "offload_manager", None)
         _restart(manager)
         state = read_state(module)

@@ -265,8 +265,12 @@ def add_side_branch(
     if down is None or up is None:
         return output
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
-    hidden = torch.nn.functional.linear(x.to(down.dtype), down)
-    return output + torch.nn.functional.linear(hidden, up).to(output.dtype)
+    hidden = torch.nn.functional.linear(x.to(down.dtype), down)  # (..., R)
+    if output.dtype != up.dtype or output.ndim < 2:
+        return output + torch.nn.functional.linear(hidden, up).to(output.dtype)
+    # One kernel adds and rounds once: launches are what a branch costs.
+    added = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), up.mT)  # (N, out)
+    return added.view_as(output)
 
 
 def _set_branch(module: nn.Module, branch: tuple[Tensor, Tensor] | None) -> None:

@@ -93,6 +93,8 @@ class ComposeOptions:
         margin_bytes: Device memory that composing beside the old stack must leave free, or AUTO
             takes BY_PATH: a forward needs room for its activations, and some drivers spill to host
             memory instead of failing.
+        offload: Turn the model's block offload on before composing, where it is off. False leaves
+            the choice of whoever loaded the model alone.
         threads: Threads that read a file; by default up to 8.
         progress: Called before each slot.
     """
@@ -101,6 +103,7 @@ class ComposeOptions:
     placement: Placement = Placement.AUTO
     cache_bytes: int = 1 << 30
     margin_bytes: int = 512 << 20
+    offload: bool = False
     threads: int | None = None
     progress: Progress | None = field(default=None, compare=False)
 
