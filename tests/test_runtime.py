@@ -180,6 +180,21 @@ def test_a_forward_within_a_forward_raises(host, two, model, probe):
     host(LoraSet.of(two[0]))
 
 
+def test_a_refused_forward_does_not_let_go_of_the_lock(host, two, model, probe):
+    held = []
+
+    def again(*_):
+        with pytest.raises(ModelStateError):
+            probe.output(model)
+        held.append(lock_of(model).is_mine())
+
+    handle = model.proj_out.register_forward_pre_hook(again)
+    host(LoraSet.of(two[0]))
+    handle.remove()
+    assert held == [True]
+    assert not lock_of(model).is_mine()
+
+
 def test_composing_within_a_forward_raises(host, two, model):
     def composing(*_):
         qwenlora.reset_loras(model)

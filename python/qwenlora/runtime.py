@@ -61,6 +61,7 @@ class ComfyQwenImageWrapper:
         self.options = ComposeOptions()
         self._transformer: weakref.ref[nn.Module] | None = None
         self._asked: tuple[object, ...] = ()
+        self._refused = 0
         self._settled: tuple[LoraSet | Unmakeable, object, object] | None = None
 
     @classmethod
@@ -182,7 +183,12 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         return
     lock = lock_of(module)
     frame = _forward_frame()
-    lock.acquire(frame or sys._getframe())
+    try:
+        lock.acquire(frame or sys._getframe())
+    except ModelStateError:
+        # The hook after this refused forward runs all the same: the lock is not its to release.
+        runtime._refused += 1
+        raise
     try:
         runtime._bind(module)
         runtime._settle(_options_of(args, kwargs))
@@ -198,6 +204,10 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def _after_forward(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
+    runtime = module.__dict__.get(_ATTRIBUTE)
+    if isinstance(runtime, ComfyQwenImageWrapper) and runtime._refused:
+        runtime._refused -= 1
+        return
     lock_of(module).release()
 
 
