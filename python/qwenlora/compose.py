@@ -138,7 +138,8 @@ def plan_report(model: nn.Module, wanted: LoraSet) -> ComposeReport:
         UnsupportedModelError: The model has no slots.
     """
     model = transformer_of(model)
-    targets = find_targets(model, read_state(model).base_ranks)
+    with lock_of(model):
+        targets = find_targets(model, read_state(model).base_ranks)
     plan = _plan(wanted, targets, strict=False)
     slots = tuple(
         SlotReport(

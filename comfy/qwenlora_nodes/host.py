@@ -1,0 +1,205 @@
+"""Every call into ComfyUI, behind small functions."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+from comfy.patcher_extension import WrappersMP
+
+from qwenlora import ComfyQwenImageWrapper, LoraSet
+from qwenlora.errors import LoraNotFoundError, UnsupportedModelError
+from qwenlora.runtime import OPTIONS_KEY
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from torch import nn
+
+__all__ = [
+    "draws_groups",
+    "file_identity",
+    "lora_names",
+    "lora_path",
+    "progress",
+    "set_of",
+    "transformer_of",
+    "warn_of_patches",
+    "warn_of_rivals",
+    "warn_once",
+    "with_set",
+]
+
+_log = logging.getLogger("qwenlora")
+
+_KEY = "qwenlora"
+_LORAS = "loras"
+_LOADER = "Nunchaku Qwen Image DiT Loader"
+_OTHER_WRAPPER = "ComfyQwenImageWrapper"
+"""Class that an older node pack puts in the transformer's place; it shares its name with ours."""
+
+_FIRST_WITH_GROUPS = (1, 57)
+_PROGRESS_STEPS = 50
+
+
+# ---- files ----
+
+
+def lora_names() -> list[str]:
+    """The files that the host offers as LoRAs."""
+    return list(folder_paths.get_filename_list(_LORAS))
+
+
+def lora_path(name: str) -> str:
+    """The path of a file that the host lists, whichever system's separators its name has.
+
+    Raises:
+        LoraNotFoundError: There is none.
+    """
+    for spelling in (name, name.replace("\\", "/"), name.replace("/", "\\")):
+        path = folder_paths.get_full_path(_LORAS, spelling)
+        if path is not None:
+            return str(path)
+    raise LoraNotFoundError(f"LoRA {name!r} is in none of ComfyUI's folders for `{_LORAS}`")
+
+
+def file_identity(name: str) -> tuple[int, int]:
+    """Size and time of change: another pair is another file.
+
+    Raises:
+        LoraNotFoundError: There is none.
+    """
+    stat = os.stat(lora_path(name))
+    return stat.st_size, stat.st_mtime_ns
+
+
+# ---- models ----
+
+
+def transformer_of(model: ModelPatcher) -> nn.Module:
+    """The transformer of a MODEL.
+
+    Raises:
+        UnsupportedModelError: It is no Nunchaku Qwen-Image model, or another pack's wrapper is in
+            its place.
+    """
+    transformer = getattr(getattr(model, "model", None), "diffusion_model", None)
+    kind = type(model if transformer is None else transformer)
+    if kind.__name__ == _OTHER_WRAPPER:
+        raise UnsupportedModelError(
+            f"this model was wrapped by another LoRA loader (`{kind.__module__}`), which undoes"
+            " what others compose: take its nodes out of the workflow and load the model again"
+            f" with `{_LOADER}`"
+        )
+    inner = getattr(transformer, "_orig_mod", transformer)
+    blocks = getattr(inner, "transformer_blocks", None)
+    is_qwen = bool(blocks) and hasattr(blocks[0], "img_mod") and hasattr(blocks[0], "txt_mod")
+    if not is_qwen or not any(hasattr(module, "proj_down") for module in inner.modules()):
+        raise UnsupportedModelError(
+            "this LoRA loader only works with Nunchaku Qwen Image models, but got"
+            f" {kind.__name__}: load the model with `{_LOADER}`, or use `Load LoRA` for models"
+            " that are not Nunchaku's"
+        )
+    return inner  # type: ignore[no-any-return]
+
+
+def warn_of_patches(model: ModelPatcher | None) -> None:
+    """Say that what ComfyUI's own LoRA loader did to a Nunchaku model has no effect."""
+    if getattr(model, "patches", None):
+        warn_once(
+            "this Nunchaku model carries patches of ComfyUI's own LoRA loader, which have no"
+            " effect on it: load those LoRAs with a qwenlora node"
+        )
+
+
+def set_of(model: ModelPatcher) -> LoraSet | None:
+    """The stack that a MODEL carries already."""
+    found = model.model_options.get("transformer_options", {}).get(OPTIONS_KEY)
+    return found if isinstance(found, LoraSet) else None
+
+
+def with_set(
+    model: ModelPatcher, wanted: LoraSet, transformer: nn.Module, added_bytes: int
+) -> ModelPatcher:
+    """A clone that asks for a stack and announces its memory; the model itself stays as it is.
+
+    Args:
+        model: What is cloned.
+        wanted: The whole stack, that of nodes before included.
+        transformer: The model's transformer.
+        added_bytes: What the whole stack adds to the model.
+    """
+    clone = model.clone()
+    clone.model_options.setdefault("transformer_options", {})[OPTIONS_KEY] = wanted
+    # The host frees this much before it samples; a clone hands its size on to its own clones.
+    announced = clone.get_attachment(_KEY) or 0
+    clone.size = clone.model_size() - announced + added_bytes
+    clone.set_attachments(_KEY, added_bytes)
+    # Graphs that were compiled before the first LoRA do not run the hook on the transformer.
+    clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, _KEY)
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, _reconcile)
+    # The hook serves the branches without a set, which have no wrapper.
+    ComfyQwenImageWrapper.of(transformer)
+    return clone
+
+
+def _reconcile(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    options = kwargs.get("transformer_options")
+    if options is None:
+        # Their position has changed between versions, but they come last.
+        options = next((arg for arg in reversed(args) if isinstance(arg, Mapping)), None)
+    model = executor.class_obj
+    warn_of_patches(getattr(model, "current_patcher", None))
+    ComfyQwenImageWrapper.of(model.diffusion_model).reconcile(options)
+    return executor(*args, **kwargs)
+
+
+# ---- what the person sees ----
+
+
+def progress(phase: str, done: int, total: int) -> None:
+    """Show how far composing is, on the node that runs; end it where the person pressed stop."""
+    del phase
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    if done % max(1, total // _PROGRESS_STEPS) == 0:
+        comfy.utils.ProgressBar(total).update_absolute(done)
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Log a line the first time only."""
+    _log.warning("%s", text)
+
+
+def warn_of_rivals(ours: Mapping[str, type]) -> None:
+    """Say which of our ids another pack has registered, too: the pack loaded last has them."""
+    registered = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
+    rivals: dict[str, list[str]] = {}
+    for node_id, node in ours.items():
+        other = registered.get(node_id, node)
+        if other is not node:
+            pack = getattr(other, "RELATIVE_PYTHON_MODULE", other.__module__)
+            rivals.setdefault(pack, []).append(node_id)
+    for pack, ids in rivals.items():
+        warn_once(
+            f"`{pack}` registers nodes of the same names as qwenlora ({', '.join(sorted(ids))}):"
+            " the one loaded last is used; remove one of them from custom_nodes"
+        )
+
+
+@functools.cache
+def draws_groups() -> bool:
+    """Whether the installed frontend draws a growing group of rows."""
+    try:
+        version = importlib.metadata.version("comfyui-frontend-package")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+    return numbers >= _FIRST_WITH_GROUPS

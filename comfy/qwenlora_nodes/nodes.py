@@ -1,0 +1,433 @@
+"""The nodes: schemas, and one function behind them all."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from qwenlora import ComposeOptions, LoraSet, LoraSpec, read_keys
+from qwenlora.compose import plan_report
+from qwenlora.errors import QwenLoraError
+
+from . import host
+from .rows import MAX_STRENGTH, InputError, Row, as_flag, as_row, read_rows
+from .saved import OFFLOAD_MODES, ROWS, STACK, STACK_V1, STACK_V2, STACK_V3, Saved
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
+
+Inputs = Mapping[str, Any]
+Schema = dict[str, dict[str, Any]]
+
+_GROUP_ROWS = 20
+_CATEGORY = "qwenlora"
+_SAVED_CATEGORY = "Nunchaku"
+
+_MODEL_TIP = (
+    "The model that the LoRAs are applied to. Make sure the model is loaded by"
+    " `Nunchaku Qwen Image DiT Loader`."
+)
+_NAME_TIP = "The file name of the LoRA."
+_SLOT_TIP = "The file name of the LoRA. Select 'None' to skip this slot."
+_STRENGTH_TIP = "How strongly to modify the diffusion model. This value can be negative."
+_ENABLED_TIP = "Whether this LoRA is used."
+_AWQ_TIP = "Whether the LoRAs' modulation layers (img_mod, txt_mod) are applied."
+_COUNT_TIP = "Number of LoRA slots in use."
+_OFFLOAD_TIP = (
+    "'auto' and 'disable' leave offload as the model loader set it; 'enable' turns it on if it is"
+    " off."
+)
+_SAVE_TIP = "Without effect: nothing needs to be saved for a LoRA to load fast."
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one node asks for.
+
+    Attributes:
+        rows: The rows that are in use.
+        modulation: As in `ComposeOptions`; None leaves what nodes before asked for.
+        offload: Whether block offload is turned on where it is off; False leaves it as it is.
+    """
+
+    rows: tuple[Row, ...]
+    modulation: bool | None = None
+    offload: bool = False
+
+    @property
+    def active(self) -> tuple[Row, ...]:
+        """The rows that change the model."""
+        return tuple(row for row in self.rows if row.active)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for requests that lead to the same model: settings, and each file's identity."""
+        loras = [(row.name, row.strength, *host.file_identity(row.name)) for row in self.active]
+        return json.dumps([loras, self.modulation, self.offload])
+
+
+def extend_model(model: ModelPatcher, request: Request) -> tuple[ModelPatcher, str]:
+    """A clone of the model with more LoRAs, and the report of what its whole stack will do.
+
+    Where the request is of no effect it is the model itself.
+    """
+    host.warn_of_rivals(NODE_CLASS_MAPPINGS)
+    if not request.active:
+        return model, "no LoRA is active here: the model is passed on as it is"
+    transformer = host.transformer_of(model)
+    host.warn_of_patches(model)
+    before = host.set_of(model) or LoraSet.of(options=ComposeOptions(progress=host.progress))
+    loras = [LoraSpec(host.lora_path(row.name), row.strength) for row in request.active]
+    wanted = before.extended(loras)
+    options = wanted.options
+    if request.modulation is not None:
+        options = replace(options, modulation=request.modulation)
+    if request.offload:
+        options = replace(options, offload=True)
+    wanted = replace(wanted, options=options)
+    report = plan_report(transformer, wanted)
+    text = report.text()
+    if not wanted.options.modulation:
+        text += "\n  modulation layers (img_mod, txt_mod) are switched off (apply_awq_mod)"
+    return host.with_set(model, wanted, transformer, report.added_bytes), text
+
+
+# ---- inputs ----
+
+
+class _Unconverted(str):
+    """A widget's type whose values the server passes on as they came.
+
+    Saved workflows bring values under their neighbours' names: the server would refuse a file's
+    name where it expects a number, before the node can put it back.
+    """
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    __hash__ = str.__hash__
+
+
+class _AnyInputs(dict[str, Any]):
+    """Optional inputs under any name beside those that are drawn."""
+
+    def __contains__(self, key: object) -> bool:
+        return True
+
+    def __missing__(self, key: str) -> tuple[str, dict[str, Any]]:
+        return ("*", {})
+
+
+def _strength(kind: str = "FLOAT") -> tuple[str, dict[str, Any]]:
+    limits = {"min": -MAX_STRENGTH, "max": MAX_STRENGTH, "step": 0.01}
+    return kind, {"default": 1.0, **limits, "tooltip": _STRENGTH_TIP}
+
+
+def _flag(default: bool, tooltip: str, kind: str = "BOOLEAN") -> tuple[str, dict[str, Any]]:
+    return kind, {"default": default, "tooltip": tooltip}
+
+
+def _name(tooltip: str, *, skippable: bool = False) -> tuple[list[str], dict[str, Any]]:
+    names = ["None"] if skippable else []
+    return names + host.lora_names(), {"tooltip": tooltip}
+
+
+def _model() -> dict[str, Any]:
+    return {"model": ("MODEL", {"tooltip": _MODEL_TIP})}
+
+
+class _LoraNode:
+    """What the loaders share.
+
+    `VALIDATE_INPUTS` and `IS_CHANGED` take any input, so the server leaves every check to us.
+    """
+
+    RETURN_TYPES: ClassVar[tuple[str, ...]] = ("MODEL", "STRING")
+    RETURN_NAMES: ClassVar[tuple[str, ...]] = ("model", "report")
+    OUTPUT_TOOLTIPS: ClassVar[tuple[str, ...]] = (
+        "The model with the LoRAs.",
+        "What will be applied, and what not.",
+    )
+    FUNCTION = "load"
+    CATEGORY = _CATEGORY
+
+    @classmethod
+    def request(cls, inputs: Inputs) -> Request:
+        """What the inputs ask for.
+
+        Raises:
+            InputError: A value is of no use.
+        """
+        return Request(read_rows(inputs))
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, **inputs: Any) -> bool | str:
+        """Check what is no link: files and ranges."""
+        try:
+            for row in cls.request(inputs).active:
+                host.lora_path(row.name)
+        except (InputError, QwenLoraError) as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, model: object = None, **inputs: Any) -> str:
+        """What the node's output depends on beside the model."""
+        del model
+        return cls.request(inputs).fingerprint
+
+    def load(self, model: ModelPatcher, **inputs: Any) -> tuple[ModelPatcher, str]:
+        """Run the node."""
+        return extend_model(model, self.request(inputs))
+
+    load_lora = load_lora_stack = load
+
+
+# ---- ours ----
+
+
+class QwenLoraLoader(_LoraNode):
+    """One LoRA."""
+
+    DESCRIPTION = "Applies a LoRA to a Nunchaku Qwen-Image model. Chain it for more."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Schema:
+        """What the host draws."""
+        return {
+            "required": {**_model(), "lora_name": _name(_NAME_TIP)},
+            "optional": {"strength": _strength()},
+        }
+
+    @classmethod
+    def request(cls, inputs: Inputs) -> Request:
+        """One row."""
+        return Request((as_row(inputs),))
+
+
+class QwenLoraStack(_LoraNode):
+    """Several LoRAs."""
+
+    DESCRIPTION = (
+        "Applies LoRAs to a Nunchaku Qwen-Image model. Rows without a file, switched off or of"
+        " strength 0 are skipped."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Schema:
+        """What the host draws: a growing group where it can, plain rows otherwise."""
+        row = {
+            "lora_name": _name(_SLOT_TIP, skippable=True),
+            "strength": _strength(),
+            "enabled": _flag(True, _ENABLED_TIP),
+        }
+        if host.draws_groups():
+            names, options = row["lora_name"]
+            template = {"required": {**row, "lora_name": ("COMBO", {"options": names, **options})}}
+            limits = {"min": 1, "max": _GROUP_ROWS}
+            rows: dict[str, Any] = {
+                "loras": (
+                    "COMFY_DYNAMICGROUP_V3",
+                    {"template": template, **limits, "group_name": "LoRA"},
+                )
+            }
+        else:
+            numbers = range(1, ROWS + 1)
+            rows = {f"{field}_{i}": kind for i in numbers for field, kind in row.items()}
+        return {"required": _model(), "optional": _AnyInputs(rows)}
+
+
+class QwenLoraInspect:
+    """What a LoRA file holds."""
+
+    RETURN_TYPES = ("STRING",)
+    RETURN_NAMES = ("report",)
+    FUNCTION = "inspect"
+    CATEGORY = _CATEGORY
+    OUTPUT_NODE = True
+    DESCRIPTION = "Says what a LoRA file holds and whether it can be applied; needs no model."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Schema:
+        """What the host draws."""
+        return {"required": {"lora_name": _name(_NAME_TIP)}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, lora_name: str | None = None) -> bool | str:
+        """Check that the file is there, whichever way its name is spelled."""
+        try:
+            _ = lora_name is None or host.lora_path(lora_name)
+        except QwenLoraError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, lora_name: str | None = None) -> str:
+        """The file's identity."""
+        return "" if lora_name is None else json.dumps(host.file_identity(lora_name))
+
+    def inspect(self, lora_name: str) -> dict[str, Any]:
+        """Run the node."""
+        text = "\n".join(_describe(lora_name, read_keys(host.lora_path(lora_name))))
+        return {"ui": {"text": [text]}, "result": (text,)}
+
+
+def _describe(name: str, plan: Mapping[str, Any]) -> Iterator[str]:
+    """Lines for a person from a FilePlan document."""
+    yield f"{name}: {plan['verdict']}"
+    if plan["reason"]:
+        yield f"  {plan['reason']}"
+    yield f"  model: {plan['model'] or 'unknown'}, {plan['size_bytes'] / 1e6:.1f} MB"
+    kinds = Counter(
+        (module["adapter"], module["rank"], module["supported"]) for module in plan["modules"]
+    )
+    for (adapter, rank, supported), count in kinds.most_common():
+        ranked = "" if rank is None else f" of rank {rank}"
+        yield f"  {count} modules: {adapter}{ranked}{'' if supported else ', not supported'}"
+    reasons = Counter(tensor["reason"] for tensor in plan["tensors"] if tensor["reason"])
+    for reason, count in reasons.most_common():
+        yield f"  left out: {count} tensors, {reason}"
+
+
+# ---- for saved workflows ----
+
+
+class _SavedStack(_LoraNode):
+    """A stack of the pack that ours stands in for, with its inputs in its order."""
+
+    CATEGORY = _SAVED_CATEGORY
+    DEPRECATED = True
+    FUNCTION = "load_lora_stack"
+    DESCRIPTION = "For saved workflows; `Qwen-Image LoRA Stack` is the new node."
+    saved: ClassVar[Saved]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Schema:
+        """What the host draws."""
+        drawn = {name: _saved_input(name) for name in cls.saved.today.names}
+        return {"required": _model(), "optional": _AnyInputs(drawn)}
+
+    @classmethod
+    def request(cls, inputs: Inputs) -> Request:
+        """The rows that the count and the switches leave."""
+        inputs = cls.saved.restore(inputs)
+        modulation = inputs.get("apply_awq_mod")
+        if not isinstance(modulation, bool):
+            modulation = None
+        if not as_flag(inputs.get("stack_enabled"), True):
+            return Request((), modulation)
+        offload = inputs.get("cpu_offload") == "enable"
+        count = str(inputs.get("lora_count"))
+        limit = int(count) if count.isdecimal() else None
+        return Request(read_rows(inputs, limit=limit), modulation, offload)
+
+    def load(self, model: ModelPatcher, **inputs: Any) -> tuple[ModelPatcher, str]:
+        """Run the node."""
+        _warn_of_settings(self.saved.restore(inputs))
+        return extend_model(model, self.request(inputs))
+
+    load_lora = load_lora_stack = load
+
+
+class NunchakuQwenImageLoraLoader(_SavedStack):
+    """One LoRA."""
+
+    FUNCTION = "load_lora"
+    DESCRIPTION = "For saved workflows; `Load Qwen-Image LoRA` is the new node."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Schema:
+        """What the host draws."""
+        names = ("lora_strength", "cpu_offload", "save_precompiled_lora")
+        return {
+            "required": {**_model(), "lora_name": _name(_NAME_TIP)},
+            "optional": {name: _saved_input(name) for name in names},
+        }
+
+    @classmethod
+    def request(cls, inputs: Inputs) -> Request:
+        """One row; this node never had a switch for the modulation."""
+        return Request((as_row(inputs),), offload=inputs.get("cpu_offload") == "enable")
+
+    def load(self, model: ModelPatcher, **inputs: Any) -> tuple[ModelPatcher, str]:
+        """Run the node."""
+        _warn_of_settings(inputs)
+        return extend_model(model, self.request(inputs))
+
+    load_lora = load_lora_stack = load
+
+
+class NunchakuQwenImageLoraStack(_SavedStack):
+    """Ten plain rows."""
+
+    saved = STACK
+
+
+class NunchakuQwenImageLoraStackV1(_SavedStack):
+    """Rows as dicts, which its own frontend drew; plain rows here."""
+
+    saved = STACK_V1
+
+
+class NunchakuQwenImageLoraStackV2(_SavedStack):
+    """Ten plain rows, and a switch for the modulation."""
+
+    saved = STACK_V2
+
+
+class NunchakuQwenImageLoraStackV3(_SavedStack):
+    """Ten plain rows that can be switched off."""
+
+    saved = STACK_V3
+
+
+def _saved_input(name: str) -> tuple[Any, dict[str, Any]]:
+    """A widget of the old nodes, by its name."""
+    number, boolean = _Unconverted("FLOAT"), _Unconverted("BOOLEAN")
+    field = name.rstrip("0123456789").rstrip("_")
+    if field == "lora_count":
+        limits = {"min": 1, "max": ROWS}
+        return _Unconverted("INT"), {"default": 3, **limits, "tooltip": _COUNT_TIP}
+    if field == "cpu_offload":
+        return list(OFFLOAD_MODES), {"default": "disable", "tooltip": _OFFLOAD_TIP}
+    if field == "lora_name":
+        return _name(_SLOT_TIP, skippable=True)
+    if field == "lora_strength":
+        return _strength(number)
+    tips = {"apply_awq_mod": _AWQ_TIP, "save_precompiled_lora": _SAVE_TIP}
+    return _flag(field != "save_precompiled_lora", tips.get(field, _ENABLED_TIP), boolean)
+
+
+def _warn_of_settings(inputs: Inputs) -> None:
+    if as_flag(inputs.get("save_precompiled_lora"), False):
+        host.warn_once("`save_precompiled_lora` is ignored: nothing needs to be saved")
+
+
+NODE_CLASS_MAPPINGS: dict[str, type] = {
+    "QwenLoraLoader": QwenLoraLoader,
+    "QwenLoraStack": QwenLoraStack,
+    "QwenLoraInspect": QwenLoraInspect,
+    "NunchakuQwenImageLoraLoader": NunchakuQwenImageLoraLoader,
+    "NunchakuQwenImageLoraStack": NunchakuQwenImageLoraStack,
+    "NunchakuQwenImageLoraStackV1": NunchakuQwenImageLoraStackV1,
+    "NunchakuQwenImageLoraStackV2": NunchakuQwenImageLoraStackV2,
+    "NunchakuQwenImageLoraStackV3": NunchakuQwenImageLoraStackV3,
+}
+
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "QwenLoraLoader": "Load Qwen-Image LoRA (Nunchaku)",
+    "QwenLoraStack": "Qwen-Image LoRA Stack (Nunchaku)",
+    "QwenLoraInspect": "Inspect Qwen-Image LoRA",
+    "NunchakuQwenImageLoraLoader": "Nunchaku Qwen Image LoRA Loader",
+    "NunchakuQwenImageLoraStack": "Nunchaku Qwen Image LoRA Stack (Legacy)",
+    "NunchakuQwenImageLoraStackV1": "Nunchaku Qwen Image LoRA Stack V1",
+    "NunchakuQwenImageLoraStackV2": "Nunchaku Qwen Image LoRA Stack V2",
+    "NunchakuQwenImageLoraStackV3": "Nunchaku Qwen Image LoRA Stack V3",
+}

