@@ -318,6 +318,25 @@ def test_moves_need_no_composition(host, two, model, monkeypatch, probe):
     assert torch.equal(host(lora_set), expected)
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_offload_is_turned_on_in_the_mode_of_the_parameters(make_model, two, mode, monkeypatch):
+    """A manager that pins parameters in the other mode leaves tensors that no operation takes."""
+    with torch.inference_mode(mode):
+        model = make_model(num_layers=2)
+    seen = []
+    switch = type(model).set_offload
+
+    def recording(self, *args, **kwargs):
+        seen.append(torch.is_inference_mode_enabled())
+        switch(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "set_offload", recording)
+    options = qwenlora.ComposeOptions(offload=True)
+    with torch.inference_mode(not mode):
+        qwenlora.compose_loras(model, two, options=options)
+    assert seen == [mode]
+
+
 def test_a_model_without_offload_says_so(host, two, model, monkeypatch):
     monkeypatch.delattr(type(model), "set_offload")
     wanted = LoraSet.of(two, options=qwenlora.ComposeOptions(offload=True))

@@ -31,6 +31,7 @@ from qwenlora.state import (
     write_default,
     write_state,
 )
+from qwenlora.steps import forget_steps
 from qwenlora.targets import Target, find_targets, transformer_of
 
 if TYPE_CHECKING:
@@ -99,8 +100,15 @@ def compose_loras(
 def bring(model: nn.Module, wanted: LoraSet, *, strict: bool = False) -> ComposeReport:
     """Bring a transformer, its lock held, to exactly this set; raises as `compose_loras` does."""
     # Tensors that outlive the call must not be inference tensors, whatever mode the caller is in.
+    if wanted.options.offload:
+        turn_on(model)
+    before = read_state(model)
     with torch.inference_mode(False), torch.no_grad():
-        return _Composition(model, wanted, strict=strict).run()
+        try:
+            return _Composition(model, wanted, strict=strict).run()
+        finally:
+            if read_state(model) is not before:
+                forget_steps(model)
 
 
 def reset_loras(model: nn.Module) -> ComposeReport:
@@ -195,8 +203,6 @@ class _Composition:
     def run(self) -> ComposeReport:
         """Compose, or find that there is nothing to do."""
         wanted, options = self._wanted, self._wanted.options
-        if options.offload:
-            turn_on(self._model)
         layout = offload_of(self._model)
         targets = self._targets(layout)
         unchanged = wanted.key == self._state.stack and _fits(layout, targets)

@@ -107,7 +107,7 @@ class DeltaBuilder:
 
 def uniform(deltas: Sequence[SlotDeltas]) -> list[SlotDeltas]:
     """Give slots of one offload buffer the same rank; what a slot lacks is zero."""
-    rank = round_up(max(d.rank_added for d in deltas), RANK_MULTIPLE)
+    rank = max(d.rank_added for d in deltas)
     return [replace(d, rank_added=rank) for d in deltas]
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from qwenlora.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -57,7 +59,10 @@ def turn_on(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no block offload\nhint: leave `ComposeOptions.offload` off"
         )
-    switch(True)
+    # Moving or pinning an inference tensor outside that mode leaves it neither one nor the other.
+    first = next(model.parameters(), None)
+    with torch.inference_mode(first is not None and first.is_inference()):
+        switch(True)
 
 
 class OffloadLayout:

@@ -38,8 +38,6 @@ OPTIONS_KEY = "qwenlora"
 """Key of a branch's `LoraSet` in `transformer_options`; present with an empty set it means base."""
 
 _ATTRIBUTE = "_qwenlora_runtime"
-_STEP_CACHES = ("_cache_context", "_prev_timestep")
-"""What step caches keep on a transformer: residuals of the stack that made them."""
 
 
 class ComfyQwenImageWrapper:
@@ -129,6 +127,7 @@ class ComfyQwenImageWrapper:
         module = self.transformer
         wanted = self._wanted(module, transformer_options)
         if isinstance(wanted, LoraSet) and wanted.options.offload:
+            # Before the comparison below, which finds the manager that this makes.
             turn_on(module)
         manager = getattr(module, "offload_manager", None)
         _restart(manager)
@@ -143,10 +142,7 @@ class ComfyQwenImageWrapper:
                 )
         else:
             bring(module, wanted)
-        after = read_state(module)
-        if after is not state:
-            _forget_steps(module)
-        self._settled = (wanted, manager, after)
+        self._settled = (wanted, manager, read_state(module))
 
     def _wanted(
         self, module: nn.Module, transformer_options: Mapping[str, Any] | None
@@ -234,9 +230,3 @@ def _restart(manager: Any) -> None:
         if stream is not None:
             stream.synchronize()
         manager.current_block_idx = 0
-
-
-def _forget_steps(module: nn.Module) -> None:
-    for name in _STEP_CACHES:
-        if getattr(module, name, None) is not None:
-            setattr(module, name, None)
