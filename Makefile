@@ -52,7 +52,7 @@ format: setup ## Format the sources
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix --select I .
 
-bench: setup ## Measure; writes benches/results/
+bench: setup ## Measure on the CPU
 	cargo bench --locked --quiet
 	$(BIN)/python benches/bench_compose.py
 
