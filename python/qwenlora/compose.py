@@ -99,10 +99,10 @@ def compose_loras(
 
 def bring(model: nn.Module, wanted: LoraSet, *, strict: bool = False) -> ComposeReport:
     """Bring a transformer, its lock held, to exactly this set; raises as `compose_loras` does."""
-    # Tensors that outlive the call must not be inference tensors, whatever mode the caller is in.
     if wanted.options.offload:
         turn_on(model)
     before = read_state(model)
+    # Tensors that outlive the call must not be inference tensors, whatever mode the caller is in.
     with torch.inference_mode(False), torch.no_grad():
         try:
             return _Composition(model, wanted, strict=strict).run()

@@ -14,7 +14,7 @@ from qwenlora.spec import ComposeOptions, LoraSpec, as_specs
 if TYPE_CHECKING:
     from qwenlora.spec import Item
 
-__all__ = ["LoraSet"]
+__all__ = ["NO_LORAS", "LoraSet"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,3 +91,7 @@ def _check_max_rank(max_rank: object) -> None:
         raise TypeError(f"max_rank is {max_rank!r}: it is a whole number or None")
     if max_rank < 1:
         raise RankError(f"max_rank is {max_rank}: it must be at least 1")
+
+
+NO_LORAS = LoraSet.of()
+"""The empty set, which every forward without a set wants: the bare base."""

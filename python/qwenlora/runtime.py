@@ -20,7 +20,7 @@ import torch
 from qwenlora.compose import bring
 from qwenlora.errors import ModelStateError
 from qwenlora.lock import lock_of
-from qwenlora.lora_set import LoraSet
+from qwenlora.lora_set import NO_LORAS, LoraSet
 from qwenlora.offload import turn_on
 from qwenlora.spec import ComposeOptions
 from qwenlora.state import Unmakeable, read_default, read_state, write_default
@@ -149,7 +149,7 @@ class ComfyQwenImageWrapper:
     ) -> LoraSet | Unmakeable:
         if transformer_options is not None and OPTIONS_KEY in transformer_options:
             wanted = transformer_options[OPTIONS_KEY]
-            return LoraSet.of() if wanted is None else wanted
+            return NO_LORAS if wanted is None else wanted
         asked = (*self.loras, self.max_rank, self.options)
         same = len(asked) == len(self._asked) and all(
             mine is theirs for mine, theirs in zip(asked, self._asked, strict=True)

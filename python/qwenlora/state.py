@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qwenlora.errors import ModelStateError
-from qwenlora.lora_set import LoraSet
+from qwenlora.lora_set import NO_LORAS, LoraSet
 from qwenlora.report import ComposeReport
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Unmakeable:
 
 def read_default(model: nn.Module) -> LoraSet | Unmakeable:
     """The set of forwards that carry none."""
-    default: LoraSet | Unmakeable = model.__dict__.get(_DEFAULT) or LoraSet.of()
+    default: LoraSet | Unmakeable = model.__dict__.get(_DEFAULT, NO_LORAS)
     return default
 
 

@@ -54,20 +54,6 @@ def fresh(qwen, nunchaku):
     return sample
 
 
-@pytest.fixture
-def composed(monkeypatch):
-    """Sets that the runtime composed, in order."""
-    seen = []
-    bring = qwenlora.runtime.bring
-
-    def counting(module, wanted, **options):
-        seen.append(wanted)
-        return bring(module, wanted, **options)
-
-    monkeypatch.setattr("qwenlora.runtime.bring", counting)
-    return seen
-
-
 def branch(patcher, loras=(), **options):
     """A clone that asks for a stack, as a node makes it."""
     clone = patcher.clone()

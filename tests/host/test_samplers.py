@@ -36,20 +36,6 @@ def loaded(emulated_qwen):
 
 
 @pytest.fixture
-def composed(monkeypatch):
-    """Sets that the runtime composed, in order."""
-    seen = []
-    bring = qwenlora.runtime.bring
-
-    def counting(module, wanted, **options):
-        seen.append(wanted)
-        return bring(module, wanted, **options)
-
-    monkeypatch.setattr("qwenlora.runtime.bring", counting)
-    return seen
-
-
-@pytest.fixture
 def stage(host, qwen):
     """Do what KSampler (Advanced) does with steps `begin` to `end`."""
     import nodes
