@@ -179,3 +179,14 @@ def test_an_unknown_manager_is_refused(model, uneven):
     model.offload, model.offload_manager = True, object()
     with pytest.raises(UnsupportedModelError, match="not known"):
         qwenlora.compose_loras(model, uneven)
+
+
+def test_progress_ends_at_its_total(model, uneven):
+    told = []
+    model.set_offload(True, device="cpu")
+    options = ComposeOptions(progress=lambda *step: told.append(step))
+    qwenlora.compose_loras(model, uneven, options=options)
+    for phase in ("stage", "write"):
+        steps = [(done, total) for name, done, total in told if name == phase]
+        total = steps[0][1]
+        assert steps == [(done, total) for done in range(total)]

@@ -113,6 +113,8 @@ class Placer:
         self._fetchers = fetchers
         self._progress = options.progress
         self._total = sum(len(unit.members) for unit in units)
+        # Buffer blocks are written with the slots that they serve, and are not counted.
+        self._twins = {id(twin) for unit in units for twin in unit.twins}
         self._staged = 0
         self._written = 0
 
@@ -124,11 +126,10 @@ class Placer:
         begun: list[Change] = []
         self._journal.begin()
         try:
-            for change, _ in prepared:
-                self._tell("write", self._written)
+            for change, deltas in prepared:
+                self._tell_write(deltas)
                 begun.append(change)
                 change.make()
-                self._written += 1
             self._journal.done(state_of([deltas for _, deltas in prepared]))
         except BaseException:
             self._journal.begin()
@@ -144,9 +145,8 @@ class Placer:
         try:
             for unit in self._units:
                 for change, deltas in self._prepare(unit):
-                    self._tell("write", self._written)
+                    self._tell_write(deltas)
                     change.make()
-                    self._written += 1
                     done.append(deltas)
             for fetcher in self._fetchers:
                 fetcher.finish()
@@ -173,6 +173,11 @@ class Placer:
             )
             for deltas in built
         ]
+
+    def _tell_write(self, deltas: SlotDeltas) -> None:
+        if id(deltas.target) not in self._twins:
+            self._tell("write", self._written)
+            self._written += 1
 
     def _tell(self, phase: str, done: int) -> None:
         if self._progress is not None:
