@@ -17,7 +17,10 @@ from comfy.patcher_extension import WrappersMP
 
 from qwenlora import ComfyQwenImageWrapper, LoraSet
 from qwenlora.errors import LoraNotFoundError, UnsupportedModelError
+from qwenlora.lock import lock_of
 from qwenlora.runtime import OPTIONS_KEY
+from qwenlora.slots import FACTORS
+from qwenlora.state import read_state
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -136,6 +139,7 @@ def with_set(
         transformer: The model's transformer.
         added_bytes: What the whole stack adds to the model.
     """
+    _measure(model, transformer)
     clone = model.clone()
     clone.model_options.setdefault("transformer_options", {})[OPTIONS_KEY] = wanted
     # The host frees this much before it samples; a clone hands its size on to its own clones.
@@ -148,6 +152,30 @@ def with_set(
     # The hook serves the branches without a set, which have no wrapper.
     ComfyQwenImageWrapper.of(transformer)
     return clone
+
+
+def _measure(model: ModelPatcher, transformer: nn.Module) -> None:
+    """Let the host measure a model that it has not measured yet, as the bare model that it is.
+
+    The host measures what is loaded, once, at the latest when it clones: LoRAs that are composed at
+    that moment would count for good, and for every branch.
+    """
+    if model.size:
+        return
+    with lock_of(transformer):
+        model.size = model.model_size() - _composed_bytes(transformer)
+
+
+def _composed_bytes(transformer: nn.Module) -> int:
+    """Bytes of composed LoRAs among what the host measures: the state dict, without buffers."""
+    composed = 0
+    for path, record in read_state(transformer).records.items():
+        module = transformer.get_submodule(path)
+        factors = (getattr(module, name, None) for name in FACTORS)
+        composed += sum(
+            f.nbytes // f.shape[1] * record.rank_added for f in factors if f is not None
+        )
+    return composed
 
 
 def _reconcile(executor: Any, *args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ a temporary base directory.
 from __future__ import annotations
 
 import asyncio
+import enum
 import importlib
 import importlib.metadata
 import importlib.util
@@ -52,6 +53,13 @@ def comfy_root() -> Path:
     if missing:
         raise ModuleNotFoundError(f"ComfyUI {COMFY_VERSION} lacks modules: {missing}\n{INSTALL}")
     return Path(found.submodule_search_locations[0]).resolve() / "_comfyui"
+
+
+class Device(enum.Enum):
+    """Where a host loads models: its modules decide that once, when they are imported."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
 
 
 class HostSource:
@@ -115,13 +123,15 @@ class ComfyHost:
     Attributes:
         root: The folder with ComfyUI's sources.
         base: The temporary base directory: models, input, output, temp, user, custom_nodes.
+        device: Where it loads models.
         server: Its `PromptServer`.
         events: What it sent to browsers, newest last.
     """
 
-    def __init__(self, root: Path, base: Path) -> None:
+    def __init__(self, root: Path, base: Path, device: Device) -> None:
         self.root = root
         self.base = base
+        self.device = device
         self.events: list[tuple[str, Any]] = []
         self.server: Any = None
         self._loop = asyncio.new_event_loop()
@@ -129,14 +139,14 @@ class ComfyHost:
         self._path_before = list(sys.path)
 
     @classmethod
-    def start(cls, base: Path) -> ComfyHost:
-        """Import ComfyUI and bring up its server, as its `main.py` does, on the CPU.
+    def start(cls, base: Path, device: Device) -> ComfyHost:
+        """Import ComfyUI and bring up its server, as its `main.py` does.
 
         Raises:
             ModuleNotFoundError: See `comfy_root`.
             RuntimeError: ComfyUI, or another module of one of its names, is imported already.
         """
-        host = cls(comfy_root(), base)
+        host = cls(comfy_root(), base, device)
         try:
             host._import()
             host._serve()
@@ -189,7 +199,8 @@ class ComfyHost:
         sys.path.append(str(self.root))
         # Without `comfy.options.enable_args_parsing` it parses an empty command line, not pytest's.
         cli_args = importlib.import_module("comfy.cli_args")
-        arguments = ["--cpu", "--base-directory", str(self.base), "--disable-api-nodes"]
+        arguments = ["--cpu"] if self.device is Device.CPU else []
+        arguments += ["--base-directory", str(self.base), "--disable-api-nodes"]
         arguments += ["--front-end-root", str(self.base / "web")]
         arguments += ["--database-url", "sqlite:///:memory:"]
         cli_args.parser.parse_args(arguments, namespace=cli_args.args)

@@ -10,17 +10,22 @@ import pytest
 
 import qwenlora.runtime
 
-from .comfy_host import ComfyHost, Graph, comfy_root
+from .comfy_host import ComfyHost, Device, Graph, comfy_root
 
 
 @pytest.fixture(scope="session")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyHost]:
-    """ComfyUI, imported and serving; skips where it is not installed."""
+def host(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[ComfyHost]:
+    """ComfyUI, imported and serving; skips where it is not installed.
+
+    On the GPU where only tests that need one are run (`pytest -m gpu`), else on the CPU.
+    """
     try:
         comfy_root()
     except ModuleNotFoundError as missing:
         pytest.skip(str(missing))
-    running = ComfyHost.start(tmp_path_factory.mktemp("comfy"))
+    here = [item for item in request.session.items if "host" in item.fixturenames]
+    device = Device.CUDA if all("gpu" in item.keywords for item in here) else Device.CPU
+    running = ComfyHost.start(tmp_path_factory.mktemp("comfy"), device)
     yield running
     running.stop()
 
@@ -69,3 +74,11 @@ def composed(monkeypatch):
 
     monkeypatch.setattr("qwenlora.runtime.bring", counting)
     return seen
+
+
+@pytest.fixture
+def cuda_host(host: ComfyHost) -> ComfyHost:
+    """The host where it loads models on a GPU."""
+    if host.device is not Device.CUDA:
+        pytest.skip("ComfyUI runs on the CPU beside other tests: select these with `-m gpu`")
+    return host

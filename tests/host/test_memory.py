@@ -1,0 +1,218 @@
+"""Memory that a stack takes, against what its clone announced to the host before sampling."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import qwenlora
+
+PACK = Path(__file__).parents[2] / "comfy" / "qwenlora_nodes"
+MIB = 1 << 20
+
+TOLERANCE = 64 * MIB
+"""What sampling may take beyond what was announced."""
+
+REAL = {"num_attention_heads": 24, "attention_head_dim": 128, "axes_dims_rope": (16, 56, 56)}
+BLOCKS = 20
+WIDTH = 3072
+LINEARS = {
+    **{f"attn.{name}": (WIDTH, WIDTH) for name in ("to_q", "to_k", "to_v", "to_out.0")},
+    **{f"attn.add_{name}_proj": (WIDTH, WIDTH) for name in "qkv"},
+    "attn.to_add_out": (WIDTH, WIDTH),
+    **{f"{stream}_mlp.net.0.proj": (WIDTH, 4 * WIDTH) for stream in ("img", "txt")},
+    **{f"{stream}_mlp.net.2": (4 * WIDTH, WIDTH) for stream in ("img", "txt")},
+    **{f"{stream}_mod.1": (WIDTH, 6 * WIDTH) for stream in ("img", "txt")},
+}
+
+
+@pytest.fixture
+def load(graph, host):
+    """Run our loader node on a MODEL; the file is one that the host lists."""
+    import nodes
+
+    graph.load_pack(PACK)
+    node = nodes.NODE_CLASS_MAPPINGS["QwenLoraLoader"]
+    host.loras.mkdir(exist_ok=True)
+
+    def run(model, path, strength=1.0):
+        listed = host.loras / path.name
+        if not listed.exists():
+            listed.symlink_to(path)
+        return node().load(model, lora_name=path.name, strength=strength)[0]
+
+    yield run
+    for file in host.loras.iterdir():
+        file.unlink()
+
+
+# ---- what is announced ----
+
+
+@pytest.fixture
+def two(Draft, tmp_path):
+    return [
+        Draft.full(seed, rank=16 * seed, blocks=2).save(tmp_path / f"{seed}.safetensors")
+        for seed in (1, 2)
+    ]
+
+
+def announced(model, bare):
+    """Bytes that a MODEL asks for beyond the bare model's, and those that its stack takes."""
+    qwenlora.reset_loras(model.model.diffusion_model)
+    wanted = model.model_options["transformer_options"]["qwenlora"]
+    report = qwenlora.compose_loras(model.model.diffusion_model, list(wanted.specs))
+    return model.model_size() - bare, report.added_bytes
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_patcher_that_was_never_measured_over_a_composed_model(load, emulated_qwen, two, offload):
+    transformer = emulated_qwen.model.diffusion_model
+    bare = emulated_qwen.model_size()
+    if offload:
+        transformer.set_offload(True)
+    qwenlora.compose_loras(transformer, two[1])
+    unmeasured = type(emulated_qwen)(
+        emulated_qwen.model, emulated_qwen.load_device, emulated_qwen.offload_device
+    )
+    assert unmeasured.size == 0
+    model = load(unmeasured, two[0])
+    asked, taken = announced(model, bare)
+    assert asked == taken > 0
+    # So that the branch without LoRAs does not announce them, either.
+    assert unmeasured.model_size() == bare
+
+
+def test_a_size_that_the_loader_set_is_kept(load, emulated_qwen, two):
+    qwenlora.compose_loras(emulated_qwen.model.diffusion_model, two[1])
+    emulated_qwen.size = 12_345_678
+    model = load(emulated_qwen, two[0])
+    asked, taken = announced(model, 12_345_678)
+    assert asked == taken > 0
+    assert emulated_qwen.size == 12_345_678
+
+
+def test_each_clone_announces_its_own_stack(load, emulated_qwen, qwen, two):
+    bare = emulated_qwen.model_size()
+    one, other = (load(emulated_qwen, path) for path in two)
+    both = load(one, two[1])
+    qwen.ksample(both, steps=1)
+    for model in (one, other, both, load(emulated_qwen, two[1])):
+        asked, taken = announced(model, bare)
+        assert asked == taken > 0
+
+
+# ---- what is taken ----
+
+
+@pytest.fixture(scope="module")
+def real_size(host, qwen, nunchaku):
+    """Blocks of real size, packed; the values of their weights do not matter to memory."""
+    from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+
+    from qwenlora.emulation import Precision
+
+    def make():
+        sizes = {**qwen.CONFIG, **REAL, "num_layers": BLOCKS}
+        extra = {"scale_shift": 0, "rank": 32, "precision": Precision.W4A4}
+        config = nunchaku.EmulatedConfig({**sizes, **extra})
+        config.set_inference_dtype(torch.bfloat16, None)
+        model = config.get_model({}, "")
+        assert isinstance(model.diffusion_model, QwenImageTransformer2DModel)
+        for parameter in model.diffusion_model.parameters():
+            if parameter.is_floating_point() and parameter.ndim == 2:
+                parameter.data.normal_(0, 0.01)
+        return nunchaku.EmulatedPatcher(model, **qwen.devices())
+
+    return make
+
+
+def write(path, rank):
+    """A LoRA on every quantized linear of every block."""
+    tensors = {}
+    for block in range(BLOCKS):
+        for name, (inp, out) in LINEARS.items():
+            key = f"transformer_blocks.{block}.{name}"
+            down = torch.empty(rank, inp, dtype=torch.bfloat16).normal_(0, 0.02)
+            tensors[f"{key}.lora_A.weight"] = down
+            tensors[f"{key}.lora_B.weight"] = torch.full((out, rank), 0.01, dtype=torch.bfloat16)
+    save_file(tensors, str(path))
+    return path
+
+
+class Meter:
+    """The free memory that the host reports, against that before anything was loaded."""
+
+    def __init__(self) -> None:
+        import comfy.model_management as management
+
+        self._management = management
+        self._device = management.get_torch_device()
+        assert self._device.type == "cuda"
+        management.unload_all_models()
+        self._before = self._free()
+
+    def _free(self) -> int:
+        torch.cuda.synchronize()
+        return int(self._management.get_free_memory(self._device))
+
+    def taken(self) -> int:
+        """Bytes that are in use now and were not."""
+        return self._before - self._free()
+
+
+@pytest.mark.gpu
+class TestOnTheDevice:
+    """A real patcher moves blocks of real size; the host's own figures are compared."""
+
+    @pytest.fixture
+    def model(self, cuda_host, real_size, qwen, graph):
+        model = real_size()
+        # What libraries take at their first use is no model's.
+        assert qwen.ksample(model, steps=1).isfinite().all()
+        return model
+
+    @pytest.fixture(scope="class")
+    def files(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("real")
+        return [write(folder / f"rank{rank}.safetensors", rank) for rank in (64, 32)]
+
+    def check(self, meter, model, name):
+        beyond = meter.taken() - model.model_size()
+        sys.stderr.write(f"{name}: announced {model.model_size() / MIB:.1f} MiB, taken beyond")
+        sys.stderr.write(f" that {beyond / MIB:.1f} MiB\n")
+        assert abs(beyond) <= TOLERANCE, name
+
+    def test_first_second_and_no_stack(self, model, files, load, qwen):
+        first, second = (load(model, path) for path in files)
+        grown = first.model_size() - model.model_size()
+        assert grown > 300 * MIB  # far more than the tolerance
+        meter = Meter()
+        base = qwen.ksample(model, steps=1)
+        self.check(meter, model, "base")
+        for run, name in ((first, "first"), (second, "second"), (first, "first again")):
+            assert not torch.equal(qwen.ksample(run, steps=1), base)
+            self.check(meter, run, name)
+        assert torch.equal(qwen.ksample(model, steps=1), base)
+        self.check(meter, model, "reset")
+
+    def test_a_stack_before_the_model_was_ever_loaded(self, model, files, load, qwen):
+        meter = Meter()
+        wanted = load(load(model, files[0]), files[1], -0.5)
+        qwen.ksample(wanted, steps=1)
+        self.check(meter, wanted, "two at once")
+
+    def test_an_unmeasured_patcher_over_a_composed_model(self, model, files, load, qwen):
+        import comfy.model_management
+
+        meter = Meter()
+        qwenlora.compose_loras(model.model.diffusion_model, files[0])
+        comfy.model_management.unload_all_models()
+        again = type(model)(model.model, model.load_device, model.offload_device)
+        wanted = load(again, files[1])
+        qwen.ksample(wanted, steps=1)
+        self.check(meter, wanted, "unmeasured")
