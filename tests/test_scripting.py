@@ -27,9 +27,10 @@ def pipeline(make_model):
 def latents(pipeline, steps=2):
     generator = torch.Generator().manual_seed(0)
     embeds = torch.randn(1, 6, pipeline.transformer.config.joint_attention_dim, generator=generator)
+    device = pipeline._execution_device
     return pipeline(
-        prompt_embeds=embeds,
-        prompt_embeds_mask=torch.ones(1, 6, dtype=torch.long),
+        prompt_embeds=embeds.to(device),
+        prompt_embeds_mask=torch.ones(1, 6, dtype=torch.long, device=device),
         num_inference_steps=steps,
         height=32,
         width=32,
@@ -90,3 +91,59 @@ def test_model_cpu_offload(pipeline, style):
     qwenlora.ComfyQwenImageWrapper.of(pipeline.transformer).loras.append((style, 0.8))
     found = latents(pipeline).cpu()
     assert (found - expected).norm() <= 1e-3 * expected.norm()
+
+
+@pytest.mark.gpu
+def test_model_cpu_offload_between_two_stacks(pipeline, style, Draft, tmp_path):
+    """Composing meets the transformer on the host, the forward runs it on the device."""
+    other = Draft.full(seed=2, rank=8).save(tmp_path / "other.safetensors")
+    stacks = [(style, 0.8), (other, -0.5), (style, 0.8)]
+    expected = []
+    for stack in stacks:
+        qwenlora.compose_loras(pipeline.transformer, stack)
+        expected.append(latents(pipeline))
+    qwenlora.reset_loras(pipeline.transformer)
+    base = latents(pipeline)
+    pipeline.enable_model_cpu_offload()
+    for stack, wanted in zip(stacks, expected, strict=True):
+        qwenlora.compose_loras(pipeline.transformer, stack)
+        assert (latents(pipeline).cpu() - wanted).norm() <= 1e-3 * wanted.norm()
+    qwenlora.reset_loras(pipeline.transformer)
+    assert (latents(pipeline).cpu() - base).norm() <= 1e-3 * base.norm()
+    pipeline.maybe_free_model_hooks()
+    assert all(tensor.device.type == "cpu" for tensor in pipeline.transformer.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lazy", [False, True])
+def test_offload_that_comes_with_the_stack(pipeline, style, lazy):
+    """`ComposeOptions.offload` turns the model's own block offload on, on the device."""
+    transformer = pipeline.transformer
+    base = latents(pipeline)
+    qwenlora.compose_loras(transformer, (style, 0.8))
+    expected = latents(pipeline)
+    qwenlora.reset_loras(transformer)
+    pipeline.to("cuda")
+    options = qwenlora.ComposeOptions(offload=True)
+    wrapper = qwenlora.ComfyQwenImageWrapper.of(transformer)
+    if lazy:
+        wrapper.options = options
+        wrapper.loras.append((style, 0.8))
+    else:
+        qwenlora.compose_loras(transformer, (style, 0.8), options=options)
+    for _ in range(2):
+        found = latents(pipeline).cpu()
+        assert (found - expected).norm() <= 1e-3 * expected.norm()
+    assert transformer.offload
+    assert wrapper.report.bus_bytes > 0
+    manager, blocks = transformer.offload_manager, transformer.transformer_blocks
+    assert manager.memory_stream is not None
+    held = [t for block in blocks[1:] for t in (*block.parameters(), *block.buffers())]
+    assert all(tensor.device.type == "cpu" for tensor in held)
+    assert all(tensor.is_pinned() for tensor in held)
+    if lazy:
+        wrapper.loras[:] = []
+    else:
+        qwenlora.reset_loras(transformer)
+    assert (latents(pipeline).cpu() - base).norm() <= 1e-3 * base.norm()
+    assert transformer.offload_manager is manager
