@@ -54,7 +54,7 @@ pub(crate) fn check_model(modules: &mut [Module], table: &KeyTable) -> ModelChec
                 .get(i)
                 .is_some_and(|e| e.role == Role::Reshape)
         });
-        match fit::fit(module, table.entries()) {
+        match fit::fit(module) {
             Fit::Fits => fitting += 1,
             Fit::Differs(_) if reshaped => {}
             Fit::Differs(text) => {
@@ -65,6 +65,9 @@ pub(crate) fn check_model(modules: &mut [Module], table: &KeyTable) -> ModelChec
                 module.misfit = Some(text);
             }
             Fit::Unknown => {}
+        }
+        if module.misfit.is_none() {
+            module.left_out.extend(fit::misfits_beside(module));
         }
     }
     match example {

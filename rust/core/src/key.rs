@@ -7,7 +7,7 @@ use std::borrow::Cow;
 
 use crate::model::{self, BLOCK_GROUPS, TargetId};
 use crate::role::Role;
-use crate::suffix::{self, Half};
+use crate::suffix;
 
 /// Prefixes that trainers and runtimes put before a path. They stack.
 pub const PREFIXES: [&str; 14] = [
@@ -88,8 +88,8 @@ pub enum ParsedKey<'k> {
         role: Role,
         /// Adapter names of PEFT's spelling.
         slot: &'k str,
-        /// For a float8 scale, the half.
-        half: Option<Half>,
+        /// For a float8 scale, the role of the tensor that it scales.
+        scales: Option<Role>,
         /// A pair without `.weight`.
         bare: bool,
     },
@@ -112,7 +112,7 @@ pub fn parse(key: &str) -> ParsedKey<'_> {
             stem: cut.stem,
             role: cut.role,
             slot: cut.slot,
-            half: cut.half,
+            scales: cut.scales,
             bare: cut.bare,
         };
     }

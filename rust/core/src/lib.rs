@@ -11,6 +11,7 @@
 pub mod adapter;
 pub mod check;
 pub mod config;
+pub mod delta;
 pub mod document;
 pub mod dtype;
 pub mod fit;

@@ -92,6 +92,7 @@ fn slot(path: &str, kind: SlotKind, out_features: u64) -> Slot {
         element_bytes: 2,
         offloaded: false,
         pattern: path.replacen(".0.", ".*.", 1),
+        has_bias: true,
     }
 }
 
@@ -102,17 +103,21 @@ fn slots() -> Vec<Slot> {
     ]
 }
 
-fn stack(plan: &FilePlan, strict: bool) -> Result<StackPlan, StackError> {
-    let item = StackItem {
+fn item(plan: &FilePlan) -> StackItem<'_> {
+    StackItem {
         name: "style",
         plan,
         strength: 0.5,
-    };
+        modulation: false,
+    }
+}
+
+fn stack(plan: &FilePlan, strict: bool) -> Result<StackPlan, StackError> {
     let options = StackOptions {
         strict,
         ..StackOptions::default()
     };
-    StackPlan::new(&[item], &slots(), options)
+    StackPlan::new(&[item(plan)], &slots(), options)
 }
 
 fn matters(plan: &FilePlan) -> Vec<String> {
@@ -365,16 +370,14 @@ fn float8_halves_beside_a_tensor_of_unknown_kind_are_not_applied() {
     assert_eq!(plan.verdict(), Verdict::Reject);
     insta::assert_snapshot!(
         plan.reason().unwrap(),
-        @"1 of 1 modules, e.g. `transformer_blocks.0.attn.to_q`: float8 halves beside a tensor of unknown kind, which may be their scale, are not supported"
+        @"1 of 1 modules, e.g. `transformer_blocks.0.attn.to_q`: float8 tensors beside a tensor of unknown kind, which may be their scale, are not supported"
     );
 }
 
 #[test]
-fn what_stands_beside_a_pair_is_named() {
+fn what_cannot_stand_beside_a_pair_is_named() {
     for (suffix, text) in [
-        ("diff_b", "bias deltas are not supported yet"),
-        ("lora_B.bias", "bias deltas are not supported yet"),
-        ("diff", "a full delta beside a LoRA is not supported yet"),
+        ("w_norm", "`w_norm` beside a LoRA is not supported"),
         ("rescale", "`oft_rescale` beside a LoRA is not supported"),
         ("b_norm", "`b_norm` beside a LoRA is not supported"),
         ("on_input", "`ia3_on_input` beside a LoRA is not supported"),
@@ -533,12 +536,7 @@ fn offloaded_slots_of_one_pattern_share_a_rank() {
         slot.offloaded = true;
     }
     let plan = Tensors::default().peft(TO_Q, 16).plan();
-    let item = StackItem {
-        name: "style",
-        plan: &plan,
-        strength: 1.0,
-    };
-    let stack = StackPlan::new(&[item], &slots, StackOptions::default()).unwrap();
+    let stack = StackPlan::new(&[item(&plan)], &slots, StackOptions::default()).unwrap();
     assert_eq!(stack.groups.len(), 1);
     assert_eq!(stack.groups[0].pattern, "transformer_blocks.*.attn.to_qkv");
     assert_eq!(stack.groups[0].slots.len(), 2);
