@@ -14,6 +14,7 @@ pub mod config;
 pub mod delta;
 pub mod document;
 pub mod dtype;
+pub mod explain;
 pub mod fit;
 pub mod header;
 pub mod key;

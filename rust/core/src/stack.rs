@@ -53,7 +53,7 @@ pub struct StackOptions {
     /// Rank of the optimum that stands for a delta of higher rank, where a slot can carry nothing
     /// but rank.
     pub truncated_rank: u64,
-    /// The scale of LoKrs without low-rank factors.
+    /// The scale of a LoKr without low-rank factors.
     pub lokr_scale: LokrScale,
 }
 

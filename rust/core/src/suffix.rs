@@ -285,7 +285,10 @@ mod tests {
     #[test]
     fn scales_name_their_half() {
         let scale = cut("x.lora_A.scale_weight").unwrap();
-        assert_eq!((scale.role, scale.scales), (Role::Fp8Scale, Some(Role::Down)));
+        assert_eq!(
+            (scale.role, scale.scales),
+            (Role::Fp8Scale, Some(Role::Down))
+        );
         let scale = cut("x.lora_B.weight_scale").unwrap();
         assert_eq!((scale.role, scale.scales), (Role::Fp8Scale, Some(Role::Up)));
         for (ending, slot) in [
@@ -297,7 +300,10 @@ mod tests {
         ] {
             let key = format!("x.{ending}");
             let scale = cut(&key).unwrap();
-            assert_eq!((scale.role, scale.scales), (Role::Fp8Scale, Some(Role::Down)));
+            assert_eq!(
+                (scale.role, scale.scales),
+                (Role::Fp8Scale, Some(Role::Down))
+            );
             assert_eq!((scale.stem, scale.slot), ("x", slot), "{key}");
         }
     }

@@ -3,72 +3,18 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
+mod state_dict;
+
 use std::io::Write;
 
 use qwenlora_core::adapter::Adapter;
 use qwenlora_core::dtype::Dtype;
-use qwenlora_core::plan::{FilePlan, PlanError, Verdict};
+use qwenlora_core::plan::{FilePlan, Verdict};
 use qwenlora_core::slot::{Slot, SlotKind};
 use qwenlora_core::stack::{SkipKind, StackError, StackItem, StackOptions, StackPlan};
-use qwenlora_core::table::RawTensor;
+use state_dict::{TO_Q, Tensors};
 
-const TO_Q: &str = "transformer_blocks.0.attn.to_q";
 const FLAT_TO_Q: &str = "lora_unet_transformer_blocks_0_attn_to_q";
-
-/// A state dict in the making.
-#[derive(Default)]
-struct Tensors {
-    rows: Vec<RawTensor>,
-    scalars: Vec<Option<f64>>,
-    metadata: Vec<(String, String)>,
-}
-
-impl Tensors {
-    fn typed(mut self, key: &str, dtype: Dtype, shape: &[u64]) -> Self {
-        self.rows.push(RawTensor {
-            key: key.to_owned(),
-            dtype,
-            shape: shape.to_vec(),
-            offset_bytes: 0,
-            len_bytes: shape.iter().product::<u64>() * dtype.bits() / 8,
-        });
-        self.scalars.push(None);
-        self
-    }
-
-    fn tensor(self, key: &str, shape: &[u64]) -> Self {
-        self.typed(key, Dtype::BF16, shape)
-    }
-
-    fn scalar(self, key: &str, value: f64) -> Self {
-        let mut tensors = self.typed(key, Dtype::F64, &[]);
-        *tensors.scalars.last_mut().unwrap() = Some(value);
-        tensors
-    }
-
-    fn peft(self, stem: &str, rank: u64) -> Self {
-        self.tensor(&format!("{stem}.lora_A.weight"), &[rank, 3072])
-            .tensor(&format!("{stem}.lora_B.weight"), &[3072, rank])
-    }
-
-    fn kohya(self, stem: &str, rank: u64) -> Self {
-        self.tensor(&format!("{stem}.lora_down.weight"), &[rank, 3072])
-            .tensor(&format!("{stem}.lora_up.weight"), &[3072, rank])
-    }
-
-    fn metadata(mut self, key: &str, value: &str) -> Self {
-        self.metadata.push((key.to_owned(), value.to_owned()));
-        self
-    }
-
-    fn try_plan(self) -> Result<FilePlan, PlanError> {
-        FilePlan::from_tensors("test", self.rows, &self.scalars, self.metadata)
-    }
-
-    fn plan(self) -> FilePlan {
-        self.try_plan().unwrap()
-    }
-}
 
 /// The reasons of all tensors that are left out, in order.
 fn reasons(plan: &FilePlan) -> Vec<String> {

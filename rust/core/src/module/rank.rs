@@ -79,10 +79,10 @@ impl Parts<'_> {
 
     /// (out, in) of the weight's delta.
     pub(super) fn shape(&self, adapter: Adapter) -> Option<(u64, u64)> {
-        let is_embedding = matches!(self.kind(), ModuleKind::Embedding { .. });
-        let turned = |(rows, columns): (u64, u64)| match is_embedding {
-            true => (columns, rows),
-            false => (rows, columns),
+        // The table of an embedding is (in, out).
+        let turned = |(rows, columns): (u64, u64)| match self.kind() {
+            ModuleKind::Embedding { .. } => (columns, rows),
+            ModuleKind::Linear { .. } | ModuleKind::Norm { .. } => (rows, columns),
         };
         match adapter {
             Adapter::Lora if self.has(Role::PackedDown) => {
@@ -92,10 +92,11 @@ impl Parts<'_> {
             Adapter::Lora | Adapter::Dora => {
                 let (down, up) = (self.matrix(Role::Down)?, self.matrix(Role::Up)?);
                 let product = (up.0, down.1);
-                match self.is_peft_embedding() {
-                    true => Some(product),
-                    false => Some(turned(product)),
-                }
+                Some(if self.is_peft_embedding() {
+                    product
+                } else {
+                    turned(product)
+                })
             }
             Adapter::Lokr => {
                 let factor = |direct, left, right| match self.matrix(direct) {

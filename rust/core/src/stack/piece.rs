@@ -76,40 +76,27 @@ pub(super) fn place(
 fn check_kind(delta: &Delta, place: &Place<'_>) -> Result<(), (SkipKind, String)> {
     let slot = place.slot;
     let unsupported = |text: &str| Err((SkipKind::Unsupported, text.to_owned()));
+    let is_whole = place.rows == (0, slot.out_features);
     match (delta.form, slot.kind) {
-        (Form::Packed { .. }, SlotKind::Svdq) if place.rows == (0, slot.out_features) => Ok(()),
-        (Form::Packed { .. }, _) => {
+        (Form::Vector { parameter, .. }, kind) => match (parameter, kind) {
+            (Parameter::Bias, SlotKind::Norm | SlotKind::Embedding) => {
+                unsupported("a bias for a layer that never has one")
+            }
+            (Parameter::Bias, _) if !slot.has_bias => Err((
+                SkipKind::Missing,
+                "the model's layer has no bias".to_owned(),
+            )),
+            (Parameter::Bias, _) | (Parameter::Weight, SlotKind::Norm) => Ok(()),
+            (Parameter::Weight, _) => unsupported("a norm's delta for a layer that is no norm"),
+        },
+        (_, SlotKind::Norm) => unsupported("a norm of this model takes a vector alone"),
+        (Form::Packed { .. }, kind) if kind != SlotKind::Svdq || !is_whole => {
             unsupported("a Nunchaku-packed pair fits a whole SVDQuant layer, which this is not")
         }
         (
-            Form::Vector {
-                parameter: Parameter::Weight,
-                ..
-            },
-            SlotKind::Norm,
-        ) => Ok(()),
-        (
-            Form::Vector {
-                parameter: Parameter::Weight,
-                ..
-            },
-            _,
-        ) => unsupported("a norm's delta for a layer that is no norm"),
-        (_, SlotKind::Norm) => unsupported("a norm of this model takes a vector alone"),
-        (Form::Pair { .. } | Form::Full { .. }, SlotKind::Embedding) => Ok(()),
-        (_, SlotKind::Embedding) => {
-            unsupported("an embedding of this model takes a LoRA or a full delta alone")
-        }
-        (
-            Form::Vector {
-                parameter: Parameter::Bias,
-                ..
-            },
-            _,
-        ) if !slot.has_bias => Err((
-            SkipKind::Missing,
-            "the model's layer has no bias".to_owned(),
-        )),
+            Form::Tucker { .. } | Form::Hadamard { .. } | Form::Kronecker { .. },
+            SlotKind::Embedding,
+        ) => unsupported("an embedding of this model takes a LoRA or a full delta alone"),
         _ => Ok(()),
     }
 }

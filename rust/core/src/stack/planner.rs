@@ -153,7 +153,7 @@ impl Planner<'_> {
                 Ok(placed) => pieces.push(placed),
                 Err((kind, text)) if at == 0 => return Err(skip(kind, text)),
                 Err((kind, reason)) => {
-                    beside.extend(skip_beside(lora, delta, entries, kind, reason))
+                    beside.extend(skip_beside(lora, delta, entries, kind, reason));
                 }
             }
         }
@@ -164,7 +164,7 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// The scale of a delta, with the caller's rule for LoKrs that say nothing of it.
+    /// The scale of a delta, with the caller's rule for LoKr files that say nothing of it.
     fn scale(&self, delta: &Delta, module: &Module, item: &StackItem<'_>) -> f64 {
         let is_open = module.scale_source == ScaleSource::BothDirect
             && self.options.lokr_scale == LokrScale::Network
