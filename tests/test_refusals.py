@@ -9,7 +9,7 @@ import torch
 
 import qwenlora
 from qwenlora import errors
-from qwenlora.slots import BRANCH_DOWN
+from qwenlora.branch import BRANCH_DOWN
 
 EXACT = 2e-6
 """Relative error of float32 tensors against float64 formulas."""
