@@ -234,6 +234,21 @@ fn the_scale_of_whole_factors_is_one_unless_the_network_is_asked() {
     ] {
         assert_eq!(scales(&files(alpha, dim), LokrScale::Network), [1.0, 1.0]);
     }
+    let absurd = lokr(TO_Q, [16, 16], [192, 192])
+        .typed(&format!("{TO_Q}.diff_b"), Dtype::F32, &[3072])
+        .scalar(&format!("{TO_Q}.lokr_w1.scale_weight"), 1e200)
+        .peft("transformer_blocks.0.attn.to_v", 16)
+        .metadata("ss_network_alpha", "1e200")
+        .metadata("ss_network_dim", "1")
+        .plan();
+    let options = StackOptions {
+        lokr_scale: LokrScale::Network,
+        ..StackOptions::default()
+    };
+    assert_eq!(
+        stack_on(&absurd, &slots(), options).skipped[0].reason,
+        "gives a scale of inf: it must be finite"
+    );
     let low = lokr_low(TO_Q, [16, 16], [192, 192], 8)
         .metadata("ss_network_alpha", "1")
         .metadata("ss_network_dim", "32")
@@ -417,9 +432,9 @@ fn biases_and_norms_are_vectors() {
         found,
         [
             row(PieceKind::LowRank, None, "0.5", 0, 3072),
-            row(PieceKind::Vector, bias, "0.5", 0, 3072),
-            row(PieceKind::Vector, bias, "1", 0, 3072),
             row(PieceKind::Dense, None, "1", 0, 3072),
+            row(PieceKind::Vector, bias, "1", 0, 3072),
+            row(PieceKind::Vector, bias, "0.5", 0, 3072),
             row(PieceKind::Vector, bias, "1", 3072, 3072),
             row(PieceKind::Vector, weight, "1", 0, 128),
         ]
@@ -433,6 +448,20 @@ fn biases_and_norms_are_vectors() {
         stack.added_bytes,
         144 * (9216 + 3072) * 2 + 9216 * 2 + 128 * 2
     );
+}
+
+#[test]
+fn the_order_of_keys_changes_no_order_of_pieces() {
+    let (bias, diff) = (format!("{TO_Q}.diff_b"), format!("{TO_Q}.diff"));
+    let last = Tensors::default()
+        .peft(TO_Q, 16)
+        .tensor(&bias, &[3072])
+        .tensor(&diff, &[3072, 3072]);
+    let first = Tensors::default()
+        .tensor(&diff, &[3072, 3072])
+        .tensor(&bias, &[3072])
+        .peft(TO_Q, 16);
+    assert_eq!(stack(last).slots, stack(first).slots);
 }
 
 #[test]
@@ -650,7 +679,7 @@ fn float8_scales_join_the_delta_that_they_scale() {
     for (suffix, scale, expected) in [
         ("lokr_w1.scale_weight", 3.0, [3.0, 1.0, 1.0]),
         ("lokr_w2.weight_scale", 0.5, [0.5, 1.0, 1.0]),
-        ("diff.scale_weight", 5.0, [1.0, 1.0, 5.0]),
+        ("diff.scale_weight", 5.0, [1.0, 5.0, 1.0]),
     ] {
         let tensors = lokr(TO_Q, [16, 16], [192, 192])
             .tensor(&format!("{TO_Q}.diff_b"), &[3072])
