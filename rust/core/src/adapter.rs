@@ -127,7 +127,7 @@ impl Adapter {
 }
 
 /// What a module's delta is to the slot that carries it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 pub enum PieceKind {
     /// up (out, r) times down (r, in).
     LowRank,

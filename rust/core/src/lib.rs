@@ -10,6 +10,7 @@
 
 pub mod adapter;
 pub mod check;
+pub mod component;
 pub mod config;
 pub mod delta;
 pub mod document;

@@ -3,6 +3,7 @@
 //! Everything is validated here, before a tensor is read or the model is touched.
 
 mod branch;
+mod group;
 mod piece;
 mod planner;
 

@@ -397,3 +397,60 @@ fn slots_of_fused_modules_add_their_ranks() {
     ];
     assert_eq!(slots, expected.map(|(s, r, p)| (s.to_owned(), r, p)));
 }
+
+#[test]
+fn every_module_lists_its_pieces() {
+    let (name, file) = corpus()
+        .into_iter()
+        .find(|(name, _)| name == "diffusers_peft_lora_bias")
+        .unwrap();
+    assert_eq!(
+        document(&name, &file)["modules"][0]["pieces"],
+        serde_json::json!([
+            {"kind": "LowRank", "adapter": "lora", "rank": 16, "scale": 2.0},
+            {"kind": "Vector", "adapter": "full", "rank": 0, "scale": 2.0},
+        ])
+    );
+}
+
+#[test]
+fn no_real_file_is_said_to_name_another_model() {
+    for (name, file) in corpus() {
+        let notes = plan(&name, &file).notes().join("\n");
+        assert!(!notes.contains("names another model"), "{name}: {notes}");
+    }
+}
+
+#[test]
+fn foreign_keys_are_told_by_component() {
+    let component =
+        |name: &str, reason: &str, tensors: usize| (name.to_owned(), reason.to_owned(), tensors);
+    for (wanted, expected) in [
+        (
+            "foreign_keys_mixed_in",
+            vec![
+                component("text_encoder", "text encoder", 2),
+                component("lora_te", "text encoder", 1),
+                component("bundle_emb", "embedding", 1),
+                component("_aux", "bookkeeping", 1),
+                component("pipe.perceiver_resampler", "not a transformer module", 1),
+            ],
+        ),
+        (
+            "onetrainer_comfy",
+            vec![component("text_encoders.qwen25_7b", "text encoder", 3)],
+        ),
+        ("musubi_lora_full60", Vec::new()),
+    ] {
+        let (name, file) = corpus()
+            .into_iter()
+            .find(|(name, _)| name == wanted)
+            .unwrap();
+        let found = plan(&name, &file).components();
+        let found: Vec<_> = found
+            .into_iter()
+            .map(|c| component(&c.name, c.reason, c.tensors))
+            .collect();
+        assert_eq!(found, expected, "{name}");
+    }
+}

@@ -19,6 +19,15 @@ pub(super) struct Placed {
     pub(super) branch: Branch,
 }
 
+impl Placed {
+    /// Pieces of a slot in an order that no order of keys changes.
+    pub(super) fn order(&self) -> (usize, u64, PieceKind, Option<&str>) {
+        let piece = &self.piece;
+        let key = piece.tensors.values().next().map(|t| t.key.as_str());
+        (piece.lora, piece.row_begin, piece.kind, key)
+    }
+}
+
 /// How a delta is executed, with the ranks that it takes.
 struct Execution {
     kind: PieceKind,

@@ -1,13 +1,10 @@
 //! The work of planning a stack: every module finds its slot or a reason.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
-use super::branch::{self, Branch, KronBuffer, KronShape};
+use super::group::{self, Planned};
 use super::piece::{self, Place, Placed};
-use super::{
-    LokrScale, LoraRow, RankGroup, Skip, SkipKind, SlotPlan, StackError, StackItem, StackOptions,
-    StackPlan,
-};
+use super::{LokrScale, LoraRow, Skip, SkipKind, StackError, StackItem, StackOptions, StackPlan};
 use crate::adapter::PieceKind;
 use crate::check::ModelCheck;
 use crate::delta::Delta;
@@ -17,7 +14,7 @@ use crate::key::Foreign;
 use crate::model::{self, Model, Target};
 use crate::module::{Fault, Module, ScaleSource};
 use crate::reason::Reason;
-use crate::slot::{self, MODULATION_PLANES, RowOrder, Slot, SlotKind};
+use crate::slot::{self, MODULATION_PLANES, Slot, SlotKind};
 use crate::table::{Entry, KeyTable};
 
 /// A stack while it is being planned.
@@ -129,32 +126,17 @@ impl Planner<'_> {
         let place = Place {
             slot,
             rows: rows_in(target, slot),
-            rank_limit: rank_limit(slot, self.options.max_rank),
+            rank_limit: group::rank_limit(slot, self.options.max_rank),
         };
-        let placed: Vec<(&Delta, Result<Placed, _>)> = module
-            .deltas
-            .iter()
-            .map(|delta| {
-                let scaled = Delta {
-                    scale: self.scale(delta, module, item),
-                    ..*delta
-                };
-                let fits = check_shape(&scaled, &place);
-                let named = (lora, target.path.as_str());
-                let made =
-                    fits.and_then(|()| piece::place(&scaled, &place, entries, named, self.options));
-                (delta, made)
-            })
-            .collect();
         let mut pieces = Vec::new();
         let mut beside = Vec::new();
-        for (at, (delta, made)) in placed.into_iter().enumerate() {
-            match made {
+        for (at, delta) in module.deltas.iter().enumerate() {
+            let scale = self.scale(delta, module, item);
+            let scaled = Delta { scale, ..*delta };
+            match self.piece(&scaled, &place, entries, (lora, target)) {
                 Ok(placed) => pieces.push(placed),
                 Err((kind, text)) if at == 0 => return Err(skip(kind, text)),
-                Err((kind, reason)) => {
-                    beside.extend(skip_beside(lora, delta, entries, kind, reason));
-                }
+                Err((kind, text)) => beside.extend(skip_beside(lora, delta, entries, kind, text)),
             }
         }
         if let Some(slot) = self.pieces.get_mut(index) {
@@ -162,6 +144,26 @@ impl Planner<'_> {
         }
         self.skipped.extend(beside);
         Ok(())
+    }
+
+    /// Makes a delta a piece of its slot, where it fits.
+    fn piece(
+        &self,
+        delta: &Delta,
+        place: &Place<'_>,
+        entries: &[Entry],
+        (lora, target): (usize, &Target),
+    ) -> Result<Placed, (SkipKind, String)> {
+        if !delta.scale.is_finite() {
+            let text = format!("gives a scale of {}: it must be finite", delta.scale);
+            return Err((SkipKind::Broken, text));
+        }
+        let (_, rows) = place.rows;
+        let sides = (rows, place.slot.in_features);
+        if let Some(text) = fit::misfit_of(delta, sides, "the model") {
+            return Err((SkipKind::Shape, text));
+        }
+        piece::place(delta, place, entries, (lora, &target.path), self.options)
     }
 
     /// The scale of a delta, with the caller's rule for LoKr files that say nothing of it.
@@ -229,13 +231,13 @@ impl Planner<'_> {
         for (slot, mut placed) in self.slots.iter().zip(self.pieces) {
             // By rows, not by the order of keys: the same LoRA gives the same tensors from a file
             // and from a state dict.
-            placed.sort_by_key(|p| (p.piece.lora, p.piece.row_begin));
+            placed.sort_by(|a, b| a.order().cmp(&b.order()));
             if !placed.is_empty() {
                 slots.push(Planned::new(slot, placed, self.options.max_rank)?);
             }
         }
-        let groups = group(self.slots, &mut slots);
-        let added_bytes = added_bytes(self.slots, &slots, &groups);
+        let groups = group::form(self.slots, &mut slots);
+        let added_bytes = group::added_bytes(self.slots, &slots, &groups);
         Ok(StackPlan {
             schema: document::SCHEMA,
             loras,
@@ -246,37 +248,6 @@ impl Planner<'_> {
             added_bytes,
         })
     }
-}
-
-/// Bytes of the ranks and branches of all slots, those included that only their group fills.
-fn added_bytes(all: &[Slot], planned: &[Planned<'_>], groups: &[RankGroup]) -> u64 {
-    let grouped: HashMap<&str, &RankGroup> = groups
-        .iter()
-        .flat_map(|group| group.slots.iter().map(move |path| (path.as_str(), group)))
-        .collect();
-    let planned: HashMap<&str, &SlotPlan> = planned
-        .iter()
-        .map(|planned| (planned.slot.path.as_str(), &planned.plan))
-        .collect();
-    all.iter().fold(0, |bytes, slot| {
-        let group = grouped.get(slot.path.as_str());
-        let plan = planned.get(slot.path.as_str());
-        let rank = group
-            .map(|group| group.rank)
-            .or(plan.map(|plan| plan.rank))
-            .unwrap_or(0);
-        let branch = plan
-            .map(|plan| plan.branch_bytes)
-            .or(group.map(|group| group.branch_bytes))
-            .unwrap_or(0);
-        let per_rank = slot
-            .in_features
-            .saturating_add(slot.out_features)
-            .saturating_mul(slot.element_bytes);
-        bytes
-            .saturating_add(rank.saturating_mul(per_rank))
-            .saturating_add(branch)
-    })
 }
 
 /// Whether a LoRA reaches an AWQ layer, and whether its rows are known there.
@@ -295,15 +266,6 @@ fn check_modulation(slot: &Slot, item: &StackItem<'_>) -> Result<(), (SkipKind, 
         return Err((SkipKind::UnknownLayout, text));
     }
     Ok(())
-}
-
-fn check_shape(delta: &Delta, place: &Place<'_>) -> Result<(), (SkipKind, String)> {
-    let (_, rows) = place.rows;
-    let sides = (rows, place.slot.in_features);
-    match fit::misfit_of(delta, sides, "the model") {
-        None => Ok(()),
-        Some(text) => Err((SkipKind::Shape, text)),
-    }
 }
 
 /// A delta beside the weight's, by the key of its tensor.
@@ -333,119 +295,5 @@ fn rows_in(target: &Target, slot: &Slot) -> (u64, u64) {
         (rows * target.place.part as u64, rows)
     } else {
         (0, slot.out_features)
-    }
-}
-
-/// Most ranks that may be added to a slot.
-fn rank_limit(slot: &Slot, max_rank: Option<u64>) -> Option<u64> {
-    match (slot.free_rank(), max_rank) {
-        (Some(free), Some(max)) => Some(free.min(max)),
-        (limit, None) | (None, limit) => limit,
-    }
-}
-
-/// A slot with its plan while groups are being formed.
-struct Planned<'s> {
-    slot: &'s Slot,
-    plan: SlotPlan,
-    krons: BTreeMap<KronShape, usize>,
-}
-
-impl<'s> Planned<'s> {
-    fn new(slot: &'s Slot, placed: Vec<Placed>, max_rank: Option<u64>) -> Result<Self, StackError> {
-        let takes_rank = |p: &Placed| p.branch == Branch::None;
-        if slot.free_rank() == Some(0) && placed.iter().any(takes_rank) {
-            return Err(StackError::SlotFull {
-                slot: slot.path.clone(),
-                base_rank: slot.base_rank,
-            });
-        }
-        let branches = || placed.iter().map(|p| p.branch);
-        let krons = branch::count_krons(branches());
-        let branch_bytes = branch::kron_bytes(&krons, slot.element_bytes)
-            .saturating_add(branch::other_bytes(slot, branches()));
-        let pieces: Vec<_> = placed.into_iter().map(|p| p.piece).collect();
-        let limit = rank_limit(slot, max_rank);
-        let exact = pieces
-            .chunk_by(|a, b| a.lora == b.lora)
-            .map(|own| piece::padded_rank(own.iter()))
-            .fold(0u64, u64::saturating_add);
-        let row_order = match slot.kind {
-            SlotKind::Awq => slot::awq_row_order(&slot.path).unwrap_or(RowOrder::Planar),
-            SlotKind::Svdq | SlotKind::Linear | SlotKind::Norm | SlotKind::Embedding => {
-                RowOrder::Planar
-            }
-        };
-        let plan = SlotPlan {
-            path: slot.path.clone(),
-            kind: slot.kind,
-            row_order,
-            base_rank: slot.base_rank,
-            rank: limit.map_or(exact, |limit| exact.min(slot::pad_rank(limit))),
-            rank_limit: limit,
-            branch_bytes,
-            group: None,
-            pieces,
-        };
-        Ok(Self { slot, plan, krons })
-    }
-}
-
-/// Groups the offloaded slots of one path over all blocks, where any of them has a rank or a
-/// Kronecker branch. Every slot of a group has room for the most that any of them has, shape by
-/// shape; parameters that are swapped are there on every block.
-fn group(all: &[Slot], planned: &mut [Planned<'_>]) -> Vec<RankGroup> {
-    let mut groups: Vec<(RankGroup, BTreeMap<KronShape, usize>)> = Vec::new();
-    let mut index: HashMap<&str, usize> = HashMap::new();
-    let offloaded = || planned.iter().filter(|p| p.slot.offloaded);
-    for member in offloaded().filter(|p| p.plan.rank > 0 || !p.krons.is_empty()) {
-        let pattern = member.slot.pattern.as_str();
-        let at = *index.entry(pattern).or_insert_with(|| {
-            groups.push((empty_group(all, pattern), BTreeMap::new()));
-            groups.len() - 1
-        });
-        if let Some((group, krons)) = groups.get_mut(at) {
-            group.rank = group.rank.max(member.plan.rank);
-            for (shape, count) in &member.krons {
-                let most = krons.entry(*shape).or_default();
-                *most = (*most).max(*count);
-            }
-        }
-    }
-    for member in planned.iter_mut().filter(|p| p.slot.offloaded) {
-        let Some(at) = index.get(member.slot.pattern.as_str()) else {
-            continue;
-        };
-        let Some((group, krons)) = groups.get_mut(*at) else {
-            continue;
-        };
-        let element_bytes = member.slot.element_bytes;
-        group.branch_bytes = branch::kron_bytes(&*krons, element_bytes);
-        let own = branch::kron_bytes(&member.krons, element_bytes);
-        let others = member.plan.branch_bytes.saturating_sub(own);
-        member.plan.branch_bytes = others.saturating_add(group.branch_bytes);
-        member.plan.group = Some(*at);
-    }
-    let with_krons = |(group, krons): (RankGroup, BTreeMap<KronShape, usize>)| RankGroup {
-        krons: krons
-            .into_iter()
-            .map(|(shape, count)| KronBuffer { shape, count })
-            .collect(),
-        ..group
-    };
-    groups.into_iter().map(with_krons).collect()
-}
-
-fn empty_group(all: &[Slot], pattern: &str) -> RankGroup {
-    RankGroup {
-        pattern: pattern.to_owned(),
-        slots: all
-            .iter()
-            .filter(|s| s.offloaded && s.pattern == pattern)
-            .map(|s| s.path.clone())
-            .collect(),
-        rank: 0,
-        krons: Vec::new(),
-        branch_bytes: 0,
     }
 }

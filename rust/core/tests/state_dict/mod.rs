@@ -17,13 +17,23 @@ pub(crate) struct Tensors {
 
 #[allow(dead_code, reason = "each test file uses a part of them")]
 impl Tensors {
-    pub(crate) fn typed(mut self, key: &str, dtype: Dtype, shape: &[u64]) -> Self {
+    /// A tensor whose bytes are not those of its shape: only its header is looked at.
+    pub(crate) fn sized(self, key: &str, shape: &[u64], len_bytes: u64) -> Self {
+        self.row(key, Dtype::BF16, shape, len_bytes)
+    }
+
+    pub(crate) fn typed(self, key: &str, dtype: Dtype, shape: &[u64]) -> Self {
+        let elements = shape.iter().fold(1u64, |n, d| n.saturating_mul(*d));
+        self.row(key, dtype, shape, elements.saturating_mul(dtype.bits()) / 8)
+    }
+
+    fn row(mut self, key: &str, dtype: Dtype, shape: &[u64], len_bytes: u64) -> Self {
         self.rows.push(RawTensor {
             key: key.to_owned(),
             dtype,
             shape: shape.to_vec(),
             offset_bytes: 0,
-            len_bytes: shape.iter().product::<u64>() * dtype.bits() / 8,
+            len_bytes,
         });
         self.scalars.push(None);
         self
