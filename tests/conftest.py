@@ -17,7 +17,7 @@ import qwenlora
 from qwenlora import _core, pack
 from qwenlora.emulation import EmulatedConfig, Precision, random_transformer
 from qwenlora.layout import LowRankSide
-from qwenlora.slots import BRANCH_DOWN, BRANCH_UP
+from qwenlora.branch import BRANCH_DOWN, BRANCH_UP
 
 WIDTH = 128
 TEXT_WIDTH = 96

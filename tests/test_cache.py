@@ -62,8 +62,8 @@ def test_clear_cache_reads_again_and_leaves_the_model(model, lora, probe, reads)
 def test_the_cache_holds_no_more_memory_than_it_may(limit_bytes, model, lora):
     qwenlora.compose_loras(model, lora[0], options=ComposeOptions(cache_bytes=limit_bytes))
     storages = {}
-    for pair in cache.pieces._pairs.values():
-        for tensor in (pair.down, pair.up):
+    for own in cache.pieces._pairs.values():
+        for tensor in (own.pair.down, own.pair.up):
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     held = sum(storages.values())

@@ -14,7 +14,7 @@ import qwenlora
 from qwenlora import _core, cache, compat, errors
 from qwenlora.emulation import Precision
 from qwenlora.plan import StackPlan
-from qwenlora.slots import BRANCH_DOWN, BRANCH_UP
+from qwenlora.branch import BRANCH_DOWN, BRANCH_UP
 from qwenlora.spec import ComposeOptions, LoraSpec
 from qwenlora.targets import find_targets
 
@@ -348,7 +348,7 @@ def test_callers_in_inference_mode(model, lora, probe):
         qwenlora.compose_loras(model, [lora[0], (dict(lora[1].tensors), 0.5)])
         tensors = [tensor for _, tensor in probe.tensors(model)]
         assert not any(tensor.is_inference() for tensor in tensors)
-        assert not any(pair.up.is_inference() for pair in cache.pieces._pairs.values())
+        assert not any(own.pair.up.is_inference() for own in cache.pieces._pairs.values())
     probe.assert_holds(model, [(lora[1], 1.5)], within=EXACT)
     qwenlora.reset_loras(model)
     assert probe.snapshot(model).differences(untouched) == []
@@ -485,8 +485,9 @@ def test_offloaded_slots_are_planned_in_groups(make_model, Draft):
     rows = [vars(t.row) for t in _offloaded(find_targets)(model, {}).values()]
     tensors = [(k, "F32", list(t.shape), t.nbytes) for k, t in draft.tensors.items()]
     plan = _core.FilePlan.from_tensors("x", tensors, scalars=[None] * len(tensors), metadata=[])
-    options = {"max_rank": None, "strict": False, "modulation": True}
-    document = _core.plan_stack([("x", plan, 1.0)], json.dumps(rows), json.dumps(options))
+    options = {"max_rank": None, "strict": False, "truncated_rank": 256}
+    options["lokr_scale"] = "standard"
+    document = _core.plan_stack([("x", plan, 1.0, True)], json.dumps(rows), json.dumps(options))
     stack = StackPlan.from_json(document)
     groups = {group.pattern: group for group in stack.groups}
     assert {name: group.rank for name, group in groups.items()} == {

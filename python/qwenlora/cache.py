@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qwenlora import _core
-    from qwenlora.pieces import LoraPair
+    from qwenlora.pieces import LoraPieces
 
 __all__ = ["PieceCache", "PlanCache", "clear_cache", "pieces", "plans"]
 
@@ -52,10 +52,10 @@ class PlanCache:
 
 
 class PieceCache:
-    """Pairs by (identity of the LoRA, slot and its layout), bounded in bytes of host memory."""
+    """Deltas by (identity of the LoRA, slot and its layout), bounded in bytes of host memory."""
 
     def __init__(self) -> None:
-        self._pairs: OrderedDict[Hashable, LoraPair] = OrderedDict()
+        self._pairs: OrderedDict[Hashable, LoraPieces] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
@@ -64,7 +64,7 @@ class PieceCache:
         """Bytes held now."""
         return self._bytes
 
-    def get(self, key: Hashable) -> LoraPair | None:
+    def get(self, key: Hashable) -> LoraPieces | None:
         """The pair, if it is kept."""
         with self._lock:
             pair = self._pairs.get(key)
@@ -72,7 +72,7 @@ class PieceCache:
                 self._pairs.move_to_end(key)
             return pair
 
-    def put(self, key: Hashable, pair: LoraPair, *, limit_bytes: int) -> None:
+    def put(self, key: Hashable, pair: LoraPieces, *, limit_bytes: int) -> None:
         """Keep a pair where it fits, dropping the oldest."""
         with self._lock:
             self._drop(key)

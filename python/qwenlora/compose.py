@@ -6,21 +6,22 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from qwenlora.deltas import DeltaBuilder, SlotDeltas
+from qwenlora.errors import EnergyLossError, NothingToApplyError
 from qwenlora.lock import lock_of
 from qwenlora.lora_set import LoraSet
 from qwenlora.offload import OffloadLayout, offload_of, turn_on
 from qwenlora.placement import Journal, Placer, path_units, restore_all
-from qwenlora.plan import StackPlan, plan_stack
+from qwenlora.plan import PieceKind, Skip, StackPlan, plan_stack
 from qwenlora.report import ComposeReport, LoraReport, SlotReport
 from qwenlora.slots import slot_of
 from qwenlora.source import TensorFetcher
-from qwenlora.spec import ComposeOptions, Item, Placement
+from qwenlora.spec import ComposeOptions, Item, LoraSpec, Placement
 from qwenlora.state import (
     EMPTY,
     AppliedState,
@@ -82,6 +83,7 @@ def compose_loras(
         UnsupportedAdapterError: With `strict`, an adapter of a kind that is not supported.
         BrokenPairError: With `strict`, a module whose tensors are incomplete.
         ShapeMismatchError: With `strict`, a delta that does not fit the model.
+        EnergyLossError: With `strict`, a delta whose truncation would lose too much.
         RankError: `max_rank` leaves nothing, or a slot has no room.
         NonFiniteError: A composed tensor would hold NaN or infinity.
         UnsupportedModelError: The model has no slots.
@@ -157,11 +159,13 @@ def plan_report(model: nn.Module, wanted: LoraSet) -> ComposeReport:
             rank=sum(piece.rank for piece in slot.pieces),
             rank_added=slot.rank,
             energy_lost=None,
+            krons=sum(piece.kind is PieceKind.KRON for piece in slot.pieces),
+            values=tuple({piece.parameter: None for piece in slot.pieces if piece.parameter}),
         )
         for slot in plan.slots
     )
     bus = sum(
-        targets[slot.path].rank_bytes * slot.rank
+        targets[slot.path].rank_bytes * slot.rank + slot.branch_bytes
         for slot in plan.slots
         if targets[slot.path].row.offloaded
     )
@@ -172,7 +176,7 @@ def plan_report(model: nn.Module, wanted: LoraSet) -> ComposeReport:
 def _plan(wanted: LoraSet, targets: Mapping[str, Target], *, strict: bool) -> StackPlan:
     return plan_stack(
         [
-            (spec.title, source.plan, spec.strength)
+            (spec.title, source.plan, spec.strength, _takes_modulation(spec, wanted.options))
             for spec, source in zip(wanted.specs, wanted.sources, strict=True)
         ],
         list(targets.values()),
@@ -180,6 +184,10 @@ def _plan(wanted: LoraSet, targets: Mapping[str, Target], *, strict: bool) -> St
         strict=strict,
         options=wanted.options,
     )
+
+
+def _takes_modulation(spec: LoraSpec, options: ComposeOptions) -> bool:
+    return options.modulation and spec.modulation
 
 
 def _checked_targets(model: nn.Module, state: AppliedState) -> dict[str, Target]:
@@ -217,9 +225,7 @@ class _Composition:
             for source in wanted.sources:
                 fetchers.append(source.open())
                 closing.callback(fetchers[-1].close)
-            builder = DeltaBuilder(
-                wanted.specs, wanted.sources, fetchers, cache_bytes=options.cache_bytes
-            )
+            builder = DeltaBuilder(wanted.specs, wanted.sources, fetchers, options=options)
             journal = Journal(self._model, targets, layout, self._state)
             units = path_units(plan, targets, layout, self._state)
             placer = Placer(units, builder, fetchers, options, journal)
@@ -263,17 +269,17 @@ class _Composition:
             return EMPTY
         # Buffer blocks belong to their manager, which may be replaced at any time: not recorded.
         own = [deltas for deltas in done if deltas.target.path in targets]
-        composed = [deltas for deltas in own if deltas.rank_added]
+        composed = [deltas for deltas in own if deltas.composed]
         records = {
             d.target.path: SlotRecord(d.target.row.base_rank, d.rank_added) for d in composed
         }
+        loras = _lora_reports(self._wanted, plan, done)
+        _judge_refusals(loras, strict=self._strict)
         report = ComposeReport(
-            loras=_lora_reports(self._wanted, plan, done),
+            loras=loras,
             slots=tuple(_slot_report(deltas) for deltas in composed),
-            added_bytes=sum(d.target.rank_bytes * d.rank_added for d in composed),
-            bus_bytes=sum(
-                d.target.rank_bytes * d.rank_added for d in composed if d.target.row.offloaded
-            ),
+            added_bytes=sum(d.nbytes for d in composed),
+            bus_bytes=sum(d.nbytes for d in composed if d.target.row.offloaded),
             seconds=time.perf_counter() - self._started,
         )
         return AppliedState(stack=self._wanted.key, records=records, report=report)
@@ -286,11 +292,11 @@ def _fits(layout: OffloadLayout | None, targets: Mapping[str, Target]) -> bool:
     """
     if layout is None:
         return True
-    ranks: dict[str, set[int]] = defaultdict(set)
+    rooms: dict[str, set[Hashable]] = defaultdict(set)
     offloaded = [target for target in targets.values() if target.row.offloaded]
     for target in (*offloaded, *layout.all_twins(offloaded)):
-        ranks[target.row.pattern].add(slot_of(target).rank_added())
-    return all(len(found) == 1 for found in ranks.values())
+        rooms[target.row.pattern].add(slot_of(target).room())
+    return all(len(found) == 1 for found in rooms.values())
 
 
 def _slot_report(deltas: SlotDeltas) -> SlotReport:
@@ -301,6 +307,9 @@ def _slot_report(deltas: SlotDeltas) -> SlotReport:
         rank=deltas.rank,
         rank_added=deltas.rank_added,
         energy_lost=deltas.energy_lost,
+        krons=deltas.kron_count,
+        dense=deltas.dense_held,
+        values=tuple(deltas.values),
     )
 
 
@@ -316,6 +325,7 @@ def _lora_reports(
     reports = []
     for index, (spec, source) in enumerate(zip(wanted.specs, wanted.sources, strict=True)):
         zero = tuple(d.target.path for d in done if index in d.zero)
+        refused = _refused(index, plan, done)
         notes = list(source.plan.notes)
         if any(index in deltas.thirded for deltas in done):
             notes.append(_THIRDED)
@@ -323,11 +333,47 @@ def _lora_reports(
             LoraReport(
                 name=spec.title,
                 strength=spec.strength,
-                modules_applied=plan.applied_modules[index],
-                skipped=tuple(skip for skip in plan.skipped if skip.lora == index),
+                modules_applied=plan.applied_modules[index] - len(refused),
+                skipped=tuple(skip for skip in plan.skipped if skip.lora == index) + refused,
                 notes=tuple(notes),
                 zero_slots=zero,
                 all_zero=bool(zero) and len(zero) == len(held[index]),
             )
         )
     return tuple(reports)
+
+
+def _refused(lora: int, plan: StackPlan, done: Sequence[SlotDeltas]) -> tuple[Skip, ...]:
+    """What only the data could refuse."""
+    return tuple(
+        Skip(
+            lora=lora,
+            name=refusal.target,
+            kind="energy",
+            reason=refusal.reason,
+            piece=PieceKind.DENSE.value,
+            matters=True,
+        )
+        for deltas in done
+        for index, refusal in deltas.refused
+        if index == lora
+    )
+
+
+def _judge_refusals(loras: Sequence[LoraReport], *, strict: bool) -> None:
+    """Raise what cannot, or must not, be passed over; the old stack is then put back."""
+    for lora in loras:
+        refused = [skip for skip in lora.skipped if skip.kind == "energy"]
+        if not refused:
+            continue
+        first = refused[0]
+        if strict:
+            raise EnergyLossError(
+                f"`{lora.name}`: `{first.name}` would be left out: {first.reason}"
+                "\nhint: strict=False applies the rest"
+            )
+        if lora.modules_applied == 0:
+            raise NothingToApplyError(
+                f"nothing of `{lora.name}` can be applied: {len(refused)} modules are left out,"
+                f" the first `{first.name}`: {first.reason}"
+            )

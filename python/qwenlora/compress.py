@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Compressed", "compress"]
+__all__ = ["Compressed", "compress", "energy"]
 
 
 @dataclass(frozen=True)
@@ -58,3 +58,17 @@ def compress(pairs: Sequence[tuple[Tensor, Tensor]], rank: int) -> Compressed:
         up=(q_up @ left[:, :kept]) * root,
         energy_lost=lost,
     )
+
+
+def energy(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Squared Frobenius norm of the sum of `up @ down`, from the halves' Gram matrices.
+
+    Args:
+        pairs: (down (r, in), up (out, r)), any float dtype, one device.
+    """
+    if not pairs:
+        return 0.0
+    down = torch.cat([pair[0].to(torch.float32) for pair in pairs])
+    up = torch.cat([pair[1].to(torch.float32) for pair in pairs], dim=1)
+    # |U D|^2 = tr(U^T U D D^T)
+    return max(0.0, float(((up.mT @ up).double() * (down @ down.mT).double()).sum()))

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from qwenlora import cache
-from qwenlora.compress import compress
+from qwenlora.branch import KronShape, ScaledKron
+from qwenlora.compress import compress, energy
 from qwenlora.errors import NonFiniteError
 from qwenlora.layout import RANK_MULTIPLE, LowRankSide, round_up
 from qwenlora.pack import pack_lowrank
-from qwenlora.pieces import LoraPair, ScaledPair, fuse, scaled, unpacked
+from qwenlora.pieces import LoraPieces, Refusal, ScaledPair, fetch_pieces, scaled, unpacked
 from qwenlora.plan import SlotKind
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qwenlora.plan import Piece, SlotPlan
     from qwenlora.source import LoraSource, TensorFetcher
-    from qwenlora.spec import LoraSpec
+    from qwenlora.spec import ComposeOptions, LoraSpec
     from qwenlora.targets import Target
 
 __all__ = ["DeltaBuilder", "SlotDeltas", "require_finite", "uniform"]
@@ -35,18 +39,59 @@ class SlotDeltas:
         pairs: The deltas in stack order, in the slot's dtype, on its device.
         rank: Ranks of the deltas, without padding.
         rank_added: Ranks that the slot will hold beyond its base.
-        energy_lost: Share of the sum's energy that compression dropped; None if not compressed.
+        krons: Kronecker products that run beside the layer, in the slot's dtype.
+        kron_room: Shapes of those that the layer holds; more than `krons` where offload wants every
+            block to hold the same.
+        kron_count: How many the LoRAs brought.
+        dense: (out, in) in the slot's dtype: runs beside a plain linear.
+        dense_held: Whether the layer holds one.
+        values: What is added to stored parameters, by name: float64, in storage order.
+        energy_lost: Share of the sum's energy that truncation dropped; None where there was none.
         zero: Indices of LoRAs whose delta here is all zero, hence left out exactly.
         thirded: Indices of LoRAs whose alpha here may be a third of what is meant.
+        refused: (LoRA, module) left out for what they would lose.
     """
 
     target: Target
     pairs: tuple[ScaledPair, ...] = ()
     rank: int = 0
     rank_added: int = 0
+    krons: tuple[ScaledKron, ...] = ()
+    kron_room: tuple[KronShape, ...] = ()
+    dense: Tensor | None = None
+    values: Mapping[str, Tensor] = field(default_factory=dict)
     energy_lost: float | None = None
     zero: tuple[int, ...] = ()
     thirded: tuple[int, ...] = ()
+    refused: tuple[tuple[int, Refusal], ...] = ()
+    dense_held: bool = False
+    kron_count: int = 0
+
+    @property
+    def composed(self) -> bool:
+        """Whether the slot differs from its base."""
+        return bool(self.rank_added or self.kron_room or self.dense_held or self.values)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the slot's tensors grow by; swapped values take the old ones' place."""
+        row = self.target.row
+        elements = sum(shape.elements for shape in self.kron_room)
+        elements += row.in_features * row.out_features if self.dense_held else 0
+        return elements * row.element_bytes + self.target.rank_bytes * self.rank_added
+
+    def tensors(self) -> list[Tensor]:
+        """All that will be written beside the base, for checking."""
+        pairs = [half for pair in self.pairs for half in (pair.down, pair.up)]
+        factors = [factor for kron in self.krons for factor in (kron.w1, kron.w2)]
+        dense = [] if self.dense is None else [self.dense]
+        return pairs + factors + dense + list(self.values.values())
+
+    def without_tensors(self) -> SlotDeltas:
+        """The record of deltas whose tensors have been copied into place."""
+        return replace(
+            self, pairs=(), krons=(), dense=None, values=dict.fromkeys(self.values, torch.empty(0))
+        )
 
 
 class DeltaBuilder:
@@ -57,58 +102,114 @@ class DeltaBuilder:
         specs: Sequence[LoraSpec],
         sources: Sequence[LoraSource],
         fetchers: Sequence[TensorFetcher],
-        *,
-        cache_bytes: int,
+        options: ComposeOptions,
     ) -> None:
         self._specs = specs
         self._sources = sources
         self._fetchers = fetchers
-        self._cache_bytes = cache_bytes
+        self._options = options
 
     def build(self, target: Target, plan: SlotPlan | None) -> SlotDeltas:
         """Read and scale one slot's pieces; without a plan the slot returns to its base."""
         if plan is None:
             return SlotDeltas(target)
-        pairs, zero, thirded = [], [], []
+        sum_ = _SlotSum(target)
         for lora, pieces in _by_lora(plan):
-            pair = self._pair(lora, pieces, plan, target)
-            if pair.thirded:
-                thirded.append(lora)
-            if pair.zero:
-                zero.append(lora)
-                continue
-            strength = self._specs[lora].strength
-            pairs.append(scaled(pair, strength, dtype=target.dtype, device=target.device))
-        pairs, energy_lost = _within_limit(pairs, plan.rank_limit, target)
+            own = self._pieces(lora, pieces, plan, target)
+            sum_.add(lora, own, self._specs[lora].strength)
+        return sum_.finish(plan.rank_limit)
+
+    def _pieces(
+        self, lora: int, pieces: Sequence[Piece], plan: SlotPlan, target: Target
+    ) -> LoraPieces:
+        source = self._sources[lora]
+        limit = self._options.max_energy_lost
+        fetcher = self._fetchers[lora]
+        if not source.cacheable:
+            return fetch_pieces(pieces, plan, target, fetcher, max_energy_lost=limit)
+        # The same file may meet models of other sizes and row orders, of which other parts fit,
+        # and settings that lead to other pieces.
+        sizes = (target.row.in_features, target.row.out_features)
+        parts = tuple(
+            (p.target, p.row_begin, p.kind, p.rank_budget, p.scale, p.parameter) for p in pieces
+        )
+        key = (source.identity, plan.path, plan.kind, plan.row_order, sizes, parts, limit)
+        own = cache.pieces.get(key)
+        if own is None:
+            own = fetch_pieces(pieces, plan, target, fetcher, max_energy_lost=limit)
+            cache.pieces.put(key, own, limit_bytes=self._options.cache_bytes)
+        return own
+
+
+class _SlotSum:
+    """The deltas of a slot while its LoRAs are added one by one."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._pairs: list[ScaledPair] = []
+        self._krons: list[ScaledKron] = []
+        self._dense: Tensor | None = None
+        self._values: dict[str, Tensor] = {}
+        self._cut: float | None = None
+        self._zero: list[int] = []
+        self._thirded: list[int] = []
+        self._refused: list[tuple[int, Refusal]] = []
+
+    def add(self, lora: int, own: LoraPieces, strength: float) -> None:
+        """Add one LoRA's pieces at its strength."""
+        target = self._target
+        self._refused += [(lora, refusal) for refusal in own.refused]
+        if own.pair is not None and own.pair.thirded:
+            self._thirded.append(lora)
+        if own.zero:
+            self._zero.append(lora)
+            return
+        if own.pair is not None and not own.pair.zero:
+            pair = scaled(own.pair, strength, dtype=target.dtype, device=target.device)
+            self._pairs.append(pair)
+            if own.pair.energy_lost is not None:
+                self._cut = (self._cut or 0.0) + own.pair.energy_lost * strength**2
+        self._krons += [ScaledKron.of(kron, strength, target) for kron in own.krons]
+        if own.dense is not None:
+            dense = own.dense.to(target.device) * strength
+            self._dense = dense if self._dense is None else self._dense + dense
+        for value in own.values:
+            delta = value.delta * strength
+            before = self._values.get(value.parameter)
+            self._values[value.parameter] = delta if before is None else before + delta
+
+    def finish(self, rank_limit: int | None) -> SlotDeltas:
+        """The slot's deltas, their rank brought under the limit."""
+        target = self._target
+        pairs, share = _within_limit(self._pairs, rank_limit, target)
+        # Equal shapes in one order: a slot of another block is copied into the same buffers.
+        krons = tuple(sorted(self._krons, key=lambda kron: kron.shape))
         return SlotDeltas(
             target=target,
             pairs=tuple(pairs),
             rank=sum(pair.rank for pair in pairs),
             rank_added=sum(_rank_taken(pair, target) for pair in pairs),
-            energy_lost=energy_lost,
-            zero=tuple(zero),
-            thirded=tuple(thirded),
+            krons=krons,
+            kron_room=tuple(kron.shape for kron in krons),
+            kron_count=len(krons),
+            dense=None if self._dense is None else self._dense.to(target.dtype),
+            dense_held=self._dense is not None,
+            values=self._values,
+            energy_lost=_share_lost(pairs, self._cut, share, target),
+            zero=tuple(self._zero),
+            thirded=tuple(self._thirded),
+            refused=tuple(self._refused),
         )
-
-    def _pair(self, lora: int, pieces: Sequence[Piece], plan: SlotPlan, target: Target) -> LoraPair:
-        source = self._sources[lora]
-        if not source.cacheable:
-            return fuse(pieces, plan, target, self._fetchers[lora])
-        # The same file may meet models of other sizes and row orders, of which other parts fit.
-        sizes = (target.row.in_features, target.row.out_features)
-        parts = tuple((piece.target, piece.row_begin) for piece in pieces)
-        key = (source.identity, plan.path, plan.kind, plan.row_order, sizes, parts)
-        pair = cache.pieces.get(key)
-        if pair is None:
-            pair = fuse(pieces, plan, target, self._fetchers[lora])
-            cache.pieces.put(key, pair, limit_bytes=self._cache_bytes)
-        return pair
 
 
 def uniform(deltas: Sequence[SlotDeltas]) -> list[SlotDeltas]:
-    """Give slots of one offload buffer the same rank; what a slot lacks is zero."""
+    """Give slots of one offload buffer the same tensors; what a slot lacks is zero."""
     rank = max(d.rank_added for d in deltas)
-    return [replace(d, rank_added=rank) for d in deltas]
+    room: Counter[KronShape] = Counter()
+    for d in deltas:
+        room |= Counter(d.kron_room)
+    shapes = tuple(sorted(room.elements()))
+    return [replace(d, rank_added=rank, kron_room=shapes) for d in deltas]
 
 
 def require_finite(built: Sequence[SlotDeltas]) -> None:
@@ -117,17 +218,14 @@ def require_finite(built: Sequence[SlotDeltas]) -> None:
     Raises:
         NonFiniteError: A delta holds NaN or infinity.
     """
-    targets = [deltas.target for deltas in built for _ in deltas.pairs]
-    # Extremes propagate NaN and are one pass over memory, unlike isfinite.
-    extremes = [
-        torch.stack([*torch.aminmax(pair.down), *torch.aminmax(pair.up)])
-        for deltas in built
-        for pair in deltas.pairs
-    ]
-    if not extremes:
+    held = [(deltas.target, tensor) for deltas in built for tensor in deltas.tensors()]
+    if not held:
         return
+    # Extremes propagate NaN and are one pass over memory, unlike isfinite.
+    device = held[0][0].device
+    extremes = [torch.stack(torch.aminmax(tensor)).to(device, torch.float32) for _, tensor in held]
     finite = torch.isfinite(torch.stack(extremes)).all(dim=1).tolist()
-    for target, ok in zip(targets, finite, strict=True):
+    for (target, _), ok in zip(held, finite, strict=True):
         if not ok:
             raise NonFiniteError(
                 f"`{target.path}` would hold NaN or infinity in {target.dtype}"
@@ -157,7 +255,7 @@ def _within_limit(
     if limit is None or (rank <= limit and taken <= round_up(limit, RANK_MULTIPLE)):
         return pairs, None
     packed = target.kind is SlotKind.SVDQ
-    factors = [unpacked(pair) if packed else (pair.down, pair.up) for pair in pairs]
+    factors = _logical(pairs, target)
     if rank <= limit:
         # Only the padding between the LoRAs is too much: closing the gaps is exact.
         down = torch.cat([pair[0] for pair in factors])
@@ -177,3 +275,29 @@ def _within_limit(
         down = pack_lowrank(down, LowRankSide.DOWN)
         up = pack_lowrank(up, LowRankSide.UP)
     return [ScaledPair(down=down, up=up, rank=kept)], energy_lost
+
+
+def _logical(pairs: Sequence[ScaledPair], target: Target) -> list[tuple[Tensor, Tensor]]:
+    """Pairs as (down (r, in), up (out, r)), whatever the slot's layout."""
+    packed = target.kind is SlotKind.SVDQ
+    return [unpacked(pair) if packed else (pair.down, pair.up) for pair in pairs]
+
+
+def _share_lost(
+    pairs: Sequence[ScaledPair], cut: float | None, share: float | None, target: Target
+) -> float | None:
+    """The share of the sum's energy that is lost in all.
+
+    Args:
+        pairs: What is kept.
+        cut: Energy cut off LoRA by LoRA, before they were summed; what several LoRAs lost over the
+            same rows is taken for uncorrelated.
+        share: Share of the sum's energy that its own compression lost.
+        target: The slot.
+    """
+    if cut is None:
+        return share
+    kept = energy(_logical(pairs, target))
+    summed = kept / (1 - share) if share and share < 1 else kept
+    total = summed + cut
+    return (total - kept) / total if total > 0 else 0.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = [
     "BrokenPairError",
+    "EnergyLossError",
     "LoraFileError",
     "LoraNotFoundError",
     "LoraReadError",
@@ -61,6 +62,10 @@ class BrokenPairError(QwenLoraError, ValueError):
 
 class ShapeMismatchError(QwenLoraError, ValueError):
     """Strict: a module's delta does not fit the model's module, or the model has none."""
+
+
+class EnergyLossError(QwenLoraError, ValueError):
+    """Strict: truncating a delta would lose more of its energy than is allowed."""
 
 
 class RankError(QwenLoraError, ValueError):

@@ -40,10 +40,17 @@ class LoraSet:
 
     def __post_init__(self) -> None:
         loras = tuple(
-            (source.identity, spec.strength, spec.title)
+            (source.identity, spec.strength, spec.title, spec.modulation)
             for source, spec in zip(self.sources, self.specs, strict=True)
         )
-        key = (loras, self.max_rank, self.options.modulation) if loras else ()
+        options = self.options
+        settings = (
+            options.modulation,
+            options.truncated_rank,
+            options.max_energy_lost,
+            options.lokr_scale,
+        )
+        key = (loras, self.max_rank, settings) if loras else ()
         object.__setattr__(self, "key", key)
 
     @classmethod

@@ -1,4 +1,6 @@
-"""From a slot's planned pieces to tensors: one pair per LoRA, free of strength.
+"""From a slot's planned pieces to tensors, per LoRA and free of strength.
+
+What is executed as rank becomes one pair; Kronecker products, dense deltas and values stay apart.
 
 Q, K and V that share a slot are fused here: members of equal `down` share its rank, others are
 stacked (`down` by rows, `up` block-diagonal); a missing member is a block of zeros.
@@ -6,15 +8,18 @@ stacked (`down` by rows, `up` block-diagonal); a missing member is a block of ze
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from qwenlora.errors import NonFiniteError
+from qwenlora.factors import Factors, factors_of, kron_factors
 from qwenlora.layout import FRAGMENT, TILE, LowRankSide, RowOrder, round_up
 from qwenlora.pack import interleave_modulation, pack_lowrank, unpack_lowrank
-from qwenlora.plan import SlotKind
+from qwenlora.plan import PieceKind, SlotKind
+from qwenlora.values import ValueDelta, value_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +28,16 @@ if TYPE_CHECKING:
     from qwenlora.source import TensorFetcher
     from qwenlora.targets import Target
 
-__all__ = ["LoraPair", "ScaledPair", "fuse", "scaled", "unpacked"]
+__all__ = [
+    "KronPair",
+    "LoraPair",
+    "LoraPieces",
+    "Refusal",
+    "ScaledPair",
+    "fetch_pieces",
+    "scaled",
+    "unpacked",
+]
 
 QKV_PARTS = 3
 """Projections that a fused attention linear is made of."""
@@ -43,6 +57,8 @@ class LoraPair:
         zero: Whether the delta is all zero.
         thirded: Whether a fused file's `up` is block-diagonal while its scale is at most 1/3: a
             converter that stacked q, k and v may have copied alpha from one of them.
+        energy_lost: Squared Frobenius norm of what was cut off, scale included; None where nothing
+            had to be.
     """
 
     down: Tensor
@@ -52,11 +68,80 @@ class LoraPair:
     packed: bool
     zero: bool
     thirded: bool = False
+    energy_lost: float | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
         return self.down.nbytes + self.up.nbytes
+
+
+@dataclass(frozen=True)
+class KronPair:
+    """One Kronecker product, executed beside the layer as it is.
+
+    Attributes:
+        w1: (ol, im).
+        w2: (ok, il): the layer has im il columns, and ol ok of its rows change.
+        scale: Factor on the product.
+        row_begin: First logical row that it changes.
+    """
+
+    w1: Tensor
+    w2: Tensor
+    scale: float
+    row_begin: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A module of which too much would be lost.
+
+    Attributes:
+        target: The module.
+        reason: Why, in words.
+    """
+
+    target: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class LoraPieces:
+    """One LoRA's deltas in one slot, without strength.
+
+    Attributes:
+        pair: All that is executed as rank.
+        krons: Kronecker products, by rows.
+        dense: (out, in) float32, scale included: all that a plain linear runs as a matrix.
+        values: What is added to stored values.
+        refused: Modules left out for what they would lose.
+    """
+
+    pair: LoraPair | None = None
+    krons: tuple[KronPair, ...] = ()
+    dense: Tensor | None = None
+    values: tuple[ValueDelta, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        own = [kron.w1 for kron in self.krons] + [kron.w2 for kron in self.krons]
+        own += [value.delta for value in self.values]
+        own += [] if self.dense is None else [self.dense]
+        return sum(t.nbytes for t in own) + (0 if self.pair is None else self.pair.nbytes)
+
+    @property
+    def zero(self) -> bool:
+        """Whether all of it is zero."""
+        return (
+            not self.refused
+            and (self.pair is None or self.pair.zero)
+            and not any(_has_value(k.w1) and _has_value(k.w2) for k in self.krons)
+            and (self.dense is None or not _has_value(self.dense))
+            and not any(_has_value(value.delta) for value in self.values)
+        )
 
 
 @dataclass(frozen=True)
@@ -73,40 +158,152 @@ class ScaledPair:
         return round_up(self.rank, TILE)
 
 
-def fuse(
-    pieces: Sequence[Piece], slot: SlotPlan, target: Target, fetcher: TensorFetcher
-) -> LoraPair:
-    """Read one LoRA's pieces of a slot and join them.
+def fetch_pieces(
+    pieces: Sequence[Piece],
+    slot: SlotPlan,
+    target: Target,
+    fetcher: TensorFetcher,
+    *,
+    max_energy_lost: float,
+) -> LoraPieces:
+    """Read one LoRA's pieces of a slot and bring them to the forms that the slot carries.
 
     Args:
-        pieces: The low-rank pieces of one LoRA in this slot.
+        pieces: All pieces of one LoRA in this slot.
         slot: The slot's plan.
         target: The slot in the model.
         fetcher: Reads the tensors.
+        max_energy_lost: Largest share of its energy that a full delta may lose.
 
     Returns:
-        The pair; packed where the slot is.
+        The deltas; the pair packed where the slot is.
+
+    Raises:
+        NonFiniteError: A delta that must be decomposed holds NaN or infinity.
     """
-    refs = [piece.tensors[role] for piece in pieces for role in ("down", "up")]
-    tensors = [tensor.flatten(1) for tensor in fetcher.fetch(refs)]
-    downs, ups = _same_dtype(tensors[0::2]), _same_dtype(tensors[1::2])
+    refs = [ref for piece in pieces for ref in piece.tensors.values()]
+    stored = iter(fetcher.fetch(refs))
+    read = [
+        (piece, {role: _matrix(next(stored)) for role in piece.tensors}) for piece in pieces
+    ]
+    if slot.kind in (SlotKind.NORM, SlotKind.EMBEDDING):
+        return LoraPieces(values=tuple(value_of(p, tensors, slot) for p, tensors in read))
+    ranks, refused = _rank_members(read, slot, target, max_energy_lost)
+    dense = [(p, t["diff"]) for p, t in read if _is_matrix(p, slot)]
+    vectors = [(p, t) for p, t in read if p.kind is PieceKind.VECTOR]
+    krons = [
+        KronPair(*_kept(kron_factors(tensors)), piece.scale, piece.row_begin)
+        for piece, tensors in read
+        if piece.kind is PieceKind.KRON
+    ]
+    return LoraPieces(
+        pair=_fuse(ranks, slot, target) if ranks else None,
+        krons=tuple(krons),
+        dense=_dense_sum(dense) if dense else None,
+        values=tuple(value_of(p, tensors, slot, target.row.out_features) for p, tensors in vectors),
+        refused=tuple(refused),
+    )
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """What tools store as a 1x1 convolution is a matrix; vectors stay vectors."""
+    return tensor.flatten(1) if tensor.ndim > 2 else tensor
+
+
+def _kept(tensors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Copies: what is read is a view of a buffer that holds the other tensors, too."""
+    return tensors[0].clone(), tensors[1].clone()
+
+
+def _is_matrix(piece: Piece, slot: SlotPlan) -> bool:
+    return piece.kind is PieceKind.DENSE and slot.kind is SlotKind.LINEAR
+
+
+def _dense_sum(dense: Sequence[tuple[Piece, Tensor]]) -> Tensor:
+    total = torch.zeros_like(dense[0][1], dtype=torch.float32)
+    for piece, delta in dense:
+        total.add_(delta.to(torch.float32), alpha=piece.scale)
+    return total
+
+
+def _rank_members(
+    read: Sequence[tuple[Piece, Mapping[str, Tensor]]],
+    slot: SlotPlan,
+    target: Target,
+    max_energy_lost: float,
+) -> tuple[list[tuple[Piece, Factors]], list[Refusal]]:
+    """The pieces that are executed as rank, and those that would lose too much by it."""
+    members, refused = [], []
+    for piece, tensors in read:
+        if piece.kind is not PieceKind.LOW_RANK and not (
+            piece.kind is PieceKind.DENSE and not _is_matrix(piece, slot)
+        ):
+            continue
+        try:
+            factors = factors_of(piece, tensors, target.device)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise NonFiniteError(
+                f"`{piece.target}`: a tensor of its {piece.adapter} holds NaN or infinity"
+            ) from error
+        if piece.kind is PieceKind.DENSE and factors.share_lost > max_energy_lost:
+            refused.append(Refusal(piece.target, _too_much(factors, max_energy_lost)))
+        else:
+            members.append((piece, factors))
+    return members, refused
+
+
+def _too_much(factors: Factors, limit: float) -> str:
+    return (
+        f"a full delta on a quantized layer: {factors.rank} ranks would lose"
+        f" {factors.share_lost:.1%} of its energy, more than the {limit:.1%} allowed"
+        " (ComposeOptions.max_energy_lost, truncated_rank)"
+    )
+
+
+def _fuse(
+    members: Sequence[tuple[Piece, Factors]], slot: SlotPlan, target: Target
+) -> LoraPair:
+    """Join one LoRA's pairs of a slot; packed where the slot is."""
+    downs = _same_dtype([factors.down for _, factors in members])
+    ups = _same_dtype([factors.up for _, factors in members])
+    pieces = [piece for piece, _ in members]
     out_features = target.row.out_features
-    parts = out_features // pieces[0].row_count
+    parts = out_features // min(piece.row_count for piece in pieces)
     starts, down = _stack_downs(downs)
     rank = down.shape[0]
     up = ups[0].new_zeros((out_features, rank))
     scale = torch.zeros((parts, rank), dtype=torch.float64)
+    part_rows = out_features // parts
     for piece, start, member in zip(pieces, starts, ups, strict=True):
         rows = slice(piece.row_begin, piece.row_begin + piece.row_count)
-        columns = slice(start, start + piece.rank)
+        columns = slice(start, start + member.shape[1])
+        first = piece.row_begin // part_rows
+        last = (piece.row_begin + piece.row_count) // part_rows
         up[rows, columns] = member
-        scale[piece.row_begin // piece.row_count, columns] = piece.scale
+        scale[first:last, columns] = piece.scale
     if slot.row_order is RowOrder.INTERLEAVED:
         up = interleave_modulation(up)
     zero = _is_zero(down, up) or not bool(scale.any())
     thirded = len(pieces) == 1 and _is_thirded(pieces[0], up)
-    pair = LoraPair(down, up, scale, rank, packed=False, zero=zero, thirded=thirded)
+    pair = LoraPair(
+        down,
+        up,
+        scale,
+        rank,
+        packed=False,
+        zero=zero,
+        thirded=thirded,
+        energy_lost=_energy_lost(members),
+    )
     return _packed(pair) if slot.kind is SlotKind.SVDQ else pair
+
+
+def _energy_lost(members: Sequence[tuple[Piece, Factors]]) -> float | None:
+    """Of pieces over different rows the energies add up."""
+    cut = [(piece, factors) for piece, factors in members if factors.energy is not None]
+    if not any(factors.energy_lost for _, factors in cut):
+        return None
+    return sum(factors.energy_lost * piece.scale**2 for piece, factors in cut)
 
 
 def scaled(
@@ -171,6 +368,7 @@ def _packed(pair: LoraPair) -> LoraPair:
         packed=True,
         zero=pair.zero,
         thirded=pair.thirded,
+        energy_lost=pair.energy_lost,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qwenlora.deltas import DeltaBuilder, SlotDeltas, require_finite, uniform
@@ -165,13 +165,13 @@ class Placer:
         require_finite(built)
         if unit.twins:
             built = uniform(built)
-            built += [SlotDeltas(twin, rank_added=built[0].rank_added) for twin in unit.twins]
+            first = built[0]
+            built += [
+                SlotDeltas(twin, rank_added=first.rank_added, kron_room=first.kron_room)
+                for twin in unit.twins
+            ]
         return [
-            (
-                slot_of(deltas.target).prepare(deltas.pairs, deltas.rank_added),
-                _without_pairs(deltas),
-            )
-            for deltas in built
+            (slot_of(deltas.target).prepare(deltas), deltas.without_tensors()) for deltas in built
         ]
 
     def _tell_write(self, deltas: SlotDeltas) -> None:
@@ -223,8 +223,3 @@ def path_units(
 def _unit_key(target: Target) -> tuple[str, bool]:
     # Slots of blocks that stay on the device take no part in a buffer's rank.
     return (target.row.pattern, target.row.offloaded)
-
-
-def _without_pairs(deltas: SlotDeltas) -> SlotDeltas:
-    """The record of deltas whose tensors have been copied into place."""
-    return replace(deltas, pairs=())

@@ -40,6 +40,8 @@ class SlotKind(enum.Enum):
     SVDQ = "svdq"
     AWQ = "awq"
     LINEAR = "linear"
+    NORM = "norm"
+    EMBEDDING = "embedding"
 
 
 class PieceKind(enum.Enum):
@@ -69,22 +71,29 @@ class Piece:
     """One delta that a slot carries.
 
     `scale` is the factor on the raw product without the strength; rows `row_begin` to
-    `row_begin + row_count` of the slot's logical output change.
+    `row_begin + row_count` of the slot's logical output change. `rank_budget` is the rank that a
+    delta of higher rank is cut to; `parameter` names the tensor that a vector is added to.
     """
 
     kind: PieceKind
+    adapter: str
     lora: int
     target: str
     rank: int
+    rank_budget: int | None
     scale: float
     row_begin: int
     row_count: int
+    parameter: str | None
     tensors: Mapping[str, TensorRef]
 
 
 @dataclass(frozen=True)
 class SlotPlan:
-    """One slot's pieces; `rank` bounds the ranks added, `rank_limit` is the most allowed."""
+    """One slot's pieces; `rank` bounds the ranks added, `rank_limit` is the most allowed.
+
+    `branch_bytes` bounds what its pieces that are no rank take.
+    """
 
     path: str
     kind: SlotKind
@@ -92,6 +101,7 @@ class SlotPlan:
     base_rank: int
     rank: int
     rank_limit: int | None
+    branch_bytes: int
     group: int | None
     pieces: tuple[Piece, ...]
 
@@ -158,14 +168,14 @@ def _piece(row: dict[str, Any]) -> Piece:
 
 
 def plan_stack(
-    items: Sequence[tuple[str, _core.FilePlan, float]],
+    items: Sequence[tuple[str, _core.FilePlan, float, bool]],
     targets: Sequence[Target],
     *,
     max_rank: int | None,
     strict: bool,
     options: ComposeOptions,
 ) -> StackPlan:
-    """Plan `(name, plan, strength)` items onto a model's slots.
+    """Plan `(name, plan, strength, modulation)` items onto a model's slots.
 
     Raises:
         OtherModelError: A LoRA is another model's.
@@ -176,7 +186,12 @@ def plan_stack(
         RankError: The limit leaves nothing, or a slot is full.
     """
     slots = json.dumps([vars(target.row) for target in targets])
-    wanted = {"max_rank": max_rank, "strict": strict, "modulation": options.modulation}
+    wanted = {
+        "max_rank": max_rank,
+        "strict": strict,
+        "truncated_rank": options.truncated_rank,
+        "lokr_scale": options.lokr_scale.value,
+    }
     return StackPlan.from_json(_core.plan_stack(list(items), slots, json.dumps(wanted)))
 
 

@@ -47,11 +47,14 @@ class SlotReport:
 
     Attributes:
         path: Its path.
-        kind: "svdq", "awq" or "linear".
+        kind: "svdq", "awq", "linear", "norm" or "embedding".
         base_rank: Rank of the base branch.
         rank: Ranks of the deltas, shared downs counted once, without padding.
         rank_added: Ranks that the slot holds beyond the base, with padding.
-        energy_lost: 1 - |kept|^2 / |sum|^2 where the sum was compressed, else None.
+        energy_lost: 1 - |kept|^2 / |sum|^2 where the sum was truncated, else None.
+        krons: Kronecker products that run beside the layer.
+        dense: Whether a dense delta runs beside the layer.
+        values: Names of the parameters whose values differ from the base's.
     """
 
     path: str
@@ -60,6 +63,9 @@ class SlotReport:
     rank: int
     rank_added: int
     energy_lost: float | None
+    krons: int = 0
+    dense: bool = False
+    values: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

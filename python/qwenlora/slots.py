@@ -1,34 +1,43 @@
 """Slots that take deltas: the only module that writes to a model.
 
 One small interface separates planning from leaf kinds: a slot prepares a `Change`, which can be
-made and unmade by moving pointers. No tensor of the base model is written to.
+made and unmade by moving pointers. No tensor of the base model is written to. A slot's parts (its
+packed low-rank branch, a side branch, stored values) are slots themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from qwenlora.branch import (
+    Branch,
+    branch_of,
+    is_clean,
+    make_branch,
+    row_order_of,
+    set_branch,
+)
+from qwenlora.errors import NonFiniteError
 from qwenlora.layout import FRAGMENT, TILE
 from qwenlora.plan import SlotKind
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from qwenlora.deltas import SlotDeltas
     from qwenlora.pieces import ScaledPair
     from qwenlora.targets import Target
 
-__all__ = ["Change", "PackedSlot", "SideBranchSlot", "Slot", "add_side_branch", "slot_of"]
+__all__ = ["Change", "PackedSlot", "SideBranchSlot", "Slot", "ValueSlot", "WholeSlot", "slot_of"]
 
 FACTORS = ("proj_down", "proj_up")
 """The factors of a packed slot's low-rank branch."""
-BRANCH_DOWN = "qwenlora_down"
-"""Name of a side branch's (R, in) buffer."""
-BRANCH_UP = "qwenlora_up"
-"""Name of a side branch's (out, R) buffer."""
+_BASE_VALUES = "_qwenlora_base"
+"""Attribute of a layer that keeps the base's tensors whose parameters point elsewhere, by name."""
 
 
 class Change(Protocol):
@@ -48,15 +57,18 @@ class Slot(Protocol):
     def path(self) -> str:
         """Its path in the transformer."""
 
-    def prepare(self, pairs: Sequence[ScaledPair], rank_added: int) -> Change:
+    def prepare(self, deltas: SlotDeltas) -> Change:
         """Allocate and fill new tensors that hold the base and these deltas.
 
-        `rank_added` is at least the pairs' padded ranks; what exceeds them is zero. With no pairs
-        and no rank the change restores the base.
+        `deltas.rank_added` is at least the pairs' padded ranks, and `kron_room` at least their
+        products; what exceeds them is zero. With nothing in `deltas` the change restores the base.
         """
 
     def rank_added(self) -> int:
         """Ranks beyond the base that are in place now."""
+
+    def room(self) -> Hashable:
+        """What is in place beyond the base, in shapes that offload needs to be uniform."""
 
     def is_base(self) -> bool:
         """Whether nothing is in place, not even one half of a change that was interrupted."""
@@ -65,11 +77,66 @@ class Slot(Protocol):
         """Put the base in place, even where the device has no memory left."""
 
 
-def slot_of(target: Target) -> Slot:
+def slot_of(target: Target) -> WholeSlot:
     """The slot implementation for a leaf kind."""
-    if target.kind is SlotKind.SVDQ:
-        return PackedSlot(target)
-    return SideBranchSlot(target)
+    packed = target.kind is SlotKind.SVDQ
+    tables = target.kind in (SlotKind.NORM, SlotKind.EMBEDDING)
+    ranks: list[Slot] = [PackedSlot(target)] if packed else []
+    branches: list[Slot] = [] if tables else [SideBranchSlot(target)]
+    return WholeSlot(target.path, [*ranks, *branches, ValueSlot(target)])
+
+
+class WholeSlot:
+    """A layer with all the parts that deltas may change."""
+
+    def __init__(self, path: str, parts: Sequence[Slot]) -> None:
+        self.path = path
+        self._parts = parts
+
+    def prepare(self, deltas: SlotDeltas) -> _Changes:
+        """Prepare every part."""
+        return _Changes([part.prepare(deltas) for part in self._parts])
+
+    def rank_added(self) -> int:
+        """Ranks beyond the base that are in place now."""
+        return sum(part.rank_added() for part in self._parts)
+
+    def room(self) -> Hashable:
+        """What is in place, part by part."""
+        return tuple(part.room() for part in self._parts)
+
+    def is_base(self) -> bool:
+        """Whether every part is."""
+        return all(part.is_base() for part in self._parts)
+
+    def restore(self) -> None:
+        """Restore every part that is not the base."""
+        for part in self._parts:
+            if not part.is_base():
+                part.restore()
+
+
+@dataclass
+class _Changes:
+    parts: Sequence[Change]
+
+    def make(self) -> None:
+        for part in self.parts:
+            part.make()
+
+    def unmake(self) -> None:
+        for part in reversed(self.parts):
+            part.unmake()
+
+
+class _NoChange:
+    """A part that stays as it is."""
+
+    def make(self) -> None:
+        """Nothing to do."""
+
+    def unmake(self) -> None:
+        """Nothing to do."""
 
 
 class PackedSlot:
@@ -89,8 +156,17 @@ class PackedSlot:
         """Ranks beyond the base that are in place now."""
         return int(self._module.proj_down.shape[1]) - self._base_rank
 
-    def prepare(self, pairs: Sequence[ScaledPair], rank_added: int) -> _PackedChange:
+    def room(self) -> Hashable:
+        """Ranks beyond the base."""
+        return self.rank_added()
+
+    def prepare(self, deltas: SlotDeltas) -> Change:
         """Allocate and fill both factors."""
+        if deltas.rank_added == 0 and self.is_base():
+            return _NoChange()
+        return self._change(deltas.pairs, deltas.rank_added)
+
+    def _change(self, pairs: Sequence[ScaledPair], rank_added: int) -> _PackedChange:
         down: Tensor = self._module.proj_down
         up: Tensor = self._module.proj_up
         return _PackedChange(
@@ -110,7 +186,7 @@ class PackedSlot:
     def restore(self) -> None:
         """Put the base in place; through the host where the device is full."""
         try:
-            self.prepare((), 0).make()
+            self._change((), 0).make()
         except torch.OutOfMemoryError:
             for name in FACTORS:
                 self._restore_by_host(name)
@@ -162,10 +238,165 @@ class _PackedChange:
 
     def unmake(self) -> None:
         for name, parameter, data in zip(FACTORS, self.old, self.old_data, strict=True):
-            if getattr(self.module, name) is parameter:
-                parameter.data = data
+            _point_back(self.module, name, parameter, data)
+
+
+class SideBranchSlot:
+    """A layer called as a module: deltas run beside it, its own tensors stay as they are.
+
+    Low-rank pairs of an SVDQ layer are its packed slot's; here only its Kronecker products run.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._module = target.module
+        self._pinned = any(p.is_pinned() for p in target.module.parameters(recurse=False))
+        self._carries_rank = target.kind is not SlotKind.SVDQ
+        self.path = target.path
+
+    def rank_added(self) -> int:
+        """Ranks of the branch in place now."""
+        branch = branch_of(self._module)
+        return 0 if branch is None else branch.rank
+
+    def room(self) -> Hashable:
+        """Names and shapes of the branch's buffers."""
+        branch = branch_of(self._module)
+        return () if branch is None else branch.room
+
+    def is_base(self) -> bool:
+        """Whether no part of a branch is there."""
+        return is_clean(self._module)
+
+    def restore(self) -> None:
+        """Remove the branch."""
+        set_branch(self._module, None)
+
+    def prepare(self, deltas: SlotDeltas) -> _BranchChange:
+        """Allocate and fill the branch; ranks are not padded unless `rank_added` asks for it."""
+        branch = make_branch(
+            self._target,
+            [(pair.down, pair.up) for pair in deltas.pairs] if self._carries_rank else (),
+            rank=deltas.rank_added if self._carries_rank else 0,
+            krons=deltas.krons,
+            kron_room=deltas.kron_room,
+            dense=deltas.dense,
+            row_order=row_order_of(self._target.kind),
+            pinned=self._pinned,
+        )
+        return _BranchChange(self._module, new=branch)
+
+
+@dataclass
+class _BranchChange:
+    module: nn.Module
+    new: Branch | None
+    old: Branch | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.old = branch_of(self.module)
+
+    def make(self) -> None:
+        if self.new is not None or self.old is not None:
+            set_branch(self.module, self.new)
+
+    def unmake(self) -> None:
+        set_branch(self.module, self.old)
+
+
+class ValueSlot:
+    """Stored values of a layer: its bias, a norm's weight, an embedding's table.
+
+    A parameter whose value changes is pointed at a new tensor; the base's is kept by the layer,
+    where a deep copy of it takes its own along, and put back.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self._module = target.module
+        self.path = target.path
+
+    def rank_added(self) -> int:
+        """Values hold no rank."""
+        return 0
+
+    def room(self) -> Hashable:
+        """Swapped values have the base's shapes."""
+        return ()
+
+    def is_base(self) -> bool:
+        """Whether every parameter holds its base."""
+        return not self._bases()
+
+    def restore(self) -> None:
+        """Point every parameter at its base again."""
+        self._change({}).make()
+
+    def prepare(self, deltas: SlotDeltas) -> Change:
+        """Add the deltas to the base's values in float64 and round once.
+
+        Raises:
+            NonFiniteError: A value would be too large for the parameter's dtype.
+        """
+        return self._change(deltas.values) if deltas.values or self._bases() else _NoChange()
+
+    def _bases(self) -> dict[str, Tensor]:
+        bases: dict[str, Tensor] = self._module.__dict__.get(_BASE_VALUES, {})
+        return bases
+
+    def _change(self, values: Mapping[str, Tensor]) -> _ValueChange:
+        bases = self._bases()
+        new, kept = {}, {}
+        for name in {**bases, **values}:
+            current: Tensor = getattr(self._module, name)
+            base = bases.get(name, current.data)
+            # After a move of the model the base's tensor is where the parameter was.
+            base = base.to(current.device, current.dtype)
+            if name in values:
+                kept[name] = base
+                new[name] = self._sum(name, base, values[name], pinned=current.is_pinned())
             else:
-                setattr(self.module, name, parameter)
+                new[name] = base
+        return _ValueChange(self._module, new=new, kept=kept)
+
+    def _sum(self, name: str, base: Tensor, delta: Tensor, *, pinned: bool) -> Tensor:
+        total = (base.double().cpu() + delta.view(base.shape)).to(base.dtype)
+        if not bool(torch.isfinite(total).all()):
+            raise NonFiniteError(
+                f"`{self.path}.{name}` would hold NaN or infinity in {base.dtype}"
+                "\nhint: a LoRA of the stack is damaged, or its strength is too high"
+            )
+        return total.pin_memory() if pinned else total.to(base.device)
+
+
+@dataclass
+class _ValueChange:
+    module: Any
+    new: dict[str, Tensor]
+    kept: dict[str, Tensor]
+    old: dict[str, tuple[Tensor, Tensor]] = field(init=False)
+    old_kept: dict[str, Tensor] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.old = {name: (getattr(self.module, name), getattr(self.module, name).data) for name in self.new}
+        self.old_kept = self.module.__dict__.get(_BASE_VALUES)
+
+    def make(self) -> None:
+        # The base is recorded before a parameter leaves it, and forgotten after all are back.
+        self.module.__dict__[_BASE_VALUES] = {**(self.old_kept or {}), **self.kept}
+        for name, tensor in self.new.items():
+            _point(self.module, name, tensor)
+        self._record(self.kept)
+
+    def unmake(self) -> None:
+        for name, (parameter, data) in self.old.items():
+            _point_back(self.module, name, parameter, data)
+        self._record(self.old_kept or {})
+
+    def _record(self, kept: dict[str, Tensor]) -> None:
+        if kept:
+            self.module.__dict__[_BASE_VALUES] = kept
+        else:
+            self.module.__dict__.pop(_BASE_VALUES, None)
 
 
 def _point(module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -183,112 +414,9 @@ def _point(module: nn.Module, name: str, tensor: Tensor) -> None:
         setattr(module, name, tensor)
 
 
-class SideBranchSlot:
-    """A layer called as a module: deltas run beside it, its own tensors stay as they are.
-
-    The branch's tensors are non-persistent buffers of the module and its code is one function that
-    reads them from the module it is given, so that a deep copy carries a branch of its own.
-    """
-
-    def __init__(self, target: Target) -> None:
-        self._module = target.module
-        self._sizes = (target.row.in_features, target.row.out_features)
-        self._dtype = target.dtype
-        self._device = target.device
-        self._pinned = any(p.is_pinned() for p in target.module.parameters(recurse=False))
-        self.path = target.path
-
-    def rank_added(self) -> int:
-        """Ranks of the branch in place now."""
-        down = self._module._buffers.get(BRANCH_DOWN)
-        return 0 if down is None else int(down.shape[0])
-
-    def is_base(self) -> bool:
-        """Whether neither a buffer nor the hook is there."""
-        buffers = self._module._buffers
-        hooks = self._module._forward_hooks.values()
-        return (
-            BRANCH_DOWN not in buffers
-            and BRANCH_UP not in buffers
-            and (add_side_branch not in hooks)
-        )
-
-    def restore(self) -> None:
-        """Remove the branch."""
-        _set_branch(self._module, None)
-
-    def prepare(self, pairs: Sequence[ScaledPair], rank_added: int) -> _BranchChange:
-        """Allocate and fill the branch; ranks are not padded unless `rank_added` asks for it."""
-        if rank_added == 0:
-            return _BranchChange(self._module, new=None)
-        down, up = (
-            torch.zeros(
-                shape,
-                dtype=self._dtype,
-                device=self._device,
-                # As the layer's own tensors: offload copies from pinned memory asynchronously.
-                pin_memory=self._pinned,
-            )
-            for shape in ((rank_added, self._sizes[0]), (self._sizes[1], rank_added))
-        )
-        end = 0
-        for pair in pairs:
-            down[end : end + pair.rank] = pair.down
-            up[:, end : end + pair.rank] = pair.up
-            end += pair.rank
-        return _BranchChange(self._module, new=(down, up))
-
-
-@dataclass
-class _BranchChange:
-    module: nn.Module
-    new: tuple[Tensor, Tensor] | None
-    old: tuple[Tensor, Tensor] | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        down, up = (self.module._buffers.get(name) for name in (BRANCH_DOWN, BRANCH_UP))
-        self.old = None if down is None or up is None else (down, up)
-
-    def make(self) -> None:
-        _set_branch(self.module, self.new)
-
-    def unmake(self) -> None:
-        _set_branch(self.module, self.old)
-
-
-def add_side_branch(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-) -> Tensor:
-    """Forward hook: `output + (x down^T) up^T`, in the branch's dtype."""
-    buffers = module._buffers
-    down, up = buffers[BRANCH_DOWN], buffers[BRANCH_UP]
-    if down is None or up is None:
-        return output
-    x: Tensor = args[0] if args else next(iter(kwargs.values()))
-    hidden = torch.nn.functional.linear(x.to(down.dtype), down)  # (..., R)
-    if output.dtype != up.dtype or output.ndim < 2:
-        return output + torch.nn.functional.linear(hidden, up).to(output.dtype)
-    # One kernel adds and rounds once: launches are what a branch costs.
-    added = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), up.mT)  # (N, out)
-    return added.view_as(output)
-
-
-def _set_branch(module: nn.Module, branch: tuple[Tensor, Tensor] | None) -> None:
-    """Install, replace or remove a branch; the hook leaves with it."""
-    if branch is None:
-        _remove_hook(module)
-        for name in (BRANCH_DOWN, BRANCH_UP):
-            if name in module._buffers:
-                delattr(module, name)
-        return
-    module.register_buffer(BRANCH_DOWN, branch[0], persistent=False)
-    module.register_buffer(BRANCH_UP, branch[1], persistent=False)
-    if add_side_branch not in module._forward_hooks.values():
-        module.register_forward_hook(add_side_branch, with_kwargs=True)
-
-
-def _remove_hook(module: nn.Module) -> None:
-    # By function, not by handle: the handle of a deep copy would point at the original.
-    for key in [k for k, hook in module._forward_hooks.items() if hook is add_side_branch]:
-        del module._forward_hooks[key]
-        module._forward_hooks_with_kwargs.pop(key, None)
+def _point_back(module: nn.Module, name: str, parameter: Tensor, data: Tensor) -> None:
+    """Let a parameter hold what it held."""
+    if getattr(module, name) is parameter:
+        parameter.data = data
+    else:
+        setattr(module, name, parameter)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias, Union
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ComposeOptions", "LoraSpec", "Placement", "Progress", "as_specs"]
+__all__ = ["ComposeOptions", "LokrScale", "LoraSpec", "Placement", "Progress", "as_specs"]
 
 StateDict: TypeAlias = "Mapping[str, Tensor]"
 PathLike: TypeAlias = Union[str, "os.PathLike[str]"]
@@ -41,6 +41,16 @@ class Placement(enum.Enum):
     """One path over all blocks at a time: least memory; an error leaves the bare base model."""
 
 
+class LokrScale(enum.Enum):
+    """The factor of a LoKr whose factors are both stored whole."""
+
+    STANDARD = "standard"
+    """1, whatever its alpha says: what its trainers and the other readers do."""
+
+    NETWORK = "network"
+    """`ss_network_alpha / ss_network_dim` of the metadata, for trainers that need it."""
+
+
 @dataclass(frozen=True, eq=False)
 class LoraSpec:
     """One LoRA with its strength. Immutable and hashable.
@@ -49,11 +59,13 @@ class LoraSpec:
         source: Path of a safetensors file or PEFT folder, or a state dict in memory.
         strength: Factor on the whole delta; may be negative; 0 means absent.
         name: Name in reports; by default the file's stem.
+        modulation: Whether its deltas of the modulation layers are applied.
     """
 
     source: Source
     strength: float = 1.0
     name: str | None = None
+    modulation: bool = True
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.strength):
@@ -69,10 +81,10 @@ class LoraSpec:
         # A file name need not be text; a report is.
         return Path(self.source).stem.encode("utf-8", "backslashreplace").decode()
 
-    def _key(self) -> tuple[object, float, str | None]:
+    def _key(self) -> tuple[object, float, str | None, bool]:
         # A state dict is itself only: its contents are compared when a stack is made.
         source = id(self.source) if isinstance(self.source, Mapping) else os.fspath(self.source)
-        return (source, self.strength, self.name)
+        return (source, self.strength, self.name, self.modulation)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LoraSpec) and self._key() == other._key()
@@ -86,7 +98,14 @@ class ComposeOptions:
     """How to compose; every field has a default.
 
     Attributes:
-        modulation: Whether deltas of the modulation layers (`img_mod.1`, `txt_mod.1`) are applied.
+        modulation: Whether deltas of the modulation layers (`img_mod.1`, `txt_mod.1`) are applied;
+            `LoraSpec.modulation` turns off one LoRA's.
+        truncated_rank: Ranks that a delta is cut to, optimally, where its layer can carry nothing
+            but rank and the delta has more: LoKr in the fused MLP, a full delta on a quantized
+            layer.
+        max_energy_lost: Largest share of its energy that a full delta on a quantized layer may lose
+            by that; beyond it the module is left out and named. 1 allows everything.
+        lokr_scale: The factor of a LoKr whose factors are both stored whole.
         placement: How the new stack takes the old one's place.
         cache_bytes: Most bytes of packed pieces kept in host memory between compositions, so that
             a change of strength reads no file; 0 keeps none.
@@ -100,6 +119,9 @@ class ComposeOptions:
     """
 
     modulation: bool = True
+    truncated_rank: int = 256
+    max_energy_lost: float = 0.1
+    lokr_scale: LokrScale = LokrScale.STANDARD
     placement: Placement = Placement.AUTO
     cache_bytes: int = 1 << 30
     margin_bytes: int = 512 << 20

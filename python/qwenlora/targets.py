@@ -38,6 +38,7 @@ class SlotRow:
     element_bytes: int
     offloaded: bool
     pattern: str
+    has_bias: bool
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,19 @@ def _target(path: str, module: nn.Module, base_rank: int | None) -> Target | Non
         dtype = weight.dtype if weight.dtype in PACKED_DTYPES else torch.bfloat16
         sizes = (module.in_features, module.out_features)
         return _make(path, module, SlotKind.LINEAR, dtype, sizes, 0)
+    return _table(path, module)
+
+
+def _table(path: str, module: nn.Module) -> Target | None:
+    """A layer of which only stored values change: a norm with a weight, or an embedding."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dtype not in PACKED_DTYPES:
+        return None
+    if isinstance(module, torch.nn.Embedding):
+        sizes = (weight.shape[0], weight.shape[1])
+        return _make(path, module, SlotKind.EMBEDDING, weight.dtype, sizes, 0)
+    if weight.ndim == 1:
+        return _make(path, module, SlotKind.NORM, weight.dtype, (1, weight.shape[0]), 0)
     return None
 
 
@@ -231,6 +245,7 @@ def _make(
         element_bytes=dtype.itemsize,
         offloaded=False,
         pattern=pattern(path),
+        has_bias=isinstance(getattr(module, "bias", None), torch.Tensor),
     )
     target = Target(module=module, kind=kind, dtype=dtype, row=row)
     if target.device.type == "meta":

@@ -34,7 +34,7 @@ from qwenlora.emulation import (
 from qwenlora.emulation.dense import FUSED_MEMBERS
 from qwenlora.layout import MODULATION_PLANES, LowRankSide
 from qwenlora.pack import unpack_lowrank
-from qwenlora.slots import BRANCH_DOWN, BRANCH_UP
+from qwenlora.branch import BRANCH_DOWN, BRANCH_UP
 
 __all__ = ["BOUND", "Errors", "Kind", "Meter"]
 

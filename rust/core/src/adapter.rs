@@ -64,7 +64,24 @@ impl Adapter {
 
     /// Whether this version applies it.
     pub fn is_supported(self) -> bool {
-        matches!(self, Self::Lora)
+        self.loss().is_none()
+    }
+
+    /// For a kind that is not applied: why its tensors say nothing without what is missing.
+    pub fn loss(self) -> Option<&'static str> {
+        match self {
+            Self::Lora | Self::Lokr | Self::Loha | Self::Full | Self::Norm => None,
+            Self::Dora => Some("without its magnitudes the pair would be another LoRA"),
+            Self::Glora => {
+                Some("a part of its delta is a product with the base weight, which is quantized")
+            }
+            Self::Oft | Self::Boft => {
+                Some("it turns the base weight by rotations, which no low-rank pair can do")
+            }
+            Self::Ia3 => {
+                Some("it stretches the base weight's channels, which no low-rank pair can do")
+            }
+        }
     }
 
     /// The kind of piece that it is executed as.
@@ -110,7 +127,7 @@ impl Adapter {
 }
 
 /// What a module's delta is to the slot that carries it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 pub enum PieceKind {
     /// up (out, r) times down (r, in).
     LowRank,

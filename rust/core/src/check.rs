@@ -25,11 +25,14 @@ pub enum ModelCheck {
 
 /// Decides whose file it is, and marks modules whose shape is not the released model's.
 pub(crate) fn check_model(modules: &mut [Module], table: &KeyTable) -> ModelCheck {
-    let seen: Vec<_> = table
+    let mut seen: Vec<_> = table
         .entries()
         .iter()
+        // No module of the table is a witness, and most keys name one.
+        .filter(|e| e.target.is_none())
         .filter_map(|e| Some((lookalike::witness(&e.tensor.key)?, e.tensor.key.as_str())))
         .collect();
+    seen.sort_by_key(|(lookalike, _)| lookalike.place);
     if let Some((other, key)) = seen.iter().find(|(l, _)| l.decides) {
         return ModelCheck::Other(format!(
             "a {} LoRA (it has {})",
@@ -54,7 +57,7 @@ pub(crate) fn check_model(modules: &mut [Module], table: &KeyTable) -> ModelChec
                 .get(i)
                 .is_some_and(|e| e.role == Role::Reshape)
         });
-        match fit::fit(module, table.entries()) {
+        match fit::fit(module) {
             Fit::Fits => fitting += 1,
             Fit::Differs(_) if reshaped => {}
             Fit::Differs(text) => {
@@ -66,13 +69,38 @@ pub(crate) fn check_model(modules: &mut [Module], table: &KeyTable) -> ModelChec
             }
             Fit::Unknown => {}
         }
+        if module.misfit.is_none() {
+            module.left_out.extend(fit::misfits_beside(module));
+        }
     }
     match example {
         Some(example) if differing >= fitting => {
-            ModelCheck::OtherShapes(format!("a LoRA of another model: {example}"))
+            let probably = name_by_width(modules, model)
+                .map(|name| format!(", probably {name}"))
+                .unwrap_or_default();
+            ModelCheck::OtherShapes(format!("a LoRA of another model{probably}: {example}"))
         }
         _ => ModelCheck::Known(model),
     }
+}
+
+/// The model that shares the names and has the width which most attention linears show.
+fn name_by_width(modules: &[Module], model: Model) -> Option<&'static str> {
+    let attention = || {
+        modules.iter().filter_map(|module| {
+            let path = &model::table().target(module.target).path;
+            let is_attention = [".attn.", ".attention."].iter().any(|s| path.contains(s));
+            Some((path, module.shape.filter(|_| is_attention)?))
+        })
+    };
+    let has_text_side = attention().any(|(path, _)| path.contains(".add_"));
+    let mut widths: Vec<u64> = attention()
+        .filter(|(_, (out, inp))| out == inp)
+        .map(|(_, (out, _))| out)
+        .collect();
+    widths.sort_unstable();
+    let most = widths.chunk_by(|a, b| a == b).max_by_key(|run| run.len())?;
+    lookalike::by_width(model, *most.first()?, has_text_side)
 }
 
 fn nothing_found(table: &KeyTable, lookalike: Option<&str>) -> String {

@@ -5,8 +5,10 @@ use std::collections::{HashMap, HashSet};
 use serde::Serialize;
 use serde::ser::{SerializeMap, Serializer};
 
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, PieceKind};
 use crate::check::ModelCheck;
+use crate::component::Component;
+use crate::delta::Delta;
 use crate::model::{self, Target};
 use crate::plan::FilePlan;
 use crate::reason::Reason;
@@ -32,6 +34,7 @@ struct Document<'p> {
     tensors: Vec<TensorRow<'p>>,
     modules: Vec<ModuleRow>,
     slots: Vec<SlotRow>,
+    components: Vec<Component>,
 }
 
 #[derive(Serialize)]
@@ -54,6 +57,27 @@ struct ModuleRow {
     scale: f64,
     supported: bool,
     reason: Option<String>,
+    pieces: Vec<PieceRow>,
+}
+
+/// A delta of a module, of the kind that it is where a slot can carry it as it is stored.
+#[derive(Serialize)]
+struct PieceRow {
+    kind: PieceKind,
+    adapter: Adapter,
+    rank: u64,
+    scale: f64,
+}
+
+impl PieceRow {
+    fn of(delta: &Delta) -> Self {
+        Self {
+            kind: delta.piece_kind(),
+            adapter: delta.adapter,
+            rank: delta.rank_bound(),
+            scale: delta.scale,
+        }
+    }
 }
 
 /// A slot that the file reaches on a released model.
@@ -98,6 +122,7 @@ impl FilePlan {
                 self.module_rows()
             },
             slots: self.slot_rows(),
+            components: self.components(),
         };
         // Strings and finite numbers always serialise: scales are checked to be finite, and values
         // that are not are spelled out.
@@ -141,6 +166,7 @@ impl FilePlan {
                     .as_ref()
                     .map(|f| f.text().to_owned())
                     .or_else(|| module.misfit.clone()),
+                pieces: module.deltas.iter().map(PieceRow::of).collect(),
             })
             .collect()
     }
@@ -160,7 +186,8 @@ impl FilePlan {
                 rows.len() - 1
             });
             if let Some(row) = rows.get_mut(at) {
-                row.rank = row.rank.saturating_add(module.rank.unwrap_or(0));
+                let ranks = module.deltas.iter().map(Delta::rank_bound);
+                row.rank = ranks.fold(row.rank, u64::saturating_add);
                 if target.is_fused() {
                     row.parts.extend(
                         target

@@ -1,10 +1,8 @@
 //! Modules against the shapes of the released models.
 
-use crate::adapter::Adapter;
+use crate::delta::Delta;
 use crate::model::{self, Model, ModuleKind};
 use crate::module::Module;
-use crate::role::Role;
-use crate::table::Entry;
 
 /// How a module's shapes compare with the released model.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,57 +15,70 @@ pub enum Fit {
     Unknown,
 }
 
-/// Compares a module's tensors with the weight of the released model.
-pub fn fit(module: &Module, entries: &[Entry]) -> Fit {
+/// Compares a module's delta with the weight of the released model.
+pub fn fit(module: &Module) -> Fit {
     let target = model::table().target(module.target);
-    let ModuleKind::Linear {
-        out_features,
-        in_features,
-    } = target.kind
-    else {
-        return Fit::Unknown;
+    let sides = out_in(target.kind);
+    let found = match (module.shape, module.deltas.first()) {
+        (Some((out, inp)), _) => Some((out, Some(inp))),
+        (None, Some(delta)) => delta.shape(),
+        (None, None) => return Fit::Unknown,
     };
-    let found = |role| {
-        module
-            .tensors
-            .iter()
-            .filter_map(|&i| entries.get(i))
-            .find(|e| e.role == role)
-    };
-    let shape = match module.adapter {
-        Adapter::Lora | Adapter::Dora => match module.pair {
-            Some(pair) => Some((pair.out_features, pair.in_features)),
-            None => found(Role::PackedDown)
-                .zip(found(Role::PackedUp))
-                .and_then(|(down, up)| {
-                    Some((*up.tensor.shape.first()?, *down.tensor.shape.first()?))
-                }),
-        },
-        Adapter::Lokr => lokr_shape(&found),
-        Adapter::Loha => found(Role::HadaW1A)
-            .zip(found(Role::HadaW1B))
-            .and_then(|(a, b)| Some((a.matrix()?.0, b.matrix()?.1))),
-        Adapter::Full => found(Role::Diff).and_then(Entry::matrix),
-        _ => None,
-    };
-    match shape {
+    match misfit(found, sides, target.model.name()) {
+        Some(text) => Fit::Differs(text),
+        None if module.shape.is_some() => Fit::Fits,
+        // A bias alone is no witness: many modules have as many outputs.
         None => Fit::Unknown,
-        Some(shape) if shape == (out_features, in_features) => Fit::Fits,
-        Some((out, inp)) => Fit::Differs(format!(
-            "is {out}x{inp} where {} has {out_features}x{in_features}",
-            target.model
-        )),
     }
 }
 
-fn lokr_shape<'e>(found: &impl Fn(Role) -> Option<&'e Entry>) -> Option<(u64, u64)> {
-    let factor = |direct, left, right| match found(direct) {
-        Some(entry) => entry.matrix(),
-        None => Some((found(left)?.matrix()?.0, found(right)?.matrix()?.1)),
-    };
-    let (ol, im) = factor(Role::LokrW1, Role::LokrW1A, Role::LokrW1B)?;
-    let (ok, il) = factor(Role::LokrW2, Role::LokrW2A, Role::LokrW2B)?;
-    Some((ol.checked_mul(ok)?, im.checked_mul(il)?))
+/// Deltas beside the weight's that do not fit the released model: (tensor, how).
+pub fn misfits_beside(module: &Module) -> Vec<(usize, String)> {
+    let target = model::table().target(module.target);
+    let sides = out_in(target.kind);
+    let beside = module.deltas.iter().skip(1);
+    beside
+        .filter_map(|delta| {
+            let (_, tensor) = delta.tensors().into_iter().next()?;
+            Some((tensor, misfit_of(delta, sides, target.model.name())?))
+        })
+        .collect()
+}
+
+/// How a delta differs from a module of (out, in), where it does; `owner` has the module.
+pub fn misfit_of(delta: &Delta, sides: (u64, u64), owner: &str) -> Option<String> {
+    misfit(delta.shape(), sides, owner)
+}
+
+fn misfit(
+    found: Option<(u64, Option<u64>)>,
+    (out, inp): (u64, u64),
+    owner: &str,
+) -> Option<String> {
+    match found {
+        Some((rows, None)) if rows == out => None,
+        Some((rows, Some(columns))) if (rows, columns) == (out, inp) => None,
+        Some((rows, None)) => Some(format!("has {rows} values where {owner} has {out}")),
+        Some((rows, Some(1))) if inp == 1 => {
+            Some(format!("has {rows} values where {owner} has {out}"))
+        }
+        Some((rows, Some(columns))) => {
+            Some(format!("is {rows}x{columns} where {owner} has {out}x{inp}"))
+        }
+        None => Some(format!("is beyond any size where {owner} has {out}x{inp}")),
+    }
+}
+
+/// (out, in) of a module; a norm has one input.
+fn out_in(kind: ModuleKind) -> (u64, u64) {
+    match kind {
+        ModuleKind::Linear {
+            out_features,
+            in_features,
+        } => (out_features, in_features),
+        ModuleKind::Norm { channels } => (channels, 1),
+        ModuleKind::Embedding { rows, dim } => (dim, rows),
+    }
 }
 
 /// The model most modules belong to.

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 
 use crate::model::{self, BLOCK_GROUPS, TargetId};
 use crate::role::Role;
-use crate::suffix::{self, Half};
+use crate::suffix;
 
 /// Prefixes that trainers and runtimes put before a path. They stack.
 pub const PREFIXES: [&str; 14] = [
@@ -88,8 +88,8 @@ pub enum ParsedKey<'k> {
         role: Role,
         /// Adapter names of PEFT's spelling.
         slot: &'k str,
-        /// For a float8 scale, the half.
-        half: Option<Half>,
+        /// For a float8 scale, the role of the tensor that it scales.
+        scales: Option<Role>,
         /// A pair without `.weight`.
         bare: bool,
     },
@@ -112,7 +112,7 @@ pub fn parse(key: &str) -> ParsedKey<'_> {
             stem: cut.stem,
             role: cut.role,
             slot: cut.slot,
-            half: cut.half,
+            scales: cut.scales,
             bare: cut.bare,
         };
     }
@@ -120,29 +120,62 @@ pub fn parse(key: &str) -> ParsedKey<'_> {
     ParsedKey::Foreign { reason, beside }
 }
 
+/// How a stem is taken apart.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resolved {
+    /// The module.
+    pub target: TargetId,
+    /// The prefixes that were stripped, in order.
+    pub prefixes: Vec<&'static str>,
+    /// What was looked up, as it is spelled.
+    pub path: String,
+}
+
 /// The module that a stem (prefixes and path) names.
 pub fn resolve(stem: &str) -> Option<TargetId> {
+    resolve_with_prefixes(stem).map(|resolved| resolved.target)
+}
+
+/// The module that a stem names, and how the stem spells it.
+pub fn resolve_with_prefixes(stem: &str) -> Option<Resolved> {
     let path = without_processor(stem);
     let flat = path.replace('.', "_");
-    search(&path, &flat, MAX_PREFIXES, &|flat| {
-        model::table().find_flat(flat)
+    let mut prefixes = Vec::new();
+    let find = |flat: &str| model::table().find_flat(flat);
+    let target = search(&path, &flat, &mut prefixes, &find)?;
+    let stripped: usize = prefixes.iter().map(|prefix| prefix.len()).sum();
+    let path = path.get(stripped..)?.to_owned();
+    Some(Resolved {
+        target,
+        prefixes,
+        path,
     })
 }
 
-/// Tries the path as it is, then without each prefix that fits, up to `strips` of them.
+/// Tries the path as it is, then without each prefix that fits; `stripped` holds those that are
+/// gone, at most [`MAX_PREFIXES`].
 fn search<T>(
     path: &str,
     flat: &str,
-    strips: usize,
+    stripped: &mut Vec<&'static str>,
     find: &impl Fn(&str) -> Option<T>,
 ) -> Option<T> {
-    find(flat).or_else(|| {
-        let strips = strips.checked_sub(1)?;
-        PREFIXES.iter().find_map(|prefix| {
-            // Both have the same length: flattening replaces byte by byte.
-            let rest = path.strip_prefix(prefix)?;
-            search(rest, flat.get(prefix.len()..)?, strips, find)
-        })
+    if let Some(found) = find(flat) {
+        return Some(found);
+    }
+    if stripped.len() >= MAX_PREFIXES {
+        return None;
+    }
+    PREFIXES.iter().find_map(|prefix| {
+        // Both have the same length: flattening replaces byte by byte.
+        let rest = path.strip_prefix(prefix)?;
+        let flat_rest = flat.get(prefix.len()..)?;
+        stripped.push(prefix);
+        let found = search(rest, flat_rest, stripped, find);
+        if found.is_none() {
+            stripped.pop();
+        }
+        found
     })
 }
 
@@ -210,7 +243,7 @@ fn block_out_of_range(key: &str) -> bool {
                 .flatten()
         })
     };
-    search(&path, &flat, MAX_PREFIXES, &in_another_block).is_some()
+    search(&path, &flat, &mut Vec::new(), &in_another_block).is_some()
 }
 
 /// The module whose path a leading part of the key is.

@@ -10,9 +10,12 @@
 
 pub mod adapter;
 pub mod check;
+pub mod component;
 pub mod config;
+pub mod delta;
 pub mod document;
 pub mod dtype;
+pub mod explain;
 pub mod fit;
 pub mod header;
 pub mod key;

@@ -1,10 +1,18 @@
 //! Files of other models: what gives them away, and their names where they can be told.
 
-/// (a part of a flattened key, the model it belongs to, whether it decides alone).
+use crate::model::Model;
+
+/// (a part of a flattened key, the model it belongs to, whether it decides alone); `#` stands for
+/// a number. The more telling come first: where several are in one file, the first row names it.
 ///
 /// A deciding witness rejects a file even where other keys fit, since FLUX shares Qwen-Image's
 /// attention names and width. The others only put a name to a file of which nothing fits.
-const WITNESSES: [(&str, &str, bool); 16] = [
+const WITNESSES: [(&str, &str, bool); 27] = [
+    ("_attn_to_qkv_mlp_proj", "FLUX.2", true),
+    ("_stream_modulation_", "FLUX.2", true),
+    ("transformer_blocks_#_ff_linear_", "FLUX.2", true),
+    ("transformer_blocks_#_ff_context_linear_", "FLUX.2", true),
+    ("distilled_guidance_layer_", "Chroma", true),
     ("single_transformer_blocks_", "FLUX", true),
     ("double_blocks_", "FLUX", true),
     ("single_blocks_", "FLUX", true),
@@ -14,17 +22,40 @@ const WITNESSES: [(&str, &str, bool); 16] = [
     ("img_mlp_out", "Qwen-Image-2.1", true),
     ("joint_transformer_blocks_", "Stable Diffusion 3", true),
     ("joint_blocks_", "Stable Diffusion 3", true),
+    ("transformer_blocks_#_ff_", FLUX_OR_SD3, true),
+    ("transformer_blocks_#_ff_context_", FLUX_OR_SD3, true),
+    ("transformer_blocks_#_norm1_linear", FLUX_OR_SD3, true),
+    (
+        "transformer_blocks_#_norm1_context_linear",
+        FLUX_OR_SD3,
+        true,
+    ),
     ("down_blocks_", "Stable Diffusion", false),
     ("input_blocks_", "Stable Diffusion", false),
     ("mid_block_", "Stable Diffusion", false),
+    ("double_stream_blocks_", "HiDream", false),
+    ("single_stream_blocks_", "HiDream", false),
     ("_cross_attn_", "Wan or another video model", false),
     ("_self_attn_", "Wan or another video model", false),
-    ("transformer_blocks_0_ff_net_", "FLUX", false),
     (
-        "transformer_blocks_0_attn1_",
+        "transformer_blocks_#_attn1_",
         "a video or Stable Diffusion model",
         false,
     ),
+    ("cap_embedder_", "Lumina-Image", false),
+];
+
+/// Their blocks have the same names, their widths differ.
+const FLUX_OR_SD3: &str = "FLUX or Stable Diffusion 3";
+
+/// (a model of the table, width of an attention linear, the model that has this width under the
+/// same names, whether that one has the text side's linears).
+const WIDTHS: [(Model, u64, &str, bool); 5] = [
+    (Model::QwenImage, 4096, "Qwen-Image-2.1", false),
+    (Model::QwenImage, 1536, "Stable Diffusion 3", true),
+    (Model::QwenImage, 2432, "Stable Diffusion 3.5", true),
+    (Model::QwenImage, 6144, "FLUX.2", true),
+    (Model::ZImage, 2304, "Lumina-Image 2.0", true),
 ];
 
 /// A model that a key belongs to.
@@ -34,15 +65,44 @@ pub struct Lookalike {
     pub model: &'static str,
     /// Whether the key decides by itself.
     pub decides: bool,
+    /// Place among all witnesses: a lower one tells more.
+    pub place: usize,
 }
 
 /// What a key gives away.
 pub fn witness(key: &str) -> Option<Lookalike> {
-    let flat = key.replace('.', "_");
+    let flat = numberless(key);
     WITNESSES
         .iter()
-        .find(|(part, _, _)| contains_segment(&flat, part))
-        .map(|&(_, model, decides)| Lookalike { model, decides })
+        .enumerate()
+        .find(|(_, (part, _, _))| contains_segment(&flat, part))
+        .map(|(place, &(_, model, decides))| Lookalike {
+            model,
+            decides,
+            place,
+        })
+}
+
+/// The model whose attention has this width under a known model's names.
+pub fn by_width(model: Model, width: u64, has_text_side: bool) -> Option<&'static str> {
+    let fits = |row: &&(Model, u64, &str, bool)| {
+        let (own, wide, _, text_side) = **row;
+        own == model && wide == width && (text_side || !has_text_side)
+    };
+    WIDTHS.iter().find(fits).map(|(_, _, name, _)| *name)
+}
+
+/// A key with its dots flattened and `#` in the place of each number between them.
+fn numberless(key: &str) -> String {
+    let flat = key.replace('.', "_");
+    let segments: Vec<&str> = flat
+        .split('_')
+        .map(|segment| {
+            let is_number = !segment.is_empty() && segment.bytes().all(|b| b.is_ascii_digit());
+            if is_number { "#" } else { segment }
+        })
+        .collect();
+    segments.join("_")
 }
 
 /// `part` in `flat`, beginning at a word: `double_blocks_` is not in `xdouble_blocks_`.
@@ -60,31 +120,79 @@ fn contains_segment(flat: &str, part: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model;
 
     #[test]
     fn names_and_decisions() {
-        let flux = witness("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight");
+        for (key, expected) in [
+            (
+                "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
+                Some(("FLUX", true)),
+            ),
+            (
+                "transformer.single_transformer_blocks.12.attn.to_qkv_mlp_proj.lora_A.weight",
+                Some(("FLUX.2", true)),
+            ),
+            (
+                "transformer.transformer_blocks.12.ff.net.0.proj.lora_A.weight",
+                Some((FLUX_OR_SD3, true)),
+            ),
+            (
+                "lora_transformer_transformer_blocks_3_ff_context_net_2.alpha",
+                Some((FLUX_OR_SD3, true)),
+            ),
+            (
+                "transformer_blocks.7.ff.linear_in.lora_A.weight",
+                Some(("FLUX.2", true)),
+            ),
+            (
+                "transformer.transformer_blocks.31.img_mlp.out.lora_A.weight",
+                Some(("Qwen-Image-2.1", true)),
+            ),
+            (
+                "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight",
+                Some(("Stable Diffusion", false)),
+            ),
+            (
+                "transformer_blocks.27.attn1.to_q.lora_A.weight",
+                Some(("a video or Stable Diffusion model", false)),
+            ),
+            (
+                "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
+                None,
+            ),
+            (
+                "transformer_blocks.0.img_mlp.net.0.proj.lora_A.weight",
+                None,
+            ),
+            ("layers.0.feed_forward.w1.lora_A.weight", None),
+        ] {
+            let found = witness(key).map(|l| (l.model, l.decides));
+            assert_eq!(found, expected, "{key}");
+        }
+    }
+
+    /// A module of a known model that looked like another's would be refused.
+    #[test]
+    fn no_module_of_the_table_is_a_witness() {
+        for target in model::table().targets() {
+            let dotted = format!("{}.lora_A.weight", target.path);
+            assert_eq!(witness(&dotted), None, "{dotted}");
+        }
+    }
+
+    #[test]
+    fn widths_name_models_of_the_same_names() {
         assert_eq!(
-            flux,
-            Some(Lookalike {
-                model: "FLUX",
-                decides: true
-            })
+            by_width(Model::QwenImage, 4096, false),
+            Some("Qwen-Image-2.1")
         );
+        // It has no text side: FLUX.2 in one of its sizes has that width and one.
+        assert_eq!(by_width(Model::QwenImage, 4096, true), None);
         assert_eq!(
-            witness("transformer.transformer_blocks.0.attn.to_q.lora_A.weight"),
-            None
+            by_width(Model::ZImage, 2304, false),
+            Some("Lumina-Image 2.0")
         );
-        assert_eq!(
-            witness("transformer_blocks.0.img_mlp.net.0.proj.lora_A.weight"),
-            None
-        );
-        assert_eq!(
-            witness("transformer.transformer_blocks.31.img_mlp.out.lora_A.weight"),
-            Some(Lookalike {
-                model: "Qwen-Image-2.1",
-                decides: true
-            })
-        );
+        assert_eq!(by_width(Model::QwenImage, 3072, false), None);
     }
 }

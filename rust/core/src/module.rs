@@ -1,40 +1,20 @@
-//! Tensors grouped into modules, each with its adapter, rank and scale.
+//! Tensors grouped into modules, each with its adapter, rank, scale and deltas.
 
+mod deltas;
+mod rank;
+mod refusal;
 mod scale;
 
 use std::collections::{HashMap, HashSet};
 
 use crate::adapter::Adapter;
-use crate::dtype::Dtype;
+use crate::delta::Delta;
 use crate::header::Quoted;
 use crate::model::{self, ModuleKind, TargetId};
 use crate::peft::AdapterConfig;
 use crate::role::Role;
 use crate::table::{Entry, KeyTable};
-
-/// Dtypes whose values usually need a scale.
-const FLOAT8: [Dtype; 5] = [
-    Dtype::F8E4M3,
-    Dtype::F8E5M2,
-    Dtype::F8E4M3Fnuz,
-    Dtype::F8E5M2Fnuz,
-    Dtype::F8E8M0,
-];
-
-/// A plain pair: what a low-rank piece is made of.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Pair {
-    /// Index of the down tensor, (rank, in).
-    pub down: usize,
-    /// Index of the up tensor, (out, rank).
-    pub up: usize,
-    /// Rank of the pair.
-    pub rank: u64,
-    /// Columns of `down`.
-    pub in_features: u64,
-    /// Rows of `up`.
-    pub out_features: u64,
-}
+pub use scale::{Scale, ScaleSource};
 
 /// Why a module is not applied, or not wholly.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,15 +41,22 @@ pub struct Module {
     pub target: TargetId,
     /// Kind of adapter.
     pub adapter: Adapter,
-    /// Rank of the delta or an upper bound; none for norms.
+    /// Rank of the delta or an upper bound; none for norms and for lone biases.
     pub rank: Option<u64>,
-    /// Factor on the raw product at strength 1 (formats of every trainer: alpha / rank and kin).
+    /// Factor on the raw product at strength 1 (formats of every trainer: alpha / rank and kin),
+    /// with the scales of float8 tensors.
     pub scale: f64,
-    /// The pair of a plain LoRA.
-    pub pair: Option<Pair>,
+    /// Where the scale comes from.
+    pub scale_source: ScaleSource,
+    /// (out, in) of the weight's delta as far as its tensors tell, also of an adapter that is not
+    /// applied.
+    pub shape: Option<(u64, u64)>,
+    /// What is applied: the weight's own delta first, then what stands beside it. Empty where
+    /// there is a fault.
+    pub deltas: Vec<Delta>,
     /// Why it is not applied at all.
     pub fault: Option<Fault>,
-    /// What of it is not applied although the rest is: (tensor, reason).
+    /// What of it is not applied to a released model although the rest is: (tensor, reason).
     pub left_out: Vec<(usize, String)>,
     /// How its shape differs from the released model's, where it does. A model at hand of another
     /// size is compared when a stack is planned.
@@ -165,37 +152,41 @@ impl Parts<'_> {
     }
 
     fn module(self, config: Option<&AdapterConfig>) -> Result<Module, ModuleError> {
-        let is_norm = matches!(self.kind(), ModuleKind::Norm { .. });
-        let oft_rank = self
-            .find(Role::OftBlocks)
-            .map_or(0, |(_, e)| e.tensor.shape.len());
-        let Some(adapter) = Adapter::of(&|role| self.has(role), is_norm, oft_rank) else {
+        let Some(adapter) = self.adapter() else {
             return Ok(self.incomplete());
         };
-        let pair = self.pair(adapter);
-        let fault = match &pair {
-            Err(fault) => Some(fault.clone()),
-            Ok(_) => self.unsupported(adapter),
+        let raw = self.raw_scale(adapter, config)?;
+        let scale = self.whole_scale(adapter, raw.value)?;
+        let built = match self.refusal(adapter) {
+            Some(fault) => Err(fault),
+            None => self.deltas(adapter, raw.value)?,
         };
-        let pair = pair.ok().flatten();
-        let rank = self.rank(adapter, pair.as_ref());
-        let scale = self.scale(adapter, rank, config)?;
-        // What is not applied at all lacks no part.
-        let left_out = match fault {
-            Some(_) => Vec::new(),
-            None => self.left_out(adapter),
+        let (deltas, left_out, fault) = match built {
+            Ok((deltas, left_out)) => (deltas, left_out, None),
+            // What is not applied at all lacks no part.
+            Err(fault) => (Vec::new(), Vec::new(), Some(fault)),
         };
         Ok(Module {
             target: self.target,
             adapter,
-            rank,
+            rank: self.rank(adapter),
             scale,
-            pair,
+            scale_source: raw.source,
+            shape: self.shape(adapter),
+            deltas,
             fault,
             left_out,
             misfit: None,
             tensors: self.tensors,
         })
+    }
+
+    fn adapter(&self) -> Option<Adapter> {
+        let is_norm = matches!(self.kind(), ModuleKind::Norm { .. });
+        let oft_rank = self
+            .find(Role::OftBlocks)
+            .map_or(0, |(_, e)| e.tensor.shape.len());
+        Adapter::of(&|role| self.has(role), is_norm, oft_rank)
     }
 
     /// A module of which only scalars or leftovers are there.
@@ -206,108 +197,21 @@ impl Parts<'_> {
             .filter_map(|&i| self.entries.get(i))
             .map(|e| e.role.name())
             .collect();
-        let fault = Fault::Broken(format!("has {} but no pair", names.join(", ")));
+        let broken = || Fault::Broken(format!("has {} but no pair", names.join(", ")));
+        let fault = self.replacement().unwrap_or_else(broken);
         Module {
             target: self.target,
             adapter: Adapter::Lora,
             rank: None,
             scale: 1.0,
-            pair: None,
+            scale_source: ScaleSource::Nothing,
+            shape: None,
+            deltas: Vec::new(),
             fault: Some(fault),
             left_out: Vec::new(),
             misfit: None,
             tensors: self.tensors,
         }
-    }
-
-    /// The plain pair of a LoRA or DoRA, checked for agreement between its halves.
-    fn pair(&self, adapter: Adapter) -> Result<Option<Pair>, Fault> {
-        if !matches!(adapter, Adapter::Lora | Adapter::Dora) || self.has(Role::PackedDown) {
-            return Ok(None);
-        }
-        let half = |role: Role, other: &str| {
-            let (index, entry) = self
-                .find(role)
-                .ok_or_else(|| Fault::Broken(format!("has {other} but no {}", role.name())))?;
-            let matrix = entry.matrix().ok_or_else(|| {
-                Fault::Broken(format!(
-                    "{} is not a matrix: {:?}",
-                    role.name(),
-                    entry.tensor.shape
-                ))
-            })?;
-            Ok::<_, Fault>((index, matrix))
-        };
-        let (down, (rank, in_features)) = half(Role::Down, "up")?;
-        let (up, (out_features, up_rank)) = half(Role::Up, "down")?;
-        if rank != up_rank {
-            return Err(Fault::Broken(format!(
-                "the halves differ in rank: down has {rank}, up has {up_rank}"
-            )));
-        }
-        if rank == 0 {
-            return Err(Fault::Broken("the pair has rank 0".to_owned()));
-        }
-        Ok(Some(Pair {
-            down,
-            up,
-            rank,
-            in_features,
-            out_features,
-        }))
-    }
-
-    fn unsupported(&self, adapter: Adapter) -> Option<Fault> {
-        let text = if !adapter.is_supported() {
-            format!("{} is not supported yet", adapter.title())
-        } else if self.has(Role::PackedDown) || self.has(Role::PackedUp) {
-            "Nunchaku-packed pairs are not supported yet".to_owned()
-        } else if self.has(Role::Mid) {
-            "a Tucker LoRA (lora_mid) is not supported yet".to_owned()
-        } else if self.has(Role::Reshape) || self.has(Role::SetWeight) {
-            "a LoRA that replaces or reshapes the module's weight is not supported".to_owned()
-        } else if matches!(self.kind(), ModuleKind::Embedding { .. }) {
-            "a LoRA of an embedding is not supported yet".to_owned()
-        } else if matches!(self.kind(), ModuleKind::Norm { .. }) {
-            "a LoRA of a norm has no meaning".to_owned()
-        } else if self.beside_unknown && self.has_float8_half() {
-            "float8 halves beside a tensor of unknown kind, which may be their scale, are not \
-             supported"
-                .to_owned()
-        } else {
-            return None;
-        };
-        Some(Fault::Unsupported(text))
-    }
-
-    fn has_float8_half(&self) -> bool {
-        [Role::Down, Role::Up]
-            .iter()
-            .filter_map(|role| self.find(*role))
-            .any(|(_, entry)| FLOAT8.contains(&entry.tensor.dtype))
-    }
-
-    /// What stands beside the pair and is not applied with it: everything that is not consumed.
-    fn left_out(&self, adapter: Adapter) -> Vec<(usize, String)> {
-        if adapter != Adapter::Lora {
-            return Vec::new();
-        }
-        self.tensors
-            .iter()
-            .filter_map(|&index| {
-                let text = match self.entries.get(index)?.role {
-                    Role::Down | Role::Up | Role::Alpha | Role::Scale | Role::Fp8Scale => {
-                        return None;
-                    }
-                    Role::UpBias | Role::DiffB => "bias deltas are not supported yet".to_owned(),
-                    Role::Diff | Role::WNorm => {
-                        "a full delta beside a LoRA is not supported yet".to_owned()
-                    }
-                    role => format!("`{}` beside a LoRA is not supported", role.name()),
-                };
-                Some((index, text))
-            })
-            .collect()
     }
 }
 

@@ -8,8 +8,8 @@ use crate::peft::AdapterConfig;
 use crate::plan::FilePlan;
 use crate::role::Role;
 
-/// Metadata key under which trainers name the base model.
-const BASE_MODEL_KEY: &str = "ss_base_model_version";
+/// Metadata keys under which trainers name the base model.
+const BASE_MODEL_KEYS: [&str; 2] = ["ss_base_model_version", "modelspec.architecture"];
 /// What the names of the known models hold, without `-` and `_`.
 const KNOWN_NAMES: [&str; 2] = ["qwen", "zimage"];
 
@@ -40,18 +40,19 @@ fn name_note(plan: &FilePlan) -> Option<String> {
     let ModelCheck::Known(model) = plan.check else {
         return None;
     };
+    let is_known = |name: &str| {
+        let bare = name.to_lowercase().replace(['-', '_'], "");
+        bare.is_empty() || KNOWN_NAMES.iter().any(|known| bare.contains(known))
+    };
     let (_, name) = plan
         .metadata
         .iter()
-        .find(|(key, _)| key == BASE_MODEL_KEY)?;
-    let bare = name.to_lowercase().replace(['-', '_'], "");
-    let is_known = bare.is_empty() || KNOWN_NAMES.iter().any(|known| bare.contains(known));
-    (!is_known).then(|| {
-        format!(
-            "the metadata names another model, {}: names and shapes are {model}'s",
-            Quoted::new(name)
-        )
-    })
+        .filter(|(key, _)| BASE_MODEL_KEYS.contains(&key.as_str()))
+        .find(|(_, name)| !is_known(name))?;
+    Some(format!(
+        "the metadata names another model, {}: names and shapes are {model}'s",
+        Quoted::new(name)
+    ))
 }
 
 fn rank_note(plan: &FilePlan, config: &AdapterConfig) -> Option<String> {
@@ -67,12 +68,11 @@ fn rank_note(plan: &FilePlan, config: &AdapterConfig) -> Option<String> {
         })
 }
 
-/// FLUX has the same names and widths for these modules, and 19 such blocks.
+/// FLUX has the same names and widths for all linears and norms of the attention, and 19 such
+/// blocks.
 fn could_be_flux(plan: &FilePlan) -> bool {
     plan.modules.iter().all(|module| {
         let target = model::table().target(module.target);
-        let shared = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"];
-        target.block.is_some_and(|block| block <= 18)
-            && shared.iter().any(|name| target.path.ends_with(name))
+        target.block.is_some_and(|block| block <= 18) && target.path.contains(".attn.")
     })
 }

@@ -70,13 +70,18 @@ impl AdapterConfig {
     /// alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732).
     #[allow(clippy::cast_precision_loss, reason = "a rank is far below 2^52")]
     pub fn scale(&self, path: &str, rank: u64) -> Option<f64> {
-        let alpha = self.alpha_pattern.first_match(path).or(self.lora_alpha)?;
+        let alpha = self.alpha(path)?;
         let rank = rank as f64;
         // An alpha of 0 means alpha = r to every trainer that writes one.
         if alpha == 0.0 {
             return Some(1.0);
         }
         Some(alpha / if self.use_rslora { rank.sqrt() } else { rank })
+    }
+
+    /// The alpha for a path: that of the first pattern which matches, else the adapter's.
+    pub fn alpha(&self, path: &str) -> Option<f64> {
+        self.alpha_pattern.first_match(path).or(self.lora_alpha)
     }
 
     /// The rank that the configuration promises for a path, if that can be told.

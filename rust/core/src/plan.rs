@@ -265,6 +265,19 @@ impl FilePlan {
         }
     }
 
+    /// `ss_network_alpha` / `ss_network_dim`, where the metadata has both.
+    ///
+    /// No rule of scale uses them: some tools leave them in files whose alpha is multiplied in.
+    pub fn network_scale(&self) -> Option<f64> {
+        let number = |name: &str| {
+            let (_, text) = self.metadata.iter().find(|(key, _)| key == name)?;
+            let value: f64 = text.trim().parse().ok()?;
+            (value.is_finite() && value > 0.0).then_some(value)
+        };
+        let scale = number("ss_network_alpha")? / number("ss_network_dim")?;
+        (scale.is_finite() && scale > 0.0).then_some(scale)
+    }
+
     /// What this version would do with the file on a released model.
     pub fn verdict(&self) -> Verdict {
         let applied = self.applied_modules().count();

@@ -102,6 +102,34 @@ roles! {
     Ignored => "ignored",
 }
 
+impl Role {
+    /// Whether it is a matrix that a delta is made of.
+    pub fn is_factor(self) -> bool {
+        matches!(
+            self,
+            Self::Down
+                | Self::Up
+                | Self::Mid
+                | Self::PackedDown
+                | Self::PackedUp
+                | Self::LokrW1
+                | Self::LokrW1A
+                | Self::LokrW1B
+                | Self::LokrW2
+                | Self::LokrW2A
+                | Self::LokrW2B
+                | Self::LokrT2
+                | Self::HadaW1A
+                | Self::HadaW1B
+                | Self::HadaW2A
+                | Self::HadaW2B
+                | Self::HadaT1
+                | Self::HadaT2
+                | Self::Diff
+        )
+    }
+}
+
 impl Serialize for Role {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(self.name())

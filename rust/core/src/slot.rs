@@ -18,6 +18,10 @@ pub enum SlotKind {
     Awq,
     /// A plain linear: takes a side branch.
     Linear,
+    /// A norm: `out_features` is its length, `in_features` is 1. Takes a vector.
+    Norm,
+    /// An embedding: `out_features` is its dimension, `in_features` the number of embeddings.
+    Embedding,
 }
 
 /// The order of a slot's output rows.
@@ -49,6 +53,14 @@ pub struct Slot {
     pub offloaded: bool,
     /// The path with its block's number replaced by `*`: slots that share a buffer under offload.
     pub pattern: String,
+    /// Whether it has a bias.
+    #[serde(default = "has_bias_unless_told")]
+    pub has_bias: bool,
+}
+
+/// Every linear of the released models has one.
+fn has_bias_unless_told() -> bool {
+    true
 }
 
 impl Slot {
@@ -59,7 +71,21 @@ impl Slot {
             SlotKind::Svdq => {
                 Some(MAX_RANK.saturating_sub(self.base_rank) / RANK_MULTIPLE * RANK_MULTIPLE)
             }
-            SlotKind::Awq | SlotKind::Linear => None,
+            SlotKind::Awq | SlotKind::Linear | SlotKind::Norm | SlotKind::Embedding => None,
+        }
+    }
+
+    /// Whether its weight is quantized: a delta of the weight's shape has no place in it.
+    pub fn is_quantized(&self) -> bool {
+        matches!(self.kind, SlotKind::Svdq | SlotKind::Awq)
+    }
+
+    /// Whether an exact side branch can be computed beside it.
+    pub fn carries_branch(&self) -> bool {
+        match self.kind {
+            SlotKind::Svdq => !is_in_fused_mlp(&self.path),
+            SlotKind::Awq | SlotKind::Linear => true,
+            SlotKind::Norm | SlotKind::Embedding => false,
         }
     }
 }
@@ -79,6 +105,19 @@ pub fn awq_row_order(path: &str) -> Option<RowOrder> {
     known.then_some(RowOrder::Interleaved)
 }
 
+/// Whether the layer at a path is computed inside the kernel of a whole MLP, where its input and
+/// output never surface: known per path.
+fn is_in_fused_mlp(path: &str) -> bool {
+    let in_block = path
+        .strip_prefix("transformer_blocks.")
+        .and_then(|rest| rest.split_once('.'));
+    in_block.is_some_and(|(_, name)| {
+        ["img_mlp.net.", "txt_mlp.net."]
+            .iter()
+            .any(|mlp| name.starts_with(mlp))
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -94,6 +133,7 @@ mod tests {
             element_bytes: 2,
             offloaded: true,
             pattern: "proj_out".to_owned(),
+            has_bias: true,
         };
         assert_eq!(slot(SlotKind::Svdq, 40).free_rank(), Some(976));
         assert_eq!(slot(SlotKind::Svdq, 2000).free_rank(), Some(0));

@@ -2,15 +2,21 @@
 //!
 //! Everything is validated here, before a tensor is read or the model is touched.
 
+mod branch;
+mod group;
+mod piece;
 mod planner;
 
 use std::collections::{BTreeMap, HashMap};
 
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::PieceKind;
+use crate::adapter::{Adapter, PieceKind};
+use crate::delta::Parameter;
 use crate::plan::FilePlan;
 use crate::slot::{self, RowOrder, Slot, SlotKind};
+pub use branch::{KronBuffer, KronShape};
+pub use piece::MAX_KRON_RANK;
 use planner::Planner;
 
 /// One LoRA of a stack.
@@ -22,17 +28,45 @@ pub struct StackItem<'p> {
     pub plan: &'p FilePlan,
     /// Its strength.
     pub strength: f64,
+    /// Whether its part in the modulation layers is applied.
+    pub modulation: bool,
+}
+
+/// The scale of a LoKr whose factors are both stored as they are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LokrScale {
+    /// 1, as every trainer means it.
+    #[default]
+    Standard,
+    /// `ss_network_alpha` / `ss_network_dim`, where the metadata has both: a few files need it,
+    /// and nothing in them tells.
+    Network,
 }
 
 /// What the caller asks for beside the stack.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 pub struct StackOptions {
     /// Most ranks that the LoRAs may add to a slot; `None`: as many as the kernels take.
     pub max_rank: Option<u64>,
-    /// Whether the modulation layers take part.
-    pub modulation: bool,
     /// Whether anything that is left out is an error.
     pub strict: bool,
+    /// Rank of the optimum that stands for a delta of higher rank, where a slot can carry nothing
+    /// but rank.
+    pub truncated_rank: u64,
+    /// The scale of a LoKr without low-rank factors.
+    pub lokr_scale: LokrScale,
+}
+
+impl Default for StackOptions {
+    fn default() -> Self {
+        Self {
+            max_rank: None,
+            strict: false,
+            truncated_rank: 128,
+            lokr_scale: LokrScale::Standard,
+        }
+    }
 }
 
 /// Why a module of a LoRA is not applied.
@@ -92,18 +126,24 @@ pub struct TensorRef {
 pub struct Piece {
     /// How it is executed.
     pub kind: PieceKind,
+    /// The kind of adapter that it is stored as.
+    pub adapter: Adapter,
     /// Index of its LoRA.
     pub lora: usize,
     /// The module it came from.
     pub target: String,
-    /// Its rank, or an upper bound.
+    /// Its rank, or an upper bound; 0 where it takes none.
     pub rank: u64,
+    /// Where the delta's own rank is higher: the rank of the optimum that stands for it.
+    pub rank_budget: Option<u64>,
     /// Factor on the raw product without the strength.
     pub scale: f64,
     /// First of the slot's logical output rows that it changes.
     pub row_begin: u64,
     /// How many rows it changes.
     pub row_count: u64,
+    /// For a vector, what it is added to.
+    pub parameter: Option<Parameter>,
     /// Its tensors, by role.
     pub tensors: BTreeMap<&'static str, TensorRef>,
 }
@@ -123,13 +163,16 @@ pub struct SlotPlan {
     pub rank: u64,
     /// Most ranks that may be added; `None`: no limit.
     pub rank_limit: Option<u64>,
+    /// Upper bound of the bytes that its pieces take beside ranks.
+    pub branch_bytes: u64,
     /// Index of its uniform-rank group.
     pub group: Option<usize>,
     /// The pieces, LoRA by LoRA in the order of the stack.
     pub pieces: Vec<Piece>,
 }
 
-/// Slots whose rank must be the same, because offload copies them through one buffer.
+/// Slots whose rank and side branches must be the same, because offload copies them through one
+/// buffer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RankGroup {
     /// Their common path, the block's number replaced by `*`.
@@ -138,6 +181,10 @@ pub struct RankGroup {
     pub slots: Vec<String>,
     /// Upper bound of the rank that each gets.
     pub rank: u64,
+    /// The Kronecker products that each has room for.
+    pub krons: Vec<KronBuffer>,
+    /// Bytes of those, in each.
+    pub branch_bytes: u64,
 }
 
 /// A LoRA of the planned stack.
@@ -211,10 +258,10 @@ pub enum StackError {
         base_rank: u64,
     },
     /// A limit that leaves nothing.
-    #[error("max_rank is {max_rank}: it must be at least 1")]
+    #[error("{option} is 0: it must be at least 1")]
     RankLimit {
-        /// The limit.
-        max_rank: u64,
+        /// The option's name.
+        option: &'static str,
     },
 }
 
@@ -225,8 +272,13 @@ impl StackPlan {
         slots: &[Slot],
         options: StackOptions,
     ) -> Result<Self, StackError> {
-        if let Some(max_rank @ 0) = options.max_rank {
-            return Err(StackError::RankLimit { max_rank });
+        for (option, limit) in [
+            ("max_rank", options.max_rank),
+            ("truncated_rank", Some(options.truncated_rank)),
+        ] {
+            if limit == Some(0) {
+                return Err(StackError::RankLimit { option });
+            }
         }
         let by_path: HashMap<&str, usize> = slots
             .iter()

@@ -2,15 +2,6 @@
 
 use crate::role::Role;
 
-/// Which half of a pair a float8 scale belongs to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Half {
-    /// The down projection.
-    Down,
-    /// The up projection.
-    Up,
-}
-
 /// A key cut in two, with what the suffix says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cut<'k> {
@@ -20,8 +11,8 @@ pub struct Cut<'k> {
     pub role: Role,
     /// PEFT's adapter names between the role and `.weight`; empty where there are none.
     pub slot: &'k str,
-    /// For a float8 scale, the half it scales.
-    pub half: Option<Half>,
+    /// For a float8 scale, the role of the tensor that it scales.
+    pub scales: Option<Role>,
     /// Whether the suffix is a pair's without `.weight`: Nunchaku's packed tensors look so.
     pub bare: bool,
 }
@@ -97,7 +88,29 @@ const FIXED: &[(&str, Role)] = &[
 
 /// Cuts `key`, or `None` where no suffix of the grammar ends it.
 pub fn cut(key: &str) -> Option<Cut<'_>> {
-    cut_named(key).or_else(|| cut_fixed(key))
+    cut_named(key)
+        .or_else(|| cut_scale(key))
+        .or_else(|| cut_fixed(key))
+}
+
+/// The float8 scale of a tensor whose own suffix precedes the scale's.
+fn cut_scale(key: &str) -> Option<Cut<'_>> {
+    let scaled = FLOAT8_SCALES
+        .iter()
+        .find_map(|ending| ends_in_segment(key, ending)?.strip_suffix('.'))?;
+    let cut = cut_fixed(scaled).filter(|cut| cut.role.is_factor())?;
+    Some(Cut {
+        role: Role::Fp8Scale,
+        scales: Some(cut.role),
+        bare: false,
+        ..cut
+    })
+}
+
+/// Whether a key is spelled as PEFT spells the halves of an embedding's pair.
+pub fn is_peft_embedding(key: &str) -> bool {
+    key.split('.')
+        .any(|segment| matches!(segment, "lora_embedding_A" | "lora_embedding_B"))
 }
 
 fn cut_fixed(key: &str) -> Option<Cut<'_>> {
@@ -111,17 +124,17 @@ fn cut_fixed(key: &str) -> Option<Cut<'_>> {
         stem,
         role: *role,
         slot: "",
-        half: None,
+        scales: None,
         bare,
     })
 }
 
-/// Segments after which adapter names may follow, with the role and the half they name.
-fn named_segment(segment: &str) -> Option<(Role, Option<Half>)> {
+/// Segments after which adapter names may follow, with the role they name.
+fn named_segment(segment: &str) -> Option<Role> {
     Some(match segment {
-        "lora_A" | "lora_embedding_A" | "lora_down" => (Role::Down, Some(Half::Down)),
-        "lora_B" | "lora_embedding_B" | "lora_up" => (Role::Up, Some(Half::Up)),
-        "lora_magnitude_vector" => (Role::DoraScale, None),
+        "lora_A" | "lora_embedding_A" | "lora_down" => Role::Down,
+        "lora_B" | "lora_embedding_B" | "lora_up" => Role::Up,
+        "lora_magnitude_vector" => Role::DoraScale,
         _ => return None,
     })
 }
@@ -132,30 +145,24 @@ fn cut_named(key: &str) -> Option<Cut<'_>> {
     let mut start = 0;
     for segment in key.split('.') {
         if start > 0
-            && let Some((role, half)) = named_segment(segment)
+            && let Some(role) = named_segment(segment)
         {
             let stem = key.get(..start - 1)?;
             let tail = key.get(start + segment.len()..)?;
-            return finish_named(stem, segment, role, half, tail);
+            return finish_named(stem, segment, role, tail);
         }
         start += segment.len() + 1;
     }
     None
 }
 
-fn finish_named<'k>(
-    stem: &'k str,
-    segment: &str,
-    role: Role,
-    half: Option<Half>,
-    tail: &'k str,
-) -> Option<Cut<'k>> {
+fn finish_named<'k>(stem: &'k str, segment: &str, role: Role, tail: &'k str) -> Option<Cut<'k>> {
     let cut = |role, slot, bare| {
         Some(Cut {
             stem,
             role,
             slot,
-            half: None,
+            scales: None,
             bare,
         })
     };
@@ -180,7 +187,7 @@ fn finish_named<'k>(
             stem,
             role: Role::Fp8Scale,
             slot: slots_of(names)?,
-            half: Some(half?),
+            scales: role.is_factor().then_some(Some(role))?,
             bare: false,
         });
     }
@@ -278,9 +285,12 @@ mod tests {
     #[test]
     fn scales_name_their_half() {
         let scale = cut("x.lora_A.scale_weight").unwrap();
-        assert_eq!((scale.role, scale.half), (Role::Fp8Scale, Some(Half::Down)));
+        assert_eq!(
+            (scale.role, scale.scales),
+            (Role::Fp8Scale, Some(Role::Down))
+        );
         let scale = cut("x.lora_B.weight_scale").unwrap();
-        assert_eq!((scale.role, scale.half), (Role::Fp8Scale, Some(Half::Up)));
+        assert_eq!((scale.role, scale.scales), (Role::Fp8Scale, Some(Role::Up)));
         for (ending, slot) in [
             ("lora_A.weight.scale_weight", ""),
             ("lora_A.default.weight_scale", "default"),
@@ -290,7 +300,10 @@ mod tests {
         ] {
             let key = format!("x.{ending}");
             let scale = cut(&key).unwrap();
-            assert_eq!((scale.role, scale.half), (Role::Fp8Scale, Some(Half::Down)));
+            assert_eq!(
+                (scale.role, scale.scales),
+                (Role::Fp8Scale, Some(Role::Down))
+            );
             assert_eq!((scale.stem, scale.slot), ("x", slot), "{key}");
         }
     }

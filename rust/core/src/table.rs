@@ -5,14 +5,13 @@
 
 mod spelling;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::dtype::Dtype;
 use crate::key::{self, Foreign, ParsedKey};
 use crate::model::{self, ModuleKind, TargetId};
 use crate::reason::Reason;
 use crate::role::Role;
-use crate::suffix::Half;
 use spelling::{Extent, Spelling};
 
 /// A tensor as a file or a state dict lists it.
@@ -39,8 +38,8 @@ pub struct Entry {
     pub target: Option<TargetId>,
     /// What it is to that module.
     pub role: Role,
-    /// For a float8 scale, the half.
-    pub half: Option<Half>,
+    /// For a float8 scale, the role of the tensor that it scales.
+    pub scales: Option<Role>,
     /// Why it is left out, if it is.
     pub reason: Option<Reason>,
     /// For a tensor of unknown kind, the module that its key names.
@@ -173,7 +172,16 @@ impl KeyTable {
     }
 
     /// Nunchaku's packed tensors are a bare pair whose `down` has a row per input channel.
+    ///
+    /// On a model of another size than the released ones only the halves tell: they do not fit
+    /// together as a pair, and have the same number of columns.
     fn mark_packed(&mut self, spellings: &[Spelling]) {
+        let ups: HashMap<TargetId, (u64, u64)> = self
+            .entries
+            .iter()
+            .filter(|e| e.role == Role::Up)
+            .filter_map(|e| Some((e.target?, e.matrix()?)))
+            .collect();
         let packed: HashSet<TargetId> = self
             .entries
             .iter()
@@ -182,12 +190,15 @@ impl KeyTable {
             .filter_map(|(e, _)| {
                 let target = e.target?;
                 let (rows, columns) = e.matrix()?;
-                match model::table().target(target).kind {
-                    ModuleKind::Linear { in_features, .. } => {
-                        (rows == in_features && columns != in_features).then_some(target)
-                    }
-                    _ => None,
-                }
+                let ModuleKind::Linear { in_features, .. } = model::table().target(target).kind
+                else {
+                    return None;
+                };
+                let by_channels = rows == in_features && columns != in_features;
+                let by_halves = ups
+                    .get(&target)
+                    .is_some_and(|(_, up_columns)| rows != *up_columns && columns == *up_columns);
+                (by_channels || by_halves).then_some(target)
             })
             .collect();
         for entry in &mut self.entries {
@@ -216,8 +227,11 @@ impl KeyTable {
     fn drop_missing_biases(&mut self) {
         for entry in &mut self.entries {
             let Some(target) = entry.target else { continue };
-            let is_norm = matches!(model::table().target(target).kind, ModuleKind::Norm { .. });
-            if is_norm && matches!(entry.role, Role::BNorm | Role::DiffB | Role::UpBias) {
+            let is_linear = matches!(
+                model::table().target(target).kind,
+                ModuleKind::Linear { .. }
+            );
+            if !is_linear && matches!(entry.role, Role::BNorm | Role::DiffB | Role::UpBias) {
                 entry.ignore(Reason::NoBias);
             }
         }
@@ -229,7 +243,7 @@ fn classify(tensor: RawTensor) -> (Entry, Spelling) {
         tensor,
         target: None,
         role: Role::Ignored,
-        half: None,
+        scales: None,
         reason: None,
         beside: None,
         value: None,
@@ -241,7 +255,7 @@ fn classify(tensor: RawTensor) -> (Entry, Spelling) {
             stem,
             role,
             slot,
-            half,
+            scales,
             bare,
         } => {
             spelling = Spelling {
@@ -249,7 +263,7 @@ fn classify(tensor: RawTensor) -> (Entry, Spelling) {
                 slot: slot.to_owned(),
                 bare,
             };
-            (entry.target, entry.role, entry.half) = (Some(target), role, half);
+            (entry.target, entry.role, entry.scales) = (Some(target), role, scales);
         }
         ParsedKey::Foreign { reason, beside } => {
             entry.reason = Some(Reason::Foreign(reason));

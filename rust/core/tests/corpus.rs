@@ -1,5 +1,5 @@
-//! All 80 real key layouts: every tensor's target and role, every module's rank and scale, the
-//! verdict of every file whose kinds this version supports.
+//! All 80 real key layouts: every tensor's target and role, every module's rank and scale, every
+//! file's verdict, and a stack of each file on the whole model.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -8,7 +8,11 @@ use std::fs;
 use std::path::Path;
 
 use qwenlora_core::dtype::Dtype;
+use qwenlora_core::model::{self, Model, ModuleKind};
 use qwenlora_core::plan::FilePlan;
+use qwenlora_core::role::Role;
+use qwenlora_core::slot::{Slot, SlotKind};
+use qwenlora_core::stack::{StackItem, StackOptions, StackPlan};
 use qwenlora_core::table::RawTensor;
 use serde_json::Value;
 
@@ -148,39 +152,220 @@ fn every_module_has_its_adapter_rank_and_scale() {
     assert_eq!(modules, 4593);
 }
 
+/// Files of which this version applies nothing: (name, what the reason says).
+const REFUSED: [(&str, &str); 13] = [
+    ("ai_toolkit_dora", "DoRA is not supported: "),
+    ("diffusers_peft_dora", "DoRA is not supported: "),
+    ("lycoris_boft", "BOFT is not supported: "),
+    ("lycoris_diag_oft", "OFT is not supported: "),
+    ("lycoris_glora", "GLoRA is not supported: "),
+    ("lycoris_ia3", "IA3 is not supported: "),
+    ("lycoris_locon_dora", "DoRA is not supported: "),
+    ("onetrainer_oft", "OFT is not supported: "),
+    ("z_image_ai_toolkit_lokr", "Z-Image is not supported"),
+    ("z_image_ai_toolkit_lora", "Z-Image is not supported"),
+    ("z_image_diffsynth", "Z-Image is not supported"),
+    ("z_image_musubi", "Z-Image is not supported"),
+    ("z_image_musubi_comfy_qkv", "Z-Image is not supported"),
+];
+
+fn refusal(name: &str) -> Option<&'static str> {
+    let row = REFUSED.iter().find(|(refused, _)| *refused == name);
+    row.map(|(_, says)| *says)
+}
+
 #[test]
-fn verdicts_are_the_end_state_or_less_for_a_named_reason() {
+fn verdicts_are_the_corpus_own() {
     for (name, file) in corpus() {
         let document = document(&name, &file);
-        let (verdict, expected) = (
-            document["verdict"].as_str().unwrap(),
-            file["expect"].as_str().unwrap(),
-        );
-        let rank = |v: &str| {
-            ["apply", "partial", "reject"]
-                .iter()
-                .position(|n| *n == v)
-                .unwrap()
+        let expected = match refusal(&name) {
+            Some(_) => "reject",
+            None => file["expect"].as_str().unwrap(),
         };
-        assert!(
-            rank(verdict) >= rank(expected),
-            "{name}: {verdict}, expected {expected}"
-        );
+        assert_eq!(document["verdict"], expected, "{name}");
         let reason = document["reason"].as_str().unwrap_or_default();
-        assert_eq!(
-            verdict == "apply",
-            reason.is_empty(),
-            "{name}: {verdict} {reason}"
-        );
-        if verdict != expected {
-            let honest = reason.contains("not supported");
-            assert!(
-                honest,
-                "{name}: {verdict} instead of {expected} because: {reason}"
-            );
+        assert_eq!(expected == "apply", reason.is_empty(), "{name}: {reason}");
+        if let Some(says) = refusal(&name) {
+            assert!(reason.contains(says), "{name}: {reason}");
         }
         let model = document["model"].as_str().unwrap_or("none");
         assert_eq!(model, file["model"].as_str().unwrap(), "{name}");
+    }
+}
+
+#[test]
+fn every_module_but_the_refused_is_supported() {
+    for (name, file) in corpus() {
+        let document = document(&name, &file);
+        for module in document["modules"].as_array().unwrap() {
+            let reshaped = name == "control_lora_img_in" && module["target"] == "img_in";
+            let supported = refusal(&name).is_none() && !reshaped;
+            assert_eq!(module["supported"], supported, "{name}: {module}");
+        }
+    }
+}
+
+/// The slots of the released model as Nunchaku quantizes it.
+fn model_slots() -> Vec<Slot> {
+    let targets = model::table().targets().iter();
+    targets
+        .filter(|t| t.model == Model::QwenImage && t.place.parts == 1)
+        .map(|target| {
+            let in_mod = target.path.ends_with("_mod.1");
+            let (kind, out_features, in_features) = match target.kind {
+                ModuleKind::Norm { channels } => (SlotKind::Norm, channels, 1),
+                ModuleKind::Embedding { rows, dim } => (SlotKind::Embedding, dim, rows),
+                ModuleKind::Linear {
+                    out_features,
+                    in_features,
+                } => {
+                    let kind = match target.block {
+                        Some(_) if in_mod => SlotKind::Awq,
+                        Some(_) => SlotKind::Svdq,
+                        None => SlotKind::Linear,
+                    };
+                    (kind, out_features, in_features)
+                }
+            };
+            Slot {
+                path: target.path.clone(),
+                kind,
+                in_features,
+                out_features,
+                base_rank: if kind == SlotKind::Svdq { 32 } else { 0 },
+                element_bytes: 2,
+                offloaded: target.block.is_some(),
+                pattern: match target.path.splitn(3, '.').collect::<Vec<_>>()[..] {
+                    [group, _, name] if target.block.is_some() => format!("{group}.*.{name}"),
+                    _ => target.path.clone(),
+                },
+                has_bias: matches!(target.kind, ModuleKind::Linear { .. }),
+            }
+        })
+        .collect()
+}
+
+#[test]
+fn every_file_is_planned_whole_or_refused() {
+    let slots = model_slots();
+    assert_eq!(slots.len(), 60 * 14 + 8);
+    let options = StackOptions {
+        strict: true,
+        ..StackOptions::default()
+    };
+    for (name, file) in corpus() {
+        let plan = plan(&name, &file);
+        let item = StackItem {
+            name: &name,
+            plan: &plan,
+            strength: 1.0,
+            modulation: true,
+        };
+        let stack = StackPlan::new(&[item], &slots, options);
+        if refusal(&name).is_some() || file["expect"] == "reject" {
+            assert!(stack.is_err(), "{name}");
+            continue;
+        }
+        if name == "control_lora_img_in" {
+            let text = stack.unwrap_err().to_string();
+            assert!(text.contains("`reshape_weight` is not supported"), "{text}");
+            continue;
+        }
+        let stack = stack.unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert_eq!(stack.applied_modules, [plan.modules().len()], "{name}");
+        assert!(stack.skipped.iter().all(|skip| !skip.matters), "{name}");
+        assert!(stack.added_bytes > 0, "{name}");
+        let planned: usize = stack
+            .slots
+            .iter()
+            .flat_map(|slot| &slot.pieces)
+            .map(|piece| piece.tensors.len())
+            .sum();
+        let applied = plan.table().entries().iter().filter(|entry| {
+            let is_scale = matches!(entry.role, Role::Alpha | Role::Scale | Role::Fp8Scale);
+            entry.target.is_some() && !is_scale
+        });
+        assert_eq!(planned, applied.count(), "{name}: tensors");
+    }
+}
+
+/// How often each (kind, adapter, rank, budget) occurs among the pieces of a file.
+fn pieces_of(wanted: &str) -> Vec<String> {
+    let (name, file) = corpus()
+        .into_iter()
+        .find(|(name, _)| name == wanted)
+        .unwrap();
+    let plan = plan(&name, &file);
+    let item = StackItem {
+        name: &name,
+        plan: &plan,
+        strength: 1.0,
+        modulation: true,
+    };
+    let stack = StackPlan::new(&[item], &model_slots(), StackOptions::default()).unwrap();
+    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+    for slot in &stack.slots {
+        for piece in &slot.pieces {
+            let budget = piece
+                .rank_budget
+                .map_or(String::new(), |b| format!(" of budget {b}"));
+            let (kind, slot) = (piece.kind, slot.kind);
+            let text = format!("{kind:?} in {slot:?}, rank {}{budget}", piece.rank);
+            *counts.entry(text).or_default() += 1;
+        }
+    }
+    let rows = counts.into_iter();
+    rows.map(|(text, count)| format!("{count} {text}"))
+        .collect()
+}
+
+#[test]
+fn kinds_of_pieces() {
+    for (name, expected) in [
+        (
+            "ai_toolkit_lokr_full_bf16",
+            vec![
+                "4 Kron in Awq, rank 0",
+                "16 Kron in Svdq, rank 0",
+                "8 LowRank in Svdq, rank 128 of budget 128",
+            ],
+        ),
+        (
+            "ai_toolkit_lokr_lowrank",
+            vec!["4 LowRank in Awq, rank 64", "24 LowRank in Svdq, rank 64"],
+        ),
+        (
+            "ai_toolkit_full_layers",
+            vec![
+                "2 Dense in Awq, rank 128 of budget 128",
+                "2 LowRank in Awq, rank 16",
+                "24 LowRank in Svdq, rank 16",
+                "2 Vector in Awq, rank 0",
+                "8 Vector in Norm, rank 0",
+            ],
+        ),
+        (
+            "lycoris_loha_rslora",
+            vec!["4 LowRank in Awq, rank 256", "24 LowRank in Svdq, rank 256"],
+        ),
+        (
+            "nunchaku_packed_lowrank",
+            vec!["8 LowRank in Svdq, rank 32", "4 LowRank in Svdq, rank 96"],
+        ),
+        (
+            "layered_extract_embedding",
+            vec![
+                "4 LowRank in Awq, rank 8",
+                "1 LowRank in Embedding, rank 2",
+                "24 LowRank in Svdq, rank 8",
+            ],
+        ),
+        (
+            "diffusers_peft_lora_bias",
+            vec!["8 LowRank in Svdq, rank 16", "8 Vector in Svdq, rank 0"],
+        ),
+    ] {
+        assert_eq!(pieces_of(name), expected, "{name}");
     }
 }
 
@@ -211,4 +396,61 @@ fn slots_of_fused_modules_add_their_ranks() {
         ("transformer_blocks.59.attn.to_out.0", 16, 1),
     ];
     assert_eq!(slots, expected.map(|(s, r, p)| (s.to_owned(), r, p)));
+}
+
+#[test]
+fn every_module_lists_its_pieces() {
+    let (name, file) = corpus()
+        .into_iter()
+        .find(|(name, _)| name == "diffusers_peft_lora_bias")
+        .unwrap();
+    assert_eq!(
+        document(&name, &file)["modules"][0]["pieces"],
+        serde_json::json!([
+            {"kind": "LowRank", "adapter": "lora", "rank": 16, "scale": 2.0},
+            {"kind": "Vector", "adapter": "full", "rank": 0, "scale": 2.0},
+        ])
+    );
+}
+
+#[test]
+fn no_real_file_is_said_to_name_another_model() {
+    for (name, file) in corpus() {
+        let notes = plan(&name, &file).notes().join("\n");
+        assert!(!notes.contains("names another model"), "{name}: {notes}");
+    }
+}
+
+#[test]
+fn foreign_keys_are_told_by_component() {
+    let component =
+        |name: &str, reason: &str, tensors: usize| (name.to_owned(), reason.to_owned(), tensors);
+    for (wanted, expected) in [
+        (
+            "foreign_keys_mixed_in",
+            vec![
+                component("text_encoder", "text encoder", 2),
+                component("lora_te", "text encoder", 1),
+                component("bundle_emb", "embedding", 1),
+                component("_aux", "bookkeeping", 1),
+                component("pipe.perceiver_resampler", "not a transformer module", 1),
+            ],
+        ),
+        (
+            "onetrainer_comfy",
+            vec![component("text_encoders.qwen25_7b", "text encoder", 3)],
+        ),
+        ("musubi_lora_full60", Vec::new()),
+    ] {
+        let (name, file) = corpus()
+            .into_iter()
+            .find(|(name, _)| name == wanted)
+            .unwrap();
+        let found = plan(&name, &file).components();
+        let found: Vec<_> = found
+            .into_iter()
+            .map(|c| component(&c.name, c.reason, c.tensors))
+            .collect();
+        assert_eq!(found, expected, "{name}");
+    }
 }

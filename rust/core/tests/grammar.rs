@@ -3,72 +3,18 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
+mod state_dict;
+
 use std::io::Write;
 
 use qwenlora_core::adapter::Adapter;
 use qwenlora_core::dtype::Dtype;
-use qwenlora_core::plan::{FilePlan, PlanError, Verdict};
+use qwenlora_core::plan::{FilePlan, Verdict};
 use qwenlora_core::slot::{Slot, SlotKind};
 use qwenlora_core::stack::{SkipKind, StackError, StackItem, StackOptions, StackPlan};
-use qwenlora_core::table::RawTensor;
+use state_dict::{TO_Q, Tensors};
 
-const TO_Q: &str = "transformer_blocks.0.attn.to_q";
 const FLAT_TO_Q: &str = "lora_unet_transformer_blocks_0_attn_to_q";
-
-/// A state dict in the making.
-#[derive(Default)]
-struct Tensors {
-    rows: Vec<RawTensor>,
-    scalars: Vec<Option<f64>>,
-    metadata: Vec<(String, String)>,
-}
-
-impl Tensors {
-    fn typed(mut self, key: &str, dtype: Dtype, shape: &[u64]) -> Self {
-        self.rows.push(RawTensor {
-            key: key.to_owned(),
-            dtype,
-            shape: shape.to_vec(),
-            offset_bytes: 0,
-            len_bytes: shape.iter().product::<u64>() * dtype.bits() / 8,
-        });
-        self.scalars.push(None);
-        self
-    }
-
-    fn tensor(self, key: &str, shape: &[u64]) -> Self {
-        self.typed(key, Dtype::BF16, shape)
-    }
-
-    fn scalar(self, key: &str, value: f64) -> Self {
-        let mut tensors = self.typed(key, Dtype::F64, &[]);
-        *tensors.scalars.last_mut().unwrap() = Some(value);
-        tensors
-    }
-
-    fn peft(self, stem: &str, rank: u64) -> Self {
-        self.tensor(&format!("{stem}.lora_A.weight"), &[rank, 3072])
-            .tensor(&format!("{stem}.lora_B.weight"), &[3072, rank])
-    }
-
-    fn kohya(self, stem: &str, rank: u64) -> Self {
-        self.tensor(&format!("{stem}.lora_down.weight"), &[rank, 3072])
-            .tensor(&format!("{stem}.lora_up.weight"), &[3072, rank])
-    }
-
-    fn metadata(mut self, key: &str, value: &str) -> Self {
-        self.metadata.push((key.to_owned(), value.to_owned()));
-        self
-    }
-
-    fn try_plan(self) -> Result<FilePlan, PlanError> {
-        FilePlan::from_tensors("test", self.rows, &self.scalars, self.metadata)
-    }
-
-    fn plan(self) -> FilePlan {
-        self.try_plan().unwrap()
-    }
-}
 
 /// The reasons of all tensors that are left out, in order.
 fn reasons(plan: &FilePlan) -> Vec<String> {
@@ -92,6 +38,7 @@ fn slot(path: &str, kind: SlotKind, out_features: u64) -> Slot {
         element_bytes: 2,
         offloaded: false,
         pattern: path.replacen(".0.", ".*.", 1),
+        has_bias: true,
     }
 }
 
@@ -102,17 +49,21 @@ fn slots() -> Vec<Slot> {
     ]
 }
 
-fn stack(plan: &FilePlan, strict: bool) -> Result<StackPlan, StackError> {
-    let item = StackItem {
+fn item(plan: &FilePlan) -> StackItem<'_> {
+    StackItem {
         name: "style",
         plan,
         strength: 0.5,
-    };
+        modulation: false,
+    }
+}
+
+fn stack(plan: &FilePlan, strict: bool) -> Result<StackPlan, StackError> {
     let options = StackOptions {
         strict,
         ..StackOptions::default()
     };
-    StackPlan::new(&[item], &slots(), options)
+    StackPlan::new(&[item(plan)], &slots(), options)
 }
 
 fn matters(plan: &FilePlan) -> Vec<String> {
@@ -365,16 +316,14 @@ fn float8_halves_beside_a_tensor_of_unknown_kind_are_not_applied() {
     assert_eq!(plan.verdict(), Verdict::Reject);
     insta::assert_snapshot!(
         plan.reason().unwrap(),
-        @"1 of 1 modules, e.g. `transformer_blocks.0.attn.to_q`: float8 halves beside a tensor of unknown kind, which may be their scale, are not supported"
+        @"1 of 1 modules, e.g. `transformer_blocks.0.attn.to_q`: float8 tensors beside a tensor of unknown kind, which may be their scale, are not supported"
     );
 }
 
 #[test]
-fn what_stands_beside_a_pair_is_named() {
+fn what_cannot_stand_beside_a_pair_is_named() {
     for (suffix, text) in [
-        ("diff_b", "bias deltas are not supported yet"),
-        ("lora_B.bias", "bias deltas are not supported yet"),
-        ("diff", "a full delta beside a LoRA is not supported yet"),
+        ("w_norm", "`w_norm` beside a LoRA is not supported"),
         ("rescale", "`oft_rescale` beside a LoRA is not supported"),
         ("b_norm", "`b_norm` beside a LoRA is not supported"),
         ("on_input", "`ia3_on_input` beside a LoRA is not supported"),
@@ -447,12 +396,13 @@ fn a_checkpoints_weight_matters_unless_the_base_is_saved_along() {
 
 #[test]
 fn another_models_name_makes_a_note() {
-    let notes = |name: &str| {
+    let notes_by = |key: &str, name: &str| {
         let tensors = Tensors::default().peft(&TO_Q.replace(".0.", ".40."), 16);
-        let plan = tensors.metadata("ss_base_model_version", name).plan();
+        let plan = tensors.metadata(key, name).plan();
         assert_eq!(plan.verdict(), Verdict::Apply, "{name}");
         plan.notes().to_vec()
     };
+    let notes = |name: &str| notes_by("ss_base_model_version", name);
     for name in [
         "qwen_image",
         "Qwen-Image-Edit",
@@ -466,6 +416,73 @@ fn another_models_name_makes_a_note() {
     insta::assert_snapshot!(
         notes("mageflow").join("\n"),
         @"the metadata names another model, `mageflow`: names and shapes are qwen-image's"
+    );
+    insta::assert_snapshot!(
+        notes_by("modelspec.architecture", "flux-1-dev/lora").join("\n"),
+        @"the metadata names another model, `flux-1-dev/lora`: names and shapes are qwen-image's"
+    );
+    assert!(notes_by("modelspec.architecture", "Qwen-Image-Edit/lora").is_empty());
+}
+
+#[test]
+fn attention_of_the_first_blocks_alone_may_be_another_models() {
+    let notes = |paths: &[&str]| {
+        let tensors = paths
+            .iter()
+            .fold(Tensors::default(), |t, path| t.peft(path, 16));
+        tensors.plan().notes().len()
+    };
+    let text = "transformer_blocks.18.attn.add_q_proj";
+    assert_eq!(notes(&[TO_Q, text]), 1);
+    assert_eq!(notes(&[TO_Q, "transformer_blocks.19.attn.to_q"]), 0);
+    assert_eq!(
+        notes(&[TO_Q, "time_text_embed.timestep_embedder.linear_2"]),
+        0
+    );
+}
+
+#[test]
+fn other_models_are_named_where_they_can_be_told() {
+    let pair = |tensors: Tensors, stem: &str, out: u64, inp: u64| {
+        tensors
+            .tensor(&format!("{stem}.lora_A.weight"), &[16, inp])
+            .tensor(&format!("{stem}.lora_B.weight"), &[out, 16])
+    };
+    let reason = |rows: &[(&str, u64, u64)]| {
+        let tensors = rows.iter().fold(Tensors::default(), |t, (stem, out, inp)| {
+            pair(t, stem, *out, *inp)
+        });
+        let plan = tensors.plan();
+        assert_eq!(plan.verdict(), Verdict::Reject, "{rows:?}");
+        plan.reason().unwrap()
+    };
+    let block = |name: &str| format!("transformer_blocks.3.{name}");
+    insta::assert_snapshot!(
+        reason(&[(&block("attn.to_q"), 3072, 3072), (&block("ff.net.0.proj"), 12288, 3072)]),
+        @"a FLUX or Stable Diffusion 3 LoRA (it has `transformer_blocks.3.ff.net.0.proj.lora_A.weight`)"
+    );
+    insta::assert_snapshot!(
+        reason(&[
+            (&block("ff.net.0.proj"), 12288, 3072),
+            ("single_transformer_blocks.0.attn.to_q", 3072, 3072),
+        ]),
+        @"a FLUX LoRA (it has `single_transformer_blocks.0.attn.to_q.lora_A.weight`)"
+    );
+    insta::assert_snapshot!(
+        reason(&[(&block("attn.to_q"), 4096, 4096)]),
+        @"a LoRA of another model, probably Qwen-Image-2.1: `transformer_blocks.3.attn.to_q` is 4096x4096 where qwen-image has 3072x3072"
+    );
+    insta::assert_snapshot!(
+        reason(&[(&block("attn.to_q"), 1536, 1536), (&block("attn.add_k_proj"), 1536, 1536)]),
+        @"a LoRA of another model, probably Stable Diffusion 3: `transformer_blocks.3.attn.to_q` is 1536x1536 where qwen-image has 3072x3072"
+    );
+    insta::assert_snapshot!(
+        reason(&[("layers.3.attention.to_q", 2304, 2304)]),
+        @"a LoRA of another model, probably Lumina-Image 2.0: `layers.3.attention.to_q` is 2304x2304 where z-image has 3840x3840"
+    );
+    insta::assert_snapshot!(
+        reason(&[(&block("attn.to_q"), 64, 64)]),
+        @"a LoRA of another model: `transformer_blocks.3.attn.to_q` is 64x64 where qwen-image has 3072x3072"
     );
 }
 
@@ -533,12 +550,7 @@ fn offloaded_slots_of_one_pattern_share_a_rank() {
         slot.offloaded = true;
     }
     let plan = Tensors::default().peft(TO_Q, 16).plan();
-    let item = StackItem {
-        name: "style",
-        plan: &plan,
-        strength: 1.0,
-    };
-    let stack = StackPlan::new(&[item], &slots, StackOptions::default()).unwrap();
+    let stack = StackPlan::new(&[item(&plan)], &slots, StackOptions::default()).unwrap();
     assert_eq!(stack.groups.len(), 1);
     assert_eq!(stack.groups[0].pattern, "transformer_blocks.*.attn.to_qkv");
     assert_eq!(stack.groups[0].slots.len(), 2);

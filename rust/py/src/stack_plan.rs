@@ -7,11 +7,11 @@ use qwenlora_core::stack::{StackItem, StackOptions, StackPlan};
 use crate::error;
 use crate::file_plan::FilePlan;
 
-/// Plans a stack of `(name, plan, strength)` onto the slots of a model; both documents are JSON.
+/// Plans a stack of `(name, plan, strength, modulation)` onto the slots of a model; both documents are JSON.
 #[pyfunction]
 pub(crate) fn plan_stack(
     py: Python<'_>,
-    items: Vec<(String, PyRef<'_, FilePlan>, f64)>,
+    items: Vec<(String, PyRef<'_, FilePlan>, f64, bool)>,
     slots: &str,
     options: &str,
 ) -> PyResult<String> {
@@ -21,10 +21,11 @@ pub(crate) fn plan_stack(
         serde_json::from_str(options).map_err(|e| error::from_json(py, "the options", &e))?;
     let stack: Vec<StackItem<'_>> = items
         .iter()
-        .map(|(name, plan, strength)| StackItem {
+        .map(|(name, plan, strength, modulation)| StackItem {
             name,
             plan: &plan.core,
             strength: *strength,
+            modulation: *modulation,
         })
         .collect();
     py.detach(|| StackPlan::new(&stack, &slots, options).map(|plan| plan.to_json()))

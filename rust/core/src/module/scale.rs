@@ -1,86 +1,141 @@
-//! A module's rank, and the factor on its raw product.
+//! The factor on a module's raw product, and where it comes from.
 
-use super::{ModuleError, Pair, Parts};
+use serde::Serialize;
+
+use super::{ModuleError, Parts};
 use crate::adapter::Adapter;
 use crate::header::Quoted;
 use crate::model;
 use crate::peft::{self, AdapterConfig};
 use crate::role::Role;
-use crate::suffix::Half;
 use crate::table::Entry;
 
+/// A scale and its ground.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scale {
+    /// Factor on the raw product at strength 1.
+    pub value: f64,
+    /// Where it comes from.
+    pub source: ScaleSource,
+}
+
+/// Where a scale comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum ScaleSource {
+    /// The module's alpha tensor: alpha / rank.
+    Alpha {
+        /// Index of the tensor in the table of keys.
+        tensor: usize,
+        /// Its value.
+        alpha: f64,
+        /// What it is divided by.
+        rank: u64,
+    },
+    /// An alpha tensor of 0, which means alpha = rank: 1.
+    ZeroAlpha {
+        /// Index of the tensor in the table of keys.
+        tensor: usize,
+    },
+    /// A tensor that holds the scale itself.
+    Stored {
+        /// Index of the tensor in the table of keys.
+        tensor: usize,
+    },
+    /// PEFT's configuration: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+    Config {
+        /// The alpha for this path.
+        alpha: f64,
+        /// What it, or its root, divides.
+        rank: u64,
+        /// Whether the root is taken.
+        rslora: bool,
+    },
+    /// A LoKr whose factors are both stored as they are: 1, whatever alpha says.
+    BothDirect,
+    /// The file says nothing: 1.
+    Nothing,
+    /// This kind of adapter has no alpha: 1.
+    Unscaled,
+}
+
 impl Parts<'_> {
-    pub(super) fn rank(&self, adapter: Adapter, pair: Option<&Pair>) -> Option<u64> {
-        let weight = self.kind().weight_shape();
-        let full = weight.iter().copied().min();
-        let dim = |role, axis: usize| self.find(role)?.1.tensor.shape.get(axis).copied();
-        let bounded = |rank: Option<u64>| Some(rank?.min(full?));
-        match adapter {
-            Adapter::Lora | Adapter::Dora => {
-                pair.map(|p| p.rank).or_else(|| dim(Role::PackedDown, 1))
-            }
-            Adapter::Lokr => bounded(self.factor_ranks().map(|(w1, w2)| w1.saturating_mul(w2))),
-            Adapter::Loha => {
-                let (r1, r2) = (dim(Role::HadaW1B, 0)?, dim(Role::HadaW2B, 0)?);
-                bounded(Some(r1.saturating_mul(r2)))
-            }
-            Adapter::Glora => bounded(self.glora_rank().map(|r| r.saturating_mul(2))),
-            Adapter::Oft | Adapter::Boft | Adapter::Ia3 | Adapter::Full => full,
-            Adapter::Norm => None,
+    /// The scale that trainers mean, without those of float8 tensors.
+    pub(super) fn raw_scale(
+        &self,
+        adapter: Adapter,
+        config: Option<&AdapterConfig>,
+    ) -> Result<Scale, ModuleError> {
+        let one = |source| Ok(Scale { value: 1.0, source });
+        let Some(rank) = self.divisor(adapter).filter(|d| *d > 0) else {
+            // An alpha is not even looked at: in fp16 files it may be infinite.
+            let is_direct = adapter == Adapter::Lokr;
+            return one(if is_direct {
+                ScaleSource::BothDirect
+            } else {
+                ScaleSource::Unscaled
+            });
+        };
+        match (self.stored(Role::Alpha)?, self.stored(Role::Scale)?) {
+            (Some((tensor, alpha)), _) if alpha != 0.0 => Ok(Scale {
+                value: ratio(alpha, rank),
+                source: ScaleSource::Alpha {
+                    tensor,
+                    alpha,
+                    rank,
+                },
+            }),
+            (Some((tensor, _)), _) => one(ScaleSource::ZeroAlpha { tensor }),
+            (None, Some((tensor, value))) => Ok(Scale {
+                value,
+                source: ScaleSource::Stored { tensor },
+            }),
+            (None, None) => Ok(self.configured(config, rank).unwrap_or(Scale {
+                value: 1.0,
+                source: ScaleSource::Nothing,
+            })),
         }
     }
 
-    /// Upper bounds of the ranks of LoKr's two factors.
-    fn factor_ranks(&self) -> Option<(u64, u64)> {
-        let rank = |direct: Role, right: Role| {
-            if let Some((_, entry)) = self.find(right) {
-                return entry.tensor.shape.first().copied();
-            }
-            let (rows, columns) = self.find(direct)?.1.matrix()?;
-            Some(rows.min(columns))
-        };
-        Some((
-            rank(Role::LokrW1, Role::LokrW1B)?,
-            rank(Role::LokrW2, Role::LokrW2B)?,
-        ))
+    fn configured(&self, config: Option<&AdapterConfig>, rank: u64) -> Option<Scale> {
+        let governed = self
+            .tensors
+            .iter()
+            .any(|&i| self.entries.get(i).is_some_and(|e| peft::governs(e.role)));
+        let config = config.filter(|_| governed)?;
+        let path = &model::table().target(self.target).path;
+        Some(Scale {
+            value: config.scale(path, rank)?,
+            source: ScaleSource::Config {
+                alpha: config.alpha(path)?,
+                rank,
+                rslora: config.use_rslora(),
+            },
+        })
     }
 
-    /// The small axis of GLoRA's a1: its roles were transposed in older files.
-    fn glora_rank(&self) -> Option<u64> {
-        let (rows, columns) = self.find(Role::GloraA1)?.1.matrix()?;
-        Some(rows.min(columns))
+    /// The scale with those of all float8 tensors of the weight's delta.
+    pub(super) fn whole_scale(&self, adapter: Adapter, raw: f64) -> Result<f64, ModuleError> {
+        let is_beside =
+            |role| role == Role::Diff && !matches!(adapter, Adapter::Full | Adapter::Norm);
+        self.float8_scaled(raw, |role| !is_beside(role))
     }
 
-    pub(super) fn scale(
+    /// `scale` times the scales of the float8 tensors of the roles that `is_meant`: a float8 tensor
+    /// is its values times its scale.
+    pub(super) fn float8_scaled(
         &self,
-        adapter: Adapter,
-        rank: Option<u64>,
-        config: Option<&AdapterConfig>,
+        mut scale: f64,
+        is_meant: impl Fn(Role) -> bool,
     ) -> Result<f64, ModuleError> {
-        let divisor = match adapter {
-            Adapter::Lora | Adapter::Dora if self.has(Role::PackedDown) => None,
-            Adapter::Lora | Adapter::Dora => rank,
-            // Both factors direct: 1, whatever alpha says (it may be infinite in fp16 files).
-            Adapter::Lokr => self
-                .find(Role::LokrW2B)
-                .or_else(|| self.find(Role::LokrW1B))
-                .and_then(|(_, e)| e.tensor.shape.first().copied()),
-            Adapter::Loha => self
-                .find(Role::HadaW1B)
-                .and_then(|(_, e)| e.tensor.shape.first().copied()),
-            Adapter::Glora => self.glora_rank(),
-            _ => None,
-        };
-        let Some(divisor) = divisor.filter(|d| *d > 0) else {
-            return Ok(1.0);
-        };
-        let scale = match (self.stored(Role::Alpha)?, self.stored(Role::Scale)?) {
-            (Some(alpha), _) if alpha != 0.0 => ratio(alpha, divisor),
-            (Some(_), _) => 1.0,
-            (None, Some(scale)) => scale,
-            (None, None) => self.configured(config, divisor).unwrap_or(1.0),
-        };
-        let scale = scale * self.float8_scale()?;
+        for &index in &self.tensors {
+            if let Some(entry) = self.entries.get(index)
+                && entry.role == Role::Fp8Scale
+                && entry.scales.is_some_and(&is_meant)
+            {
+                scale *= scalar(entry)?;
+            }
+        }
         if scale.is_finite() {
             Ok(scale)
         } else {
@@ -89,31 +144,10 @@ impl Parts<'_> {
         }
     }
 
-    fn configured(&self, config: Option<&AdapterConfig>, rank: u64) -> Option<f64> {
-        let governed = self
-            .tensors
-            .iter()
-            .any(|&i| self.entries.get(i).is_some_and(|e| peft::governs(e.role)));
-        let path = &model::table().target(self.target).path;
-        governed.then(|| config?.scale(path, rank)).flatten()
-    }
-
-    /// A float8 half is its values times its scale; both scales join the pair's.
-    fn float8_scale(&self) -> Result<f64, ModuleError> {
-        let mut scale = 1.0;
-        for &index in &self.tensors {
-            if let Some(entry) = self.entries.get(index)
-                && entry.role == Role::Fp8Scale
-                && matches!(entry.half, Some(Half::Down | Half::Up))
-            {
-                scale *= scalar(entry)?;
-            }
-        }
-        Ok(scale)
-    }
-
-    fn stored(&self, role: Role) -> Result<Option<f64>, ModuleError> {
-        self.find(role).map(|(_, entry)| scalar(entry)).transpose()
+    fn stored(&self, role: Role) -> Result<Option<(usize, f64)>, ModuleError> {
+        self.find(role)
+            .map(|(index, entry)| Ok((index, scalar(entry)?)))
+            .transpose()
     }
 }
 

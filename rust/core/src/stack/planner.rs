@@ -1,31 +1,21 @@
 //! The work of planning a stack: every module finds its slot or a reason.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
-use super::{
-    LoraRow, Piece, RankGroup, Skip, SkipKind, SlotPlan, StackError, StackItem, StackOptions,
-    StackPlan, TensorRef,
-};
-use crate::adapter::{Adapter, PieceKind};
+use super::group::{self, Planned};
+use super::piece::{self, Place, Placed};
+use super::{LokrScale, LoraRow, Skip, SkipKind, StackError, StackItem, StackOptions, StackPlan};
+use crate::adapter::PieceKind;
 use crate::check::ModelCheck;
+use crate::delta::Delta;
 use crate::document;
-use crate::dtype::Dtype;
+use crate::fit;
 use crate::key::Foreign;
 use crate::model::{self, Model, Target};
-use crate::module::{Fault, Module, Pair};
+use crate::module::{Fault, Module, ScaleSource};
 use crate::reason::Reason;
-use crate::slot::{self, MODULATION_PLANES, RowOrder, Slot, SlotKind, pad_rank};
+use crate::slot::{self, MODULATION_PLANES, Slot, SlotKind};
 use crate::table::{Entry, KeyTable};
-
-/// Dtypes that the halves of a pair may be stored in.
-const HALF_DTYPES: [Dtype; 6] = [
-    Dtype::F64,
-    Dtype::F32,
-    Dtype::F16,
-    Dtype::BF16,
-    Dtype::F8E4M3,
-    Dtype::F8E5M2,
-];
 
 /// A stack while it is being planned.
 pub(super) struct Planner<'s> {
@@ -33,7 +23,7 @@ pub(super) struct Planner<'s> {
     pub(super) by_path: HashMap<&'s str, usize>,
     pub(super) options: StackOptions,
     /// The pieces of each slot.
-    pub(super) pieces: Vec<Vec<Piece>>,
+    pub(super) pieces: Vec<Vec<Placed>>,
     pub(super) skipped: Vec<Skip>,
 }
 
@@ -57,11 +47,8 @@ impl Planner<'_> {
         let first_skip = self.skipped.len();
         let mut applied = 0;
         for module in &item.plan.modules {
-            match self.place(lora, module, item.plan.table.entries()) {
-                Ok((slot, piece)) => {
-                    if let Some(pieces) = self.pieces.get_mut(slot) {
-                        pieces.push(piece);
-                    }
+            match self.place(lora, item, module) {
+                Ok(()) => {
                     applied += 1;
                     self.skip_parts(lora, module, item.plan.table.entries());
                 }
@@ -107,13 +94,13 @@ impl Planner<'_> {
         }
     }
 
-    fn place(
-        &self,
-        lora: usize,
-        module: &Module,
-        entries: &[Entry],
-    ) -> Result<(usize, Piece), Skip> {
+    /// Finds a module's slot and makes its deltas pieces of it.
+    ///
+    /// A module whose weight delta has no place is left out whole; what stands beside that delta
+    /// is left out by itself.
+    fn place(&mut self, lora: usize, item: &StackItem<'_>, module: &Module) -> Result<(), Skip> {
         let target = model::table().target(module.target);
+        let entries = item.plan.table.entries();
         let skip = |kind, reason: String| Skip {
             lora,
             name: target.path.clone(),
@@ -129,52 +116,63 @@ impl Planner<'_> {
             Some(Fault::Broken(text)) => return Err(skip(SkipKind::Broken, text.clone())),
             None => {}
         }
-        let Some(pair) = module.pair.filter(|_| module.adapter == Adapter::Lora) else {
-            return Err(skip(SkipKind::Unsupported, "has no plain pair".to_owned()));
-        };
-        let (Some(down), Some(up)) = (entries.get(pair.down), entries.get(pair.up)) else {
-            return Err(skip(
-                SkipKind::Broken,
-                "its tensors are not listed".to_owned(),
-            ));
-        };
-        if let Some(other) = [down, up]
-            .iter()
-            .find(|e| !HALF_DTYPES.contains(&e.tensor.dtype))
-        {
-            let text = format!("halves of dtype {} are not supported", other.tensor.dtype);
-            return Err(skip(SkipKind::Unsupported, text));
-        }
         let Some((index, slot)) = self.slot_of(target) else {
             return Err(skip(
                 SkipKind::Missing,
                 "the model has no such module".to_owned(),
             ));
         };
-        if slot.kind == SlotKind::Awq {
-            if !self.options.modulation {
-                let text = "modulation layers are turned off".to_owned();
-                return Err(skip(SkipKind::TurnedOff, text));
-            }
-            if slot::awq_row_order(&slot.path).is_none()
-                || !slot.out_features.is_multiple_of(MODULATION_PLANES)
-            {
-                let text = "the row order of this AWQ layer is not known".to_owned();
-                return Err(skip(SkipKind::UnknownLayout, text));
+        check_modulation(slot, item).map_err(|(kind, text)| skip(kind, text))?;
+        let place = Place {
+            slot,
+            rows: rows_in(target, slot),
+            rank_limit: group::rank_limit(slot, self.options.max_rank),
+        };
+        let mut pieces = Vec::new();
+        let mut beside = Vec::new();
+        for (at, delta) in module.deltas.iter().enumerate() {
+            let scale = self.scale(delta, module, item);
+            let scaled = Delta { scale, ..*delta };
+            match self.piece(&scaled, &place, entries, (lora, target)) {
+                Ok(placed) => pieces.push(placed),
+                Err((kind, text)) if at == 0 => return Err(skip(kind, text)),
+                Err((kind, text)) => beside.extend(skip_beside(lora, delta, entries, kind, text)),
             }
         }
-        let (row_begin, row_count) = rows_in(target, slot);
-        if (pair.in_features, pair.out_features) != (slot.in_features, row_count) {
-            let text = format!(
-                "its delta is {}x{}, the module is {row_count}x{}",
-                pair.out_features, pair.in_features, slot.in_features
-            );
-            return Err(skip(SkipKind::Shape, text));
+        if let Some(slot) = self.pieces.get_mut(index) {
+            slot.extend(pieces);
         }
-        Ok((
-            index,
-            low_rank(lora, target, module, pair, (row_begin, row_count), down, up),
-        ))
+        self.skipped.extend(beside);
+        Ok(())
+    }
+
+    /// Makes a delta a piece of its slot, where it fits.
+    fn piece(
+        &self,
+        delta: &Delta,
+        place: &Place<'_>,
+        entries: &[Entry],
+        (lora, target): (usize, &Target),
+    ) -> Result<Placed, (SkipKind, String)> {
+        if !delta.scale.is_finite() {
+            let text = format!("gives a scale of {}: it must be finite", delta.scale);
+            return Err((SkipKind::Broken, text));
+        }
+        let (_, rows) = place.rows;
+        let sides = (rows, place.slot.in_features);
+        if let Some(text) = fit::misfit_of(delta, sides, "the model") {
+            return Err((SkipKind::Shape, text));
+        }
+        piece::place(delta, place, entries, (lora, &target.path), self.options)
+    }
+
+    /// The scale of a delta, with the caller's rule for LoKr files that say nothing of it.
+    fn scale(&self, delta: &Delta, module: &Module, item: &StackItem<'_>) -> f64 {
+        let is_open = module.scale_source == ScaleSource::BothDirect
+            && self.options.lokr_scale == LokrScale::Network
+            && delta.adapter == module.adapter;
+        let network = item.plan.network_scale().filter(|_| is_open);
+        delta.scale * network.unwrap_or(1.0)
     }
 
     /// The slot that computes a target: the fused one where the model has it, else its own.
@@ -188,6 +186,10 @@ impl Planner<'_> {
 
     fn skip_parts(&mut self, lora: usize, module: &Module, entries: &[Entry]) {
         for (index, reason) in &module.left_out {
+            // What is a delta has been compared with the model at hand.
+            if module.deltas.iter().any(|delta| delta.holds(*index)) {
+                continue;
+            }
             if let Some(entry) = entries.get(*index) {
                 self.skipped.push(Skip {
                     lora,
@@ -226,46 +228,63 @@ impl Planner<'_> {
         applied_modules: Vec<usize>,
     ) -> Result<StackPlan, StackError> {
         let mut slots = Vec::new();
-        for (slot, mut pieces) in self.slots.iter().zip(self.pieces) {
+        for (slot, mut placed) in self.slots.iter().zip(self.pieces) {
             // By rows, not by the order of keys: the same LoRA gives the same tensors from a file
             // and from a state dict.
-            pieces.sort_by_key(|piece| (piece.lora, piece.row_begin));
-            if !pieces.is_empty() {
-                slots.push((slot, slot_plan(slot, pieces, self.options.max_rank)?));
+            placed.sort_by(|a, b| a.order().cmp(&b.order()));
+            if !placed.is_empty() {
+                slots.push(Planned::new(slot, placed, self.options.max_rank)?);
             }
         }
-        let groups = group_ranks(self.slots, &mut slots);
-        let grouped: HashMap<&str, u64> = groups
-            .iter()
-            .flat_map(|g| g.slots.iter().map(|path| (path.as_str(), g.rank)))
-            .collect();
-        let planned: HashMap<&str, u64> = slots
-            .iter()
-            .map(|(s, plan)| (s.path.as_str(), plan.rank))
-            .collect();
-        let added_bytes = self.slots.iter().fold(0u64, |bytes, slot| {
-            let path = slot.path.as_str();
-            let rank = grouped
-                .get(path)
-                .or_else(|| planned.get(path))
-                .copied()
-                .unwrap_or(0);
-            let per_rank = slot
-                .in_features
-                .saturating_add(slot.out_features)
-                .saturating_mul(slot.element_bytes);
-            bytes.saturating_add(rank.saturating_mul(per_rank))
-        });
+        let groups = group::form(self.slots, &mut slots);
+        let added_bytes = group::added_bytes(self.slots, &slots, &groups);
         Ok(StackPlan {
             schema: document::SCHEMA,
             loras,
-            slots: slots.into_iter().map(|(_, plan)| plan).collect(),
+            slots: slots.into_iter().map(|planned| planned.plan).collect(),
             groups,
             skipped: self.skipped,
             applied_modules,
             added_bytes,
         })
     }
+}
+
+/// Whether a LoRA reaches an AWQ layer, and whether its rows are known there.
+fn check_modulation(slot: &Slot, item: &StackItem<'_>) -> Result<(), (SkipKind, String)> {
+    if slot.kind != SlotKind::Awq {
+        return Ok(());
+    }
+    if !item.modulation {
+        let text = "modulation layers are turned off".to_owned();
+        return Err((SkipKind::TurnedOff, text));
+    }
+    if slot::awq_row_order(&slot.path).is_none()
+        || !slot.out_features.is_multiple_of(MODULATION_PLANES)
+    {
+        let text = "the row order of this AWQ layer is not known".to_owned();
+        return Err((SkipKind::UnknownLayout, text));
+    }
+    Ok(())
+}
+
+/// A delta beside the weight's, by the key of its tensor.
+fn skip_beside(
+    lora: usize,
+    delta: &Delta,
+    entries: &[Entry],
+    kind: SkipKind,
+    reason: String,
+) -> Option<Skip> {
+    let (_, index) = delta.tensors().into_iter().next()?;
+    Some(Skip {
+        lora,
+        name: entries.get(index)?.tensor.key.clone(),
+        kind,
+        reason,
+        piece: Some(delta.piece_kind()),
+        matters: true,
+    })
 }
 
 /// The rows that a target changes in a slot.
@@ -277,103 +296,4 @@ fn rows_in(target: &Target, slot: &Slot) -> (u64, u64) {
     } else {
         (0, slot.out_features)
     }
-}
-
-fn low_rank(
-    lora: usize,
-    target: &Target,
-    module: &Module,
-    pair: Pair,
-    (row_begin, row_count): (u64, u64),
-    down: &Entry,
-    up: &Entry,
-) -> Piece {
-    Piece {
-        kind: PieceKind::LowRank,
-        lora,
-        target: target.path.clone(),
-        rank: pair.rank,
-        scale: module.scale,
-        row_begin,
-        row_count,
-        tensors: BTreeMap::from([("down", tensor_ref(down)), ("up", tensor_ref(up))]),
-    }
-}
-
-fn tensor_ref(entry: &Entry) -> TensorRef {
-    TensorRef {
-        key: entry.tensor.key.clone(),
-        dtype: entry.tensor.dtype.name(),
-        shape: entry.tensor.shape.clone(),
-        offset_bytes: entry.tensor.offset_bytes,
-        len_bytes: entry.tensor.len_bytes,
-    }
-}
-
-fn slot_plan(
-    slot: &Slot,
-    pieces: Vec<Piece>,
-    max_rank: Option<u64>,
-) -> Result<SlotPlan, StackError> {
-    let free = slot.free_rank();
-    if free == Some(0) {
-        return Err(StackError::SlotFull {
-            slot: slot.path.clone(),
-            base_rank: slot.base_rank,
-        });
-    }
-    let rank_limit = match (free, max_rank) {
-        (Some(free), Some(max)) => Some(free.min(max)),
-        (limit, None) | (None, limit) => limit,
-    };
-    let mut per_lora: BTreeMap<usize, u64> = BTreeMap::new();
-    for piece in &pieces {
-        let rank = per_lora.entry(piece.lora).or_default();
-        *rank = rank.saturating_add(piece.rank);
-    }
-    let exact = per_lora
-        .values()
-        .fold(0u64, |sum, rank| sum.saturating_add(pad_rank(*rank)));
-    let rank = rank_limit.map_or(exact, |limit| exact.min(pad_rank(limit)));
-    let row_order = match slot.kind {
-        SlotKind::Awq => slot::awq_row_order(&slot.path).unwrap_or(RowOrder::Planar),
-        SlotKind::Svdq | SlotKind::Linear => RowOrder::Planar,
-    };
-    Ok(SlotPlan {
-        path: slot.path.clone(),
-        kind: slot.kind,
-        row_order,
-        base_rank: slot.base_rank,
-        rank,
-        rank_limit,
-        group: None,
-        pieces,
-    })
-}
-
-/// Groups the offloaded slots of one path over all blocks, where any of them has a piece.
-fn group_ranks(all: &[Slot], planned: &mut [(&Slot, SlotPlan)]) -> Vec<RankGroup> {
-    let mut groups: Vec<RankGroup> = Vec::new();
-    let mut index: HashMap<&str, usize> = HashMap::new();
-    for (slot, plan) in planned.iter_mut().filter(|(slot, _)| slot.offloaded) {
-        let pattern = slot.pattern.as_str();
-        let at = *index.entry(pattern).or_insert_with(|| {
-            let slots = all
-                .iter()
-                .filter(|s| s.offloaded && s.pattern == pattern)
-                .map(|s| s.path.clone())
-                .collect();
-            groups.push(RankGroup {
-                pattern: pattern.to_owned(),
-                slots,
-                rank: 0,
-            });
-            groups.len() - 1
-        });
-        plan.group = Some(at);
-        if let Some(group) = groups.get_mut(at) {
-            group.rank = group.rank.max(plan.rank);
-        }
-    }
-    groups
 }

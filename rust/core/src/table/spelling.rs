@@ -9,7 +9,6 @@ use super::{Entry, KeyTable};
 use crate::model::TargetId;
 use crate::reason::Reason;
 use crate::role::Role;
-use crate::suffix::Half;
 
 /// How a tensor's key spells its module.
 #[derive(Debug, Default)]
@@ -94,8 +93,8 @@ fn makes_an_adapter(role: Role) -> bool {
 }
 
 /// The place of a tensor in its module's adapter: two in one place are duplicates.
-fn place(entry: &Entry) -> (Role, bool) {
-    (entry.role, entry.half == Some(Half::Up))
+fn place(entry: &Entry) -> (Role, Option<Role>) {
+    (entry.role, entry.scales)
 }
 
 impl KeyTable {
@@ -174,7 +173,7 @@ impl KeyTable {
 
     /// Drops repeated places of the adapter that is kept, and all of the module's other spellings.
     fn drop_duplicates(&mut self, kept: &[usize], others: &[usize]) {
-        let mut first: HashMap<(Role, bool), usize> = HashMap::new();
+        let mut first: HashMap<(Role, Option<Role>), usize> = HashMap::new();
         let mut repeated = Vec::new();
         for &index in kept {
             let Some(entry) = self.entries.get(index) else {

@@ -1,0 +1,288 @@
+"""Side branches: what runs beside a layer that is called as a module.
+
+A branch's tensors are non-persistent buffers of the layer, its layout an attribute, and its code
+one function that reads both from the module it is given: a deep copy carries a branch of its own,
+and block offload copies the buffers as it does all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from qwenlora.layout import RowOrder
+from qwenlora.pack import interleave_modulation
+from qwenlora.plan import SlotKind
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from qwenlora.pieces import KronPair
+    from qwenlora.targets import Target
+
+__all__ = [
+    "BRANCH_DOWN",
+    "BRANCH_UP",
+    "Branch",
+    "BranchLayout",
+    "KronShape",
+    "ScaledKron",
+    "add_side_branch",
+    "branch_of",
+    "is_clean",
+    "set_branch",
+]
+
+BRANCH_DOWN = "qwenlora_down"
+"""Name of the low-rank part's (R, in) buffer."""
+BRANCH_UP = "qwenlora_up"
+"""Name of the low-rank part's (out, R) buffer."""
+BRANCH_DENSE = "qwenlora_dense"
+"""Name of the dense part's (out, in) buffer."""
+_LAYOUT = "_qwenlora_branch"
+_PREFIX = "qwenlora_"
+
+
+class KronShape(NamedTuple):
+    """Where a Kronecker product lies in a layer, and its factors' sizes; ordered."""
+
+    row_begin: int
+    w1_rows: int
+    w1_columns: int
+    w2_rows: int
+    w2_columns: int
+
+    @property
+    def elements(self) -> int:
+        """Values in both factors."""
+        return self.w1_rows * self.w1_columns + self.w2_rows * self.w2_columns
+
+
+@dataclass(frozen=True)
+class ScaledKron:
+    """One Kronecker product ready to be written: strength and scale in `w1`."""
+
+    w1: Tensor
+    w2: Tensor
+    row_begin: int
+
+    @classmethod
+    def of(cls, kron: KronPair, strength: float, target: Target) -> ScaledKron:
+        """Scale in float32 and cast to the slot's dtype, on its device."""
+        factor = torch.tensor(kron.scale * strength, dtype=torch.float32)
+        w1 = (kron.w1.to(torch.float32) * factor).to(target.device, target.dtype)
+        w2 = kron.w2.to(torch.float32).to(target.device, target.dtype)
+        return cls(w1, w2, kron.row_begin)
+
+    @property
+    def shape(self) -> KronShape:
+        """Its place and sizes."""
+        return KronShape(self.row_begin, *self.w1.shape, *self.w2.shape)
+
+
+@dataclass(frozen=True)
+class BranchLayout:
+    """What the buffers of a branch mean.
+
+    Attributes:
+        krons: First row of each Kronecker product, in the order of their buffers.
+        row_order: The order of the layer's output rows.
+    """
+
+    krons: tuple[int, ...] = ()
+    row_order: RowOrder = RowOrder.PLANAR
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A branch's tensors by buffer name, in the order in which they are registered."""
+
+    layout: BranchLayout
+    tensors: dict[str, Tensor]
+
+    @property
+    def room(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Names and shapes: what offload needs to be the same in every block."""
+        return tuple((name, tuple(tensor.shape)) for name, tensor in self.tensors.items())
+
+    @property
+    def rank(self) -> int:
+        """Ranks of its low-rank part."""
+        down = self.tensors.get(BRANCH_DOWN)
+        return 0 if down is None else int(down.shape[0])
+
+
+def kron_names(index: int) -> tuple[str, str]:
+    """The buffers of the factors of one product."""
+    return (f"{_PREFIX}kron{index}_w1", f"{_PREFIX}kron{index}_w2")
+
+
+def branch_of(module: nn.Module) -> Branch | None:
+    """The branch that a layer carries now."""
+    layout = module.__dict__.get(_LAYOUT)
+    tensors = {
+        name: buffer
+        for name, buffer in module._buffers.items()
+        if name.startswith(_PREFIX) and buffer is not None
+    }
+    return Branch(layout, tensors) if layout is not None and tensors else None
+
+
+def is_clean(module: nn.Module) -> bool:
+    """Whether nothing of a branch is there, not even a part of an interrupted change."""
+    return (
+        _LAYOUT not in module.__dict__
+        and not any(name.startswith(_PREFIX) for name in module._buffers)
+        and add_side_branch not in module._forward_hooks.values()
+    )
+
+
+def set_branch(module: nn.Module, branch: Branch | None) -> None:
+    """Install, replace or remove a branch; the hook leaves with it."""
+    if branch is None:
+        _remove_hook(module)
+    for name in [name for name in module._buffers if name.startswith(_PREFIX)]:
+        delattr(module, name)
+    module.__dict__.pop(_LAYOUT, None)
+    if branch is None:
+        return
+    module.__dict__[_LAYOUT] = branch.layout
+    for name, tensor in branch.tensors.items():
+        module.register_buffer(name, tensor, persistent=False)
+    if add_side_branch not in module._forward_hooks.values():
+        module.register_forward_hook(add_side_branch, with_kwargs=True)
+
+
+def make_branch(
+    target: Target,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    *,
+    rank: int,
+    krons: Sequence[ScaledKron],
+    kron_room: Sequence[KronShape],
+    dense: Tensor | None,
+    row_order: RowOrder,
+    pinned: bool,
+) -> Branch | None:
+    """Allocate and fill a branch.
+
+    Args:
+        target: The layer.
+        pairs: (down (r, in), up (out, r)), rows in the layer's own order.
+        rank: Ranks to hold, at least the pairs' in all; what exceeds them is zero.
+        krons: Kronecker products.
+        kron_room: Shapes to hold, at least the products' own; the others are zero.
+        dense: (out, in).
+        row_order: The order of the layer's rows, for the products.
+        pinned: Whether to allocate pinned memory, as the layer's own tensors are: offload copies
+            from it asynchronously.
+
+    Returns:
+        The branch, or None where it holds nothing.
+    """
+    row = target.row
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(
+            shape, dtype=target.dtype, device=target.device, pin_memory=pinned
+        )
+
+    tensors: dict[str, Tensor] = {}
+    if rank:
+        down, up = zeros(rank, row.in_features), zeros(row.out_features, rank)
+        end = 0
+        for pair_down, pair_up in pairs:
+            ranks = slice(end, end + pair_down.shape[0])
+            down[ranks] = pair_down
+            up[:, ranks] = pair_up
+            end = ranks.stop
+        tensors |= {BRANCH_DOWN: down, BRANCH_UP: up}
+    if dense is not None:
+        tensors[BRANCH_DENSE] = zeros(*dense.shape).copy_(dense)
+    waiting = list(krons)
+    for index, shape in enumerate(kron_room):
+        w1, w2 = zeros(shape.w1_rows, shape.w1_columns), zeros(shape.w2_rows, shape.w2_columns)
+        if waiting and waiting[0].shape == shape:
+            kron = waiting.pop(0)
+            w1.copy_(kron.w1)
+            w2.copy_(kron.w2)
+        tensors |= dict(zip(kron_names(index), (w1, w2), strict=True))
+    if not tensors:
+        return None
+    return Branch(BranchLayout(tuple(s.row_begin for s in kron_room), row_order), tensors)
+
+
+def add_side_branch(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> Tensor:
+    """Forward hook: adds every part of the branch to the output, in the branch's dtype."""
+    buffers = module._buffers
+    layout: BranchLayout | None = module.__dict__.get(_LAYOUT)
+    if layout is None:
+        return output
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    down, up = buffers.get(BRANCH_DOWN), buffers.get(BRANCH_UP)
+    if down is not None and up is not None:
+        output = _add_low_rank(x.to(down.dtype), down, up, output)
+    dense = buffers.get(BRANCH_DENSE)
+    if dense is not None:
+        product = torch.nn.functional.linear(x.to(dense.dtype), dense)
+        output = output + product.to(output.dtype)
+    if layout.krons:
+        output = _add_krons(x, buffers, layout, output)
+    return output
+
+
+def _add_low_rank(x: Tensor, down: Tensor, up: Tensor, output: Tensor) -> Tensor:
+    hidden = torch.nn.functional.linear(x, down)  # (..., R)
+    if output.dtype != up.dtype or output.ndim < 2:
+        return output + torch.nn.functional.linear(hidden, up).to(output.dtype)
+    # One kernel adds and rounds once: launches are what a branch costs.
+    added = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), up.mT)  # (N, out)
+    return added.view_as(output)
+
+
+def _add_krons(
+    x: Tensor, buffers: dict[str, Tensor | None], layout: BranchLayout, output: Tensor
+) -> Tensor:
+    for index, row_begin in enumerate(layout.krons):
+        w1, w2 = (buffers[name] for name in kron_names(index))
+        if w1 is None or w2 is None:
+            continue
+        product = kron_product(x.to(w1.dtype), w1, w2)
+        if layout.row_order is RowOrder.INTERLEAVED:
+            product = interleave_modulation(product, dim=-1)
+        # The layer's own output, which nobody else holds yet.
+        output.narrow(-1, row_begin, product.shape[-1]).add_(product.to(output.dtype))
+    return output
+
+
+def kron_product(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """x kron(w1, w2)^T without forming the product: Y = w1 X w2^T per token.
+
+    Args:
+        x: (..., im il).
+        w1: (ol, im).
+        w2: (ok, il).
+
+    Returns:
+        (..., ol ok), row i ok + k of the product at i ok + k.
+    """
+    # (..., im il) -> (..., im, il)
+    tokens = x.unflatten(-1, (w1.shape[1], w2.shape[1]))
+    return torch.matmul(w1, torch.matmul(tokens, w2.mT)).flatten(-2)
+
+
+def _remove_hook(module: nn.Module) -> None:
+    # By function, not by handle: the handle of a deep copy would point at the original.
+    for key in [k for k, hook in module._forward_hooks.items() if hook is add_side_branch]:
+        del module._forward_hooks[key]
+        module._forward_hooks_with_kwargs.pop(key, None)
+
+
+def row_order_of(kind: SlotKind) -> RowOrder:
+    """The order of a layer's output rows: AWQ layers that can be planned are modulations."""
+    return RowOrder.INTERLEAVED if kind is SlotKind.AWQ else RowOrder.PLANAR

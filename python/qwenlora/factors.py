@@ -1,0 +1,196 @@
+"""From an adapter's stored tensors to one low-rank pair: exact where it can be, else optimal.
+
+Formulas: LoRA and LoHa as in their trainers; a Kronecker product's singular values are all products
+of its factors' ones, and its vectors the Kronecker products of their vectors (Van Loan, 2000), so
+its best low-rank form needs two small decompositions and never the product itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from qwenlora.layout import LowRankSide
+from qwenlora.pack import unpack_lowrank
+from qwenlora.plan import PieceKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qwenlora.plan import Piece
+
+__all__ = ["Factors", "factors_of", "kron_factors"]
+
+NEGLIGIBLE = 1e-12
+"""Singular values below this share of the largest are rounding noise of float64."""
+EXACT_SVD_SIDE = 1024
+"""A dense delta with a side up to this is decomposed fully, a larger one by a range finder."""
+OVERSAMPLING = 32
+"""Directions that the range finder takes beyond the rank asked for."""
+POWER_ITERATIONS = 3
+"""Times that it goes through the matrix and back: trained deltas have slowly falling spectra."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A delta as `up @ down`, without its scale.
+
+    Attributes:
+        down: (r, in).
+        up: (rows, r).
+        energy_lost: Squared Frobenius norm of what was cut off, without the scale.
+        energy: Squared Frobenius norm of the whole; None where nothing was cut off.
+    """
+
+    down: Tensor
+    up: Tensor
+    energy_lost: float = 0.0
+    energy: float | None = None
+
+    @property
+    def rank(self) -> int:
+        """Ranks of the pair."""
+        return int(self.down.shape[0])
+
+    @property
+    def share_lost(self) -> float:
+        """Share of the energy that was cut off."""
+        return self.energy_lost / self.energy if self.energy else 0.0
+
+
+def factors_of(piece: Piece, tensors: Mapping[str, Tensor], device: torch.device) -> Factors:
+    """Bring a piece that is executed as rank to one pair.
+
+    Args:
+        piece: Of kind `LOW_RANK`, or `DENSE` with a rank budget.
+        tensors: Its tensors by role, on the host, flattened to matrices.
+        device: Where a large decomposition may run.
+
+    Returns:
+        The pair: in the stored dtype for a plain pair, else in float32.
+    """
+    if piece.kind is PieceKind.DENSE:
+        return _truncated(tensors["diff"].to(device, torch.float32), piece.rank_budget)
+    if piece.adapter == "loha":
+        return _khatri_rao(tensors)
+    if piece.adapter == "lokr":
+        return _kron_pair(tensors, piece.rank_budget)
+    if "packed_down" in tensors:
+        return Factors(
+            down=unpack_lowrank(tensors["packed_down"], LowRankSide.DOWN),
+            up=unpack_lowrank(tensors["packed_up"], LowRankSide.UP),
+        )
+    if "mid" in tensors:
+        # delta = up (out, r2) @ mid (r2, r1) @ down (r1, in)
+        down, mid, up = (_wide(tensors[role]) for role in ("down", "mid", "up"))
+        if mid.shape[0] < mid.shape[1]:
+            return Factors(down=mid @ down, up=up)
+        return Factors(down=down, up=up @ mid)
+    return Factors(down=tensors["down"], up=tensors["up"])
+
+
+def kron_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The two factors w1 (ol, im) and w2 (ok, il) of a LoKr; products are formed in float32."""
+    return _kron_factor(tensors, "lokr_w1"), _kron_factor(tensors, "lokr_w2")
+
+
+def _kron_factor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    if name in tensors:
+        return tensors[name]
+    return _wide(tensors[f"{name}_a"]) @ _wide(tensors[f"{name}_b"])
+
+
+def _khatri_rao(tensors: Mapping[str, Tensor]) -> Factors:
+    """(w1_a w1_b) * (w2_a w2_b) as one pair of rank r1 r2, exact in float32 for 16-bit factors."""
+    left_1, right_1 = _wide(tensors["hada_w1_a"]), _wide(tensors["hada_w1_b"])
+    left_2, right_2 = _wide(tensors["hada_w2_a"]), _wide(tensors["hada_w2_b"])
+    # (out, r1, 1) * (out, 1, r2) -> (out, r1 r2)
+    up = (left_1.unsqueeze(2) * left_2.unsqueeze(1)).flatten(1)
+    # (r1, 1, in) * (1, r2, in) -> (r1 r2, in)
+    down = (right_1.unsqueeze(1) * right_2.unsqueeze(0)).flatten(0, 1)
+    return Factors(down=down, up=up)
+
+
+@dataclass(frozen=True)
+class _Svd:
+    left: Tensor  # (rows, r)
+    values: Tensor  # (r,)
+    right: Tensor  # (r, columns)
+
+
+def _kron_pair(tensors: Mapping[str, Tensor], budget: int | None) -> Factors:
+    """The best pair of at most `budget` ranks; exact where the product has no more."""
+    one, two = _factor_svd(tensors, "lokr_w1"), _factor_svd(tensors, "lokr_w2")
+    values = torch.outer(one.values, two.values).flatten()
+    energy = values.square().sum()
+    order = torch.argsort(values, descending=True, stable=True)
+    kept = int((values > NEGLIGIBLE * values.max()).sum())
+    cut = budget is not None and kept > budget
+    order = order[: max(1, min(kept, budget) if budget is not None else kept)]
+    first, second = order // two.values.numel(), order % two.values.numel()
+    root = values[order].sqrt()
+    # column-wise kron: (ol, 1, k) * (1, ok, k) -> (ol ok, k)
+    up = (one.left[:, first].unsqueeze(1) * two.left[:, second].unsqueeze(0)).flatten(0, 1) * root
+    # row-wise kron: (k, im, 1) * (k, 1, il) -> (k, im il)
+    down = (one.right[first].unsqueeze(2) * two.right[second].unsqueeze(1)).flatten(1)
+    down = down * root.unsqueeze(1)
+    if not cut:
+        return Factors(down=down.float(), up=up.float())
+    lost = float(energy - values[order].square().sum())
+    return Factors(down.float(), up.float(), energy_lost=max(0.0, lost), energy=float(energy))
+
+
+def _factor_svd(tensors: Mapping[str, Tensor], name: str) -> _Svd:
+    """Decompose one factor in float64: the direct one, or the product of its two halves."""
+    if name in tensors:
+        return _Svd(*torch.linalg.svd(tensors[name].double(), full_matrices=False))
+    q_left, r_left = torch.linalg.qr(tensors[f"{name}_a"].double())
+    q_right, r_right = torch.linalg.qr(tensors[f"{name}_b"].double().mT)
+    left, values, right = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
+    return _Svd(q_left @ left, values, right @ q_right.mT)
+
+
+def _truncated(delta: Tensor, budget: int | None) -> Factors:
+    """The best pair of at most `budget` ranks of a dense delta (rows, in), float32.
+
+    A large one is projected on the range that a few power iterations find (Halko, Martinsson and
+    Tropp, 2011); what the projection lacks counts as lost, so the loss stated is never too small.
+    """
+    rows, columns = delta.shape
+    full = min(rows, columns)
+    rank = full if budget is None else min(budget, full)
+    energy = float(delta.double().square().sum())
+    if full <= EXACT_SVD_SIDE or rank + OVERSAMPLING >= full:
+        left, values, right = torch.linalg.svd(delta, full_matrices=False)
+    else:
+        basis = _range(delta, rank + OVERSAMPLING)
+        inner, values, right = torch.linalg.svd(basis.mT @ delta, full_matrices=False)
+        left = basis @ inner
+    if float(values[0]) > 0:
+        rank = min(rank, int((values > values[0] * torch.finfo(values.dtype).eps).sum()))
+    kept = values[:rank]
+    root = kept.sqrt()
+    return Factors(
+        down=(root.unsqueeze(1) * right[:rank]).cpu(),
+        up=(left[:, :rank] * root).cpu(),
+        energy_lost=max(0.0, energy - float(kept.double().square().sum())),
+        energy=energy,
+    )
+
+
+def _range(delta: Tensor, size: int) -> Tensor:
+    """An orthonormal basis (rows, size) of the directions in which a matrix is large."""
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(delta.shape[1], size, generator=generator).to(delta.device)
+    basis, _ = torch.linalg.qr(delta @ probe)
+    for _ in range(POWER_ITERATIONS):
+        back, _ = torch.linalg.qr(delta.mT @ basis)
+        basis, _ = torch.linalg.qr(delta @ back)
+    return basis
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)

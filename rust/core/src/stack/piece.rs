@@ -1,0 +1,159 @@
+//! How a delta is executed in a slot.
+
+use super::branch::Branch;
+use super::{Piece, SkipKind, StackOptions, TensorRef};
+use crate::adapter::PieceKind;
+use crate::delta::{Delta, Form, Parameter};
+use crate::slot::{Slot, SlotKind, pad_rank};
+use crate::table::Entry;
+
+/// A Kronecker product of at most this rank is executed as rank: up to there, ranks in a branch
+/// that is computed anyway cost less than the launches of a side branch of their own. Beyond, the
+/// side branch is the cheaper: `W1 X W2ᵀ` of a 3072x3072 module costs as much as a LoRA of rank 56
+/// to 166.
+pub const MAX_KRON_RANK: u64 = 128;
+
+/// A piece, with what it takes beside ranks.
+pub(super) struct Placed {
+    pub(super) piece: Piece,
+    pub(super) branch: Branch,
+}
+
+impl Placed {
+    /// Pieces of a slot in an order that no order of keys changes.
+    pub(super) fn order(&self) -> (usize, u64, PieceKind, Option<&str>) {
+        let piece = &self.piece;
+        let key = piece.tensors.values().next().map(|t| t.key.as_str());
+        (piece.lora, piece.row_begin, piece.kind, key)
+    }
+}
+
+/// How a delta is executed, with the ranks that it takes.
+struct Execution {
+    kind: PieceKind,
+    rank: u64,
+    rank_budget: Option<u64>,
+    branch: Branch,
+}
+
+/// Where a delta goes.
+pub(super) struct Place<'s> {
+    pub(super) slot: &'s Slot,
+    /// First of the slot's rows, and how many.
+    pub(super) rows: (u64, u64),
+    /// Most ranks that may be added to the slot.
+    pub(super) rank_limit: Option<u64>,
+}
+
+/// Makes a delta a piece of its slot, or says why the slot cannot carry it.
+pub(super) fn place(
+    delta: &Delta,
+    place: &Place<'_>,
+    entries: &[Entry],
+    (lora, target): (usize, &str),
+    options: StackOptions,
+) -> Result<Placed, (SkipKind, String)> {
+    check_kind(delta, place)?;
+    let execution = execution(delta, place, options);
+    let tensors = delta
+        .tensors()
+        .into_iter()
+        .filter_map(|(name, index)| Some((name, tensor_ref(entries.get(index)?))));
+    let parameter = match delta.form {
+        Form::Vector { parameter, .. } => Some(parameter),
+        _ => None,
+    };
+    Ok(Placed {
+        piece: Piece {
+            kind: execution.kind,
+            adapter: delta.adapter,
+            lora,
+            target: target.to_owned(),
+            rank: execution.rank,
+            rank_budget: execution.rank_budget,
+            scale: delta.scale,
+            row_begin: place.rows.0,
+            row_count: place.rows.1,
+            parameter,
+            tensors: tensors.collect(),
+        },
+        branch: execution.branch,
+    })
+}
+
+/// What a kind of slot cannot carry at all.
+fn check_kind(delta: &Delta, place: &Place<'_>) -> Result<(), (SkipKind, String)> {
+    let slot = place.slot;
+    let unsupported = |text: &str| Err((SkipKind::Unsupported, text.to_owned()));
+    let is_whole = place.rows == (0, slot.out_features);
+    match (delta.form, slot.kind) {
+        (Form::Vector { parameter, .. }, kind) => match (parameter, kind) {
+            (Parameter::Bias, SlotKind::Norm | SlotKind::Embedding) => {
+                unsupported("a bias for a layer that never has one")
+            }
+            (Parameter::Bias, _) if !slot.has_bias => Err((
+                SkipKind::Missing,
+                "the model's layer has no bias".to_owned(),
+            )),
+            (Parameter::Bias, _) | (Parameter::Weight, SlotKind::Norm) => Ok(()),
+            (Parameter::Weight, _) => unsupported("a norm's delta for a layer that is no norm"),
+        },
+        (_, SlotKind::Norm) => unsupported("a norm of this model takes a vector alone"),
+        (Form::Packed { .. }, kind) if kind != SlotKind::Svdq || !is_whole => {
+            unsupported("a Nunchaku-packed pair fits a whole SVDQuant layer, which this is not")
+        }
+        (
+            Form::Tucker { .. } | Form::Hadamard { .. } | Form::Kronecker { .. },
+            SlotKind::Embedding,
+        ) => unsupported("an embedding of this model takes a LoRA or a full delta alone"),
+        _ => Ok(()),
+    }
+}
+
+fn execution(delta: &Delta, place: &Place<'_>, options: StackOptions) -> Execution {
+    let slot = place.slot;
+    let bound = delta.rank_bound();
+    let limit = place.rank_limit.unwrap_or(u64::MAX);
+    let budget = options.truncated_rank.min(limit);
+    let of_rank = |rank, rank_budget| Execution {
+        kind: PieceKind::LowRank,
+        rank,
+        rank_budget,
+        branch: Branch::None,
+    };
+    let beside = |kind| Execution {
+        kind,
+        rank: 0,
+        rank_budget: None,
+        branch: Branch::of(delta, place.rows, slot.in_features),
+    };
+    match delta.form {
+        Form::Pair { .. } | Form::Tucker { .. } | Form::Packed { .. } | Form::Hadamard { .. } => {
+            of_rank(bound, None)
+        }
+        Form::Kronecker { .. } if bound <= MAX_KRON_RANK => of_rank(bound, None),
+        Form::Kronecker { .. } if slot.carries_branch() => beside(PieceKind::Kron),
+        Form::Kronecker { .. } => of_rank(bound.min(budget), (bound > budget).then_some(budget)),
+        Form::Full { .. } if slot.is_quantized() => Execution {
+            kind: PieceKind::Dense,
+            ..of_rank(bound.min(budget), Some(budget))
+        },
+        Form::Full { .. } => beside(PieceKind::Dense),
+        Form::Vector { .. } => beside(PieceKind::Vector),
+    }
+}
+
+/// Ranks of one LoRA's pieces in a slot, padded as the kernels need it.
+pub(super) fn padded_rank<'p>(pieces: impl Iterator<Item = &'p Piece>) -> u64 {
+    pad_rank(pieces.fold(0, |sum, piece| sum.saturating_add(piece.rank)))
+}
+
+fn tensor_ref(entry: &Entry) -> TensorRef {
+    TensorRef {
+        key: entry.tensor.key.clone(),
+        dtype: entry.tensor.dtype.name(),
+        shape: entry.tensor.shape.clone(),
+        offset_bytes: entry.tensor.offset_bytes,
+        len_bytes: entry.tensor.len_bytes,
+    }
+}
