@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 import qwenlora
 from qwenlora import _core, pack
+from qwenlora.branch import BRANCH_DOWN, BRANCH_UP
 from qwenlora.emulation import EmulatedConfig, Precision, random_transformer
 from qwenlora.layout import LowRankSide
-from qwenlora.branch import BRANCH_DOWN, BRANCH_UP
 
 WIDTH = 128
 TEXT_WIDTH = 96

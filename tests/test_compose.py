@@ -12,9 +12,9 @@ import torch
 
 import qwenlora
 from qwenlora import _core, cache, compat, errors
+from qwenlora.branch import BRANCH_DOWN, BRANCH_UP
 from qwenlora.emulation import Precision
 from qwenlora.plan import StackPlan
-from qwenlora.branch import BRANCH_DOWN, BRANCH_UP
 from qwenlora.spec import ComposeOptions, LoraSpec
 from qwenlora.targets import find_targets
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import qwenlora
 from qwenlora import Placement, pack
-from qwenlora.layout import MAX_RANK, LowRankSide
 from qwenlora.branch import BRANCH_DOWN, BRANCH_UP
+from qwenlora.layout import MAX_RANK, LowRankSide
 from qwenlora.spec import ComposeOptions
 
 QKV = "transformer_blocks.0.attn.to_qkv"

@@ -186,9 +186,7 @@ def make_branch(
     row = target.row
 
     def zeros(*shape: int) -> Tensor:
-        return torch.zeros(
-            shape, dtype=target.dtype, device=target.device, pin_memory=pinned
-        )
+        return torch.zeros(shape, dtype=target.dtype, device=target.device, pin_memory=pinned)
 
     tensors: dict[str, Tensor] = {}
     if rank:
@@ -261,7 +259,7 @@ def _add_krons(
 
 
 def kron_product(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """x kron(w1, w2)^T without forming the product: Y = w1 X w2^T per token.
+    """X kron(w1, w2)^T without forming the product: Y = w1 X w2^T per token.
 
     Args:
         x: (..., im il).
@@ -272,7 +270,7 @@ def kron_product(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         (..., ol ok), row i ok + k of the product at i ok + k.
     """
     # (..., im il) -> (..., im, il)
-    tokens = x.unflatten(-1, (w1.shape[1], w2.shape[1]))
+    tokens = x.reshape(*x.shape[:-1], w1.shape[1], w2.shape[1])
     return torch.matmul(w1, torch.matmul(tokens, w2.mT)).flatten(-2)
 
 

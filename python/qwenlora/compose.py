@@ -219,6 +219,7 @@ class _Composition:
         # Also where the stack is in place already: what `strict` raises, it raises always.
         plan = _plan(wanted, targets, strict=self._strict)
         if unchanged:
+            _judge_refusals(self._state.report.loras, strict=self._strict)
             return self._state.report
         with contextlib.ExitStack() as closing:
             fetchers: list[TensorFetcher] = []

@@ -185,7 +185,7 @@ def _range(delta: Tensor, size: int) -> Tensor:
     """An orthonormal basis (rows, size) of the directions in which a matrix is large."""
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(delta.shape[1], size, generator=generator).to(delta.device)
-    basis, _ = torch.linalg.qr(delta @ probe)
+    basis: Tensor = torch.linalg.qr(delta @ probe).Q
     for _ in range(POWER_ITERATIONS):
         back, _ = torch.linalg.qr(delta.mT @ basis)
         basis, _ = torch.linalg.qr(delta @ back)

@@ -183,9 +183,7 @@ def fetch_pieces(
     """
     refs = [ref for piece in pieces for ref in piece.tensors.values()]
     stored = iter(fetcher.fetch(refs))
-    read = [
-        (piece, {role: _matrix(next(stored)) for role in piece.tensors}) for piece in pieces
-    ]
+    read = [(piece, {role: _matrix(next(stored)) for role in piece.tensors}) for piece in pieces]
     if slot.kind in (SlotKind.NORM, SlotKind.EMBEDDING):
         return LoraPieces(values=tuple(value_of(p, tensors, slot) for p, tensors in read))
     ranks, refused = _rank_members(read, slot, target, max_energy_lost)
@@ -260,9 +258,7 @@ def _too_much(factors: Factors, limit: float) -> str:
     )
 
 
-def _fuse(
-    members: Sequence[tuple[Piece, Factors]], slot: SlotPlan, target: Target
-) -> LoraPair:
+def _fuse(members: Sequence[tuple[Piece, Factors]], slot: SlotPlan, target: Target) -> LoraPair:
     """Join one LoRA's pairs of a slot; packed where the slot is."""
     downs = _same_dtype([factors.down for _, factors in members])
     ups = _same_dtype([factors.up for _, factors in members])

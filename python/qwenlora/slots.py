@@ -377,7 +377,9 @@ class _ValueChange:
     old_kept: dict[str, Tensor] | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.old = {name: (getattr(self.module, name), getattr(self.module, name).data) for name in self.new}
+        self.old = {
+            name: (getattr(self.module, name), getattr(self.module, name).data) for name in self.new
+        }
         self.old_kept = self.module.__dict__.get(_BASE_VALUES)
 
     def make(self) -> None:

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from qwenlora.layout import RowOrder
 from qwenlora.pack import interleave_modulation, pack_vector
 from qwenlora.plan import SlotKind

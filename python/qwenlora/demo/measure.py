@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from qwenlora.branch import BRANCH_DOWN, BRANCH_UP
 from qwenlora.demo.expected import Deltas
 from qwenlora.demo.model import forward
 from qwenlora.emulation import (
@@ -34,7 +35,6 @@ from qwenlora.emulation import (
 from qwenlora.emulation.dense import FUSED_MEMBERS
 from qwenlora.layout import MODULATION_PLANES, LowRankSide
 from qwenlora.pack import unpack_lowrank
-from qwenlora.branch import BRANCH_DOWN, BRANCH_UP
 
 __all__ = ["BOUND", "Errors", "Kind", "Meter"]
 
