@@ -36,7 +36,7 @@ _NAME_TIP = "The file name of the LoRA."
 _SLOT_TIP = "The file name of the LoRA. Select 'None' to skip this slot."
 _STRENGTH_TIP = "How strongly to modify the diffusion model. This value can be negative."
 _ENABLED_TIP = "Whether this LoRA is used."
-_AWQ_TIP = "Whether the LoRAs' modulation layers (img_mod, txt_mod) are applied."
+_AWQ_TIP = "Whether the modulation layers (img_mod, txt_mod) of this node's LoRAs are applied."
 _COUNT_TIP = "Number of LoRA slots in use."
 _OFFLOAD_TIP = (
     "'auto' and 'disable' leave offload as the model loader set it; 'enable' turns it on if it is"
@@ -51,12 +51,12 @@ class Request:
 
     Attributes:
         rows: The rows that are in use.
-        modulation: As in `ComposeOptions`; None leaves what nodes before asked for.
+        modulation: As in `LoraSpec`, for these rows; nodes before and after keep their own.
         offload: Whether block offload is turned on where it is off; False leaves it as it is.
     """
 
     rows: tuple[Row, ...]
-    modulation: bool | None = None
+    modulation: bool = True
     offload: bool = False
 
     @property
@@ -82,18 +82,22 @@ def extend_model(model: ModelPatcher, request: Request) -> tuple[ModelPatcher, s
     transformer = host.transformer_of(model)
     host.warn_of_patches(model)
     before = host.set_of(model) or LoraSet.of(options=ComposeOptions(progress=host.progress))
-    loras = [LoraSpec(host.lora_path(row.name), row.strength) for row in request.active]
-    wanted = before.extended(loras)
-    options = wanted.options
-    if request.modulation is not None:
-        options = replace(options, modulation=request.modulation)
+    wanted = before.extended(
+        [
+            LoraSpec(host.lora_path(row.name), row.strength, modulation=request.modulation)
+            for row in request.active
+        ]
+    )
     if request.offload:
-        options = replace(options, offload=True)
-    wanted = replace(wanted, options=options)
+        wanted = replace(wanted, options=replace(wanted.options, offload=True))
     report = plan_report(transformer, wanted)
     text = report.text()
-    if not wanted.options.modulation:
-        text += "\n  modulation layers (img_mod, txt_mod) are switched off (apply_awq_mod)"
+    without = [spec.title for spec in wanted.specs if not spec.modulation]
+    if without:
+        text += (
+            "\n  modulation layers (img_mod, txt_mod) are switched off (apply_awq_mod) for: "
+            + ", ".join(without)
+        )
     return host.with_set(model, wanted, transformer, report.added_bytes), text
 
 
@@ -318,9 +322,7 @@ class _SavedStack(_LoraNode):
     def request(cls, inputs: Inputs) -> Request:
         """The rows that the count and the switches leave."""
         inputs = cls.saved.restore(inputs)
-        modulation = inputs.get("apply_awq_mod")
-        if not isinstance(modulation, bool):
-            modulation = None
+        modulation = as_flag(inputs.get("apply_awq_mod"), True)
         if not as_flag(inputs.get("stack_enabled"), True):
             return Request((), modulation)
         offload = inputs.get("cpu_offload") == "enable"

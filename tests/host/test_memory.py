@@ -39,15 +39,18 @@ def load(graph, host):
     node = nodes.NODE_CLASS_MAPPINGS["QwenLoraLoader"]
     host.loras.mkdir(exist_ok=True)
 
+    links = set()
+
     def run(model, path, strength=1.0):
         listed = host.loras / path.name
-        if not listed.exists():
+        if listed not in links:
             listed.symlink_to(path)
+            links.add(listed)
         return node().load(model, lora_name=path.name, strength=strength)[0]
 
     yield run
-    for file in host.loras.iterdir():
-        file.unlink()
+    for link in links:
+        link.unlink()
 
 
 # ---- what is announced ----

@@ -287,11 +287,38 @@ def test_modulation_is_switched_off_for_its_own_branch(bench, files):
     off = {"lora_name_1": A, "apply_awq_mod": False}
     with_it, without = bench.latents(on=[(node, on)], off=[(node, off)])
     assert torch.equal(with_it, bench.expected(files[A]))
-    twin = bench.fresh()
-    options = qwenlora.ComposeOptions(modulation=False)
-    qwenlora.compose_loras(twin.model.diffusion_model, files[A], options=options)
-    assert torch.equal(without, bench.qwen.ksample(twin, seed=5, steps=2))
+    off_only = qwenlora.LoraSpec(files[A], modulation=False)
+    assert torch.equal(without, bench.expected(off_only))
     assert not torch.equal(with_it, without)
+
+
+def test_chained_nodes_keep_their_own_modulation(bench, files):
+    chain = [
+        ("NunchakuQwenImageLoraStackV2", {"lora_name_1": A, "apply_awq_mod": False}),
+        ("NunchakuQwenImageLoraStackV1", {"lora_1": {"lora": B}, "apply_awq_mod": True}),
+        load(C),
+    ]
+    done = bench.run(all=chain, turned=chain[::-1])
+    modulation = {"a": False, "b": True, "c": True}
+    for name, titles in (("all", "abc"), ("turned", "cba")):
+        specs = done.values[f"{name} model"].model_options["transformer_options"][OPTIONS_KEY].specs
+        assert [(spec.title, spec.modulation) for spec in specs] == [
+            (title, modulation[title]) for title in titles
+        ]
+        by_title = {path.stem: path for path in files.values()}
+        loras = [qwenlora.LoraSpec(by_title[t], modulation=modulation[t]) for t in titles]
+        assert torch.equal(done.values[name]["samples"], bench.expected(*loras))
+    every = [files[A], files[B], files[C]]
+    assert not torch.equal(done.values["all"]["samples"], bench.expected(*every))
+
+
+def test_the_report_says_whose_modulation_is_off(bench):
+    off = ("NunchakuQwenImageLoraStackV2", {"lora_name_1": A, "apply_awq_mod": False})
+    prompt = bench.prompt(sample=False, one=[off, load(B)])
+    prompt["report"] = bench.graph.sink("report", ["one 1", 1])
+    done = bench.graph.run(prompt)
+    assert done.success, done
+    assert "switched off (apply_awq_mod) for: a" in done.values["report"].splitlines()[-1]
 
 
 def test_the_same_stack_composes_once(bench):
@@ -618,8 +645,8 @@ def test_saved_widget_values(bench, node, values, modulation):
     node = f"NunchakuQwenImageLora{node}"
     (model,) = bench.models(one=[(node, restored(node, values))])
     assert wanted(model) == AB
-    options = model.model_options["transformer_options"][OPTIONS_KEY].options
-    assert options.modulation is modulation
+    specs = model.model_options["transformer_options"][OPTIONS_KEY].specs
+    assert {spec.modulation for spec in specs} == {modulation}
 
 
 @pytest.mark.parametrize(
