@@ -145,14 +145,24 @@ def test_lokr_in_the_fused_mlp_is_the_best_of_its_rank(budget, probe, Draft):
     draft = Draft(1).put(target, "lokr_w1", 16, 16).put(target, "lokr_w2", 64, 16)
     w1, w2 = draft.tensors.values()
     dense = torch.kron(w1.double(), w2.double())
-    options = ComposeOptions(truncated_rank=budget)
-    report = qwenlora.compose_loras(model, draft.tensors, options=options, strict=True)
+    report = qwenlora.compose_loras(model, draft.tensors, max_rank=budget, strict=True)
     values = torch.linalg.svdvals(dense)
     lost = float(values[budget:].square().sum() / values.square().sum())
     (slot,) = report.slots
     assert (slot.energy_lost or 0.0) == pytest.approx(lost, abs=1e-6)
     found = probe.delta(model, target)
     assert float((found - dense).norm() / dense.norm()) ** 2 == pytest.approx(lost, abs=1e-5)
+
+
+def test_lokr_in_the_fused_mlp_is_exact_where_it_fits(probe, Draft):
+    target = f"{BLOCK}.img_mlp.net.0.proj"
+    model = wide_model()
+    draft = Draft(1).put(target, "lokr_w1", 16, 16).put(target, "lokr_w2", 64, 16)
+    dense = torch.kron(*(tensor.double() for tensor in draft.tensors.values()))
+    report = qwenlora.compose_loras(model, draft.tensors, options=ComposeOptions(truncated_rank=16))
+    assert report.slots[0].rank_added == 256
+    assert report.slots[0].energy_lost is None
+    assert error(probe.delta(model, target), dense) < CLOSE
 
 
 def test_both_factors_whole_are_not_scaled(make_model, probe, Draft):
