@@ -309,6 +309,20 @@ def test_norms_are_moved_and_put_back(make_model, probe, Draft):
     assert probe.snapshot(model).differences(probe.snapshot(base)) == []
 
 
+def test_values_of_a_model_made_in_inference_mode(make_model, probe, Draft):
+    with torch.inference_mode():
+        model = make_model()
+    base, output = probe.snapshot(model), probe.output(model)
+    draft = Draft(1).put("txt_norm", "w_norm", 96).put(f"{BLOCK}.attn.to_add_out", "diff_b", 128)
+    for _ in range(2):
+        qwenlora.compose_loras(model, draft.tensors)
+        assert not torch.equal(probe.output(model), output)
+        qwenlora.reset_loras(model)
+        assert probe.snapshot(model).tensors == base.tensors
+        assert torch.equal(probe.output(model), output)
+        model.txt_norm.weight.data.view(-1)
+
+
 def test_kinds_mix_in_one_file_and_stack(make_model, probe, Draft):
     base = make_model()
     model = copy.deepcopy(base)
