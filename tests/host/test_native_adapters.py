@@ -1,0 +1,83 @@
+"""What ComfyUI itself makes of every kind of adapter, against what ours does in the model."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+
+import pytest
+import torch
+
+import qwenlora
+
+from ..test_adapters import BLOCK, CLOSE, SIZES, error, measured
+
+STRENGTH = -0.7
+TARGETS = [f"{BLOCK}.attn.to_q", f"{BLOCK}.img_mod.1", f"{BLOCK}.txt_mlp.net.2", "proj_out"]
+
+
+def _factors(out: int, columns: int, split: int, ranks) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    sides = {"lokr_w1": (split, split), "lokr_w2": (out // split, columns // split)}
+    for (name, shape), rank in zip(sides.items(), ranks, strict=True):
+        if rank is None:
+            shapes[name] = shape
+        else:
+            shapes |= {f"{name}_a": (shape[0], rank), f"{name}_b": (rank, shape[1])}
+    return shapes
+
+
+def _shapes(kind: str, out: int, columns: int) -> dict[str, tuple[int, ...]]:
+    kinds = {
+        "lora": {"lora_down.weight": (4, columns), "lora_up.weight": (out, 4)},
+        "lora with mid": {
+            "lora_down.weight": (4, columns, 1, 1),
+            "lora_mid.weight": (4, 4, 1, 1),
+            "lora_up.weight": (out, 4, 1, 1),
+        },
+        "loha": {
+            **{f"hada_w{n}_a": (out, 3) for n in "12"},
+            **{f"hada_w{n}_b": (3, columns) for n in "12"},
+        },
+        "lokr, whole": _factors(out, columns, 4, (None, None)),
+        "lokr, w2 in halves": _factors(out, columns, 4, (None, 3)),
+        "lokr, both in halves": _factors(out, columns, 4, (2, 3)),
+        "lokr, w1 in halves": _factors(out, columns, 4, (2, None)),
+    }
+    return kinds[kind]
+
+
+KINDS = [
+    *("lora", "lora with mid", "loha", "lokr, whole"),
+    *("lokr, w2 in halves", "lokr, both in halves", "lokr, w1 in halves"),
+]
+
+
+def native_delta(tensors, target: str) -> torch.Tensor:
+    """The dense (out, in) delta that ComfyUI adds to a weight of zeros."""
+    lora = importlib.import_module("comfy.lora")
+    columns, out = SIZES[target]
+    key = f"diffusion_model.{target}.weight"
+    loaded = lora.load_lora(dict(tensors), {f"diffusion_model.{target}": key}, log_missing=False)
+    patches = [(STRENGTH, loaded[key], 1.0, None, None)]
+    return lora.calculate_weight(patches, torch.zeros(out, columns), key).double()
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("alpha", [None, 2.0])
+def test_the_host_s_own_merge_gives_the_same_delta(kind, target, alpha, make_model, probe):
+    generator = torch.Generator().manual_seed(3)
+    columns, out = SIZES[target]
+    stem = f"diffusion_model.{target}"
+    tensors = {
+        f"{stem}.{role}": 0.3 * torch.randn(shape, generator=generator)
+        for role, shape in _shapes(kind, out, columns).items()
+    }
+    if alpha is not None:
+        tensors[f"{stem}.alpha"] = torch.tensor(alpha)
+    base = make_model()
+    model = copy.deepcopy(base)
+    qwenlora.compose_loras(model, (tensors, STRENGTH), strict=True)
+    assert error(measured(model, base, target, probe), native_delta(tensors, target)) < CLOSE
