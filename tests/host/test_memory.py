@@ -126,8 +126,11 @@ def real_size(host, qwen, nunchaku):
         config.set_inference_dtype(torch.bfloat16, None)
         model = config.get_model({}, "")
         assert isinstance(model.diffusion_model, QwenImageTransformer2DModel)
-        for parameter in model.diffusion_model.parameters():
-            if parameter.is_floating_point() and parameter.ndim == 2:
+        # The host's own layers are made without values.
+        for name, parameter in model.diffusion_model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.data.fill_(0 if name.endswith("bias") else 1)
+            elif parameter.is_floating_point():
                 parameter.data.normal_(0, 0.01)
         return nunchaku.EmulatedPatcher(model, **qwen.devices())
 
@@ -168,6 +171,12 @@ class Meter:
         return self._before - self._free()
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("real")
+    return [write(folder / f"rank{rank}.safetensors", rank) for rank in (64, 32)]
+
+
 @pytest.mark.gpu
 class TestOnTheDevice:
     """A real patcher moves blocks of real size; the host's own figures are compared."""
@@ -178,11 +187,6 @@ class TestOnTheDevice:
         # What libraries take at their first use is no model's.
         assert qwen.ksample(model, steps=1).isfinite().all()
         return model
-
-    @pytest.fixture(scope="class")
-    def files(self, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("real")
-        return [write(folder / f"rank{rank}.safetensors", rank) for rank in (64, 32)]
 
     def check(self, meter, model, name):
         beyond = meter.taken() - model.model_size()
