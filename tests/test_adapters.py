@@ -145,14 +145,24 @@ def test_lokr_in_the_fused_mlp_is_the_best_of_its_rank(budget, probe, Draft):
     draft = Draft(1).put(target, "lokr_w1", 16, 16).put(target, "lokr_w2", 64, 16)
     w1, w2 = draft.tensors.values()
     dense = torch.kron(w1.double(), w2.double())
-    options = ComposeOptions(truncated_rank=budget)
-    report = qwenlora.compose_loras(model, draft.tensors, options=options, strict=True)
+    report = qwenlora.compose_loras(model, draft.tensors, max_rank=budget, strict=True)
     values = torch.linalg.svdvals(dense)
     lost = float(values[budget:].square().sum() / values.square().sum())
     (slot,) = report.slots
     assert (slot.energy_lost or 0.0) == pytest.approx(lost, abs=1e-6)
     found = probe.delta(model, target)
     assert float((found - dense).norm() / dense.norm()) ** 2 == pytest.approx(lost, abs=1e-5)
+
+
+def test_lokr_in_the_fused_mlp_is_exact_where_it_fits(probe, Draft):
+    target = f"{BLOCK}.img_mlp.net.0.proj"
+    model = wide_model()
+    draft = Draft(1).put(target, "lokr_w1", 16, 16).put(target, "lokr_w2", 64, 16)
+    dense = torch.kron(*(tensor.double() for tensor in draft.tensors.values()))
+    report = qwenlora.compose_loras(model, draft.tensors, options=ComposeOptions(truncated_rank=16))
+    assert report.slots[0].rank_added == 256
+    assert report.slots[0].energy_lost is None
+    assert error(probe.delta(model, target), dense) < CLOSE
 
 
 def test_both_factors_whole_are_not_scaled(make_model, probe, Draft):
@@ -297,6 +307,20 @@ def test_norms_are_moved_and_put_back(make_model, probe, Draft):
     assert not torch.equal(probe.output(model), probe.output(base))
     qwenlora.reset_loras(model)
     assert probe.snapshot(model).differences(probe.snapshot(base)) == []
+
+
+def test_values_of_a_model_made_in_inference_mode(make_model, probe, Draft):
+    with torch.inference_mode():
+        model = make_model()
+    base, output = probe.snapshot(model), probe.output(model)
+    draft = Draft(1).put("txt_norm", "w_norm", 96).put(f"{BLOCK}.attn.to_add_out", "diff_b", 128)
+    for _ in range(2):
+        qwenlora.compose_loras(model, draft.tensors)
+        assert not torch.equal(probe.output(model), output)
+        qwenlora.reset_loras(model)
+        assert probe.snapshot(model).tensors == base.tensors
+        assert torch.equal(probe.output(model), output)
+        assert not model.txt_norm.weight.data.is_inference()
 
 
 def test_kinds_mix_in_one_file_and_stack(make_model, probe, Draft):

@@ -349,6 +349,8 @@ class ValueSlot:
         for name in {**bases, **values}:
             current: Tensor = getattr(self._module, name)
             base = bases.get(name, current.data)
+            # A parameter that is a normal one by then could not hold an inference tensor again.
+            base = base.clone() if base.is_inference() else base
             # After a move of the model the base's tensor is where the parameter was.
             base = base.to(current.device, current.dtype)
             if name in values:

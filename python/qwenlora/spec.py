@@ -101,8 +101,8 @@ class ComposeOptions:
         modulation: Whether deltas of the modulation layers (`img_mod.1`, `txt_mod.1`) are applied;
             `LoraSpec.modulation` turns off one LoRA's.
         truncated_rank: Ranks that a delta is cut to, optimally, where its layer can carry nothing
-            but rank and the delta has more: LoKr in the fused MLP, a full delta on a quantized
-            layer.
+            but rank and the delta has more than fits: LoKr of whole factors in the fused MLP, a
+            full delta on a quantized layer.
         max_energy_lost: Largest share of its energy that a full delta on a quantized layer may lose
             by that; beyond it the module is left out and named. 1 allows everything.
         lokr_scale: The factor of a LoKr whose factors are both stored whole.

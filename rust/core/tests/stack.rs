@@ -970,7 +970,7 @@ proptest! {
         let budget = truncated_rank.min(992);
         let expected = if bound > 128 && !in_mlp {
             (PieceKind::Kron, 0, None)
-        } else if bound > 128 && bound > budget {
+        } else if bound > 992 {
             (PieceKind::LowRank, budget, Some(budget))
         } else {
             (PieceKind::LowRank, bound, None)

@@ -41,7 +41,8 @@ fn a_partial_file() {
     --- stdout
     PARTIAL      [dir]/style.safetensors
                  2 of 4 modules are applied
-      lost       1 module: DoRA is not supported yet
+      lost       1 module: DoRA is not supported: without its magnitudes the pair
+                 would be another LoRA
         e.g.     diffusion_model.transformer_blocks.7.attn.to_v.lora_A.weight
                  1 module: has down but no up
         e.g.     diffusion_model.transformer_blocks.7.attn.to_out.0.lora_A.weight
@@ -81,14 +82,12 @@ fn a_file_of_another_model() {
 }
 
 #[test]
-fn a_kind_that_is_not_supported() {
+fn a_lokr_of_whole_factors() {
     assert_snapshot!(screen(&lora_file::lokr(), &[]), @"
-    exit 2
+    exit 0
     --- stdout
-    REJECT       [dir]/style.safetensors
-                 none of its 60 modules is applied
-      lost       60 modules: LoKr is not supported yet
-        e.g.     diffusion_model.transformer_blocks.0.attn.to_q.lokr_w1
+    APPLY        [dir]/style.safetensors
+                 all 60 modules are applied
 
       model      Qwen-Image
       producer   ai-toolkit (metadata `software`)
@@ -96,6 +95,7 @@ fn a_kind_that_is_not_supported() {
       adapters   LoKr (60)
       ranks      up to 3072 (60)
       scales     1 (60)
+      slots      60, rank at most 3072 each
       attention  60/60 blocks: attn.to_q
     ");
 }
@@ -220,7 +220,8 @@ fn all_tensors() {
     --- stdout
     PARTIAL      [dir]/style.safetensors
                  2 of 4 modules are applied
-      lost       1 module: DoRA is not supported yet
+      lost       1 module: DoRA is not supported: without its magnitudes the pair
+                 would be another LoRA
         e.g.     diffusion_model.transformer_blocks.7.attn.to_v.lora_A.weight
                  1 module: has down but no up
         e.g.     diffusion_model.transformer_blocks.7.attn.to_out.0.lora_A.weight
@@ -244,9 +245,9 @@ fn all_tensors() {
       diffusion_model.transformer_blocks.7.attn.to_q.lora_B.weight  BF16 3072x16  -> transformer_blocks.7.attn.to_q up
       diffusion_model.transformer_blocks.7.attn.to_k.lora_A.weight  BF16 32x3072  -> transformer_blocks.7.attn.to_k down
       diffusion_model.transformer_blocks.7.attn.to_k.lora_B.weight  BF16 3072x32  -> transformer_blocks.7.attn.to_k up
-      diffusion_model.transformer_blocks.7.attn.to_v.lora_A.weight  BF16 16x3072  -> transformer_blocks.7.attn.to_v down, not applied: DoRA is not supported yet
-      diffusion_model.transformer_blocks.7.attn.to_v.lora_B.weight  BF16 3072x16  -> transformer_blocks.7.attn.to_v up, not applied: DoRA is not supported yet
-      diffusion_model.transformer_blocks.7.attn.to_v.lora_magnitude_vector  F32 3072  -> transformer_blocks.7.attn.to_v dora_scale, not applied: DoRA is not supported yet
+      diffusion_model.transformer_blocks.7.attn.to_v.lora_A.weight  BF16 16x3072  -> transformer_blocks.7.attn.to_v down, not applied: DoRA is not supported: without its magnitudes the pair would be another LoRA
+      diffusion_model.transformer_blocks.7.attn.to_v.lora_B.weight  BF16 3072x16  -> transformer_blocks.7.attn.to_v up, not applied: DoRA is not supported: without its magnitudes the pair would be another LoRA
+      diffusion_model.transformer_blocks.7.attn.to_v.lora_magnitude_vector  F32 3072  -> transformer_blocks.7.attn.to_v dora_scale, not applied: DoRA is not supported: without its magnitudes the pair would be another LoRA
       diffusion_model.transformer_blocks.7.attn.to_out.0.lora_A.weight  BF16 16x3072  -> transformer_blocks.7.attn.to_out.0 down, not applied: has down but no up
       text_encoder.layers.0.q.lora_A.weight  BF16 16x64  -> ignored: text encoder
       _aux.step  I64 scalar  -> ignored: bookkeeping

@@ -133,7 +133,9 @@ fn execution(delta: &Delta, place: &Place<'_>, options: StackOptions) -> Executi
         }
         Form::Kronecker { .. } if bound <= MAX_KRON_RANK => of_rank(bound, None),
         Form::Kronecker { .. } if slot.carries_branch() => beside(PieceKind::Kron),
-        Form::Kronecker { .. } => of_rank(bound.min(budget), (bound > budget).then_some(budget)),
+        // Exact where the kernels take it: a low-rank LoKr is worth its ranks.
+        Form::Kronecker { .. } if bound <= limit => of_rank(bound, None),
+        Form::Kronecker { .. } => of_rank(budget, Some(budget)),
         Form::Full { .. } if slot.is_quantized() => Execution {
             kind: PieceKind::Dense,
             ..of_rank(bound.min(budget), Some(budget))
