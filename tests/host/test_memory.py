@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import qwenlora
 
 PACK = Path(__file__).parents[2] / "comfy" / "qwenlora_nodes"
 MIB = 1 << 20
+
+_log = logging.getLogger(__name__)
 
 TOLERANCE = 64 * MIB
 """What sampling may take beyond what was announced."""
@@ -168,7 +171,8 @@ class Meter:
             empty = self._free()
             assert ksample(model, steps=1).isfinite().all()
         self._bare = self._free()
-        print(f"bare: {self._size / MIB:.1f} MiB, takes {(empty - self._bare) / MIB:.1f}")
+        taken = empty - self._bare
+        _log.info("bare: %.1f MiB, takes %.1f", self._size / MIB, taken / MIB)
 
     def _free(self) -> int:
         torch.cuda.synchronize()
@@ -178,8 +182,9 @@ class Meter:
         """What is in use now is what the model announced, whoever asked for it before."""
         announced = model.model_size() - self._size
         beyond = self._bare - self._free() - announced
-        print(f"{name}: announced {announced / MIB:.1f} MiB, taken beyond {beyond / MIB:.1f}")
-        assert abs(beyond) <= TOLERANCE, name
+        figures = f"announced {announced / MIB:.1f} MiB, taken beyond that {beyond / MIB:.1f}"
+        _log.info("%s: %s", name, figures)
+        assert abs(beyond) <= TOLERANCE, f"{name}: {figures}"
 
 
 @pytest.fixture(scope="module")
