@@ -116,9 +116,10 @@ def test_model_cpu_offload_between_two_stacks(pipeline, style, Draft, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lazy", [False, True])
-def test_offload_that_comes_with_the_stack(pipeline, style, lazy):
+def test_offload_that_comes_with_the_stack(pipeline, Draft, tmp_path, lazy):
     """`ComposeOptions.offload` turns the model's own block offload on, on the device."""
     transformer = pipeline.transformer
+    style = Draft.full(seed=1, blocks=3).save(tmp_path / "style.safetensors")
     base = latents(pipeline)
     qwenlora.compose_loras(transformer, (style, 0.8))
     expected = latents(pipeline)
