@@ -165,7 +165,7 @@ fn assert_slot(plan: &SlotPlan, slot: &Slot, items: &[StackItem], options: Stack
             "{path}: {end:?}"
         );
         assert!(
-            piece.rank_budget.is_none_or(|budget| budget <= piece.rank),
+            piece.rank_budget.is_none_or(|budget| piece.rank <= budget),
             "{path}"
         );
         let entries = items[piece.lora].plan.table().entries();
