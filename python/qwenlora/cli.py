@@ -10,6 +10,7 @@ __all__ = ["keys_main", "main"]
 
 _USAGE = """\
 usage: qwenlora keys FILE... [options]   what LoRA files contain and what would be applied
+       qwenlora doctor [--help]          what is installed, what cannot work, how to mend it
        qwenlora demo [--keep DIR]        compose LoRAs into an emulated model and measure the error
        qwenlora --version
 """
@@ -22,6 +23,10 @@ def main(args: Sequence[str] | None = None) -> int:
     command = args[0] if args else None
     if command == "keys":
         return keys_main(args[1:])
+    if command == "doctor":
+        from qwenlora.doctor import main as doctor
+
+        return doctor(args[1:])
     if command == "demo":
         from qwenlora.demo import main as demo
 

@@ -1,0 +1,24 @@
+"""Version numbers, as far as comparing them needs."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["cuda_of", "local_of", "release_of"]
+
+
+def release_of(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with: (2, 9, 1) of `2.9.1+cu128`."""
+    found = re.match(r"v?(\d+(?:\.\d+)*)", version)
+    return tuple(int(number) for number in found[1].split(".")) if found else ()
+
+
+def local_of(version: str) -> str:
+    """What follows the `+`: `cu128` of `2.9.1+cu128`; empty without one."""
+    return version.partition("+")[2]
+
+
+def cuda_of(version: str | None) -> int | None:
+    """The major version of CUDA: 12 of `12.8`."""
+    numbers = release_of(version or "")
+    return numbers[0] if numbers else None
