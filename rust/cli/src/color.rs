@@ -3,6 +3,11 @@
 use std::env;
 use std::io::{self, IsTerminal};
 
+use clap::ValueEnum;
+use clap::builder::PossibleValue;
+
+use crate::screen::Tone;
+
 /// What `--color` says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ColorChoice {
@@ -12,6 +17,20 @@ pub(crate) enum ColorChoice {
     Always,
     /// In no case.
     Never,
+}
+
+impl ValueEnum for ColorChoice {
+    fn value_variants<'a>() -> &'a [Self] {
+        &[Self::Auto, Self::Always, Self::Never]
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(PossibleValue::new(match self {
+            Self::Auto => "auto",
+            Self::Always => "always",
+            Self::Never => "never",
+        }))
+    }
 }
 
 /// What text is painted with.
@@ -33,6 +52,17 @@ impl Palette {
             Self::Plain
         } else {
             Self::Ansi
+        }
+    }
+
+    /// `text` in its tone; the padding around it is the caller's.
+    pub(crate) fn paint(self, tone: Tone, text: &str) -> String {
+        let sequence = tone.sequence();
+        match self {
+            Self::Ansi if !sequence.is_empty() && !text.is_empty() => {
+                format!("{sequence}{text}\x1b[0m")
+            }
+            _ => text.to_owned(),
         }
     }
 

@@ -26,6 +26,15 @@ const CLASSES: [(Class, &str); 5] = [
     (Class::TopLevel, "top level"),
 ];
 
+/// The same, where there is little room.
+const SHORT: [(Class, &str); 5] = [
+    (Class::Attention, "attn"),
+    (Class::Mlp, "mlp"),
+    (Class::Modulation, "mod"),
+    (Class::Norm, "norm"),
+    (Class::TopLevel, "top"),
+];
+
 /// One module of the model's blocks, over all of them.
 #[derive(Debug)]
 struct Kind {
@@ -40,14 +49,50 @@ struct Kind {
     blocks: Vec<u32>,
 }
 
-/// Rows of (label, text): what is trained, compactly.
-pub(crate) fn rows(plan: &FilePlan) -> Vec<(&'static str, String)> {
+/// What is trained in few words: `attn mlp mod`, and in how many blocks where not in all.
+pub(crate) fn brief(plan: &FilePlan) -> String {
+    let kinds = kinds(plan);
+    let mut words: Vec<String> = SHORT
+        .iter()
+        .filter(|(class, _)| kinds.iter().any(|kind| kind.class == *class))
+        .map(|(_, name)| (*name).to_owned())
+        .collect();
+    let blocks: HashSet<_> = kinds
+        .iter()
+        .filter(|kind| !kind.group.is_empty())
+        .flat_map(|kind| kind.blocks.iter().map(|block| (kind.group, *block)))
+        .collect();
+    let mut totals: Vec<_> = kinds
+        .iter()
+        .filter(|kind| !kind.group.is_empty())
+        .map(|kind| (kind.group, kind.total))
+        .collect();
+    // Of a group's modules those that every block has tell how many blocks there are.
+    totals.sort_unstable();
+    let total: usize = totals
+        .chunk_by(|(a, _), (b, _)| a == b)
+        .filter_map(|group| Some(group.last()?.1))
+        .sum();
+    if blocks.len() < total {
+        words.push(format!("{}/{total}", blocks.len()));
+    }
+    words.join(" ")
+}
+
+/// The kinds of module that a file trains.
+fn kinds(plan: &FilePlan) -> Vec<Kind> {
     let trained: HashSet<usize> = plan.modules().iter().map(|module| module.target).collect();
     let mut kinds: Vec<Kind> = Vec::new();
     for (id, target) in model::table().targets().iter().enumerate() {
         add(&mut kinds, target, trained.contains(&id));
     }
     kinds.retain(|kind| !kind.blocks.is_empty());
+    kinds
+}
+
+/// Rows of (label, text): what is trained, compactly.
+pub(crate) fn rows(plan: &FilePlan) -> Vec<(&'static str, String)> {
+    let kinds = kinds(plan);
     let mut rows = Vec::new();
     for (class, label) in CLASSES {
         let mut left: Vec<&Kind> = kinds.iter().filter(|kind| kind.class == class).collect();

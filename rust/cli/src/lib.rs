@@ -1,69 +1,69 @@
 //! `qwenlora-keys`: says what LoRA files for Qwen-Image contain and what would be applied.
 //!
 //! Reached through [`run`], by `main.rs` and by the wheel's `qwenlora-keys`. The diagnosis is
-//! [`FilePlan`]'s, the same that the loader executes; here it is only put into words.
+//! [`qwenlora_core::plan::FilePlan`]'s, the same that the loader executes; here it is only put into
+//! words.
 
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
 mod args;
+mod brief;
 mod color;
+mod console;
 mod coverage;
 mod escape;
 mod exit;
+mod explanation;
 mod json;
 mod listing;
 mod losses;
+mod natural;
+mod ordered;
 mod producer;
 mod report;
+mod run;
 mod screen;
 mod sources;
+mod table;
+mod talk;
 mod tally;
 
 use std::ffi::OsString;
 use std::io::{self, ErrorKind, Write};
-use std::path::Path;
 
-use qwenlora_core::header::Quoted;
-use qwenlora_core::plan::{FilePlan, Verdict};
+use clap_complete::Shell;
+use qwenlora_core::explain::Reading;
 
-use crate::args::{Format, Options, Request};
+use crate::args::{Format, Request};
 pub use crate::color::Palette;
+pub use crate::console::Console;
 pub use crate::exit::Exit;
-use crate::sources::Sources;
-use crate::tally::count;
-
-/// What a message's second line begins with.
-const HINT: &str = "\nhint: ";
+use crate::run::Run;
+use crate::talk::Talk;
 
 /// Runs the program with its arguments, without its name.
 ///
-/// Data goes to `stdout`, talk to `stderr`. `--color auto` looks at the process's own output.
+/// Data goes to `stdout`, talk to `stderr`; both are taken for the process's own.
 pub fn run(
     args: impl IntoIterator<Item = impl Into<OsString>>,
     stdout: &mut dyn Write,
     stderr: &mut dyn Write,
 ) -> Exit {
-    run_with(Palette::of_stdout(), args, stdout, stderr)
+    run_on(Console::of_process(), args, stdout, stderr)
 }
 
-/// The same, where `--color auto` means `auto`: for a `stdout` that is not the process's.
-pub fn run_with(
-    auto: Palette,
+/// The same, on streams that are as `console` says.
+pub fn run_on(
+    console: Console,
     args: impl IntoIterator<Item = impl Into<OsString>>,
     stdout: &mut dyn Write,
     stderr: &mut dyn Write,
 ) -> Exit {
     let written = match args::parse(args.into_iter().map(Into::into).collect()) {
-        Ok(Request::Help) => stdout
-            .write_all(args::HELP.as_bytes())
-            .map(|()| Exit::Applies),
-        Ok(Request::Version) => {
-            writeln!(stdout, "qwenlora-keys {}", env!("CARGO_PKG_VERSION")).map(|()| Exit::Applies)
-        }
-        Ok(Request::Read(options)) => Run::new(&options, auto, stdout, stderr).read_all(),
+        Ok(request) => answer(&request, console, stdout, stderr),
         Err(error) => {
-            talk(stderr, "error", &error.to_string());
+            say_error(console, stderr, &error.to_string());
             Ok(Exit::Usage)
         }
     };
@@ -72,131 +72,60 @@ pub fn run_with(
         // Whoever read has seen enough: `| head` is no failure.
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Exit::Applies,
         Err(error) => {
-            talk(
-                stderr,
-                "error",
-                &format!("cannot write the report: {error}"),
-            );
+            let message = format!("cannot write the report: {error}");
+            say_error(console, stderr, &message);
             Exit::Unwritable
         }
     }
 }
 
-/// Says something beside the data; nobody can be told that it failed.
-fn talk(stderr: &mut dyn Write, kind: &str, message: &str) {
-    // The break before a hint is ours; any other came in with a name.
-    let parts: Vec<String> = message.split(HINT).map(escape::line).collect();
-    let _ = writeln!(stderr, "{kind}: {}", parts.join(HINT)).and_then(|()| stderr.flush());
+fn answer(
+    request: &Request,
+    console: Console,
+    stdout: &mut dyn Write,
+    stderr: &mut dyn Write,
+) -> io::Result<Exit> {
+    let text = match request {
+        Request::ReadFiles(options) => {
+            return Run::new(options, console, stdout, stderr).read_all();
+        }
+        Request::ReadKey(key, format, color) => {
+            let palette = Palette::choose(*color, console.palette);
+            return read_key(key, *format, palette, stdout);
+        }
+        Request::Help => args::help().into_bytes(),
+        Request::Version => {
+            format!("{} {}\n", args::PROGRAM, env!("CARGO_PKG_VERSION")).into_bytes()
+        }
+        Request::Completions(shell) => completions(*shell),
+    };
+    stdout.write_all(&text).map(|()| Exit::Applies)
 }
 
-/// The files of one call, one after the other.
-struct Run<'r> {
-    options: &'r Options,
+fn read_key(
+    key: &str,
+    format: Format,
     palette: Palette,
-    stdout: &'r mut dyn Write,
-    stderr: &'r mut dyn Write,
-    exits: Vec<Exit>,
+    stdout: &mut dyn Write,
+) -> io::Result<Exit> {
+    let reading = Reading::of(key);
+    let text = match format {
+        Format::Json => format!("{}\n", explanation::reading_document(key, reading.as_ref())),
+        Format::Text | Format::TextWithTensors => {
+            explanation::reading_screen(key, reading.as_ref()).paint(palette)
+        }
+    };
+    stdout.write_all(text.as_bytes())?;
+    Ok(reading.map_or(Exit::NoSuchKey, |_| Exit::Applies))
 }
 
-impl<'r> Run<'r> {
-    fn new(
-        options: &'r Options,
-        auto: Palette,
-        stdout: &'r mut dyn Write,
-        stderr: &'r mut dyn Write,
-    ) -> Self {
-        let palette = Palette::choose(options.color, auto);
-        Self {
-            options,
-            palette,
-            stdout,
-            stderr,
-            exits: Vec::new(),
-        }
-    }
+/// The script, made in memory: its generator panics where it cannot write.
+fn completions(shell: Shell) -> Vec<u8> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut args::command(), args::PROGRAM, &mut script);
+    script
+}
 
-    fn read_all(mut self) -> io::Result<Exit> {
-        for path in &self.options.paths {
-            let sources = Sources::of(path);
-            for (folder, fault) in &sources.faults {
-                self.fail(folder, &format!("{}: {fault}", Quoted::path(folder)))?;
-            }
-            for source in &sources.paths {
-                self.read(source)?;
-            }
-            if let Some(first) = sources.links_out.first() {
-                let (links, first) = (count(sources.links_out.len(), "link"), Quoted::path(first));
-                let text = format!("{links} out of the folder left unread, e.g. {first}");
-                talk(
-                    self.stderr,
-                    "note",
-                    &format!("{text}{HINT}name what they lead to"),
-                );
-            }
-        }
-        self.sum_up()?;
-        Ok(self.exits.into_iter().max().unwrap_or(Exit::Applies))
-    }
-
-    fn read(&mut self, path: &Path) -> io::Result<()> {
-        let plan = match FilePlan::read(path) {
-            Ok(plan) => plan,
-            Err(error) => return self.fail(path, &error.to_string()),
-        };
-        match self.options.format {
-            Format::Json => writeln!(self.stdout, "{}", json::document(&plan))?,
-            Format::Screen => self.show(path, &plan, false)?,
-            Format::ScreenAndTensors => self.show(path, &plan, true)?,
-        }
-        self.exits.push(match plan.verdict() {
-            Verdict::Apply => Exit::Applies,
-            Verdict::Partial => Exit::Partial,
-            Verdict::Reject => Exit::Rejected,
-        });
-        Ok(())
-    }
-
-    fn show(&mut self, path: &Path, plan: &FilePlan, with_tensors: bool) -> io::Result<()> {
-        if self.exits.iter().any(|exit| *exit != Exit::Unreadable) {
-            writeln!(self.stdout)?;
-        }
-        let text = report::screen(path, plan, with_tensors).paint(self.palette);
-        self.stdout.write_all(text.as_bytes())
-    }
-
-    fn fail(&mut self, path: &Path, error: &str) -> io::Result<()> {
-        // What was said before this stays before it, where both reach one terminal.
-        self.stdout.flush()?;
-        talk(self.stderr, "error", error);
-        self.exits.push(Exit::Unreadable);
-        match self.options.format {
-            Format::Json => writeln!(self.stdout, "{}", json::failure(path, error)),
-            Format::Screen | Format::ScreenAndTensors => Ok(()),
-        }
-    }
-
-    /// The last line of a call on several files.
-    fn sum_up(&mut self) -> io::Result<()> {
-        if self.options.format == Format::Json || self.exits.len() < 2 {
-            return Ok(());
-        }
-        let kinds = [
-            (Exit::Applies, "apply"),
-            (Exit::Partial, "partial"),
-            (Exit::Rejected, "reject"),
-            (Exit::Unreadable, "unreadable"),
-        ];
-        let parts: Vec<String> = kinds
-            .iter()
-            .map(|(kind, name)| (self.exits.iter().filter(|exit| *exit == kind).count(), name))
-            .filter(|(count, _)| *count > 0)
-            .map(|(count, name)| format!("{count} {name}"))
-            .collect();
-        writeln!(
-            self.stdout,
-            "\n{}: {}",
-            count(self.exits.len(), "file"),
-            parts.join(", ")
-        )
-    }
+fn say_error(console: Console, stderr: &mut dyn Write, message: &str) {
+    Talk::new(stderr, console.progress_after, console.columns).say("error", message);
 }

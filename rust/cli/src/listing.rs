@@ -41,7 +41,10 @@ pub(crate) fn add(screen: &mut Screen, plan: &FilePlan) {
             entry.tensor.dtype.name(),
         );
         let fate = fate(entry, reasons.get(&index).copied(), is_other);
-        screen.item(&format!("{key}  {dtype} {}  -> {fate}", shape(entry)));
+        screen.item(&format!(
+            "{key}  {dtype} {}  -> {fate}",
+            shape(&entry.tensor.shape)
+        ));
     }
 }
 

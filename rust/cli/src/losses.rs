@@ -4,6 +4,8 @@ use std::cmp::Reverse;
 use std::collections::HashMap;
 
 use qwenlora_core::check::ModelCheck;
+use qwenlora_core::component::Component;
+use qwenlora_core::header::Quoted;
 use qwenlora_core::model::Model;
 use qwenlora_core::module::{self, Module};
 use qwenlora_core::plan::FilePlan;
@@ -31,19 +33,21 @@ struct Tally {
 
 impl Tally {
     fn add(&mut self, text: String, entry: Option<&Entry>) {
+        let example = entry.map(|entry| entry.tensor.key.as_str());
+        self.add_many(text, 1, example.unwrap_or_default());
+    }
+
+    fn add_many(&mut self, text: String, count: usize, example: &str) {
         let at = *self.by_text.entry(text).or_insert_with_key(|text| {
-            let example = entry
-                .map(|entry| entry.tensor.key.clone())
-                .unwrap_or_default();
             self.losses.push(Loss {
                 text: text.clone(),
                 count: 0,
-                example,
+                example: example.to_owned(),
             });
             self.losses.len() - 1
         });
         if let Some(loss) = self.losses.get_mut(at) {
-            loss.count += 1;
+            loss.count += count;
         }
     }
 
@@ -89,8 +93,18 @@ impl Losses {
                 tensors.add(text.clone(), entries.get(*index));
             }
         }
+        let components = plan.components();
+        for component in &components {
+            let tally = if component.harmless {
+                &mut harmless
+            } else {
+                &mut tensors
+            };
+            tally.add_many(title(component), component.tensors, &component.example);
+        }
+        let is_component = |reason: &&Reason| components.iter().any(|c| c.reason == reason.kind());
         for entry in entries {
-            if let Some(reason) = &entry.reason {
+            if let Some(reason) = entry.reason.as_ref().filter(|reason| !is_component(reason)) {
                 let tally = if reason.is_harmless() {
                     &mut harmless
                 } else {
@@ -133,4 +147,9 @@ fn kind_of(reason: &Reason) -> String {
         Reason::DuplicateOf(_) | Reason::UnequalDuplicate(_) => reason.kind().to_owned(),
         other => other.text(),
     }
+}
+
+/// What a component is, with the name that the keys give it.
+fn title(component: &Component) -> String {
+    format!("{} {}", component.reason, Quoted::new(&component.name))
 }

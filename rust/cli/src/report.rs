@@ -7,8 +7,8 @@ use qwenlora_core::check::ModelCheck;
 use qwenlora_core::model::Model;
 use qwenlora_core::module::{Fault, Module};
 use qwenlora_core::plan::{FilePlan, Verdict};
-use qwenlora_core::table::Entry;
 
+use crate::brief;
 use crate::coverage;
 use crate::escape;
 use crate::listing;
@@ -26,11 +26,7 @@ const REASON_CHARS: usize = 3 * TEXT_WIDTH;
 pub(crate) fn screen(path: &Path, plan: &FilePlan, with_tensors: bool) -> Screen {
     let mut screen = Screen::default();
     let losses = Losses::of(plan);
-    let (tone, word) = match plan.verdict() {
-        Verdict::Apply => (Tone::Good, "APPLY"),
-        Verdict::Partial => (Tone::Warning, "PARTIAL"),
-        Verdict::Reject => (Tone::Bad, "REJECT"),
-    };
+    let (tone, word) = brief::mark(plan.verdict());
     screen.headline(tone, word, &path.to_string_lossy());
     screen.below(&escape::short(&sentence(plan), REASON_CHARS));
     loss_rows(&mut screen, tone, "lost", "module", &losses.modules);
@@ -183,23 +179,31 @@ fn training(plan: &FilePlan) -> Vec<(&'static str, String)> {
 }
 
 /// Whether the stored rank is only an upper bound of the delta's.
-fn is_bound(adapter: Adapter) -> bool {
+pub(crate) fn is_bound(adapter: Adapter) -> bool {
     !matches!(adapter, Adapter::Lora | Adapter::Dora)
 }
 
-/// `480, rank at most 96 each`.
+/// `480, rank at most 96 each`; no rank where it is a mere bound, as a Kronecker product's, which is
+/// not carried as rank.
 fn slots(plan: &FilePlan) -> Option<String> {
     let slots = plan.slot_rows();
     let highest = slots.iter().map(|slot| slot.rank).max()?;
+    let is_told = highest > 0 && !plan.applied_modules().any(|m| is_bound(m.adapter));
+    let rank = if is_told {
+        format!(", rank at most {highest}")
+    } else {
+        String::new()
+    };
     Some(match slots.as_slice() {
-        [only] => format!("1, rank at most {highest} (`{}`)", only.slot),
-        _ => format!("{}, rank at most {highest} each", slots.len()),
+        [only] => format!("1{rank} (`{}`)", only.slot),
+        _ if is_told => format!("{}{rank} each", slots.len()),
+        _ => slots.len().to_string(),
     })
 }
 
 /// `16x3072`; a number without dimensions is `scalar`.
-pub(crate) fn shape(entry: &Entry) -> String {
-    let sides: Vec<String> = entry.tensor.shape.iter().map(u64::to_string).collect();
+pub(crate) fn shape(shape: &[u64]) -> String {
+    let sides: Vec<String> = shape.iter().map(u64::to_string).collect();
     if sides.is_empty() {
         "scalar".to_owned()
     } else {

@@ -31,7 +31,7 @@ pub(crate) enum Tone {
 }
 
 impl Tone {
-    fn sequence(self) -> &'static str {
+    pub(crate) fn sequence(self) -> &'static str {
         match self {
             Self::Plain => "",
             Self::Faint => "\x1b[2m",
@@ -109,16 +109,7 @@ impl Screen {
         let mut out = String::new();
         for line in &self.lines {
             let word = line.label.trim_end();
-            let sequence = match palette {
-                Palette::Plain => "",
-                Palette::Ansi if word.is_empty() => "",
-                Palette::Ansi => line.tone.sequence(),
-            };
-            out.push_str(sequence);
-            out.push_str(word);
-            if !sequence.is_empty() {
-                out.push_str("\x1b[0m");
-            }
+            out.push_str(&palette.paint(line.tone, word));
             // The padding stays outside the colour, and away where nothing follows it.
             if !line.text.is_empty() {
                 out.push_str(line.label.get(word.len()..).unwrap_or_default());
@@ -137,7 +128,7 @@ fn wrap(text: &str, width: usize) -> Vec<String> {
     let mut used = 0;
     for word in text.split(' ').filter(|word| !word.is_empty()) {
         let word = escape::short(word, width + OVERHANG);
-        let columns = word.chars().count();
+        let columns = escape::columns(&word);
         match lines.last_mut() {
             Some(line) if used + 1 + columns <= width => {
                 line.push(' ');

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use qwenlora_core::config::{self, PEFT_WEIGHTS};
 
+use crate::natural;
+
 /// What an argument stands for.
 #[derive(Debug, Default)]
 pub(crate) struct Sources {
@@ -30,7 +32,9 @@ pub(crate) enum FolderError {
 
 impl Sources {
     /// Expands an argument: a folder to what is below it, anything else to itself.
-    pub(crate) fn of(path: &Path) -> Self {
+    ///
+    /// `progress` is told, now and then, how many files have been found.
+    pub(crate) fn of(path: &Path, mut progress: impl FnMut(usize)) -> Self {
         let mut sources = Self::default();
         if !path.is_dir() {
             sources.paths.push(path.to_owned());
@@ -40,10 +44,10 @@ impl Sources {
         if config::weights_path(path).is_ok() {
             sources.paths.push(path.to_owned());
         }
-        sources.walk(path);
-        sources.paths.sort();
+        sources.walk(path, &mut progress);
+        sources.paths.sort_by(|a, b| natural::compare(a, b));
         sources.paths.dedup();
-        sources.links_out.sort();
+        sources.links_out.sort_by(|a, b| natural::compare(a, b));
         if sources.paths.is_empty() && sources.faults.is_empty() {
             sources.faults.push((path.to_owned(), FolderError::Empty));
         }
@@ -51,10 +55,11 @@ impl Sources {
     }
 
     /// Folders are entered only when they are no links, so that the walk ends.
-    fn walk(&mut self, root: &Path) {
+    fn walk(&mut self, root: &Path, progress: &mut impl FnMut(usize)) {
         let home = fs::canonicalize(root).ok();
         let mut folders = vec![root.to_owned()];
         while let Some(folder) = folders.pop() {
+            progress(self.paths.len());
             let rows = match fs::read_dir(&folder).and_then(Iterator::collect::<io::Result<Vec<_>>>)
             {
                 Ok(rows) => rows,

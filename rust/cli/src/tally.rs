@@ -17,9 +17,12 @@ pub(crate) fn counted<T: Copy>(
         .collect()
 }
 
-/// `16 (480), 32 (240)`, or a range with its commonest value where there are many.
+/// `16`, or `16 (480), 32 (240)`, or a range with its commonest value where there are many.
 pub(crate) fn spread<T>(counted: &[(T, usize)], show: impl Fn(&T) -> String) -> Option<String> {
     let (first, last) = (counted.first()?, counted.last()?);
+    if counted.len() == 1 {
+        return Some(show(&first.0));
+    }
     if counted.len() <= MAX_DISTINCT {
         let parts: Vec<String> = counted
             .iter()
@@ -41,7 +44,13 @@ pub(crate) fn count(count: usize, noun: &str) -> String {
 
 /// A number to six digits.
 pub(crate) fn number(value: f64) -> String {
-    let rounded: f64 = format!("{value:.5e}").parse().unwrap_or(value);
+    rounded(value, 6)
+}
+
+/// A number to so many digits.
+pub(crate) fn rounded(value: f64, digits: usize) -> String {
+    let places = digits.saturating_sub(1);
+    let rounded: f64 = format!("{value:.places$e}").parse().unwrap_or(value);
     if rounded == 0.0 || (1e-4..1e7).contains(&rounded.abs()) {
         rounded.to_string()
     } else {
@@ -49,14 +58,29 @@ pub(crate) fn number(value: f64) -> String {
     }
 }
 
+const UNITS: [(&str, u64); 3] = [("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
+
 /// `1.4 KiB`, `281.5 MiB`.
 pub(crate) fn size(bytes: u64) -> String {
-    const UNITS: [(&str, u64); 3] = [("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
     let Some((name, unit)) = UNITS.iter().find(|(_, unit)| bytes >= *unit) else {
         return format!("{bytes} bytes");
     };
     let tenths = u128::from(bytes) * 10 / u128::from(*unit);
     format!("{}.{} {name}", tenths / 10, tenths % 10)
+}
+
+/// `1.4K`, `281M`, as file listings have it.
+pub(crate) fn size_short(bytes: u64) -> String {
+    let Some((name, unit)) = UNITS.iter().find(|(_, unit)| bytes >= *unit) else {
+        return bytes.to_string();
+    };
+    let letter = name.get(..1).unwrap_or_default();
+    let tenths = u128::from(bytes) * 10 / u128::from(*unit);
+    if tenths < 100 {
+        format!("{}.{}{letter}", tenths / 10, tenths % 10)
+    } else {
+        format!("{}{letter}", tenths / 10)
+    }
 }
 
 #[cfg(test)]
@@ -67,6 +91,7 @@ mod tests {
     fn few_values_are_listed_and_many_are_a_range() {
         let show = |values: &[u64]| spread(&counted(values.to_vec(), u64::cmp), u64::to_string);
         assert_eq!(show(&[]), None);
+        assert_eq!(show(&[16, 16]).as_deref(), Some("16"));
         assert_eq!(show(&[32, 16, 16]).as_deref(), Some("16 (2), 32 (1)"));
         assert_eq!(
             show(&[8, 1, 2, 3, 4, 3, 2]).as_deref(),
@@ -92,5 +117,11 @@ mod tests {
                 "17179869183.9 GiB"
             ]
         );
+        assert_eq!(
+            sizes.map(size_short),
+            ["0", "1023", "1.0K", "281M", "17179869183G"]
+        );
+        let rough = [1.0 / 3.0, 0.0625, 12345.0].map(|value| rounded(value, 3));
+        assert_eq!(rough, ["0.333", "0.0625", "12300"]);
     }
 }

@@ -9,7 +9,8 @@ use serde_json::Value;
 use crate::Folder;
 use crate::lora_file::LoraFile;
 
-fn corpus() -> Vec<(String, LoraFile)> {
+/// The corpus, in order of names.
+pub(crate) fn files() -> Vec<(String, LoraFile)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/keys");
     let mut files: Vec<_> = fs::read_dir(folder)
         .unwrap()
@@ -71,7 +72,7 @@ fn bytes(value: &Value, dtype: &str) -> Option<Vec<u8>> {
 fn producers() {
     let folder = Folder::new();
     let mut rows = Vec::new();
-    for (name, file) in corpus() {
+    for (name, file) in files() {
         let path = file.write(folder.join("file.safetensors"));
         let outcome = folder.run([path]);
         let line = outcome
@@ -167,7 +168,7 @@ fn producers() {
 #[test]
 fn every_screen_fits_and_every_tensor_is_listed() {
     let folder = Folder::new();
-    for (name, file) in corpus() {
+    for (name, file) in files() {
         let path = file.write(folder.join("file.safetensors"));
         let path = path.to_str().unwrap();
         let screen = folder.run([path]);

@@ -89,7 +89,34 @@ fn usage_errors() {
     exit 64
     --- stderr
     error: unknown option: `--jsno`
-    hint: a file of this name is written `./--jsno`
+    hint: did you mean `--json`?
+    ");
+    assert_snapshot!(usage(&["--rank", "x"]), @"
+    exit 64
+    --- stderr
+    error: unknown option: `--rank`
+    hint: a file of this name is written `./--rank`
+    ");
+    assert_snapshot!(usage(&["x", "--explain"]), @"
+    exit 64
+    --- stderr
+    error: `--explain` needs a value: KEY
+    ");
+    assert_snapshot!(usage(&["x", "--explain", "k", "--all"]), @"
+    exit 64
+    --- stderr
+    error: `--explain` and `--all` cannot be used together
+    ");
+    assert_snapshot!(usage(&["--completions", "tcsh"]), @"
+    exit 64
+    --- stderr
+    error: `--completions` does not know `tcsh`
+    hint: it takes bash, elvish, fish, powershell or zsh
+    ");
+    assert_snapshot!(usage(&["--completions"]), @"
+    exit 64
+    --- stderr
+    error: `--completions` needs a value: bash, elvish, fish, powershell or zsh
     ");
     assert_snapshot!(usage(&["-x"]), @"
     exit 64
@@ -110,7 +137,8 @@ fn usage_errors() {
     assert_snapshot!(usage(&["--color", "blue", "x"]), @"
     exit 64
     --- stderr
-    error: `--color` is none of auto, always and never: `blue`
+    error: `--color` does not know `blue`
+    hint: it takes auto, always or never
     ");
     assert_snapshot!(usage(&["--\u{1b}[2J\n"]), @r"
     exit 64
@@ -130,25 +158,40 @@ fn help() {
     shapes and single values only.
 
     Usage: qwenlora-keys [OPTIONS] FILE...
+           qwenlora-keys [OPTIONS] --explain KEY [FILE...]
+           qwenlora-keys --completions SHELL
 
-    FILE is a .safetensors file, a PEFT folder (adapter_model.safetensors with its
-    adapter_config.json), or any folder: then every .safetensors file below it is
-    read, in order of names, without following links that lead out of it.
+    Arguments:
+      [FILE]...  a .safetensors file, a PEFT folder (adapter_model.safetensors with
+                 its adapter_config.json), or any folder of such
 
     Options:
-      --all                       also list every tensor: key, type, shape, and the
-                                  module and part that it is taken for
-      --json                      one JSON object per file, one per line (schema 1)
-      --color auto|always|never   colour; auto: on a terminal, without NO_COLOR set
-      -h, --help                  this text
-      -V, --version               the version
+          --all                  also list every tensor, and what it is taken for
+          --explain <KEY>        why a key maps there: prefix, path, suffix, scale
+          --json                 one JSON object per file, one per line (schema 1)
+          --color <WHEN>         auto (a terminal without NO_COLOR), always or never
+          --completions <SHELL>  completions: bash, elvish, fish, powershell or zsh
+      -h, --help                 this text
+      -V, --version              the version
+
+    One file gives one screen. A folder, or more than three files, give a table
+    with one line each: of a folder all .safetensors files in it and below it, in
+    order of their names; links that lead out of it are not followed. The report
+    goes to standard output; errors, notes and the summary to standard error.
+
+    Examples:
+      qwenlora-keys style.safetensors          what is in it, what would be applied
+      qwenlora-keys ComfyUI/models/loras       which of my LoRAs work, a line each
+      qwenlora-keys --json loras/ | jq -r 'select(.verdict != "apply") | .path'
+      qwenlora-keys --explain lora_unet_img_in.alpha style.safetensors
 
     Verdicts, and the exit status (of several files the worst decides):
       APPLY    0   all that the file trains is applied
-      PARTIAL  1   a part is applied
-      REJECT   2   nothing is applied: an adapter kind that is not supported yet, or
+      PARTIAL  1   a part is applied; the rest is listed with the reason
+      REJECT   2   nothing is applied: an adapter kind that is not supported, or
                    another model's file
-      error    3   the file cannot be read, or is no valid safetensors file
+      ERROR    3   the file cannot be read, or is no valid safetensors file
+               1   --explain: no such key in some file
               64   the arguments make no sense
               74   the report cannot be written
 
@@ -163,9 +206,7 @@ fn help() {
       attention …  what is trained, and in how many of the model's blocks
       ignored      tensors without effect on the image
 
-    Examples:
-      qwenlora-keys style.safetensors
-      qwenlora-keys --json loras/ | jq -r 'select(.verdict != "apply") | .path'
+    More: docs/keys.md in qwenlora's repository
     "#);
     assert_eq!(usage(&["-h"]), usage(&["--help", "--nonsense"]));
     assert!(

@@ -5,7 +5,9 @@
     reason = "a test that cannot prepare its files has to fail"
 )]
 
+mod completions;
 mod corpus;
+mod explain;
 mod faults;
 mod folders;
 mod hostile;
@@ -13,11 +15,12 @@ mod json;
 mod lora_file;
 mod screens;
 mod streams;
+mod tables;
 
 use std::ffi::OsString;
 use std::path::Path;
 
-use qwenlora_keys::{Exit, Palette};
+use qwenlora_keys::{Console, Exit};
 use tempfile::TempDir;
 
 /// A folder for one test's files.
@@ -45,8 +48,16 @@ impl Folder {
     }
 
     pub(crate) fn run<A: Into<OsString>>(&self, args: impl IntoIterator<Item = A>) -> Outcome {
+        self.run_on(Console::UNWATCHED, args)
+    }
+
+    pub(crate) fn run_on<A: Into<OsString>>(
+        &self,
+        console: Console,
+        args: impl IntoIterator<Item = A>,
+    ) -> Outcome {
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-        let exit = qwenlora_keys::run_with(Palette::Plain, args, &mut stdout, &mut stderr);
+        let exit = qwenlora_keys::run_on(console, args, &mut stdout, &mut stderr);
         Outcome {
             exit,
             stdout: self.stable(stdout),

@@ -26,8 +26,8 @@ fn a_clean_file() {
       producer   musubi-tuner (metadata `ss_network_module`)
       file       2.4 MiB, 24 tensors, BF16
       adapters   LoRA (8)
-      ranks      16 (8)
-      scales     0.5 (8)
+      ranks      16
+      scales     0.5
       slots      4, rank at most 48 each
       attention  2/60 blocks (0-1): attn.to_q attn.to_k attn.to_v
       modulation 2/60 blocks (0-1): img_mod.1
@@ -46,7 +46,7 @@ fn a_partial_file() {
         e.g.     diffusion_model.transformer_blocks.7.attn.to_v.lora_A.weight
                  1 module: has down but no up
         e.g.     diffusion_model.transformer_blocks.7.attn.to_out.0.lora_A.weight
-      left out   1 tensor: text encoder
+      left out   1 tensor: text encoder `text_encoder`
         e.g.     text_encoder.layers.0.q.lora_A.weight
 
       model      Qwen-Image
@@ -54,10 +54,10 @@ fn a_partial_file() {
       file       879.1 KiB, 10 tensors, BF16 (8), F32 (1)
       adapters   LoRA (2), DoRA (1)
       ranks      16 (2), 32 (1)
-      scales     1 (3)
+      scales     1
       slots      1, rank at most 48 (`transformer_blocks.7.attn.to_qkv`)
       attention  1/60 blocks (7): attn.to_q attn.to_k attn.to_v attn.to_out.0
-      ignored    1 tensor: bookkeeping
+      ignored    1 tensor: bookkeeping `_aux`
         e.g.     _aux.step
       note       only attention layers of the first 19 blocks: a FLUX LoRA could
                  look the same
@@ -82,7 +82,42 @@ fn a_file_of_another_model() {
 }
 
 #[test]
-fn a_lokr_of_whole_factors() {
+fn a_kind_that_is_not_supported() {
+    let file = LoraFile::new()
+        .tensor(
+            "lycoris_transformer_blocks_0_attn_to_q.oft_blocks",
+            "BF16",
+            &[64, 48, 48],
+        )
+        .tensor(
+            "lycoris_transformer_blocks_1_attn_to_k.oft_blocks",
+            "BF16",
+            &[64, 48, 48],
+        );
+    assert_snapshot!(screen(&file, &[]), @"
+    exit 2
+    --- stdout
+    REJECT       [dir]/style.safetensors
+                 none of its 2 modules is applied
+      lost       2 modules: OFT is not supported: it turns the base weight by
+                 rotations, which no low-rank pair can do
+        e.g.     lycoris_transformer_blocks_0_attn_to_q.oft_blocks
+
+      model      Qwen-Image
+      producer   unknown (LyCORIS keys, as SimpleTuner writes)
+      file       576.2 KiB, 2 tensors, BF16
+      adapters   OFT (2)
+      ranks      up to 3072
+      scales     1
+      attention  1/60 blocks (0): attn.to_q
+                 1/60 blocks (1): attn.to_k
+      note       only attention layers of the first 19 blocks: a FLUX LoRA could
+                 look the same
+    ");
+}
+
+#[test]
+fn kronecker_products() {
     assert_snapshot!(screen(&lora_file::lokr(), &[]), @"
     exit 0
     --- stdout
@@ -93,9 +128,9 @@ fn a_lokr_of_whole_factors() {
       producer   ai-toolkit (metadata `software`)
       file       4.2 MiB, 180 tensors, BF16
       adapters   LoKr (60)
-      ranks      up to 3072 (60)
-      scales     1 (60)
-      slots      60, rank at most 3072 each
+      ranks      up to 3072
+      scales     1
+      slots      60
       attention  60/60 blocks: attn.to_q
     ");
 }
@@ -115,8 +150,8 @@ fn a_model_that_is_not_supported() {
       producer   unknown (kohya keys, as musubi-tuner and Civitai's trainer write)
       file       120.2 KiB, 2 tensors, BF16
       adapters   LoRA (1)
-      ranks      8 (1)
-      scales     1 (1)
+      ranks      8
+      scales     1
       attention  1/30 layers (0): attention.to_q
     ");
 }
@@ -130,7 +165,7 @@ fn a_file_that_is_no_lora() {
     REJECT       [dir]/style.safetensors
                  no key names a module of Qwen-Image (the first is
                  `decoder.conv_in.weight`)
-      left out   1 tensor: not a transformer module
+      left out   1 tensor: not a transformer module `decoder`
         e.g.     decoder.conv_in.weight
 
       model      unknown
@@ -177,7 +212,7 @@ fn many_ranks_and_shapes_that_do_not_fit() {
       file       2.9 MiB, 14 tensors, BF16
       adapters   LoRA (7)
       ranks      4 to 128, most often 4 (2)
-      scales     1 (7)
+      scales     1
       slots      6, rank at most 128 each
       attention  6/60 blocks (0, 10, 20, 30, 40, 50): attn.add_q_proj
       top level  img_in
@@ -202,8 +237,8 @@ fn a_note_on_what_cannot_be_told() {
       producer   diffusers with PEFT (metadata `lora_adapter_metadata`)
       file       192.3 KiB, 2 tensors, BF16
       adapters   LoRA (1)
-      ranks      16 (1)
-      scales     0.25 (1)
+      ranks      16
+      scales     0.25
       slots      1, rank at most 16 (`transformer_blocks.3.attn.to_qkv`)
       attention  1/60 blocks (3): attn.to_q
       note       only attention layers of the first 19 blocks: a FLUX LoRA could
@@ -225,7 +260,7 @@ fn all_tensors() {
         e.g.     diffusion_model.transformer_blocks.7.attn.to_v.lora_A.weight
                  1 module: has down but no up
         e.g.     diffusion_model.transformer_blocks.7.attn.to_out.0.lora_A.weight
-      left out   1 tensor: text encoder
+      left out   1 tensor: text encoder `text_encoder`
         e.g.     text_encoder.layers.0.q.lora_A.weight
 
       model      Qwen-Image
@@ -233,10 +268,10 @@ fn all_tensors() {
       file       879.1 KiB, 10 tensors, BF16 (8), F32 (1)
       adapters   LoRA (2), DoRA (1)
       ranks      16 (2), 32 (1)
-      scales     1 (3)
+      scales     1
       slots      1, rank at most 48 (`transformer_blocks.7.attn.to_qkv`)
       attention  1/60 blocks (7): attn.to_q attn.to_k attn.to_v attn.to_out.0
-      ignored    1 tensor: bookkeeping
+      ignored    1 tensor: bookkeeping `_aux`
         e.g.     _aux.step
       note       only attention layers of the first 19 blocks: a FLUX LoRA could
                  look the same
@@ -258,15 +293,21 @@ fn all_tensors() {
 fn colour_only_where_it_is_wanted() {
     let folder = Folder::new();
     let path = lora_file::partial().write(folder.join("style.safetensors"));
-    let path = path.to_str().unwrap();
+    lora_file::clean().write(folder.join("clean.safetensors"));
+    is_painted_alike(&folder, folder.path().to_str().unwrap(), "\x1b[2mVERDICT");
+    is_painted_alike(
+        &folder,
+        path.to_str().unwrap(),
+        "\x1b[1;33mPARTIAL\x1b[0m      ",
+    );
+}
+
+fn is_painted_alike(folder: &Folder, path: &str, start: &str) {
     let plain = folder.run(["--color", "never", path]);
     assert!(!plain.stdout.contains('\x1b'));
     assert_eq!(folder.run(["--color=auto", path]).stdout, plain.stdout);
     let painted = folder.run(["--color=always", path]).stdout;
-    assert!(
-        painted.starts_with("\x1b[1;33mPARTIAL\x1b[0m      "),
-        "{painted:?}"
-    );
+    assert!(painted.starts_with(start), "{painted:?}");
     // Colour changes no letter.
     let parts = painted
         .split('\x1b')

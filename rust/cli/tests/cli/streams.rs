@@ -36,6 +36,9 @@ fn a_broken_pipe_ends_quietly() {
         &[path, path] as &[&str],
         &["--json", path],
         &["--all", path],
+        &[path, path, path, path],
+        &["--explain", "img_in.alpha"],
+        &["--completions", "zsh"],
         &["--help"],
     ] {
         assert_eq!(
@@ -90,4 +93,117 @@ fn the_program() {
     assert_eq!(output, Ok(()));
     let output = child.unwrap().wait_with_output().unwrap();
     assert_eq!((output.status.code(), output.stderr), (Some(0), Vec::new()));
+}
+
+fn program(path: &std::path::Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_qwenlora-keys"));
+    command
+        .arg(path)
+        .env_remove("COLUMNS")
+        .env_remove("NO_COLOR");
+    command
+}
+
+/// A folder whose table is wider than anything that it is shown on.
+fn long_names() -> Folder {
+    let folder = Folder::new();
+    for end in ["a", "b"] {
+        let name = format!("{}{end}.safetensors", "name".repeat(40));
+        lora_file::clean().write(folder.join(&name));
+    }
+    folder
+}
+
+#[test]
+fn columns_set_the_width_of_a_table() {
+    let folder = long_names();
+    for (columns, width) in [("100", 100), ("0", 80), ("wide", 80), ("", 80), ("5", 60)] {
+        let output = program(folder.path())
+            .env("COLUMNS", columns)
+            .output()
+            .unwrap();
+        let table = String::from_utf8(output.stdout).unwrap();
+        let widest = table
+            .lines()
+            .map(|line| line.chars().count())
+            .max()
+            .unwrap();
+        assert!(
+            widest <= width && widest > width - 12,
+            "COLUMNS={columns}: {widest}\n{table}"
+        );
+    }
+}
+
+/// What a terminal is sent; none where the machine cannot play one.
+#[cfg(target_os = "linux")]
+fn on_a_terminal(arguments: &str, environment: &[(&str, &str)]) -> Option<String> {
+    let line = format!("{} {arguments}", env!("CARGO_BIN_EXE_qwenlora-keys"));
+    let output = Command::new("script")
+        .args([
+            "-qec",
+            &format!("stty cols 100 2>/dev/null; {line}"),
+            "/dev/null",
+        ])
+        .env_remove("COLUMNS")
+        .env_remove("NO_COLOR")
+        .env("TERM", "xterm")
+        .envs(environment.iter().copied())
+        .stdin(Stdio::null())
+        .output()
+        .ok()?;
+    Some(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_terminal_has_colour_and_a_width() {
+    let folder = long_names();
+    let path = folder.path().to_str().unwrap();
+    let Some(text) = on_a_terminal(path, &[]) else {
+        return;
+    };
+    assert!(text.contains("\x1b[2mVERDICT  FILE"), "{text:?}");
+    assert!(text.contains("\x1b[1;32mAPPLY\x1b[0m"), "{text:?}");
+    let title = text.lines().next().unwrap().trim_end().chars().count();
+    assert!((88..=108).contains(&title), "{title}: {text}");
+    for environment in [("NO_COLOR", "1"), ("TERM", "dumb")] {
+        let text = on_a_terminal(path, &[environment]).unwrap();
+        assert!(!text.contains('\x1b') && text.contains("APPLY"), "{text:?}");
+    }
+    // Whoever sets it to nothing has not set it.
+    assert!(
+        on_a_terminal(path, &[("NO_COLOR", "")])
+            .unwrap()
+            .contains('\x1b')
+    );
+}
+
+#[test]
+#[cfg(unix)]
+fn closed_streams() {
+    let folder = Folder::new();
+    let path = lora_file::partial().write(folder.join("partial.safetensors"));
+    let run = |redirections: &str| {
+        let line = format!("exec \"$0\" \"$1\" {redirections}");
+        Command::new("sh")
+            .args(["-c", &line, env!("CARGO_BIN_EXE_qwenlora-keys")])
+            .arg(&path)
+            .output()
+            .unwrap()
+    };
+    for redirections in [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"] {
+        let output = run(redirections);
+        assert_eq!(output.status.code(), Some(1), "{redirections}: {output:?}");
+        assert!(output.stderr.is_empty(), "{redirections}: {output:?}");
+    }
+    if cfg!(target_os = "linux") {
+        let output = run(">/dev/full");
+        assert_eq!(output.status.code(), Some(74), "{output:?}");
+        assert!(
+            output
+                .stderr
+                .starts_with(b"error: cannot write the report: ")
+        );
+    }
 }

@@ -1,0 +1,370 @@
+//! `--explain`: one key.
+
+use insta::assert_snapshot;
+use serde_json::Value;
+
+use crate::Folder;
+use crate::corpus;
+use crate::lora_file::{self, LoraFile};
+
+fn explain(file: &LoraFile, key: &str) -> String {
+    let folder = Folder::new();
+    let path = file.write(folder.join("style.safetensors"));
+    folder
+        .run(["--explain", key, path.to_str().unwrap()])
+        .text()
+}
+
+fn of_corpus(name: &str, key: &str) -> String {
+    let (_, file) = corpus::files()
+        .into_iter()
+        .find(|(other, _)| other == name)
+        .unwrap();
+    explain(&file, key)
+}
+
+#[test]
+fn a_factor_that_is_applied() {
+    let key = "lora_unet_transformer_blocks_1_attn_to_k.lora_down.weight";
+    assert_snapshot!(explain(&lora_file::clean(), key), @"
+    exit 0
+    --- stdout
+    APPLIED      lora_unet_transformer_blocks_1_attn_to_k.lora_down.weight
+                 it takes part in what is applied
+
+      file       [dir]/style.safetensors
+      tensor     BF16 16x3072
+      prefix     `lora_unet_`
+      path       `transformer_blocks_1_attn_to_k`
+      suffix     `.lora_down.weight`
+      role       down: the pair's first factor (LoRA A), rank x in
+      module     transformer_blocks.1.attn.to_k
+      slot       transformer_blocks.1.attn.to_qkv, part 2 of 3
+      adapter    LoRA, rank 16
+      scale      0.5 = alpha 8 / rank 16
+                 by `lora_unet_transformer_blocks_1_attn_to_k.alpha`
+      with       `lora_unet_transformer_blocks_1_attn_to_k.lora_up.weight`
+                 `lora_unet_transformer_blocks_1_attn_to_k.alpha`
+    ");
+}
+
+#[test]
+fn an_alpha() {
+    let key = "lora_unet_transformer_blocks_1_img_mod_1.alpha";
+    assert_snapshot!(explain(&lora_file::clean(), key), @"
+    exit 0
+    --- stdout
+    APPLIED      lora_unet_transformer_blocks_1_img_mod_1.alpha
+                 it takes part in what is applied
+
+      file       [dir]/style.safetensors
+      tensor     F32 scalar = 8
+      prefix     `lora_unet_`
+      path       `transformer_blocks_1_img_mod_1`
+      suffix     `.alpha`
+      role       alpha: the numerator of the scale, alpha / rank
+      module     transformer_blocks.1.img_mod.1
+      slot       transformer_blocks.1.img_mod.1
+      adapter    LoRA, rank 16
+      scale      0.5 = alpha 8 / rank 16
+                 by `lora_unet_transformer_blocks_1_img_mod_1.alpha`
+      with       `lora_unet_transformer_blocks_1_img_mod_1.lora_down.weight`
+                 `lora_unet_transformer_blocks_1_img_mod_1.lora_up.weight`
+    ");
+}
+
+#[test]
+fn stacked_prefixes_and_an_adapters_name() {
+    let key = "base_model.model.transformer_blocks.0.attn.to_q.lora_A.default.weight";
+    assert_snapshot!(of_corpus("peft_base_model_default", key), @"
+    exit 0
+    --- stdout
+    APPLIED      base_model.model.transformer_blocks.0.attn.to_q.lora_A.default.weight
+                 it takes part in what is applied
+
+      file       [dir]/style.safetensors
+      tensor     F32 16x3072
+      prefix     `base_model.model.`
+      path       `transformer_blocks.0.attn.to_q`
+      suffix     `.lora_A.default.weight`
+                 in it the adapter's name, as PEFT writes it: `default`
+      role       down: the pair's first factor (LoRA A), rank x in
+      module     transformer_blocks.0.attn.to_q
+      slot       transformer_blocks.0.attn.to_qkv, part 1 of 3
+      adapter    LoRA, rank 16
+      scale      1: neither an alpha nor a configuration
+      with       `base_model.model.transformer_blocks.0.attn.to_q.lora_B.default.weight`
+    ");
+}
+
+#[test]
+fn a_scale_of_the_configuration() {
+    let key = "transformer.transformer_blocks.0.attn.to_q.lora_B.weight";
+    assert_snapshot!(of_corpus("diffusers_peft_rslora", key), @"
+    exit 0
+    --- stdout
+    APPLIED      transformer.transformer_blocks.0.attn.to_q.lora_B.weight
+                 it takes part in what is applied
+
+      file       [dir]/style.safetensors
+      tensor     BF16 3072x64
+      prefix     `transformer.`
+      path       `transformer_blocks.0.attn.to_q`
+      suffix     `.lora_B.weight`
+      role       up: the pair's second factor (LoRA B), out x rank
+      module     transformer_blocks.0.attn.to_q
+      slot       transformer_blocks.0.attn.to_qkv, part 1 of 3
+      adapter    LoRA, rank 64
+      scale      2 = alpha 16 of the configuration / sqrt(rank 64), rsLoRA
+      with       `transformer.transformer_blocks.0.attn.to_q.lora_A.weight`
+    ");
+}
+
+#[test]
+fn a_kronecker_factor() {
+    let key = "diffusion_model.transformer_blocks.0.attn.to_q.lokr_w1";
+    assert_snapshot!(of_corpus("ai_toolkit_lokr_full_f16_inf_alpha", key), @"
+    exit 0
+    --- stdout
+    APPLIED      diffusion_model.transformer_blocks.0.attn.to_q.lokr_w1
+                 it takes part in what is applied
+
+      file       [dir]/style.safetensors
+      tensor     F16 16x16
+      prefix     `diffusion_model.`
+      path       `transformer_blocks.0.attn.to_q`
+      suffix     `.lokr_w1`
+      role       lokr_w1: LoKr's first factor, whole
+      module     transformer_blocks.0.attn.to_q
+      slot       transformer_blocks.0.attn.to_qkv, part 1 of 3
+      adapter    LoKr, rank up to 3072
+      scale      1: both factors are stored whole, so that no alpha counts
+      with       `diffusion_model.transformer_blocks.0.attn.to_q.alpha`
+                 `diffusion_model.transformer_blocks.0.attn.to_q.lokr_w2`
+    ");
+}
+
+#[test]
+fn a_tensor_of_a_lost_module() {
+    let key = "diffusion_model.transformer_blocks.7.attn.to_v.lora_magnitude_vector";
+    assert_snapshot!(explain(&lora_file::partial(), key), @"
+    exit 0
+    --- stdout
+    LOST         diffusion_model.transformer_blocks.7.attn.to_v.lora_magnitude_vector
+                 its module is not applied: DoRA is not supported: without its
+                 magnitudes the pair would be another LoRA
+
+      file       [dir]/style.safetensors
+      tensor     F32 3072
+      prefix     `diffusion_model.`
+      path       `transformer_blocks.7.attn.to_v`
+      suffix     `.lora_magnitude_vector`
+      role       dora_scale: DoRA's magnitude of each channel
+      module     transformer_blocks.7.attn.to_v
+      slot       transformer_blocks.7.attn.to_qkv, part 3 of 3
+      adapter    DoRA, rank 16
+      scale      1: neither an alpha nor a configuration
+      with       `diffusion_model.transformer_blocks.7.attn.to_v.lora_A.weight`
+                 `diffusion_model.transformer_blocks.7.attn.to_v.lora_B.weight`
+    ");
+}
+
+#[test]
+fn a_foreign_key_and_bookkeeping() {
+    let key = "text_encoder.layers.0.q.lora_A.weight";
+    assert_snapshot!(explain(&lora_file::partial(), key), @"
+    exit 0
+    --- stdout
+    LEFT OUT     text_encoder.layers.0.q.lora_A.weight
+                 text encoder
+
+      file       [dir]/style.safetensors
+      tensor     BF16 16x64
+      path       names no module of Qwen-Image or Z-Image
+    ");
+    assert_snapshot!(explain(&lora_file::partial(), "_aux.step"), @"
+    exit 0
+    --- stdout
+    IGNORED      _aux.step
+                 without effect on the image: bookkeeping
+
+      file       [dir]/style.safetensors
+      tensor     I64 scalar
+      path       names no module of Qwen-Image or Z-Image
+    ");
+}
+
+#[test]
+fn a_key_of_another_models_file() {
+    let key = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight";
+    assert_snapshot!(explain(&lora_file::flux(), key), @"
+    exit 0
+    --- stdout
+    LOST         transformer.transformer_blocks.0.attn.to_q.lora_A.weight
+                 its module is not applied: a FLUX LoRA (it has
+                 `transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight`)
+
+      file       [dir]/style.safetensors
+      tensor     BF16 16x3072
+      prefix     `transformer.`
+      path       `transformer_blocks.0.attn.to_q`
+      suffix     `.lora_A.weight`
+      role       down: the pair's first factor (LoRA A), rank x in
+      module     transformer_blocks.0.attn.to_q
+      slot       transformer_blocks.0.attn.to_qkv, part 1 of 3
+      adapter    LoRA, rank 16
+      scale      1: neither an alpha nor a configuration
+      with       `transformer.transformer_blocks.0.attn.to_q.lora_B.weight`
+    ");
+}
+
+#[test]
+fn every_key_of_the_corpus_has_a_screen_that_fits() {
+    let folder = Folder::new();
+    for (name, file) in corpus::files() {
+        let path = file.write(folder.join("file.safetensors"));
+        let path = path.to_str().unwrap();
+        let document: Value = serde_json::from_str(&folder.run(["--json", path]).stdout).unwrap();
+        let tensors = document["tensors"].as_array().unwrap();
+        // Of a long file a part shows all that it has.
+        for tensor in tensors.iter().step_by(1 + tensors.len() / 5) {
+            let key = tensor["key"].as_str().unwrap();
+            let outcome = folder.run(["--explain", key, path]);
+            assert_eq!(
+                (outcome.exit.code(), outcome.stderr.as_str()),
+                (0, ""),
+                "{name}: {key}"
+            );
+            for line in outcome
+                .stdout
+                .lines()
+                .skip(1)
+                .filter(|line| !line.contains("[dir]"))
+            {
+                assert!(line.chars().count() <= 90, "{name}: {line}");
+            }
+            let explained = folder.run(["--json", "--explain", key, path]).stdout;
+            let explained: Value = serde_json::from_str(&explained).unwrap();
+            assert_eq!(explained["key"], tensor["key"]);
+            // Of another model's file the document says of no tensor what it is.
+            if !document["model"].is_null() {
+                assert_eq!(explained["role"], tensor["role"], "{name}: {key}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_key_that_the_file_does_not_have() {
+    let text = explain(
+        &lora_file::clean(),
+        "lora_unet_transformer_blocks_1_attn_to_k.lora_dwn.weight",
+    );
+    assert_snapshot!(text, @"
+    exit 1
+    --- stderr
+    error: `[dir]/style.safetensors` has no key `lora_unet_transformer_blocks_1_attn_to_k.lora_dwn.weight`
+    hint: its nearest keys are
+      lora_unet_transformer_blocks_1_attn_to_k.lora_down.weight
+      lora_unet_transformer_blocks_0_attn_to_k.lora_down.weight
+      lora_unet_transformer_blocks_1_attn_to_q.lora_down.weight
+      lora_unet_transformer_blocks_1_attn_to_v.lora_down.weight
+      lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight
+    ");
+    let text = explain(&lora_file::clean(), "transformer_blocks.1.attn.to_k");
+    assert_snapshot!(text, @"
+    exit 1
+    --- stderr
+    error: `[dir]/style.safetensors` has no key `transformer_blocks.1.attn.to_k`
+    hint: its nearest keys are
+      lora_unet_transformer_blocks_1_attn_to_k.lora_down.weight
+      lora_unet_transformer_blocks_1_attn_to_k.lora_up.weight
+      lora_unet_transformer_blocks_1_attn_to_k.alpha
+    ");
+    let text = explain(&lora_file::clean(), "something.else.entirely");
+    assert_snapshot!(text, @"
+    exit 1
+    --- stderr
+    error: `[dir]/style.safetensors` has no key `something.else.entirely`
+    hint: `--all` lists its keys
+    ");
+}
+
+#[test]
+fn a_key_without_a_file() {
+    let folder = Folder::new();
+    let key = "transformer.transformer_blocks.60.attn.to_q.lora_A.weight";
+    assert_snapshot!(folder.run(["--explain", key]).text(), @"
+    exit 1
+    --- stdout
+    KEY          transformer.transformer_blocks.60.attn.to_q.lora_A.weight
+                 names no module of Qwen-Image or Z-Image
+    ");
+    let key = "lora_unet_transformer_blocks_59_img_mod_1.lora_up.weight";
+    assert_snapshot!(folder.run(["--explain", key]).text(), @"
+    exit 0
+    --- stdout
+    KEY          lora_unet_transformer_blocks_59_img_mod_1.lora_up.weight
+                 as it is read in any file; name one to see its scale and its fate
+
+      prefix     `lora_unet_`
+      path       `transformer_blocks_59_img_mod_1`
+      suffix     `.lora_up.weight`
+      role       up: the pair's second factor (LoRA B), out x rank
+      module     transformer_blocks.59.img_mod.1
+    ");
+    assert_snapshot!(folder.run(["--json", "--explain", key]).text(), @r#"
+    exit 0
+    --- stdout
+    {"schema":1,"key":"lora_unet_transformer_blocks_59_img_mod_1.lora_up.weight","reading":{"prefixes":["lora_unet_"],"spelling":"transformer_blocks_59_img_mod_1","target":"transformer_blocks.59.img_mod.1","suffix":".lora_up.weight","role":"up","scales":null,"adapter_name":null}}
+    "#);
+}
+
+#[test]
+fn several_files() {
+    let folder = Folder::new();
+    let clean = lora_file::clean().write(folder.join("clean.safetensors"));
+    let flux = lora_file::flux().write(folder.join("flux.safetensors"));
+    let key = "lora_unet_transformer_blocks_0_attn_to_q.alpha";
+    let args = [
+        "--explain",
+        key,
+        "--json",
+        clean.to_str().unwrap(),
+        flux.to_str().unwrap(),
+    ];
+    assert_snapshot!(folder.run(args).text(), @r#"
+    exit 1
+    --- stdout
+    {"schema":1,"path":"[dir]/clean.safetensors","key":"lora_unet_transformer_blocks_0_attn_to_q.alpha","dtype":"F32","shape":[],"value":8.0,"reading":{"prefixes":["lora_unet_"],"spelling":"transformer_blocks_0_attn_to_q","target":"transformer_blocks.0.attn.to_q","suffix":".alpha","role":"alpha","scales":null,"adapter_name":null},"role":"alpha","module":{"target":"transformer_blocks.0.attn.to_q","slot":"transformer_blocks.0.attn.to_qkv","part":0,"parts":3,"adapter":"lora","rank":16,"scale":0.5,"scale_rule":{"rule":"alpha","key":"lora_unet_transformer_blocks_0_attn_to_q.alpha","alpha":8.0,"rank":16},"float8_scales":[],"tensor_scale":null,"keys":["lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight","lora_unet_transformer_blocks_0_attn_to_q.lora_up.weight","lora_unet_transformer_blocks_0_attn_to_q.alpha"]},"fate":{"fate":"applied"}}
+    {"schema":1,"path":"[dir]/flux.safetensors","error":"`[dir]/flux.safetensors` has no key `lora_unet_transformer_blocks_0_attn_to_q.alpha`","nearest":["transformer.transformer_blocks.0.attn.to_q.lora_A.weight","transformer.transformer_blocks.0.attn.to_q.lora_B.weight"]}
+    --- stderr
+    error: `[dir]/flux.safetensors` has no key `lora_unet_transformer_blocks_0_attn_to_q.alpha`
+    hint: its nearest keys are
+      transformer.transformer_blocks.0.attn.to_q.lora_A.weight
+      transformer.transformer_blocks.0.attn.to_q.lora_B.weight
+    "#);
+}
+
+#[test]
+fn hostile_keys() {
+    let key = "x\u{1b}[2J\nAPPLIED      fine\r\u{202e}`";
+    let file = lora_file::clean().tensor(key, "F32", &[2]);
+    assert_snapshot!(explain(&file, key), @r"
+    exit 0
+    --- stdout
+    LEFT OUT     x\u{1b}[2J\u{a}APPLIED      fine\u{d}\u{202e}`
+                 not a transformer module
+
+      file       [dir]/style.safetensors
+      tensor     F32 2
+      path       names no module of Qwen-Image or Z-Image
+    ");
+    assert_snapshot!(explain(&file, "x\u{1b}[2J\nAPPLIED      fine"), @r"
+    exit 1
+    --- stderr
+    error: `[dir]/style.safetensors` has no key `x\u{1b}[2J\u{a}APPLIED      fine`
+    hint: its nearest keys are
+      x\u{1b}[2J\u{a}APPLIED      fine\u{d}\u{202e}`
+    ");
+}
