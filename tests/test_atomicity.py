@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import qwenlora
-from qwenlora import Placement, branch, slots
+from qwenlora import Placement, branch, slots, staging
+from qwenlora.arena import BranchArena, PackedArena
 from qwenlora.errors import ModelStateError
 from qwenlora.placement import Journal
 from qwenlora.slots import PackedSlot, SideBranchSlot
@@ -144,19 +145,26 @@ def test_a_fault_at_every_slot(placement, phase, error, scene, previous):
 
 @contextmanager
 def _failing_allocation(monkeypatch, fault: Fault):
-    joined, prepare = PackedSlot._joined, SideBranchSlot.prepare
+    def failing(call):
+        def call_or_raise(*args, **options):
+            fault.pass_or_raise()
+            return call(*args, **options)
 
-    def failing_joined(self, *args):
-        fault.pass_or_raise()
-        return joined(self, *args)
+        return call_or_raise
 
-    def failing_prepare(self, *args):
-        fault.pass_or_raise()
-        return prepare(self, *args)
-
+    allocating = [
+        (PackedSlot, "_joined"),
+        (SideBranchSlot, "prepare"),
+        (PackedArena, "_with_base"),
+        (PackedArena, "write"),
+        (BranchArena, "__init__"),
+        (BranchArena, "write"),
+        (staging, "_host_buffer"),
+        (staging, "_look"),
+    ]
     with monkeypatch.context() as patch:
-        patch.setattr(PackedSlot, "_joined", failing_joined)
-        patch.setattr(SideBranchSlot, "prepare", failing_prepare)
+        for owner, name in allocating:
+            patch.setattr(owner, name, failing(getattr(owner, name)))
         yield
 
 

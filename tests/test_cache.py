@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import qwenlora
-from qwenlora import _core, cache, compose, errors
+from qwenlora import _core, cache, errors, placement
 from qwenlora.spec import ComposeOptions
 
 EXACT = 2e-6
@@ -62,10 +62,9 @@ def test_clear_cache_reads_again_and_leaves_the_model(model, lora, probe, reads)
 def test_the_cache_holds_no_more_memory_than_it_may(limit_bytes, model, lora):
     qwenlora.compose_loras(model, lora[0], options=ComposeOptions(cache_bytes=limit_bytes))
     storages = {}
-    for own in cache.pieces._pairs.values():
-        for tensor in (own.pair.down, own.pair.up):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+    for own in cache.pieces.values():
+        storage = own.host.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
     held = sum(storages.values())
     # What the cache says it holds is what it keeps alive.
     assert 0 < held <= cache.pieces.nbytes <= limit_bytes
@@ -145,7 +144,7 @@ def test_a_file_cut_short_after_planning(is_cached, model, lora, probe, reads):
 
 
 def test_no_file_stays_open_after_an_error(model, lora, reads, tmp_path, monkeypatch):
-    monkeypatch.setattr(compose.DeltaBuilder, "build", _raise_memory_error)
+    monkeypatch.setattr(placement.Placer, "_build", _raise_memory_error)
     with pytest.raises(MemoryError):
         qwenlora.compose_loras(model, lora[0])
     assert reads.open == 0

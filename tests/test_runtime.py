@@ -211,6 +211,8 @@ def test_two_threads(host, two, model, probe):
     wrong = []
 
     def work(index):
+        # The first matrix products of a new thread round differently, with or without LoRAs.
+        host(sets[index])
         for _ in range(10):
             if not torch.equal(host(sets[index]), expected[index]):
                 wrong.append(index)

@@ -33,6 +33,7 @@ __all__ = [
     "add_side_branch",
     "branch_of",
     "is_clean",
+    "low_rank_branch",
     "set_branch",
 ]
 
@@ -211,6 +212,13 @@ def make_branch(
     if not tensors:
         return None
     return Branch(BranchLayout(tuple(s.row_begin for s in kron_room), row_order), tensors)
+
+
+def low_rank_branch(target: Target, factors: tuple[Tensor, Tensor]) -> Branch:
+    """A branch of one pair that is in its layer's form already: (R, in) and (out, R)."""
+    down, up = factors
+    layout = BranchLayout(row_order=row_order_of(target.kind))
+    return Branch(layout, {BRANCH_DOWN: down, BRANCH_UP: up})
 
 
 def add_side_branch(

@@ -1,6 +1,6 @@
-"""What is kept between compositions: file plans and packed, strength-free pieces.
+"""What is kept between compositions: file plans and strength-free deltas.
 
-Both are bounded and dropped oldest first. Neither steers a result: a cached piece is the tensor
+Both are bounded and dropped oldest first. Neither steers a result: cached deltas are the tensors
 that reading the file again would give.
 """
 
@@ -9,11 +9,10 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from qwenlora import _core
-    from qwenlora.pieces import LoraPieces
 
 __all__ = ["PieceCache", "PlanCache", "clear_cache", "pieces", "plans"]
 
@@ -51,12 +50,25 @@ class PlanCache:
             self._plans.clear()
 
 
+class Kept(Protocol):
+    """What is worth keeping."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory that it holds."""
+
+
 class PieceCache:
-    """Deltas by (identity of the LoRA, slot and its layout), bounded in bytes of host memory."""
+    """Deltas by (identity of the LoRA, what they are), bounded in bytes of host memory.
+
+    What a composition has used is not dropped for what it uses next: a stack that is larger than
+    the cache would otherwise find nothing of itself the next time.
+    """
 
     def __init__(self) -> None:
-        self._pairs: OrderedDict[Hashable, LoraPieces] = OrderedDict()
+        self._kept: OrderedDict[Hashable, tuple[Kept, int]] = OrderedDict()
         self._bytes = 0
+        self._turn = 0
         self._lock = threading.Lock()
 
     @property
@@ -64,34 +76,55 @@ class PieceCache:
         """Bytes held now."""
         return self._bytes
 
-    def get(self, key: Hashable) -> LoraPieces | None:
-        """The pair, if it is kept."""
+    def values(self) -> list[Kept]:
+        """All that is kept, the oldest first."""
         with self._lock:
-            pair = self._pairs.get(key)
-            if pair is not None:
-                self._pairs.move_to_end(key)
-            return pair
+            return [kept for kept, _ in self._kept.values()]
 
-    def put(self, key: Hashable, pair: LoraPieces, *, limit_bytes: int) -> None:
-        """Keep a pair where it fits, dropping the oldest."""
+    def turn(self) -> None:
+        """A composition begins."""
+        with self._lock:
+            self._turn += 1
+
+    def get(self, key: Hashable) -> Kept | None:
+        """The deltas, if they are kept."""
+        with self._lock:
+            found = self._kept.get(key)
+            if found is None:
+                return None
+            self._kept[key] = (found[0], self._turn)
+            self._kept.move_to_end(key)
+            return found[0]
+
+    def put(self, key: Hashable, deltas: Kept, *, limit_bytes: int) -> bool:
+        """Keep deltas where they fit, dropping the oldest of earlier compositions.
+
+        Returns:
+            Whether they are kept.
+        """
         with self._lock:
             self._drop(key)
-            if pair.nbytes <= limit_bytes:
-                self._pairs[key] = pair
-                self._bytes += pair.nbytes
-            while self._bytes > limit_bytes:
-                self._drop(next(iter(self._pairs)))
+            while self._kept and self._bytes + deltas.nbytes > limit_bytes:
+                oldest, (_, turn) = next(iter(self._kept.items()))
+                if turn == self._turn and self._bytes <= limit_bytes:
+                    return False
+                self._drop(oldest)
+            if self._bytes + deltas.nbytes > limit_bytes:
+                return False
+            self._kept[key] = (deltas, self._turn)
+            self._bytes += deltas.nbytes
+            return True
 
     def clear(self) -> None:
-        """Drop all pairs."""
+        """Drop all deltas."""
         with self._lock:
-            self._pairs.clear()
+            self._kept.clear()
             self._bytes = 0
 
     def _drop(self, key: Hashable) -> None:
-        pair = self._pairs.pop(key, None)
-        if pair is not None:
-            self._bytes -= pair.nbytes
+        found = self._kept.pop(key, None)
+        if found is not None:
+            self._bytes -= found[0].nbytes
 
 
 plans = PlanCache(_MAX_PLANS)

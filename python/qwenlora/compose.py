@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qwenlora import cache
 from qwenlora.deltas import DeltaBuilder, SlotDeltas
 from qwenlora.errors import EnergyLossError, NothingToApplyError
+from qwenlora.grouped import GroupBuilder
 from qwenlora.lock import lock_of
 from qwenlora.lora_set import LoraSet
 from qwenlora.offload import OffloadLayout, offload_of, turn_on
@@ -226,10 +228,19 @@ class _Composition:
             for source in wanted.sources:
                 fetchers.append(source.open())
                 closing.callback(fetchers[-1].close)
+            cache.pieces.turn()
             builder = DeltaBuilder(wanted.specs, wanted.sources, fetchers, options=options)
             journal = Journal(self._model, targets, layout, self._state)
             units = path_units(plan, targets, layout, self._state)
-            placer = Placer(units, builder, fetchers, options, journal)
+            groups = GroupBuilder(
+                [group for unit in units for group in unit.groups],
+                wanted.specs,
+                wanted.sources,
+                fetchers,
+                options,
+            )
+            closing.callback(groups.close)
+            placer = Placer(units, builder, groups, fetchers, options, journal)
             place = placer.whole if self._is_whole(plan, targets) else placer.by_path
             place(lambda done: self._state_of(plan, targets, done))
         report = read_state(self._model).report

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qwenlora.spec import ComposeOptions, LoraSpec
     from qwenlora.targets import Target
 
-__all__ = ["DeltaBuilder", "SlotDeltas", "require_finite", "uniform"]
+__all__ = ["DeltaBuilder", "SlotDeltas", "non_finite", "require_finite", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class SlotDeltas:
         zero: Indices of LoRAs whose delta here is all zero, hence left out exactly.
         thirded: Indices of LoRAs whose alpha here may be a third of what is meant.
         refused: (LoRA, module) left out for what they would lose.
+        joined: New `down` and `up` that hold the base and all pairs, where they were built at once
+            with those of other slots; `pairs` is empty then.
     """
 
     target: Target
@@ -66,6 +68,7 @@ class SlotDeltas:
     refused: tuple[tuple[int, Refusal], ...] = ()
     dense_held: bool = False
     kron_count: int = 0
+    joined: tuple[Tensor, Tensor] | None = None
 
     @property
     def composed(self) -> bool:
@@ -90,7 +93,12 @@ class SlotDeltas:
     def without_tensors(self) -> SlotDeltas:
         """The record of deltas whose tensors have been copied into place."""
         return replace(
-            self, pairs=(), krons=(), dense=None, values=dict.fromkeys(self.values, torch.empty(0))
+            self,
+            pairs=(),
+            krons=(),
+            dense=None,
+            values=dict.fromkeys(self.values, torch.empty(0)),
+            joined=None,
         )
 
 
@@ -135,7 +143,7 @@ class DeltaBuilder:
         )
         key = (source.identity, plan.path, plan.kind, plan.row_order, sizes, parts, limit)
         own = cache.pieces.get(key)
-        if own is None:
+        if not isinstance(own, LoraPieces):
             own = fetch_pieces(pieces, plan, target, fetcher, max_energy_lost=limit)
             cache.pieces.put(key, own, limit_bytes=self._options.cache_bytes)
         return own
@@ -227,10 +235,15 @@ def require_finite(built: Sequence[SlotDeltas]) -> None:
     finite = torch.isfinite(torch.stack(extremes)).all(dim=1).tolist()
     for (target, _), ok in zip(held, finite, strict=True):
         if not ok:
-            raise NonFiniteError(
-                f"`{target.path}` would hold NaN or infinity in {target.dtype}"
-                "\nhint: a LoRA of the stack is damaged, or its strength is too high"
-            )
+            raise non_finite(target)
+
+
+def non_finite(target: Target) -> NonFiniteError:
+    """What is raised where a slot's delta holds NaN or infinity."""
+    return NonFiniteError(
+        f"`{target.path}` would hold NaN or infinity in {target.dtype}"
+        "\nhint: a LoRA of the stack is damaged, or its strength is too high"
+    )
 
 
 def _by_lora(plan: SlotPlan) -> Iterator[tuple[int, list[Piece]]]:

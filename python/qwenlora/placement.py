@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from qwenlora.bulk import Group, group_slots
 from qwenlora.deltas import DeltaBuilder, SlotDeltas, require_finite, uniform
 from qwenlora.report import ComposeReport
 from qwenlora.slots import Change, slot_of
@@ -19,6 +20,7 @@ from qwenlora.state import AppliedState, SlotRecord, write_state
 if TYPE_CHECKING:
     from torch import nn
 
+    from qwenlora.grouped import GroupBuilder
     from qwenlora.offload import OffloadLayout
     from qwenlora.plan import SlotPlan, StackPlan
     from qwenlora.source import TensorFetcher
@@ -36,10 +38,28 @@ class PathUnit:
         members: The slots with their plans; None brings one to its base.
         twins: Under offload, the slots of the buffer blocks that the members are copied into; all
             then get the same rank.
+        groups: Members that are built together.
+        rest: Members that are built one by one, or filled up with zeros.
     """
 
     members: list[tuple[Target, SlotPlan | None]] = field(default_factory=list)
     twins: list[Target] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    rest: list[tuple[Target, SlotPlan | None]] = field(default_factory=list)
+
+    def sort(self) -> None:
+        """Find the members that can be built together."""
+        self.groups, self.rest = group_slots(self.members)
+        planned = [group for group in self.groups if group.stacks]
+        alone = any(plan is not None for _, plan in self.rest)
+        if self.twins and planned and (len(planned) > 1 or alone):
+            # One rank for all of them: known only when every slot's own is.
+            self.groups, self.rest = [], list(self.members)
+        elif self.twins and planned:
+            # Slots without a plan get as many ranks, all zero.
+            own = {id(target) for target, _ in planned[0].slots}
+            self.groups = planned
+            self.rest = [member for member in self.members if id(member[0]) not in own]
 
 
 def restore_all(targets: Iterable[Target]) -> None:
@@ -103,6 +123,7 @@ class Placer:
         self,
         units: Sequence[PathUnit],
         builder: DeltaBuilder,
+        groups: GroupBuilder,
         fetchers: Sequence[TensorFetcher],
         options: ComposeOptions,
         journal: Journal,
@@ -110,6 +131,7 @@ class Placer:
         self._units = units
         self._journal = journal
         self._builder = builder
+        self._groups = groups
         self._fetchers = fetchers
         self._progress = options.progress
         self._total = sum(len(unit.members) for unit in units)
@@ -121,6 +143,7 @@ class Placer:
     def whole(self, state_of: Callable[[Sequence[SlotDeltas]], AppliedState]) -> None:
         """Build everything beside the old stack, then move all pointers, or none."""
         prepared = [pair for unit in self._units for pair in self._prepare(unit)]
+        self._groups.check()
         for fetcher in self._fetchers:
             fetcher.finish()
         begun: list[Change] = []
@@ -144,7 +167,9 @@ class Placer:
         self._journal.begin()
         try:
             for unit in self._units:
-                for change, deltas in self._prepare(unit):
+                prepared = self._prepare(unit)
+                self._groups.check()
+                for change, deltas in prepared:
                     self._tell_write(deltas)
                     change.make()
                     done.append(deltas)
@@ -157,12 +182,7 @@ class Placer:
             raise
 
     def _prepare(self, unit: PathUnit) -> list[tuple[Change, SlotDeltas]]:
-        built = []
-        for target, plan in unit.members:
-            self._tell("stage", self._staged)
-            built.append(self._builder.build(target, plan))
-            self._staged += 1
-        require_finite(built)
+        built = self._build(unit)
         if unit.twins:
             built = uniform(built)
             first = built[0]
@@ -173,6 +193,37 @@ class Placer:
         return [
             (slot_of(deltas.target).prepare(deltas), deltas.without_tensors()) for deltas in built
         ]
+
+    def _build(self, unit: PathUnit) -> list[SlotDeltas]:
+        """All members' deltas, in their order."""
+        together: list[SlotDeltas] = []
+        alone = list(unit.rest)
+        for group in unit.groups:
+            empty = [target for target, _ in unit.rest] if unit.twins else []
+            built = self._groups.build(group, empty=empty, tell=self._tell_staged)
+            together += built.deltas
+            alone = built.rest + ([] if empty else alone)
+        one_by_one = self._build_alone(alone)
+        rank = max((deltas.rank_added for deltas in together), default=0)
+        if unit.twins and any(deltas.rank_added > rank for deltas in one_by_one):
+            # A slot that shares no ranks where the others do: all of them get more.
+            together, one_by_one = [], self._build_alone(unit.members)
+        found = {id(deltas.target): deltas for deltas in (*together, *one_by_one)}
+        return [found[id(target)] for target, _ in unit.members]
+
+    def _build_alone(self, members: Sequence[tuple[Target, SlotPlan | None]]) -> list[SlotDeltas]:
+        built = []
+        for target, plan in members:
+            self._tell_staged(1)
+            built.append(self._builder.build(target, plan))
+        require_finite(built)
+        return built
+
+    def _tell_staged(self, slots: int) -> None:
+        for _ in range(slots):
+            if self._staged < self._total:
+                self._tell("stage", self._staged)
+                self._staged += 1
 
     def _tell_write(self, deltas: SlotDeltas) -> None:
         if id(deltas.target) not in self._twins:
@@ -217,6 +268,8 @@ def path_units(
         for (_, offloaded), unit in units.items():
             if offloaded:
                 unit.twins = layout.twins(unit.members[0][0])
+    for unit in units.values():
+        unit.sort()
     return list(units.values())
 
 

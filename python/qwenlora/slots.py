@@ -17,6 +17,7 @@ from qwenlora.branch import (
     Branch,
     branch_of,
     is_clean,
+    low_rank_branch,
     make_branch,
     row_order_of,
     set_branch,
@@ -162,21 +163,22 @@ class PackedSlot:
 
     def prepare(self, deltas: SlotDeltas) -> Change:
         """Allocate and fill both factors."""
+        if deltas.joined is not None:
+            return self._change_to(deltas.joined)
         if deltas.rank_added == 0 and self.is_base():
             return _NoChange()
         return self._change(deltas.pairs, deltas.rank_added)
 
     def _change(self, pairs: Sequence[ScaledPair], rank_added: int) -> _PackedChange:
+        down = self._joined(self._module.proj_down, [pair.down for pair in pairs], rank_added)
+        up = self._joined(self._module.proj_up, [pair.up for pair in pairs], rank_added)
+        return self._change_to((down, up))
+
+    def _change_to(self, new: tuple[Tensor, Tensor]) -> _PackedChange:
         down: Tensor = self._module.proj_down
         up: Tensor = self._module.proj_up
         return _PackedChange(
-            module=self._module,
-            old=(down, up),
-            old_data=(down.data, up.data),
-            new=(
-                self._joined(down, [pair.down for pair in pairs], rank_added),
-                self._joined(up, [pair.up for pair in pairs], rank_added),
-            ),
+            module=self._module, old=(down, up), old_data=(down.data, up.data), new=new
         )
 
     def is_base(self) -> bool:
@@ -250,7 +252,6 @@ class SideBranchSlot:
     def __init__(self, target: Target) -> None:
         self._target = target
         self._module = target.module
-        self._pinned = any(p.is_pinned() for p in target.module.parameters(recurse=False))
         self._carries_rank = target.kind is not SlotKind.SVDQ
         self.path = target.path
 
@@ -274,6 +275,10 @@ class SideBranchSlot:
 
     def prepare(self, deltas: SlotDeltas) -> _BranchChange:
         """Allocate and fill the branch; ranks are not padded unless `rank_added` asks for it."""
+        if not self._carries_rank and not deltas.kron_room:
+            return _BranchChange(self._module, new=None)
+        if deltas.joined is not None and self._carries_rank:
+            return _BranchChange(self._module, new=low_rank_branch(self._target, deltas.joined))
         branch = make_branch(
             self._target,
             [(pair.down, pair.up) for pair in deltas.pairs] if self._carries_rank else (),
@@ -282,7 +287,7 @@ class SideBranchSlot:
             kron_room=deltas.kron_room,
             dense=deltas.dense,
             row_order=row_order_of(self._target.kind),
-            pinned=self._pinned,
+            pinned=any(p.is_pinned() for p in self._module.parameters(recurse=False)),
         )
         return _BranchChange(self._module, new=branch)
 

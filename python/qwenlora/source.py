@@ -50,6 +50,20 @@ class TensorFetcher(Protocol):
     def fetch(self, refs: Sequence[TensorRef]) -> list[torch.Tensor]:
         """Return host tensors in the file's dtype and shape, in the order of `refs`."""
 
+    def read_into(
+        self, refs: Sequence[TensorRef], offsets: Sequence[int], buffer: torch.Tensor, *, share: int
+    ) -> None:
+        """Read the bytes of tensors into a (n,) uint8 host buffer, each at its offset.
+
+        May be called from several threads at a time, each with a buffer of its own.
+
+        Args:
+            refs: The tensors.
+            offsets: Where each begins in the buffer.
+            buffer: Is filled; bytes between the tensors stay as they are.
+            share: How many such calls share the threads that the options allow.
+        """
+
     def finish(self) -> None:
         """Raise where the source changed since it was opened, and close it."""
 
@@ -101,7 +115,7 @@ class FileSource:
 
     def __init__(self, path: Path, plans: _PlanCache, *, threads: int | None) -> None:
         self.path = path
-        self._threads = threads or min(8, os.cpu_count() or 1)
+        self._threads = threads or min(16, os.cpu_count() or 1)
         current = _core.file_identity(path)
         plan = plans.get(str(path), current)
         if plan is None:
@@ -158,6 +172,16 @@ class _FileFetcher:
             for ref, offset in zip(refs, offsets, strict=True)
         ]
 
+    def read_into(
+        self, refs: Sequence[TensorRef], offsets: Sequence[int], buffer: torch.Tensor, *, share: int
+    ) -> None:
+        """Read tensors into a buffer."""
+        ranges = [
+            (ref.offset_bytes, ref.len_bytes, offset)
+            for ref, offset in zip(refs, offsets, strict=True)
+        ]
+        self._reader.read_into(ranges, buffer.numpy(), threads=-(-self._threads // share))
+
     def finish(self) -> None:
         """Check the file's identity again, and close it."""
         self._reader.verify_unchanged()
@@ -205,6 +229,15 @@ class _StateDictFetcher:
     def fetch(self, refs: Sequence[TensorRef]) -> list[torch.Tensor]:
         """Bring the tensors to the host."""
         return [self._tensors[ref.key].detach().to("cpu") for ref in refs]
+
+    def read_into(
+        self, refs: Sequence[TensorRef], offsets: Sequence[int], buffer: torch.Tensor, *, share: int
+    ) -> None:
+        """Copy tensors into a buffer."""
+        for ref, offset in zip(refs, offsets, strict=True):
+            tensor = self._tensors[ref.key].detach().to("cpu")
+            flat = buffer[offset : offset + ref.len_bytes].view(tensor.dtype)
+            flat.view(tensor.shape).copy_(tensor)
 
     def finish(self) -> None:
         """Nothing to close."""

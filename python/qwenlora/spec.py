@@ -107,14 +107,16 @@ class ComposeOptions:
             by that; beyond it the module is left out and named. 1 allows everything.
         lokr_scale: The factor of a LoKr whose factors are both stored whole.
         placement: How the new stack takes the old one's place.
-        cache_bytes: Most bytes of packed pieces kept in host memory between compositions, so that
-            a change of strength reads no file; 0 keeps none.
+        cache_bytes: Most bytes of deltas kept in host memory between compositions, so that a change
+            of strength reads no file; 0 keeps none.
+        staging_bytes: Device memory that deltas go through on their way into slots; less of it
+            takes longer.
         margin_bytes: Device memory that composing beside the old stack must leave free, or AUTO
             takes BY_PATH: a forward needs room for its activations, and some drivers spill to host
             memory instead of failing.
         offload: Turn the model's block offload on before composing, where it is off. False leaves
             the choice of whoever loaded the model alone.
-        threads: Threads that read a file; by default up to 8.
+        threads: Threads that read a file; by default up to 16.
         progress: Called before each slot.
     """
 
@@ -124,6 +126,7 @@ class ComposeOptions:
     lokr_scale: LokrScale = LokrScale.STANDARD
     placement: Placement = Placement.AUTO
     cache_bytes: int = 1 << 30
+    staging_bytes: int = 128 << 20
     margin_bytes: int = 512 << 20
     offload: bool = False
     threads: int | None = None

@@ -186,10 +186,10 @@ def test_d20_a_stack_is_composed_once(kind, model, Draft, monkeypatch):
     if kind == "all zero":
         draft.tensors[draft.key("norm_out.linear", "up")].zero_()
     builds = []
-    build = qwenlora.compose.DeltaBuilder.build
+    build = qwenlora.placement.Placer._build
     monkeypatch.setattr(
-        qwenlora.compose.DeltaBuilder,
-        "build",
+        qwenlora.placement.Placer,
+        "_build",
         lambda self, *args: builds.append(1) or build(self, *args),
     )
     report = qwenlora.compose_loras(model, draft.tensors)

@@ -1,0 +1,297 @@
+"""New tensors of one path over many slots: one allocation a factor, written for all slots at once.
+
+A slot's tensors are views of its arena. Views behave as tensors of their own: a deep copy, a move
+or a save of one takes its elements alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from qwenlora.layout import FRAGMENT, MODULATION_PLANES, TILE, RowOrder, round_up
+from qwenlora.plan import SlotKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qwenlora.bulk import Member
+    from qwenlora.targets import Target
+
+__all__ = ["Arena", "BranchArena", "PackedArena", "Part", "arena_of"]
+
+_LANES = (8, 4, 2, 2, 2)
+"""A fragment's axes in memory: n8, k4, n2, k2, k_pair (see `pack`)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One LoRA's deltas in some slots of an arena, as they are in the file.
+
+    Attributes:
+        slots: Which slots.
+        members: Its modules.
+        downs: (slots, rank, in) of each module, on the arena's device.
+        ups: (slots, rows, rank) of each module.
+        factors: Scale times strength of each module.
+        starts: Where each module's ranks begin, from `rank_begin` on; equal where they are shared.
+        rank: Ranks of all.
+        rank_begin: First of the arena's added ranks that the LoRA takes.
+    """
+
+    slots: range
+    members: Sequence[Member]
+    downs: Sequence[Tensor]
+    ups: Sequence[Tensor]
+    factors: Sequence[float]
+    starts: Sequence[int]
+    rank: int
+    rank_begin: int
+
+    @property
+    def span(self) -> slice:
+        """The slots as a slice."""
+        return slice(self.slots.start, self.slots.stop)
+
+
+class Arena(Protocol):
+    """New tensors of many slots."""
+
+    def clear(self) -> None:
+        """Zero all added ranks: where not every one of them will be written in every slot."""
+
+    def write(self, part: Part) -> None:
+        """Write one LoRA's deltas in some slots."""
+
+    def factors(self, slot: int) -> tuple[Tensor, Tensor]:
+        """One slot's `down` and `up`, as its layer holds them."""
+
+
+def arena_of(targets: Sequence[Target], rank: int, *, row_order: RowOrder) -> Arena:
+    """Allocate an arena for slots of one kind, size, dtype and device.
+
+    Args:
+        targets: The slots.
+        rank: Ranks to add to each.
+        row_order: The order of the slots' output rows.
+    """
+    if targets[0].kind is SlotKind.SVDQ:
+        return PackedArena(targets, rank)
+    return BranchArena(targets, rank, row_order=row_order)
+
+
+class PackedArena:
+    """Packed low-rank branches: the base's fragments, then the LoRAs'.
+
+    Memory of a factor is (slots, C/16, R/16, 256).
+    """
+
+    def __init__(self, targets: Sequence[Target], rank_added: int) -> None:
+        row = targets[0].row
+        self._rank = row.base_rank + rank_added
+        self._base_tiles = row.base_rank // TILE
+        self._down = self._with_base(targets, "proj_down", row.in_features)
+        self._up = self._with_base(targets, "proj_up", row.out_features)
+
+    def factors(self, slot: int) -> tuple[Tensor, Tensor]:
+        """One slot's packed (in, R) and (out, R)."""
+        down, up = self._down[slot], self._up[slot]
+        return (
+            down.view(down.shape[0] * TILE, self._rank),
+            up.view(up.shape[0] * TILE, self._rank),
+        )
+
+    def clear(self) -> None:
+        """Zero all that is not the base."""
+        self._down[:, :, self._base_tiles :].zero_()
+        self._up[:, :, self._base_tiles :].zero_()
+
+    def write(self, part: Part) -> None:
+        """Pack one LoRA's deltas; its ranks are padded to 16 with zeros."""
+        begin = self._base_tiles + part.rank_begin // TILE
+        tiles = round_up(part.rank, TILE) // TILE
+        down = self._down[part.span, :, begin : begin + tiles]
+        up = self._up[part.span, :, begin : begin + tiles]
+        if _in_tiles(part):
+            _pack_downs(down, part)
+            _pack_ups(up, part)
+        else:
+            _pack_joined(down, up, part)
+
+    def _with_base(self, targets: Sequence[Target], name: str, channels: int) -> Tensor:
+        olds: list[Tensor] = [getattr(target.module, name).detach() for target in targets]
+        arena = torch.empty(
+            (len(targets), channels // TILE, self._rank // TILE, FRAGMENT),
+            dtype=olds[0].dtype,
+            device=olds[0].device,
+            pin_memory=olds[0].is_pinned(),
+        )
+        _copy_base(arena[:, :, : self._base_tiles], olds)
+        return arena
+
+
+def _copy_base(dest: Tensor, olds: Sequence[Tensor]) -> None:
+    """Copy the base's fragments (slots, C/16, base/16, 256) out of each slot's old tensor."""
+    slots, tiles, base_tiles, _ = dest.shape
+    first = olds[0]
+    old_tiles = first.shape[1] // TILE
+    step = _even_step(olds)
+    if step is not None:
+        # Old tensors of one arena: (slots, C/16, R/16, 256)
+        strides = (step, old_tiles * FRAGMENT, FRAGMENT, 1)
+        dest.copy_(first.as_strided((slots, tiles, base_tiles, FRAGMENT), strides))
+        return
+    for slot, old in enumerate(olds):
+        dest[slot].copy_(old.view(tiles, old.shape[1] // TILE, FRAGMENT)[:, :base_tiles])
+
+
+def _even_step(tensors: Sequence[Tensor]) -> int | None:
+    """Elements from each tensor to the next, where they lie evenly in one storage."""
+    first = tensors[0]
+    if len(tensors) < 2 or any(t.shape != first.shape for t in tensors):
+        return None
+    storage = first.untyped_storage().data_ptr()
+    offsets = [int(t.storage_offset()) for t in tensors]
+    step = offsets[1] - offsets[0]
+    even = all(b - a == step for a, b in itertools.pairwise(offsets))
+    same = all(t.untyped_storage().data_ptr() == storage for t in tensors)
+    return step if even and same and step >= first.numel() else None
+
+
+def _in_tiles(part: Part) -> bool:
+    """Whether every module's ranks and rows are whole fragments."""
+    sizes = [*part.starts, *(m.rank for m in part.members)]
+    sizes += [size for m in part.members for size in (m.row_begin, m.row_count)]
+    return not any(size % TILE for size in sizes)
+
+
+def _pack_downs(dest: Tensor, part: Part) -> None:
+    """Pack each distinct `down` into its fragments (slots, C/16, R/16, 256)."""
+    written = set()
+    for member, start, down in zip(part.members, part.starts, part.downs, strict=True):
+        if start not in written:
+            written.add(start)
+            _pack_down(dest[:, :, start // TILE : (start + member.rank) // TILE], down)
+
+
+def _pack_down(dest: Tensor, down: Tensor) -> None:
+    """Pack (slots, R, C) into fragments (slots, C/16, R/16, 256)."""
+    slots, rank, channels = down.shape
+    # (slots, R, C) -> (slots, R/16, n2, n8, C/16, k2, k4, k_pair)
+    source = down.view(slots, rank // TILE, 2, 8, channels // TILE, 2, 4, 2)
+    # (slots, C/16, R/16, n8, k4, n2, k2, k_pair)
+    #     => (slots, R/16, n2, n8, C/16, k2, k4, k_pair)
+    _lanes(dest).permute(0, 2, 5, 3, 1, 6, 4, 7).copy_(source)
+
+
+def _pack_ups(dest: Tensor, part: Part) -> None:
+    """Scale and pack each `up` into its rows and ranks of (slots, C/16, R/16, 256)."""
+    rows = dest.shape[1] * TILE
+    if any((m.row_count, m.rank) != (rows, part.rank) for m in part.members):
+        dest.zero_()
+    for member, start, up, factor in zip(
+        part.members, part.starts, part.ups, part.factors, strict=True
+    ):
+        first = member.row_begin // TILE
+        own = dest[
+            :,
+            first : first + member.row_count // TILE,
+            start // TILE : (start + member.rank) // TILE,
+        ]
+        _pack_up(own, up, factor)
+
+
+def _pack_up(dest: Tensor, up: Tensor, factor: float) -> None:
+    """Scale and pack (slots, C, R) into fragments (slots, C/16, R/16, 256)."""
+    slots, channels, rank = up.shape
+    # (slots, C, R) -> (slots, C/16, n2, n8, R/16, k2, k4, k_pair)
+    source = up.view(slots, channels // TILE, 2, 8, rank // TILE, 2, 4, 2)
+    # (slots, C/16, R/16, n8, k4, n2, k2, k_pair)
+    #     => (slots, C/16, n2, n8, R/16, k2, k4, k_pair)
+    _scale_into(_lanes(dest).permute(0, 1, 5, 3, 2, 6, 4, 7), source, factor)
+
+
+def _lanes(fragments: Tensor) -> Tensor:
+    # (..., 256) -> (..., n8, k4, n2, k2, k_pair)
+    return fragments.view(*fragments.shape[:-1], *_LANES)
+
+
+def _pack_joined(down: Tensor, up: Tensor, part: Part) -> None:
+    """Join a LoRA's modules as the fused layer would, padded to whole fragments; then pack."""
+    slots, rank = len(part.slots), down.shape[2] * TILE
+    channels, rows = down.shape[1] * TILE, up.shape[1] * TILE
+    joined_down = down.new_zeros((slots, rank, channels))
+    joined_up = up.new_zeros((slots, rows, rank))
+    _join(joined_down, joined_up, part, rank_begin=0)
+    _pack_down(down, joined_down)
+    _pack_up(up, joined_up, 1.0)
+
+
+def _join(down: Tensor, up: Tensor, part: Part, *, rank_begin: int) -> None:
+    """Write a LoRA's modules into logical (slots, R, in) and (slots, out, R)."""
+    for member, start, own_down, own_up, factor in zip(
+        part.members, part.starts, part.downs, part.ups, part.factors, strict=True
+    ):
+        ranks = slice(rank_begin + start, rank_begin + start + member.rank)
+        rows = slice(member.row_begin, member.row_begin + member.row_count)
+        down[:, ranks].copy_(own_down)
+        _scale_into(up[:, rows, ranks], own_up, factor)
+
+
+def _scale_into(dest: Tensor, values: Tensor, factor: float) -> None:
+    """Form value x factor in float32, rounded once to the destination's dtype.
+
+    A product of 16-bit values and a number is formed in float32 and rounded to their own dtype, so
+    only where that is the destination's may they be multiplied as they are.
+    """
+    if values.dtype not in (dest.dtype, torch.float32):
+        values = values.to(torch.float32)
+    torch.mul(values, factor, out=dest)
+
+
+class BranchArena:
+    """Side branches: (slots, R, in) and (slots, out, R), rows in the layers' own order."""
+
+    def __init__(self, targets: Sequence[Target], rank: int, *, row_order: RowOrder) -> None:
+        first = targets[0]
+        pinned = any(p.is_pinned() for p in first.module.parameters(recurse=False))
+        self._row_order = row_order
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=first.dtype, device=first.device, pin_memory=pinned)
+
+        self._down = zeros(len(targets), rank, first.row.in_features)
+        self._up = zeros(len(targets), first.row.out_features, rank)
+
+    def factors(self, slot: int) -> tuple[Tensor, Tensor]:
+        """One slot's (R, in) and (out, R)."""
+        return self._down[slot], self._up[slot]
+
+    def clear(self) -> None:
+        """All of it is zero from the beginning."""
+
+    def write(self, part: Part) -> None:
+        """Write one LoRA's deltas."""
+        down, up = self._down[part.span], self._up[part.span]
+        if self._row_order is RowOrder.PLANAR:
+            _join(down, up, part, rank_begin=part.rank_begin)
+            return
+        # (slots, C*planes, R) -> (slots, C, planes, R) => (slots, planes, C, R)
+        planes = _split(up, (-1, MODULATION_PLANES)).transpose(1, 2)
+        for member, start, own_down, own_up, factor in zip(
+            part.members, part.starts, part.downs, part.ups, part.factors, strict=True
+        ):
+            begin = part.rank_begin + start
+            ranks = slice(begin, begin + member.rank)
+            down[:, ranks].copy_(own_down)
+            # (slots, planes*C, R) -> (slots, planes, C, R)
+            _scale_into(planes[..., ranks], _split(own_up, (MODULATION_PLANES, -1)), factor)
+
+
+def _split(rows: Tensor, sizes: tuple[int, int]) -> Tensor:
+    # (slots, out, R) -> (slots, *sizes, R)
+    return rows.view(rows.shape[0], *sizes, rows.shape[2])
