@@ -17,7 +17,7 @@ from qwenlora.errors import EnergyLossError, NothingToApplyError
 from qwenlora.grouped import GroupBuilder
 from qwenlora.lock import lock_of
 from qwenlora.lora_set import LoraSet
-from qwenlora.offload import OffloadLayout, offload_of, turn_on
+from qwenlora.offload import OffloadLayout, turn_on
 from qwenlora.placement import Journal, Placer, path_units, restore_all
 from qwenlora.plan import PieceKind, Skip, StackPlan, plan_stack
 from qwenlora.report import ComposeReport, LoraReport, SlotReport
@@ -35,6 +35,7 @@ from qwenlora.state import (
     write_state,
 )
 from qwenlora.steps import forget_steps
+from qwenlora.structure import Structure, forget_structure, remember_structure, structure_of
 from qwenlora.targets import Target, find_targets, transformer_of
 
 if TYPE_CHECKING:
@@ -151,8 +152,9 @@ def plan_report(model: nn.Module, wanted: LoraSet) -> ComposeReport:
     """
     model = transformer_of(model)
     with lock_of(model):
-        targets = find_targets(model, read_state(model).base_ranks)
-    plan = _plan(wanted, targets, strict=False)
+        structure = structure_of(model, read_state(model))
+        plan = _plan(wanted, structure, strict=False)
+    targets = structure.targets
     slots = tuple(
         SlotReport(
             path=slot.path,
@@ -175,17 +177,21 @@ def plan_report(model: nn.Module, wanted: LoraSet) -> ComposeReport:
     return ComposeReport(loras, slots, plan.added_bytes, 0.0, bus_bytes=bus)
 
 
-def _plan(wanted: LoraSet, targets: Mapping[str, Target], *, strict: bool) -> StackPlan:
-    return plan_stack(
-        [
-            (spec.title, source.plan, spec.strength, _takes_modulation(spec, wanted.options))
-            for spec, source in zip(wanted.specs, wanted.sources, strict=True)
-        ],
-        list(targets.values()),
-        max_rank=wanted.max_rank,
-        strict=strict,
-        options=wanted.options,
-    )
+def _plan(wanted: LoraSet, structure: Structure, *, strict: bool) -> StackPlan:
+    options = wanted.options
+    items = [
+        (spec.title, source.plan, spec.strength, _takes_modulation(spec, options))
+        for spec, source in zip(wanted.specs, wanted.sources, strict=True)
+    ]
+
+    def plan() -> StackPlan:
+        targets = list(structure.targets.values())
+        return plan_stack(items, targets, max_rank=wanted.max_rank, strict=strict, options=options)
+
+    # Strengths change no plan. File plans are compared as objects: the key keeps them alive.
+    what = tuple((title, plan, modulation) for title, plan, _, modulation in items)
+    settings = (options.truncated_rank, options.lokr_scale, wanted.max_rank, strict)
+    return structure.remember((what, settings), plan)
 
 
 def _takes_modulation(spec: LoraSpec, options: ComposeOptions) -> bool:
@@ -212,17 +218,27 @@ class _Composition:
 
     def run(self) -> ComposeReport:
         """Compose, or find that there is nothing to do."""
-        wanted, options = self._wanted, self._wanted.options
-        layout = offload_of(self._model)
-        targets = self._targets(layout)
+        wanted = self._wanted
+        structure = self._structure()
+        layout, targets = structure.layout, structure.targets
         unchanged = wanted.key == self._state.stack and _fits(layout, targets)
         if unchanged and not self._strict:
             return self._state.report
         # Also where the stack is in place already: what `strict` raises, it raises always.
-        plan = _plan(wanted, targets, strict=self._strict)
+        plan = _plan(wanted, structure, strict=self._strict)
         if unchanged:
             _judge_refusals(self._state.report.loras, strict=self._strict)
             return self._state.report
+        self._compose(plan, structure)
+        report = read_state(self._model).report
+        _log.info("%s", report.summary())
+        return report
+
+    def _compose(self, plan: StackPlan, structure: Structure) -> None:
+        wanted, options = self._wanted, self._wanted.options
+        layout, targets = structure.layout, structure.targets
+        # Until all of it is done, nobody knows what the slots hold.
+        forget_structure(self._model)
         with contextlib.ExitStack() as closing:
             fetchers: list[TensorFetcher] = []
             for source in wanted.sources:
@@ -243,20 +259,19 @@ class _Composition:
             placer = Placer(units, builder, groups, fetchers, options, journal)
             place = placer.whole if self._is_whole(plan, targets) else placer.by_path
             place(lambda done: self._state_of(plan, targets, done))
-        report = read_state(self._model).report
-        _log.info("%s", report.summary())
-        return report
+        remember_structure(self._model, structure)
 
-    def _targets(self, layout: OffloadLayout | None) -> dict[str, Target]:
+    def _structure(self) -> Structure:
         """The model's slots, after cleaning up what an earlier call could not."""
-        targets = _checked_targets(self._model, self._state)
         if self._state.in_flight:
-            restore_all(targets.values())
-            if layout is not None:
-                restore_all(layout.all_twins(targets.values()))
+            found = structure_of(self._model, self._state)
+            restore_all(found.targets.values())
+            if found.layout is not None:
+                restore_all(found.layout.all_twins(found.targets.values()))
+            forget_structure(self._model)
             self._state = EMPTY
             write_state(self._model, EMPTY)
-        return targets
+        return structure_of(self._model, self._state)
 
     def _is_whole(self, plan: StackPlan, targets: Mapping[str, Target]) -> bool:
         placement = self._wanted.options.placement

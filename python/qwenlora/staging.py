@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Block", "Load", "Loader", "Staged", "loads_of"]
 
-Words: TypeAlias = "npt.NDArray[np.unsignedinteger[Any]]"
+Words: TypeAlias = "npt.NDArray[np.uint16] | npt.NDArray[np.uint32]"
 
 _ALIGNMENT = 256
 """Blocks begin at multiples of this: any dtype can be viewed there, and copies are whole lines."""
@@ -268,9 +268,10 @@ def _look(load: Load, buffer: Tensor) -> Staged:
 
 def _words(block: Block, buffer: Tensor) -> Words:
     """(slots, words) of unsigned integers of the dtype's size."""
-    values: Words = buffer[block.begin : block.begin + block.nbytes].numpy()
-    words = np.uint16 if block.dtype.itemsize == 2 else np.uint32
-    return values.view(words).reshape(block.shape[0], -1)
+    values = buffer[block.begin : block.begin + block.nbytes].numpy()
+    if block.dtype.itemsize == 2:
+        return values.view(np.uint16).reshape(block.shape[0], -1)
+    return values.view(np.uint32).reshape(block.shape[0], -1)
 
 
 def _sharing(downs: Sequence[Words]) -> tuple[tuple[int, ...], ...]:

@@ -1,0 +1,158 @@
+"""A transformer's slots, remembered while nothing of them has changed.
+
+Finding the slots walks thousands of modules and checks every packed tensor. That is needed once;
+afterwards a look at who is where tells that everything is as it was left.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+from qwenlora.offload import OffloadLayout, offload_of
+from qwenlora.plan import SlotKind
+from qwenlora.slots import FACTORS, slot_of
+from qwenlora.state import check_intact
+from qwenlora.targets import Target, find_targets
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from qwenlora.state import AppliedState
+
+__all__ = ["Structure", "forget_structure", "remember_structure", "structure_of"]
+
+_MAX_REMEMBERED = 8
+"""Results that are remembered with a structure: sets that a host alternates between."""
+
+T = TypeVar("T")
+
+
+class Structure:
+    """The slots of one transformer as they were found, or left by the last composition.
+
+    Attributes:
+        targets: The slots by path, in module order.
+        layout: Its block offload, where that is on.
+    """
+
+    def __init__(self, model: nn.Module, base_ranks: Mapping[str, int]) -> None:
+        self.layout: OffloadLayout | None = offload_of(model)
+        self.targets: dict[str, Target] = find_targets(model, base_ranks)
+        self._offload = _offload_state(model)
+        self._children = [
+            (module._modules, tuple(module._modules.values()))
+            for module in model.modules()
+            if module._modules
+        ]
+        self._tensors: list[_Seen] = []
+        self._results: OrderedDict[Hashable, object] = OrderedDict()
+        self.look()
+
+    def look(self) -> None:
+        """Take the slots' tensors as they are now for those that were left there."""
+        self._tensors = [seen for target in self.targets.values() for seen in _telling(target)]
+
+    def is_current(self, model: nn.Module) -> bool:
+        """Whether every module, and every tensor of every slot, is where it was."""
+        return (
+            self._offload == _offload_state(model)
+            and all(
+                len(modules) == len(children)
+                and all(a is b for a, b in zip(modules.values(), children, strict=True))
+                for modules, children in self._children
+            )
+            and all(seen.is_there() for seen in self._tensors)
+        )
+
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gave for this key, as long as the structure stays; few are kept."""
+        if key in self._results:
+            self._results.move_to_end(key)
+            return self._results[key]  # type: ignore[return-value]
+        result = make()
+        self._results[key] = result
+        while len(self._results) > _MAX_REMEMBERED:
+            self._results.popitem(last=False)
+        return result
+
+
+class _Seen:
+    """A tensor of a slot: which object, and which memory it holds. It is not kept alive."""
+
+    __slots__ = ("_address", "_name", "_owner", "_shape", "_tensor")
+
+    def __init__(self, owner: Mapping[str, Tensor | None], name: str, tensor: Tensor) -> None:
+        self._owner = owner
+        self._name = name
+        self._tensor = weakref.ref(tensor)
+        self._address = tensor.data_ptr()
+        self._shape = tensor.shape
+
+    def is_there(self) -> bool:
+        tensor = self._owner.get(self._name)
+        return (
+            tensor is not None
+            and tensor is self._tensor()
+            and tensor.data_ptr() == self._address
+            and tensor.shape == self._shape
+        )
+
+
+def _telling(target: Target) -> Iterator[_Seen]:
+    """The tensors that tell whether a slot is as it was: what we change, and where it is."""
+    module = target.module
+    names = FACTORS if target.kind is SlotKind.SVDQ else list(module._parameters)[:1]
+    for owner, own in ((module._parameters, names), (module._buffers, list(module._buffers))):
+        for name in own:
+            tensor = owner.get(name)
+            if tensor is not None:
+                yield _Seen(owner, name, tensor)
+
+
+def _offload_state(model: nn.Module) -> tuple[object, ...]:
+    manager = getattr(model, "offload_manager", None)
+    switch = getattr(model, "offload", None)
+    if manager is None:
+        return (None, switch)
+    blocks = tuple(getattr(manager, "buffer_blocks", ()))
+    return (manager, switch, getattr(manager, "num_blocks_on_gpu", None), blocks)
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, Structure] = weakref.WeakKeyDictionary()
+
+
+def structure_of(model: nn.Module, state: AppliedState) -> Structure:
+    """The transformer's slots, its lock held; found anew where anything has changed.
+
+    Raises:
+        UnsupportedModelError: The model has no slots.
+        ModelStateError: Something else changed its slots.
+    """
+    known = _KNOWN.get(model)
+    if known is not None and known.is_current(model):
+        return known
+    _KNOWN.pop(model, None)
+    found = Structure(model, state.base_ranks)
+    if not state.in_flight:
+        in_place = {
+            path: slot_of(found.targets[path]).rank_added()
+            for path in state.records
+            if path in found.targets
+        }
+        check_intact(state, in_place)
+    _KNOWN[model] = found
+    return found
+
+
+def remember_structure(model: nn.Module, structure: Structure) -> None:
+    """The slots are as a composition left them."""
+    structure.look()
+    _KNOWN[model] = structure
+
+
+def forget_structure(model: nn.Module) -> None:
+    """Find the slots anew the next time: they may be in any state."""
+    _KNOWN.pop(model, None)
