@@ -242,6 +242,7 @@ _WRITERS = {
         slots._ValueChange.make,
         slots._ValueChange._record,
         slots._point,
+        slots._point_all,
         branch.set_branch,
         branch._remove_hook,
     )
@@ -327,14 +328,14 @@ def test_an_error_between_the_two_halves_of_a_slot(
         qwenlora.compose_loras(model, stacks[0])
     before = probe.snapshot(model)
 
-    fault, point = Fault(RuntimeError, 1), slots._point
+    fault, point = Fault(RuntimeError, 1), slots._point_all
 
     def failing_point(*args):
         fault.pass_or_raise()
         point(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(slots, "_point", failing_point)
+        patch.setattr(slots, "_point_all", failing_point)
         with pytest.raises(RuntimeError, match="injected"):
             qwenlora.compose_loras(
                 model,

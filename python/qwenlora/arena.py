@@ -67,8 +67,8 @@ class Arena(Protocol):
     def write(self, part: Part) -> None:
         """Write one LoRA's deltas in some slots."""
 
-    def factors(self, slot: int) -> tuple[Tensor, Tensor]:
-        """One slot's `down` and `up`, as its layer holds them."""
+    def factors(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Every slot's `down`, and every slot's `up`, as their layers hold them."""
 
 
 def arena_of(targets: Sequence[Target], rank: int, *, row_order: RowOrder) -> Arena:
@@ -97,13 +97,11 @@ class PackedArena:
         self._down = self._with_base(targets, "proj_down", row.in_features)
         self._up = self._with_base(targets, "proj_up", row.out_features)
 
-    def factors(self, slot: int) -> tuple[Tensor, Tensor]:
-        """One slot's packed (in, R) and (out, R)."""
-        down, up = self._down[slot], self._up[slot]
-        return (
-            down.view(down.shape[0] * TILE, self._rank),
-            up.view(up.shape[0] * TILE, self._rank),
-        )
+    def factors(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Packed (in, R) and (out, R) of every slot."""
+        # (slots, C/16, R/16, 256) -> (slots, C, R) in name
+        down, up = (arena.view(arena.shape[0], -1, self._rank) for arena in (self._down, self._up))
+        return down.unbind(), up.unbind()
 
     def clear(self) -> None:
         """Zero all that is not the base."""
@@ -267,9 +265,9 @@ class BranchArena:
         self._down = zeros(len(targets), rank, first.row.in_features)
         self._up = zeros(len(targets), first.row.out_features, rank)
 
-    def factors(self, slot: int) -> tuple[Tensor, Tensor]:
-        """One slot's (R, in) and (out, R)."""
-        return self._down[slot], self._up[slot]
+    def factors(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """(R, in) and (out, R) of every slot."""
+        return self._down.unbind(), self._up.unbind()
 
     def clear(self) -> None:
         """All of it is zero from the beginning."""

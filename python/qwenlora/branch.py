@@ -214,7 +214,7 @@ def make_branch(
     return Branch(BranchLayout(tuple(s.row_begin for s in kron_room), row_order), tensors)
 
 
-def low_rank_branch(target: Target, factors: tuple[Tensor, Tensor]) -> Branch:
+def low_rank_branch(target: Target, factors: Sequence[Tensor]) -> Branch:
     """A branch of one pair that is in its layer's form already: (R, in) and (out, R)."""
     down, up = factors
     layout = BranchLayout(row_order=row_order_of(target.kind))

@@ -7,20 +7,22 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from qwenlora import cache
-from qwenlora.deltas import DeltaBuilder, SlotDeltas
+from qwenlora.deltas import DeltaBuilder, GroupDeltas, SlotDeltas
 from qwenlora.errors import EnergyLossError, NothingToApplyError
 from qwenlora.grouped import GroupBuilder
 from qwenlora.lock import lock_of
 from qwenlora.lora_set import LoraSet
 from qwenlora.offload import OffloadLayout, turn_on
-from qwenlora.placement import Journal, Placer, path_units, restore_all
+from qwenlora.placement import Deltas, Journal, Placer, path_units, restore_all
 from qwenlora.plan import PieceKind, Skip, StackPlan, plan_stack
-from qwenlora.report import ComposeReport, LoraReport, SlotReport
+from qwenlora.planned import Planned
+from qwenlora.report import ComposeReport, LoraReport, SlotReport, SlotReports
 from qwenlora.slots import slot_of
 from qwenlora.source import TensorFetcher
 from qwenlora.spec import ComposeOptions, Item, LoraSpec, Placement
@@ -153,9 +155,9 @@ def plan_report(model: nn.Module, wanted: LoraSet) -> ComposeReport:
     model = transformer_of(model)
     with lock_of(model):
         structure = structure_of(model, read_state(model))
-        plan = _plan(wanted, structure, strict=False)
-    targets = structure.targets
-    slots = tuple(
+        planned = _plan(wanted, structure, strict=False)
+    targets, plan = structure.targets, planned.plan
+    slots = SlotReports.of(
         SlotReport(
             path=slot.path,
             kind=slot.kind.value,
@@ -173,20 +175,22 @@ def plan_report(model: nn.Module, wanted: LoraSet) -> ComposeReport:
         for slot in plan.slots
         if targets[slot.path].row.offloaded
     )
-    loras = _lora_reports(wanted, plan, ())
+    loras = _lora_reports(wanted, planned, ())
     return ComposeReport(loras, slots, plan.added_bytes, 0.0, bus_bytes=bus)
 
 
-def _plan(wanted: LoraSet, structure: Structure, *, strict: bool) -> StackPlan:
+def _plan(wanted: LoraSet, structure: Structure, *, strict: bool) -> Planned:
     options = wanted.options
     items = [
         (spec.title, source.plan, spec.strength, _takes_modulation(spec, options))
         for spec, source in zip(wanted.specs, wanted.sources, strict=True)
     ]
 
-    def plan() -> StackPlan:
-        targets = list(structure.targets.values())
-        return plan_stack(items, targets, max_rank=wanted.max_rank, strict=strict, options=options)
+    def plan() -> Planned:
+        stack = plan_stack(
+            items, structure.slot_map, max_rank=wanted.max_rank, strict=strict, options=options
+        )
+        return Planned(stack, list(structure.targets.values()))
 
     # Strengths change no plan. File plans are compared as objects: the key keeps them alive.
     what = tuple((title, plan, modulation) for title, plan, _, modulation in items)
@@ -225,18 +229,18 @@ class _Composition:
         if unchanged and not self._strict:
             return self._state.report
         # Also where the stack is in place already: what `strict` raises, it raises always.
-        plan = _plan(wanted, structure, strict=self._strict)
+        planned = _plan(wanted, structure, strict=self._strict)
         if unchanged:
             _judge_refusals(self._state.report.loras, strict=self._strict)
             return self._state.report
-        self._compose(plan, structure)
+        self._compose(planned, structure)
         report = read_state(self._model).report
-        _log.info("%s", report.summary())
+        if _log.isEnabledFor(logging.INFO):
+            _log.info("%s", report.summary())
         return report
 
-    def _compose(self, plan: StackPlan, structure: Structure) -> None:
+    def _compose(self, planned: Planned, structure: Structure) -> None:
         wanted, options = self._wanted, self._wanted.options
-        layout, targets = structure.layout, structure.targets
         # Until all of it is done, nobody knows what the slots hold.
         forget_structure(self._model)
         with contextlib.ExitStack() as closing:
@@ -246,8 +250,8 @@ class _Composition:
                 closing.callback(fetchers[-1].close)
             cache.pieces.turn()
             builder = DeltaBuilder(wanted.specs, wanted.sources, fetchers, options=options)
-            journal = Journal(self._model, targets, layout, self._state)
-            units = path_units(plan, targets, layout, self._state)
+            journal = Journal(self._model, structure, self._state)
+            units = path_units(planned, structure, self._state)
             groups = GroupBuilder(
                 [group for unit in units for group in unit.groups],
                 wanted.specs,
@@ -256,60 +260,70 @@ class _Composition:
                 options,
             )
             closing.callback(groups.close)
-            placer = Placer(units, builder, groups, fetchers, options, journal)
-            place = placer.whole if self._is_whole(plan, targets) else placer.by_path
-            place(lambda done: self._state_of(plan, targets, done))
+            placer = Placer(units, planned.plan, builder, groups, fetchers, options, journal)
+            whole = self._is_whole(planned.plan, structure)
+            place = placer.whole if whole else placer.by_path
+            place(lambda done: self._state_of(planned, structure, done))
         remember_structure(self._model, structure)
 
     def _structure(self) -> Structure:
         """The model's slots, after cleaning up what an earlier call could not."""
         if self._state.in_flight:
             found = structure_of(self._model, self._state)
-            restore_all(found.targets.values())
-            if found.layout is not None:
-                restore_all(found.layout.all_twins(found.targets.values()))
+            restore_all(found.with_twins())
             forget_structure(self._model)
             self._state = EMPTY
             write_state(self._model, EMPTY)
         return structure_of(self._model, self._state)
 
-    def _is_whole(self, plan: StackPlan, targets: Mapping[str, Target]) -> bool:
+    def _is_whole(self, plan: StackPlan, structure: Structure) -> bool:
         placement = self._wanted.options.placement
         if placement is not Placement.AUTO:
             return placement is Placement.WHOLE
-        device = next(iter(targets.values())).device
+        device = next(iter(structure.targets.values())).device
         if device.type != "cuda":
             return True
-        free, _ = torch.cuda.mem_get_info(device)
         # A new slot holds a second copy of its base until the old tensors are let go.
-        base = sum(target.base_bytes for target in targets.values())
-        return plan.added_bytes + base + self._wanted.options.margin_bytes < free
+        needed = plan.added_bytes + structure.base_bytes + self._wanted.options.margin_bytes
+        return needed < _free_bytes(device)
 
     def _state_of(
-        self,
-        plan: StackPlan,
-        targets: Mapping[str, Target],
-        done: Sequence[SlotDeltas],
+        self, planned: Planned, structure: Structure, done: Sequence[Deltas]
     ) -> AppliedState:
         """What is in the model when all of `done` is in place."""
         if not self._wanted.specs:
             return EMPTY
+        records: dict[str, SlotRecord] = {}
+        reports: list[tuple[SlotReport, Mapping[str, int]]] = []
+        added = bus = 0
         # Buffer blocks belong to their manager, which may be replaced at any time: not recorded.
-        own = [deltas for deltas in done if deltas.target.path in targets]
-        composed = [deltas for deltas in own if deltas.composed]
-        records = {
-            d.target.path: SlotRecord(d.target.row.base_rank, d.rank_added) for d in composed
-        }
-        loras = _lora_reports(self._wanted, plan, done)
+        for deltas in done:
+            targets = deltas.targets if isinstance(deltas, GroupDeltas) else (deltas.target,)
+            row = targets[0].row
+            if not deltas.composed or row.path not in structure.targets:
+                continue
+            paths = [target.path for target in targets]
+            records |= dict.fromkeys(paths, SlotRecord(row.base_rank, deltas.rank_added))
+            reports.append((_slot_report(deltas), {p: structure.order[p] for p in paths}))
+            added += deltas.nbytes
+            bus += deltas.nbytes if row.offloaded else 0
+        singles = [deltas for deltas in done if isinstance(deltas, SlotDeltas)]
+        loras = _lora_reports(self._wanted, planned, singles)
         _judge_refusals(loras, strict=self._strict)
         report = ComposeReport(
             loras=loras,
-            slots=tuple(_slot_report(deltas) for deltas in composed),
-            added_bytes=sum(d.nbytes for d in composed),
-            bus_bytes=sum(d.nbytes for d in composed if d.target.row.offloaded),
+            slots=SlotReports(reports),
+            added_bytes=added,
+            bus_bytes=bus,
             seconds=time.perf_counter() - self._started,
         )
         return AppliedState(stack=self._wanted.key, records=records, report=report)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Device memory that can be had: what the driver has, and what torch holds unused."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _fits(layout: OffloadLayout | None, targets: Mapping[str, Target]) -> bool:
@@ -326,13 +340,20 @@ def _fits(layout: OffloadLayout | None, targets: Mapping[str, Target]) -> bool:
     return all(len(found) == 1 for found in rooms.values())
 
 
-def _slot_report(deltas: SlotDeltas) -> SlotReport:
-    return SlotReport(
-        path=deltas.target.path,
-        kind=deltas.target.kind.value,
-        base_rank=deltas.target.row.base_rank,
+def _slot_report(deltas: Deltas) -> SlotReport:
+    target = deltas.targets[0] if isinstance(deltas, GroupDeltas) else deltas.target
+    report = SlotReport(
+        path=target.path,
+        kind=target.kind.value,
+        base_rank=target.row.base_rank,
         rank=deltas.rank,
         rank_added=deltas.rank_added,
+        energy_lost=None,
+    )
+    if isinstance(deltas, GroupDeltas):
+        return report
+    return replace(
+        report,
         energy_lost=deltas.energy_lost,
         krons=deltas.kron_count,
         dense=deltas.dense_held,
@@ -341,14 +362,10 @@ def _slot_report(deltas: SlotDeltas) -> SlotReport:
 
 
 def _lora_reports(
-    wanted: LoraSet,
-    plan: StackPlan,
-    done: Sequence[SlotDeltas],
+    wanted: LoraSet, planned: Planned, done: Sequence[SlotDeltas]
 ) -> tuple[LoraReport, ...]:
-    held: dict[int, set[str]] = defaultdict(set)
-    for slot in plan.slots:
-        for piece in slot.pieces:
-            held[piece.lora].add(slot.path)
+    """What became of each LoRA; `done` holds the slots of which there is something to tell."""
+    plan = planned.plan
     reports = []
     for index, (spec, source) in enumerate(zip(wanted.specs, wanted.sources, strict=True)):
         zero = tuple(d.target.path for d in done if index in d.zero)
@@ -364,7 +381,7 @@ def _lora_reports(
                 skipped=tuple(skip for skip in plan.skipped if skip.lora == index) + refused,
                 notes=tuple(notes),
                 zero_slots=zero,
-                all_zero=bool(zero) and len(zero) == len(held[index]),
+                all_zero=bool(zero) and len(zero) == planned.held.get(index, 0),
             )
         )
     return tuple(reports)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qwenlora.spec import ComposeOptions, LoraSpec
     from qwenlora.targets import Target
 
-__all__ = ["DeltaBuilder", "SlotDeltas", "non_finite", "require_finite", "uniform"]
+__all__ = ["DeltaBuilder", "GroupDeltas", "SlotDeltas", "non_finite", "require_finite", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,6 @@ class SlotDeltas:
         zero: Indices of LoRAs whose delta here is all zero, hence left out exactly.
         thirded: Indices of LoRAs whose alpha here may be a third of what is meant.
         refused: (LoRA, module) left out for what they would lose.
-        joined: New `down` and `up` that hold the base and all pairs, where they were built at once
-            with those of other slots; `pairs` is empty then.
     """
 
     target: Target
@@ -68,7 +66,6 @@ class SlotDeltas:
     refused: tuple[tuple[int, Refusal], ...] = ()
     dense_held: bool = False
     kron_count: int = 0
-    joined: tuple[Tensor, Tensor] | None = None
 
     @property
     def composed(self) -> bool:
@@ -98,8 +95,40 @@ class SlotDeltas:
             krons=(),
             dense=None,
             values=dict.fromkeys(self.values, torch.empty(0)),
-            joined=None,
         )
+
+
+@dataclass(frozen=True)
+class GroupDeltas:
+    """The deltas of slots that are alike, joined to their bases, ready to be put in place.
+
+    Attributes:
+        targets: The slots.
+        rank: Ranks of the deltas, without padding.
+        rank_added: Ranks that each slot will hold beyond its base.
+        downs: Each slot's new `down`; empty for slots without packed ranks that return to the base.
+        ups: Each slot's new `up`.
+    """
+
+    targets: tuple[Target, ...]
+    rank: int
+    rank_added: int
+    downs: Sequence[Tensor] = ()
+    ups: Sequence[Tensor] = ()
+
+    @property
+    def composed(self) -> bool:
+        """Whether the slots differ from their bases."""
+        return self.rank_added > 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the slots' tensors grow by."""
+        return sum(target.rank_bytes for target in self.targets) * self.rank_added
+
+    def without_tensors(self) -> GroupDeltas:
+        """The record of deltas that are in place."""
+        return replace(self, downs=(), ups=())
 
 
 class DeltaBuilder:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenlora.arena import Arena, Part, arena_of
-from qwenlora.deltas import SlotDeltas, non_finite
+from qwenlora.deltas import GroupDeltas, non_finite
 from qwenlora.layout import TILE, LowRankSide, round_up
 from qwenlora.plan import SlotKind
 from qwenlora.staging import Load, Loader, Staged, loads_of
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qwenlora.bulk import Group, Stack
-    from qwenlora.plan import SlotPlan
     from qwenlora.source import LoraSource, TensorFetcher
     from qwenlora.spec import ComposeOptions, LoraSpec
     from qwenlora.targets import Target
@@ -32,13 +31,13 @@ class Built:
     """A group's deltas.
 
     Attributes:
-        deltas: Those of the slots that are alike, with their tensors joined to the base.
+        deltas: Those of the slots that are alike; and of slots that get as many ranks, all zero.
         rest: Slots that turned out to differ: their delta is all zero, or shares ranks that the
             others' do not. They are composed one by one.
     """
 
-    deltas: list[SlotDeltas]
-    rest: list[tuple[Target, SlotPlan | None]]
+    deltas: list[GroupDeltas]
+    rest: list[Target]
 
 
 @dataclass(frozen=True)
@@ -244,14 +243,18 @@ def _built(
     rank: int,
 ) -> Built:
     ranks = sum(layout.rank for layout in layouts)
-    deltas = [
-        SlotDeltas(target, rank=ranks, rank_added=rank, joined=arena.factors(slot))
-        for slot, target in enumerate(group.targets)
-        if slot not in differing
-    ]
-    begin = len(group.slots)
-    deltas += [
-        SlotDeltas(target, rank_added=rank, joined=arena.factors(begin + at))
-        for at, target in enumerate(empty)
-    ]
-    return Built(deltas, [group.slots[slot] for slot in sorted(differing)])
+    downs, ups = arena.factors()
+    own = [slot for slot in range(len(group.targets)) if slot not in differing]
+    count = len(group.targets)
+    alike = GroupDeltas(
+        targets=tuple(group.targets[slot] for slot in own),
+        rank=ranks,
+        rank_added=rank,
+        downs=[downs[slot] for slot in own],
+        ups=[ups[slot] for slot in own],
+    )
+    zero = GroupDeltas(tuple(empty), 0, rank, downs[count:], ups[count:])
+    return Built(
+        deltas=[deltas for deltas in (alike, zero) if deltas.targets],
+        rest=[group.targets[slot] for slot in sorted(differing)],
+    )

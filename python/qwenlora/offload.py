@@ -9,7 +9,6 @@ manager itself is never rebuilt.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,11 +82,7 @@ class OffloadLayout:
         """The slots of both buffer blocks that this offloaded slot is copied into."""
         _, _, inner = target.path.removeprefix(self._prefix).partition(".")
         return [
-            replace(
-                target,
-                module=block.get_submodule(inner),
-                row=replace(target.row, path=f"buffer {index}: {inner}"),
-            )
+            target.twin(block.get_submodule(inner), f"buffer {index}: {inner}")
             for index, block in enumerate(self._manager.buffer_blocks)
         ]
 

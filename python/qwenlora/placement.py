@@ -7,27 +7,33 @@ says what is true at every moment, so that a later call finds the base whatever 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from qwenlora.bulk import Group, group_slots
-from qwenlora.deltas import DeltaBuilder, SlotDeltas, require_finite, uniform
-from qwenlora.report import ComposeReport
-from qwenlora.slots import Change, slot_of
-from qwenlora.state import AppliedState, SlotRecord, write_state
+from qwenlora.bulk import Group
+from qwenlora.deltas import DeltaBuilder, GroupDeltas, SlotDeltas, require_finite, uniform
+from qwenlora.plan import SlotKind
+from qwenlora.report import NO_SLOTS, ComposeReport
+from qwenlora.slots import Change, prepare_group, slot_of
+from qwenlora.state import AppliedState, write_state
 
 if TYPE_CHECKING:
     from torch import nn
 
     from qwenlora.grouped import GroupBuilder
-    from qwenlora.offload import OffloadLayout
     from qwenlora.plan import SlotPlan, StackPlan
+    from qwenlora.planned import Planned, Plans
     from qwenlora.source import TensorFetcher
     from qwenlora.spec import ComposeOptions
+    from qwenlora.structure import Structure
     from qwenlora.targets import Target
 
 __all__ = ["Journal", "PathUnit", "Placer", "path_units", "restore_all"]
+
+
+Member: TypeAlias = "tuple[Target, SlotPlan | None]"
+Deltas: TypeAlias = "SlotDeltas | GroupDeltas"
 
 
 @dataclass
@@ -35,31 +41,22 @@ class PathUnit:
     """Slots of one path over all blocks: what is built at a time.
 
     Attributes:
-        members: The slots with their plans; None brings one to its base.
-        twins: Under offload, the slots of the buffer blocks that the members are copied into; all
+        groups: Slots that are built together.
+        rest: Slots that are built one by one, with their plans; None brings one to its base, or
+            fills it up with zeros where the others' ranks must be its own.
+        twins: Under offload, the slots of the buffer blocks that the others are copied into; all
             then get the same rank.
-        groups: Members that are built together.
-        rest: Members that are built one by one, or filled up with zeros.
     """
 
-    members: list[tuple[Target, SlotPlan | None]] = field(default_factory=list)
-    twins: list[Target] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
-    rest: list[tuple[Target, SlotPlan | None]] = field(default_factory=list)
+    rest: list[Member] = field(default_factory=list)
+    twins: list[Target] = field(default_factory=list)
 
-    def sort(self) -> None:
-        """Find the members that can be built together."""
-        self.groups, self.rest = group_slots(self.members)
-        planned = [group for group in self.groups if group.stacks]
-        alone = any(plan is not None for _, plan in self.rest)
-        if self.twins and planned and (len(planned) > 1 or alone):
-            # One rank for all of them: known only when every slot's own is.
-            self.groups, self.rest = [], list(self.members)
-        elif self.twins and planned:
-            # Slots without a plan get as many ranks, all zero.
-            own = {id(target) for target, _ in planned[0].slots}
-            self.groups = planned
-            self.rest = [member for member in self.members if id(member[0]) not in own]
+    @property
+    def targets(self) -> list[Target]:
+        """All slots but the twins."""
+        together = [target for group in self.groups for target in group.targets]
+        return together + [target for target, _ in self.rest]
 
 
 def restore_all(targets: Iterable[Target]) -> None:
@@ -77,27 +74,17 @@ class Journal:
     interrupts the writing, and the cleaning up after it, a later call can find the base again.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        targets: Mapping[str, Target],
-        layout: OffloadLayout | None,
-        before: AppliedState,
-    ) -> None:
+    def __init__(self, model: nn.Module, structure: Structure, before: AppliedState) -> None:
         self._model = model
-        self._targets = [*targets.values()]
-        if layout is not None:
-            self._targets += layout.all_twins(targets.values())
-        self._layout = layout
+        self._structure = structure
         self._before = before
-        records = {path: SlotRecord(t.row.base_rank, 0) for path, t in targets.items()}
-        report = ComposeReport((), (), 0, 0.0, failure="interrupted while it was written")
-        self._in_flight = AppliedState(None, records, report, in_flight=True)
+        report = ComposeReport((), NO_SLOTS, 0, 0.0, failure="interrupted while it was written")
+        self._in_flight = AppliedState(None, structure.bare_records, report, in_flight=True)
 
     def begin(self) -> None:
         """Slots are about to be written."""
-        if self._layout is not None:
-            self._layout.synchronise()
+        if self._structure.layout is not None:
+            self._structure.layout.synchronise()
         write_state(self._model, self._in_flight)
 
     def done(self, state: AppliedState) -> None:
@@ -110,9 +97,9 @@ class Journal:
 
     def to_base(self, error: BaseException) -> None:
         """Bring every slot to its base and say why."""
-        restore_all(self._targets)
+        restore_all(self._structure.with_twins())
         failure = f"{type(error).__name__}: {error}".splitlines()[0]
-        report = ComposeReport((), (), 0, 0.0, failure=failure)
+        report = ComposeReport((), NO_SLOTS, 0, 0.0, failure=failure)
         write_state(self._model, AppliedState(stack=None, report=report))
 
 
@@ -122,6 +109,7 @@ class Placer:
     def __init__(
         self,
         units: Sequence[PathUnit],
+        plan: StackPlan,
         builder: DeltaBuilder,
         groups: GroupBuilder,
         fetchers: Sequence[TensorFetcher],
@@ -129,18 +117,17 @@ class Placer:
         journal: Journal,
     ) -> None:
         self._units = units
+        self._plan = plan
         self._journal = journal
         self._builder = builder
         self._groups = groups
         self._fetchers = fetchers
         self._progress = options.progress
-        self._total = sum(len(unit.members) for unit in units)
-        # Buffer blocks are written with the slots that they serve, and are not counted.
-        self._twins = {id(twin) for unit in units for twin in unit.twins}
+        self._total = sum(len(unit.targets) for unit in units)
         self._staged = 0
         self._written = 0
 
-    def whole(self, state_of: Callable[[Sequence[SlotDeltas]], AppliedState]) -> None:
+    def whole(self, state_of: Callable[[Sequence[Deltas]], AppliedState]) -> None:
         """Build everything beside the old stack, then move all pointers, or none."""
         prepared = [pair for unit in self._units for pair in self._prepare(unit)]
         self._groups.check()
@@ -161,9 +148,9 @@ class Placer:
             self._journal.undone()
             raise
 
-    def by_path(self, state_of: Callable[[Sequence[SlotDeltas]], AppliedState]) -> None:
+    def by_path(self, state_of: Callable[[Sequence[Deltas]], AppliedState]) -> None:
         """One path at a time, old tensors let go as it goes; an error ends in the bare base."""
-        done: list[SlotDeltas] = []
+        done: list[Deltas] = []
         self._journal.begin()
         try:
             for unit in self._units:
@@ -181,37 +168,40 @@ class Placer:
             self._journal.to_base(error)
             raise
 
-    def _prepare(self, unit: PathUnit) -> list[tuple[Change, SlotDeltas]]:
-        built = self._build(unit)
+    def _prepare(self, unit: PathUnit) -> list[tuple[Change, Deltas]]:
+        together, alone = self._build(unit)
         if unit.twins:
-            built = uniform(built)
-            first = built[0]
-            built += [
-                SlotDeltas(twin, rank_added=first.rank_added, kron_room=first.kron_room)
-                for twin in unit.twins
-            ]
-        return [
-            (slot_of(deltas.target).prepare(deltas), deltas.without_tensors()) for deltas in built
+            ranks = [deltas.rank_added for deltas in together]
+            rank = max([*ranks, *(deltas.rank_added for deltas in alone)])
+            alone = uniform([*alone, *(SlotDeltas(twin, rank_added=rank) for twin in unit.twins)])
+        prepared: list[tuple[Change, Deltas]] = [
+            (prepare_group(deltas), deltas.without_tensors()) for deltas in together
         ]
+        prepared += [
+            (slot_of(deltas.target).prepare(deltas), deltas.without_tensors()) for deltas in alone
+        ]
+        return prepared
 
-    def _build(self, unit: PathUnit) -> list[SlotDeltas]:
-        """All members' deltas, in their order."""
-        together: list[SlotDeltas] = []
-        alone = list(unit.rest)
+    def _build(self, unit: PathUnit) -> tuple[list[GroupDeltas], list[SlotDeltas]]:
+        together: list[GroupDeltas] = []
+        differing: list[Target] = []
+        planned = any(group.stacks for group in unit.groups)
+        filled = [target for target, _ in unit.rest] if unit.twins and planned else []
         for group in unit.groups:
-            empty = [target for target, _ in unit.rest] if unit.twins else []
-            built = self._groups.build(group, empty=empty, tell=self._tell_staged)
+            built = self._groups.build(group, empty=filled, tell=self._tell_staged)
             together += built.deltas
-            alone = built.rest + ([] if empty else alone)
-        one_by_one = self._build_alone(alone)
+            differing += built.rest
+        plans = self._plan.some(target.path for target in differing) if differing else {}
+        members = [(target, plans.get(target.path)) for target in differing]
+        alone = self._build_alone([*members, *([] if filled else unit.rest)])
         rank = max((deltas.rank_added for deltas in together), default=0)
-        if unit.twins and any(deltas.rank_added > rank for deltas in one_by_one):
+        if unit.twins and any(deltas.rank_added > rank for deltas in alone) and together:
             # A slot that shares no ranks where the others do: all of them get more.
-            together, one_by_one = [], self._build_alone(unit.members)
-        found = {id(deltas.target): deltas for deltas in (*together, *one_by_one)}
-        return [found[id(target)] for target, _ in unit.members]
+            plans = self._plan.some(target.path for target in unit.targets)
+            return [], self._build_alone([(t, plans.get(t.path)) for t in unit.targets])
+        return together, alone
 
-    def _build_alone(self, members: Sequence[tuple[Target, SlotPlan | None]]) -> list[SlotDeltas]:
+    def _build_alone(self, members: Sequence[Member]) -> list[SlotDeltas]:
         built = []
         for target, plan in members:
             self._tell_staged(1)
@@ -220,59 +210,97 @@ class Placer:
         return built
 
     def _tell_staged(self, slots: int) -> None:
-        for _ in range(slots):
+        for _ in range(slots if self._progress is not None else 0):
             if self._staged < self._total:
                 self._tell("stage", self._staged)
                 self._staged += 1
 
-    def _tell_write(self, deltas: SlotDeltas) -> None:
-        if id(deltas.target) not in self._twins:
-            self._tell("write", self._written)
-            self._written += 1
+    def _tell_write(self, deltas: Deltas) -> None:
+        targets = deltas.targets if isinstance(deltas, GroupDeltas) else (deltas.target,)
+        for _ in targets if self._progress is not None else ():
+            # Buffer blocks are written with the slots that they serve, and are not counted.
+            if self._written < self._total:
+                self._tell("write", self._written)
+                self._written += 1
 
     def _tell(self, phase: str, done: int) -> None:
         if self._progress is not None:
             self._progress(phase, done, self._total)
 
 
-def path_units(
-    plan: StackPlan,
-    targets: Mapping[str, Target],
-    layout: OffloadLayout | None,
-    state: AppliedState,
-) -> list[PathUnit]:
+def path_units(planned: Planned, structure: Structure, state: AppliedState) -> list[PathUnit]:
     """Group by path the slots that change: planned ones, and those that lose their deltas.
 
     Where one offloaded slot of a path changes, all of them do, and the buffers' slots with them.
     """
-    plans = {slot.path: slot for slot in plan.slots}
-    changing = {
-        _unit_key(target)
-        for path, target in targets.items()
-        if path in plans or path in state.records
-    }
-    if layout is not None:
-        # A new manager's buffers are copies of block 0, with what that had.
-        changing |= {
-            (twin.row.pattern, True)
-            for twin in layout.all_twins(targets.values())
-            if not slot_of(twin).is_base()
-        }
-    units: dict[tuple[str, bool], PathUnit] = defaultdict(PathUnit)
-    for path, target in targets.items():
-        key = _unit_key(target)
-        alone = not target.row.offloaded and path not in plans and path not in state.records
-        if key in changing and not alone:
-            units[key].members.append((target, plans.get(path)))
-    if layout is not None:
-        for (_, offloaded), unit in units.items():
-            if offloaded:
-                unit.twins = layout.twins(unit.members[0][0])
-    for unit in units.values():
-        unit.sort()
-    return list(units.values())
+    resident = [group for group in planned.groups if not group.targets[0].row.offloaded]
+    units = [PathUnit(groups=[group]) for group in resident]
+    by_pattern: dict[str, PathUnit] = defaultdict(PathUnit)
+    for target, plan in planned.single:
+        if not target.row.offloaded:
+            by_pattern[target.row.pattern].rest.append((target, plan))
+    leaving = [
+        structure.targets[path]
+        for path in state.records.keys() - planned.paths
+        if path in structure.targets
+    ]
+    leaving.sort(key=lambda target: structure.order[target.path])
+    groups, rest = _leaving(target for target in leaving if not target.row.offloaded)
+    units += [PathUnit(groups=[group]) for group in groups]
+    for target in rest:
+        by_pattern[target.row.pattern].rest.append((target, None))
+    return [*units, *by_pattern.values(), *_offloaded_units(planned, structure, leaving)]
 
 
-def _unit_key(target: Target) -> tuple[str, bool]:
-    # Slots of blocks that stay on the device take no part in a buffer's rank.
-    return (target.row.pattern, target.row.offloaded)
+def _leaving(targets: Iterable[Target]) -> tuple[list[Group], list[Target]]:
+    """Packed slots that return to their base together, and other slots."""
+    alike: dict[Hashable, list[Target]] = defaultdict(list)
+    rest = []
+    for target in targets:
+        row = target.row
+        if target.kind is SlotKind.SVDQ:
+            alike[(row.pattern, row.base_rank, target.dtype, target.device)].append(target)
+        else:
+            rest.append(target)
+    return [Group(tuple(own)) for own in alike.values()], rest
+
+
+def _offloaded_units(
+    planned: Planned, structure: Structure, leaving: Sequence[Target]
+) -> list[PathUnit]:
+    if structure.layout is None:
+        return []
+    changing = {target.row.pattern for target in leaving if target.row.offloaded}
+    changing |= planned.offloaded.keys()
+    # A new manager's buffers are copies of block 0, with what that had.
+    changing |= {twin.row.pattern for twin in structure.twins if not slot_of(twin).is_base()}
+    members: dict[str, list[Target]] = defaultdict(list)
+    for target in structure.targets.values():
+        if target.row.offloaded and target.row.pattern in changing:
+            members[target.row.pattern].append(target)
+    units = []
+    for pattern, targets in members.items():
+        groups, single = planned.offloaded.get(pattern, ([], []))
+        unit = _offloaded_unit(targets, groups, single, planned.plan.some)
+        unit.twins = structure.layout.twins(targets[0])
+        units.append(unit)
+    return units
+
+
+def _offloaded_unit(
+    targets: Sequence[Target], groups: Sequence[Group], single: Sequence[Member], some: Plans
+) -> PathUnit:
+    """All slots of a path that go through the buffers."""
+    if not groups and not single:
+        return PathUnit(*_all_leaving(targets))
+    if len(groups) == 1 and not single:
+        own = {id(target) for target in groups[0].targets}
+        return PathUnit(list(groups), [(t, None) for t in targets if id(t) not in own])
+    # One rank for all of them: known only when every slot's own is.
+    plans = some(target.path for target in targets)
+    return PathUnit(rest=[(target, plans.get(target.path)) for target in targets])
+
+
+def _all_leaving(targets: Sequence[Target]) -> tuple[list[Group], list[Member]]:
+    groups, rest = _leaving(targets)
+    return groups, [(target, None) for target in rest]

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import enum
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qwenlora import _core
@@ -31,6 +32,7 @@ __all__ = [
     "TensorRef",
     "plan_stack",
     "read_keys",
+    "slot_map",
 ]
 
 
@@ -57,9 +59,10 @@ class PieceKind(enum.Enum):
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A tensor of a file: its key, safetensors dtype, shape and place in bytes."""
+    """A tensor of a file: its key, its number, safetensors dtype, shape and place in bytes."""
 
     key: str
+    index: int
     dtype: str
     shape: tuple[int, ...]
     offset_bytes: int
@@ -127,30 +130,53 @@ class Skip:
     matters: bool
 
 
-@dataclass(frozen=True)
 class StackPlan:
-    """What will be done to the model at hand."""
+    """What will be done to the model at hand.
 
-    slots: tuple[SlotPlan, ...]
-    groups: tuple[RankGroup, ...]
-    skipped: tuple[Skip, ...]
-    applied_modules: tuple[int, ...]
-    added_bytes: int
+    Slots that are alike are told together; each slot's own plan is made when it is asked for.
 
-    @classmethod
-    def from_json(cls, text: str) -> StackPlan:
-        """Build the plan from Rust's document."""
-        document = json.loads(text)
-        return cls(
-            slots=tuple(_slot_plan(row) for row in document["slots"]),
-            groups=tuple(
-                RankGroup(row["pattern"], tuple(row["slots"]), row["rank"])
-                for row in document["groups"]
-            ),
-            skipped=tuple(Skip(**row) for row in document["skipped"]),
-            applied_modules=tuple(document["applied_modules"]),
-            added_bytes=document["added_bytes"],
+    Attributes:
+        alike: Groups of slots, as Rust tells them: indices of targets, and what each LoRA brings.
+        single: Plans of the slots that are in no group, by index of the target.
+        applied_modules: Modules applied, LoRA by LoRA.
+        added_bytes: Upper bound of the bytes that the stack adds to the model.
+    """
+
+    def __init__(self, core: _core.PlannedStack) -> None:
+        self._core = core
+        grouped = json.loads(core.grouped_json())
+        self.alike: list[dict[str, Any]] = grouped["alike"]
+        self.single = {index: _slot_plan(row) for index, row in grouped["single"]}
+        self.applied_modules = tuple(core.applied_modules)
+        self.added_bytes = core.added_bytes
+
+    @cached_property
+    def slots(self) -> tuple[SlotPlan, ...]:
+        """Every slot that changes, in model order."""
+        return tuple(_slot_plan(row) for row in self._document["slots"])
+
+    def some(self, paths: Iterable[str]) -> dict[str, SlotPlan]:
+        """The plans of some slots by path; those that have one."""
+        rows = json.loads(self._core.slots_json(set(paths)))
+        return {row["path"]: _slot_plan(row) for row in rows}
+
+    @cached_property
+    def groups(self) -> tuple[RankGroup, ...]:
+        """Slots whose rank must be the same."""
+        return tuple(
+            RankGroup(row["pattern"], tuple(row["slots"]), row["rank"])
+            for row in self._document["groups"]
         )
+
+    @cached_property
+    def skipped(self) -> tuple[Skip, ...]:
+        """What is left out."""
+        return tuple(Skip(**row) for row in json.loads(self._core.skipped_json()))
+
+    @cached_property
+    def _document(self) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads(self._core.to_json())
+        return document
 
 
 def _slot_plan(row: dict[str, Any]) -> SlotPlan:
@@ -167,15 +193,20 @@ def _piece(row: dict[str, Any]) -> Piece:
     return Piece(kind=PieceKind(row.pop("kind")), tensors=tensors, **row)
 
 
+def slot_map(targets: Iterable[Target]) -> str:
+    """A model's slots as the document that plans are made for."""
+    return json.dumps([vars(target.row) for target in targets])
+
+
 def plan_stack(
     items: Sequence[tuple[str, _core.FilePlan, float, bool]],
-    targets: Sequence[Target],
+    slots: str,
     *,
     max_rank: int | None,
     strict: bool,
     options: ComposeOptions,
 ) -> StackPlan:
-    """Plan `(name, plan, strength, modulation)` items onto a model's slots.
+    """Plan `(name, plan, strength, modulation)` items onto a model's slots, given by `slot_map`.
 
     Raises:
         OtherModelError: A LoRA is another model's.
@@ -185,14 +216,13 @@ def plan_stack(
         ShapeMismatchError: With `strict`, a delta that does not fit.
         RankError: The limit leaves nothing, or a slot is full.
     """
-    slots = json.dumps([vars(target.row) for target in targets])
     wanted = {
         "max_rank": max_rank,
         "strict": strict,
         "truncated_rank": options.truncated_rank,
         "lokr_scale": options.lokr_scale.value,
     }
-    return StackPlan.from_json(_core.plan_stack(list(items), slots, json.dumps(wanted)))
+    return StackPlan(_core.plan_stack(list(items), slots, json.dumps(wanted)))
 
 
 def read_keys(path: str | os.PathLike[str]) -> dict[str, Any]:

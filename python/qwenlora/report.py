@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
     from qwenlora.plan import Skip
 
-__all__ = ["ComposeReport", "LoraReport", "SlotReport"]
+__all__ = ["NO_SLOTS", "ComposeReport", "LoraReport", "SlotReport", "SlotReports"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,65 @@ class SlotReport:
     values: tuple[str, ...] = ()
 
 
+class SlotReports(Sequence[SlotReport]):
+    """The reports of slots, in model order, made when they are looked at.
+
+    Slots that were composed together differ in nothing but their paths.
+    """
+
+    def __init__(self, alike: Iterable[tuple[SlotReport, Mapping[str, int]]]) -> None:
+        """Take one report for several slots.
+
+        Args:
+            alike: A report, and the paths that it holds for with their places in the model.
+        """
+        self._alike = tuple(alike)
+        self._all: tuple[SlotReport, ...] | None = None
+
+    @classmethod
+    def of(cls, slots: Iterable[SlotReport]) -> SlotReports:
+        """Take reports as they are, in their order."""
+        return cls((slot, {slot.path: place}) for place, slot in enumerate(slots))
+
+    def counted(self) -> list[tuple[SlotReport, int]]:
+        """Reports, and for how many slots each stands."""
+        return [(report, len(paths)) for report, paths in self._alike]
+
+    def __iter__(self) -> Iterator[SlotReport]:
+        return iter(self._expanded())
+
+    @overload
+    def __getitem__(self, index: int) -> SlotReport: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[SlotReport, ...]: ...
+    def __getitem__(self, index: int | slice) -> SlotReport | tuple[SlotReport, ...]:
+        return self._expanded()[index]
+
+    def __len__(self) -> int:
+        return sum(len(paths) for _, paths in self._alike)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, (SlotReports, tuple, list)):
+            return NotImplemented
+        return self._expanded() == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(self._expanded())
+
+    def __repr__(self) -> str:
+        return repr(self._expanded())
+
+    def _expanded(self) -> tuple[SlotReport, ...]:
+        if self._all is None:
+            placed = [
+                (place, replace(report, path=path))
+                for report, paths in self._alike
+                for path, place in paths.items()
+            ]
+            self._all = tuple(report for _, report in sorted(placed, key=lambda row: row[0]))
+        return self._all
+
+
 @dataclass(frozen=True)
 class ComposeReport:
     """What is in the model.
@@ -82,7 +141,7 @@ class ComposeReport:
     """
 
     loras: tuple[LoraReport, ...]
-    slots: tuple[SlotReport, ...]
+    slots: SlotReports
     added_bytes: int
     seconds: float
     failure: str | None = None
@@ -96,7 +155,7 @@ class ComposeReport:
     @property
     def energy_lost(self) -> float:
         """The worst loss of any slot; 0 where nothing was compressed."""
-        return max((slot.energy_lost or 0.0 for slot in self.slots), default=0.0)
+        return max((slot.energy_lost or 0.0 for slot, _ in self.slots.counted()), default=0.0)
 
     def summary(self) -> str:
         """One line for a log."""
@@ -107,13 +166,15 @@ class ComposeReport:
         count = "1 LoRA" if len(self.loras) == 1 else f"{len(self.loras)} LoRAs"
         parts = [
             f"{count} on {len(self.slots)} slots",
-            f"rank {_span(slot.rank_added for slot in self.slots)}",
+            f"rank {_span(slot.rank_added for slot, _ in self.slots.counted())}",
             f"{self.added_bytes / 1e6:.1f} MB",
             f"{self.seconds:.2f} s",
         ]
         if self.bus_bytes:
             parts.append(f"{self.bus_bytes / 1e6:.1f} MB per forward over the bus")
-        compressed = sum(slot.energy_lost is not None for slot in self.slots)
+        compressed = sum(
+            count for slot, count in self.slots.counted() if slot.energy_lost is not None
+        )
         if compressed:
             parts.append(f"{compressed} slots compressed, up to {self.energy_lost:.2%} energy lost")
         return f"{', '.join(parts)}; {'; '.join(self._remarks())}"
@@ -135,7 +196,12 @@ class ComposeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON-able data."""
-        return {**asdict(self), "complete": self.complete, "summary": self.summary()}
+        return {
+            **asdict(replace(self, slots=NO_SLOTS)),
+            "slots": [asdict(slot) for slot in self.slots],
+            "complete": self.complete,
+            "summary": self.summary(),
+        }
 
     def _remarks(self) -> list[str]:
         remarks = []
@@ -147,6 +213,10 @@ class ComposeReport:
             if lora.all_zero:
                 remarks.append(f"`{lora.name}` is all zero")
         return remarks or ["complete"]
+
+
+NO_SLOTS = SlotReports(())
+"""Of a base model."""
 
 
 def _span(values: Iterable[int]) -> str:

@@ -22,6 +22,7 @@ from qwenlora.branch import (
     row_order_of,
     set_branch,
 )
+from qwenlora.deltas import SlotDeltas
 from qwenlora.errors import NonFiniteError
 from qwenlora.layout import FRAGMENT, TILE
 from qwenlora.plan import SlotKind
@@ -29,11 +30,20 @@ from qwenlora.plan import SlotKind
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from qwenlora.deltas import SlotDeltas
+    from qwenlora.deltas import GroupDeltas
     from qwenlora.pieces import ScaledPair
     from qwenlora.targets import Target
 
-__all__ = ["Change", "PackedSlot", "SideBranchSlot", "Slot", "ValueSlot", "WholeSlot", "slot_of"]
+__all__ = [
+    "Change",
+    "PackedSlot",
+    "SideBranchSlot",
+    "Slot",
+    "ValueSlot",
+    "WholeSlot",
+    "prepare_group",
+    "slot_of",
+]
 
 FACTORS = ("proj_down", "proj_up")
 """The factors of a packed slot's low-rank branch."""
@@ -76,6 +86,31 @@ class Slot(Protocol):
 
     def restore(self) -> None:
         """Put the base in place, even where the device has no memory left."""
+
+
+def prepare_group(deltas: GroupDeltas) -> Change:
+    """What puts the joined tensors of many slots in place."""
+    targets = deltas.targets
+    changes: list[Change] = []
+    if targets[0].kind is SlotKind.SVDQ:
+        modules = [target.module for target in targets]
+        changes.append(_PackedChange(modules, (deltas.downs, deltas.ups)))
+        changes += [
+            SideBranchSlot(target).prepare(SlotDeltas(target))
+            for target in targets
+            if not is_clean(target.module)
+        ]
+    else:
+        changes += [
+            _BranchChange(target.module, new=low_rank_branch(target, factors))
+            for target, *factors in zip(targets, deltas.downs, deltas.ups, strict=True)
+        ]
+    changes += [
+        ValueSlot(target).prepare(SlotDeltas(target))
+        for target in targets
+        if _BASE_VALUES in target.module.__dict__
+    ]
+    return _Changes(changes)
 
 
 def slot_of(target: Target) -> WholeSlot:
@@ -163,22 +198,19 @@ class PackedSlot:
 
     def prepare(self, deltas: SlotDeltas) -> Change:
         """Allocate and fill both factors."""
-        if deltas.joined is not None:
-            return self._change_to(deltas.joined)
         if deltas.rank_added == 0 and self.is_base():
             return _NoChange()
         return self._change(deltas.pairs, deltas.rank_added)
 
     def _change(self, pairs: Sequence[ScaledPair], rank_added: int) -> _PackedChange:
-        down = self._joined(self._module.proj_down, [pair.down for pair in pairs], rank_added)
-        up = self._joined(self._module.proj_up, [pair.up for pair in pairs], rank_added)
-        return self._change_to((down, up))
-
-    def _change_to(self, new: tuple[Tensor, Tensor]) -> _PackedChange:
         down: Tensor = self._module.proj_down
         up: Tensor = self._module.proj_up
         return _PackedChange(
-            module=self._module, old=(down, up), old_data=(down.data, up.data), new=new
+            modules=[self._module],
+            new=(
+                [self._joined(down, [pair.down for pair in pairs], rank_added)],
+                [self._joined(up, [pair.up for pair in pairs], rank_added)],
+            ),
         )
 
     def is_base(self) -> bool:
@@ -229,18 +261,25 @@ class PackedSlot:
 
 @dataclass
 class _PackedChange:
-    module: nn.Module
-    old: tuple[Tensor, Tensor]
-    old_data: tuple[Tensor, Tensor]
-    new: tuple[Tensor, Tensor]
+    """New factors of packed layers: `new` holds every layer's down, and every layer's up."""
+
+    modules: Sequence[nn.Module]
+    new: tuple[Sequence[Tensor], Sequence[Tensor]]
+    old: list[list[Tensor]] = field(init=False)
+    old_data: list[list[Tensor]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.old = [[getattr(module, name) for module in self.modules] for name in FACTORS]
+        self.old_data = [[parameter.data for parameter in own] for own in self.old]
 
     def make(self) -> None:
-        for name, tensor in zip(FACTORS, self.new, strict=True):
-            _point(self.module, name, tensor)
+        for name, old, new in zip(FACTORS, self.old, self.new, strict=True):
+            _point_all(self.modules, name, old, new)
 
     def unmake(self) -> None:
-        for name, parameter, data in zip(FACTORS, self.old, self.old_data, strict=True):
-            _point_back(self.module, name, parameter, data)
+        for name, old, old_data in zip(FACTORS, self.old, self.old_data, strict=True):
+            for module, parameter, data in zip(self.modules, old, old_data, strict=True):
+                _point_back(module, name, parameter, data)
 
 
 class SideBranchSlot:
@@ -275,10 +314,6 @@ class SideBranchSlot:
 
     def prepare(self, deltas: SlotDeltas) -> _BranchChange:
         """Allocate and fill the branch; ranks are not padded unless `rank_added` asks for it."""
-        if not self._carries_rank and not deltas.kron_room:
-            return _BranchChange(self._module, new=None)
-        if deltas.joined is not None and self._carries_rank:
-            return _BranchChange(self._module, new=low_rank_branch(self._target, deltas.joined))
         branch = make_branch(
             self._target,
             [(pair.down, pair.up) for pair in deltas.pairs] if self._carries_rank else (),
@@ -406,6 +441,17 @@ class _ValueChange:
             self.module.__dict__[_BASE_VALUES] = kept
         else:
             self.module.__dict__.pop(_BASE_VALUES, None)
+
+
+def _point_all(
+    modules: Sequence[nn.Module], name: str, old: Sequence[Tensor], new: Sequence[Tensor]
+) -> None:
+    """Let a parameter of each module hold another tensor."""
+    for module, parameter, tensor in zip(modules, old, new, strict=True):
+        if parameter.is_inference():
+            _point(module, name, tensor)
+        else:
+            parameter.data = tensor
 
 
 def _point(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -6,7 +6,7 @@ import os
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qwenlora.plan import TensorRef
     from qwenlora.spec import LoraSpec
 
-__all__ = ["FileSource", "LoraSource", "StateDictSource", "TensorFetcher", "open_source"]
+__all__ = ["FileSource", "LoraSource", "Place", "StateDictSource", "TensorFetcher", "open_source"]
 
 DTYPES = {
     "F64": torch.float64,
@@ -44,22 +44,35 @@ _ALIGNMENT = 64
 """Tensors begin at multiples of this in a buffer: any dtype can be viewed there."""
 
 
+class Place(NamedTuple):
+    """A tensor of a source, and where it goes in a buffer.
+
+    Attributes:
+        number: Which tensor of the source.
+        offset: Its first byte in the file.
+        nbytes: Its size.
+        begin: Its first byte in the buffer.
+    """
+
+    number: int
+    offset: int
+    nbytes: int
+    begin: int
+
+
 class TensorFetcher(Protocol):
     """Reads tensors while one composition lasts."""
 
     def fetch(self, refs: Sequence[TensorRef]) -> list[torch.Tensor]:
         """Return host tensors in the file's dtype and shape, in the order of `refs`."""
 
-    def read_into(
-        self, refs: Sequence[TensorRef], offsets: Sequence[int], buffer: torch.Tensor, *, share: int
-    ) -> None:
-        """Read the bytes of tensors into a (n,) uint8 host buffer, each at its offset.
+    def read_into(self, places: Sequence[Place], buffer: torch.Tensor, *, share: int) -> None:
+        """Read the bytes of tensors into a (n,) uint8 host buffer.
 
         May be called from several threads at a time, each with a buffer of its own.
 
         Args:
-            refs: The tensors.
-            offsets: Where each begins in the buffer.
+            places: The tensors, and where each goes.
             buffer: Is filled; bytes between the tensors stay as they are.
             share: How many such calls share the threads that the options allow.
         """
@@ -172,14 +185,9 @@ class _FileFetcher:
             for ref, offset in zip(refs, offsets, strict=True)
         ]
 
-    def read_into(
-        self, refs: Sequence[TensorRef], offsets: Sequence[int], buffer: torch.Tensor, *, share: int
-    ) -> None:
+    def read_into(self, places: Sequence[Place], buffer: torch.Tensor, *, share: int) -> None:
         """Read tensors into a buffer."""
-        ranges = [
-            (ref.offset_bytes, ref.len_bytes, offset)
-            for ref, offset in zip(refs, offsets, strict=True)
-        ]
+        ranges = [(offset, nbytes, begin) for _, offset, nbytes, begin in places]
         self._reader.read_into(ranges, buffer.numpy(), threads=-(-self._threads // share))
 
     def finish(self) -> None:
@@ -230,13 +238,12 @@ class _StateDictFetcher:
         """Bring the tensors to the host."""
         return [self._tensors[ref.key].detach().to("cpu") for ref in refs]
 
-    def read_into(
-        self, refs: Sequence[TensorRef], offsets: Sequence[int], buffer: torch.Tensor, *, share: int
-    ) -> None:
+    def read_into(self, places: Sequence[Place], buffer: torch.Tensor, *, share: int) -> None:
         """Copy tensors into a buffer."""
-        for ref, offset in zip(refs, offsets, strict=True):
-            tensor = self._tensors[ref.key].detach().to("cpu")
-            flat = buffer[offset : offset + ref.len_bytes].view(tensor.dtype)
+        keys = list(self._tensors)
+        for number, _, nbytes, begin in places:
+            tensor = self._tensors[keys[number]].detach().to("cpu")
+            flat = buffer[begin : begin + nbytes].view(tensor.dtype)
             flat.view(tensor.shape).copy_(tensor)
 
     def finish(self) -> None:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -21,11 +22,11 @@ import torch
 from qwenlora import cache
 from qwenlora.bulk import Group, Stack, in_spans
 from qwenlora.layout import LowRankSide, round_up
+from qwenlora.source import Place
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qwenlora.plan import TensorRef
     from qwenlora.source import LoraSource, TensorFetcher
     from qwenlora.spec import ComposeOptions
 
@@ -71,7 +72,7 @@ class Block:
         return buffer[self.begin : self.begin + self.nbytes].view(self.dtype).view(self.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Load:
     """One LoRA's tensors in some slots of a group.
 
@@ -89,23 +90,23 @@ class Load:
     blocks: tuple[Block, ...]
     nbytes: int
 
-    @property
+    @cached_property
     def key(self) -> Hashable:
-        """What it holds, within one LoRA: names of tensors, not their places."""
-        first = self.stack.members[0].refs[LowRankSide.DOWN]
+        """What it holds, within one LoRA: its slots by their first tensors, and its modules."""
+        first = self.stack.members[0].tensors[LowRankSide.DOWN].indices
         shapes = tuple((block.side, block.shape, block.dtype) for block in self.blocks)
-        return (first[self.slots.start].key, first[self.slots.stop - 1].key, shapes)
+        return (tuple(first[self.slots.start : self.slots.stop]), shapes)
 
-    def places(self) -> tuple[list[TensorRef], list[int]]:
+    def places(self) -> list[Place]:
         """All tensors, and where each goes in the buffer."""
-        refs: list[TensorRef] = []
-        offsets: list[int] = []
+        slots = slice(self.slots.start, self.slots.stop)
+        places: list[Place] = []
         for block in self.blocks:
-            own = self.stack.members[block.member].refs[block.side]
-            refs += [own[slot] for slot in self.slots]
-            size = block.nbytes // len(self.slots)
-            offsets += range(block.begin, block.begin + block.nbytes, size)
-        return refs, offsets
+            own = self.stack.members[block.member].tensors[block.side]
+            begins = range(block.begin, block.begin + block.nbytes, own.len_bytes)
+            rows = zip(own.indices[slots], own.offsets[slots], begins, strict=True)
+            places += [Place(number, offset, own.len_bytes, at) for number, offset, at in rows]
+        return places
 
 
 @dataclass(eq=False)
@@ -151,7 +152,7 @@ def loads_of(group: Group, limit_bytes: int) -> list[Load]:
 
 def _spans(group: Group, stack: Stack, limit_bytes: int) -> list[range]:
     each = sum(m.nbytes(side) for m in stack.members for side in LowRankSide)
-    return list(in_spans(len(group.slots), each, limit_bytes))
+    return list(in_spans(len(group.targets), each, limit_bytes))
 
 
 def _load(group: Group, stack: Stack, slots: range) -> Load:
@@ -236,8 +237,7 @@ class Loader:
         def read() -> Staged:
             if wait is not None:
                 wait()
-            refs, offsets = load.places()
-            fetcher.read_into(refs, offsets, buffer, share=_READERS)
+            fetcher.read_into(load.places(), buffer, share=_READERS)
             return _look(load, buffer)
 
         return self._pool.submit(read)

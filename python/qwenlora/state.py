@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenlora.errors import ModelStateError
 from qwenlora.lora_set import NO_LORAS, LoraSet
-from qwenlora.report import ComposeReport
+from qwenlora.report import NO_SLOTS, ComposeReport
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,7 +55,7 @@ class AppliedState:
 
     stack: Hashable
     records: Mapping[str, SlotRecord] = field(default_factory=dict)
-    report: ComposeReport = field(default_factory=lambda: ComposeReport((), (), 0, 0.0))
+    report: ComposeReport = field(default_factory=lambda: ComposeReport((), NO_SLOTS, 0, 0.0))
     in_flight: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AppliedState:

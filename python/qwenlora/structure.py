@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 from qwenlora.offload import OffloadLayout, offload_of
-from qwenlora.plan import SlotKind
+from qwenlora.plan import SlotKind, slot_map
 from qwenlora.slots import FACTORS, slot_of
-from qwenlora.state import check_intact
+from qwenlora.state import SlotRecord, check_intact
 from qwenlora.targets import Target, find_targets
 
 if TYPE_CHECKING:
@@ -50,6 +51,35 @@ class Structure:
         self._tensors: list[_Seen] = []
         self._results: OrderedDict[Hashable, object] = OrderedDict()
         self.look()
+
+    @cached_property
+    def order(self) -> Mapping[str, int]:
+        """Each slot's place in the model."""
+        return {path: place for place, path in enumerate(self.targets)}
+
+    @cached_property
+    def slot_map(self) -> str:
+        """The slots as the document that plans are made for."""
+        return slot_map(self.targets.values())
+
+    @cached_property
+    def twins(self) -> Sequence[Target]:
+        """Under offload, the slots of the buffer blocks."""
+        return [] if self.layout is None else self.layout.all_twins(self.targets.values())
+
+    @cached_property
+    def bare_records(self) -> Mapping[str, SlotRecord]:
+        """Every slot as it is without deltas."""
+        return {path: SlotRecord(t.row.base_rank, 0) for path, t in self.targets.items()}
+
+    @cached_property
+    def base_bytes(self) -> int:
+        """Bytes of all base branches."""
+        return sum(target.base_bytes for target in self.targets.values())
+
+    def with_twins(self) -> list[Target]:
+        """Every slot, those of the buffer blocks included."""
+        return [*self.targets.values(), *self.twins]
 
     def look(self) -> None:
         """Take the slots' tensors as they are now for those that were left there."""

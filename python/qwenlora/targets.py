@@ -20,7 +20,7 @@ from qwenlora.plan import SlotKind
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["SlotRow", "Target", "find_targets", "pattern", "transformer_of"]
+__all__ = ["SlotRow", "Target", "device_of", "find_targets", "pattern", "transformer_of"]
 
 PACKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """Dtypes of a low-rank branch: the kernels' two, and the exact emulation's."""
@@ -43,11 +43,12 @@ class SlotRow:
 
 @dataclass(frozen=True)
 class Target:
-    """A slot of the model at hand."""
+    """A slot of the model at hand; `device` is where it was when it was found."""
 
     module: nn.Module
     kind: SlotKind
     dtype: torch.dtype
+    device: torch.device
     row: SlotRow
 
     @property
@@ -55,15 +56,10 @@ class Target:
         """The slot's path in the transformer."""
         return self.row.path
 
-    @property
-    def device(self) -> torch.device:
-        """The device that the slot's own tensors are on."""
-        for tensor in (
-            *self.module.parameters(recurse=False),
-            *self.module.buffers(recurse=False),
-        ):
-            return tensor.device
-        return torch.device("cpu")
+    def twin(self, module: nn.Module, path: str) -> Target:
+        """The same slot of another block."""
+        row = replace(self.row, path=path)
+        return replace(self, module=module, device=device_of(module), row=row)
 
     @property
     def rank_bytes(self) -> int:
@@ -74,6 +70,13 @@ class Target:
     def base_bytes(self) -> int:
         """Bytes of the base branch."""
         return self.row.base_rank * self.rank_bytes
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device that a layer's own tensors are on."""
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        return tensor.device
+    return torch.device("cpu")
 
 
 def pattern(path: str) -> str:
@@ -247,7 +250,7 @@ def _make(
         pattern=pattern(path),
         has_bias=isinstance(getattr(module, "bias", None), torch.Tensor),
     )
-    target = Target(module=module, kind=kind, dtype=dtype, row=row)
+    target = Target(module=module, kind=kind, dtype=dtype, device=device_of(module), row=row)
     if target.device.type == "meta":
         raise ModelStateError(f"`{path}` is on the meta device: load its weights first")
     return target

@@ -2,6 +2,7 @@
 //!
 //! Everything is validated here, before a tensor is read or the model is touched.
 
+mod alike;
 mod branch;
 mod group;
 mod piece;
@@ -15,6 +16,7 @@ use crate::adapter::{Adapter, PieceKind};
 use crate::delta::Parameter;
 use crate::plan::FilePlan;
 use crate::slot::{self, RowOrder, Slot, SlotKind};
+pub use alike::{AlikeMember, AlikeSlots, AlikeStack, AlikeTensor, Grouped};
 pub use branch::{KronBuffer, KronShape};
 pub use piece::MAX_KRON_RANK;
 use planner::Planner;
@@ -111,6 +113,8 @@ pub struct Skip {
 pub struct TensorRef {
     /// Its key.
     pub key: String,
+    /// Which tensor of the file it is.
+    pub index: usize,
     /// Its safetensors dtype.
     pub dtype: &'static str,
     /// Its shape in the file.

@@ -1,5 +1,7 @@
 //! `plan_stack`: file plans and the slots of a model to a StackPlan.
 
+use std::collections::HashSet;
+
 use pyo3::prelude::*;
 use qwenlora_core::slot::Slot;
 use qwenlora_core::stack::{StackItem, StackOptions, StackPlan};
@@ -7,14 +9,60 @@ use qwenlora_core::stack::{StackItem, StackOptions, StackPlan};
 use crate::error;
 use crate::file_plan::FilePlan;
 
-/// Plans a stack of `(name, plan, strength, modulation)` onto the slots of a model; both documents are JSON.
+/// A planned stack; its documents are JSON.
+#[pyclass(frozen, module = "qwenlora._core")]
+pub(crate) struct PlannedStack {
+    plan: StackPlan,
+    slots: Vec<Slot>,
+}
+
+#[pymethods]
+impl PlannedStack {
+    /// The whole plan.
+    fn to_json(&self, py: Python<'_>) -> String {
+        py.detach(|| self.plan.to_json())
+    }
+
+    /// The slots, those that are alike together: far shorter, where trainers treat all blocks alike.
+    fn grouped_json(&self, py: Python<'_>) -> String {
+        // Strings and numbers always serialise.
+        py.detach(|| serde_json::to_string(&self.plan.grouped(&self.slots)).unwrap_or_default())
+    }
+
+    /// The plans of some slots, in model order.
+    fn slots_json(&self, py: Python<'_>, paths: HashSet<String>) -> String {
+        py.detach(|| {
+            let own = self.plan.slots.iter().filter(|s| paths.contains(&s.path));
+            serde_json::to_string(&own.collect::<Vec<_>>()).unwrap_or_default()
+        })
+    }
+
+    /// What is left out.
+    fn skipped_json(&self, py: Python<'_>) -> String {
+        py.detach(|| serde_json::to_string(&self.plan.skipped).unwrap_or_default())
+    }
+
+    /// Modules applied, LoRA by LoRA.
+    #[getter]
+    fn applied_modules(&self) -> Vec<usize> {
+        self.plan.applied_modules.clone()
+    }
+
+    /// Upper bound of the bytes that the stack adds to the model.
+    #[getter]
+    fn added_bytes(&self) -> u64 {
+        self.plan.added_bytes
+    }
+}
+
+/// Plans a stack of `(name, plan, strength, modulation)` onto the slots of a model, which are JSON.
 #[pyfunction]
 pub(crate) fn plan_stack(
     py: Python<'_>,
     items: Vec<(String, PyRef<'_, FilePlan>, f64, bool)>,
     slots: &str,
     options: &str,
-) -> PyResult<String> {
+) -> PyResult<PlannedStack> {
     let slots: Vec<Slot> =
         serde_json::from_str(slots).map_err(|e| error::from_json(py, "the slot map", &e))?;
     let options: StackOptions =
@@ -28,6 +76,7 @@ pub(crate) fn plan_stack(
             modulation: *modulation,
         })
         .collect();
-    py.detach(|| StackPlan::new(&stack, &slots, options).map(|plan| plan.to_json()))
+    py.detach(|| StackPlan::new(&stack, &slots, options))
+        .map(|plan| PlannedStack { plan, slots })
         .map_err(|e| error::from_stack(py, &e))
 }

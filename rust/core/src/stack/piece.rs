@@ -58,7 +58,7 @@ pub(super) fn place(
     let tensors = delta
         .tensors()
         .into_iter()
-        .filter_map(|(name, index)| Some((name, tensor_ref(entries.get(index)?))));
+        .filter_map(|(name, index)| Some((name, tensor_ref(index, entries.get(index)?))));
     let parameter = match delta.form {
         Form::Vector { parameter, .. } => Some(parameter),
         _ => None,
@@ -150,8 +150,9 @@ pub(super) fn padded_rank<'p>(pieces: impl Iterator<Item = &'p Piece>) -> u64 {
     pad_rank(pieces.fold(0, |sum, piece| sum.saturating_add(piece.rank)))
 }
 
-fn tensor_ref(entry: &Entry) -> TensorRef {
+fn tensor_ref(index: usize, entry: &Entry) -> TensorRef {
     TensorRef {
+        index,
         key: entry.tensor.key.clone(),
         dtype: entry.tensor.dtype.name(),
         shape: entry.tensor.shape.clone(),
