@@ -63,7 +63,7 @@ def test_the_cache_holds_no_more_memory_than_it_may(limit_bytes, model, lora):
     qwenlora.compose_loras(model, lora[0], options=ComposeOptions(cache_bytes=limit_bytes))
     storages = {}
     for own in cache.pieces.values():
-        storage = own.host.untyped_storage()
+        storage = own.bytes.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     held = sum(storages.values())
     # What the cache says it holds is what it keeps alive.

@@ -348,7 +348,7 @@ def test_callers_in_inference_mode(model, lora, probe):
         qwenlora.compose_loras(model, [lora[0], (dict(lora[1].tensors), 0.5)])
         tensors = [tensor for _, tensor in probe.tensors(model)]
         assert not any(tensor.is_inference() for tensor in tensors)
-        assert not any(own.host.is_inference() for own in cache.pieces.values())
+        assert not any(own.bytes.is_inference() for own in cache.pieces.values())
     probe.assert_holds(model, [(lora[1], 1.5)], within=EXACT)
     qwenlora.reset_loras(model)
     assert probe.snapshot(model).differences(untouched) == []

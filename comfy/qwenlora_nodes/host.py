@@ -19,7 +19,7 @@ from qwenlora import ComfyQwenImageWrapper, LoraSet
 from qwenlora.errors import LoraNotFoundError, UnsupportedModelError
 from qwenlora.lock import lock_of
 from qwenlora.runtime import OPTIONS_KEY
-from qwenlora.slots import FACTORS
+from qwenlora.targets import FACTORS
 from qwenlora.state import read_state
 
 if TYPE_CHECKING:

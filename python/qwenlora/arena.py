@@ -6,7 +6,6 @@ or a save of one takes its elements alone.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -15,6 +14,7 @@ import torch
 
 from qwenlora.layout import FRAGMENT, MODULATION_PLANES, TILE, RowOrder, round_up
 from qwenlora.plan import SlotKind
+from qwenlora.targets import factor_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,7 +121,7 @@ class PackedArena:
             _pack_joined(down, up, part)
 
     def _with_base(self, targets: Sequence[Target], name: str, channels: int) -> Tensor:
-        olds: list[Tensor] = [getattr(target.module, name).detach() for target in targets]
+        olds = [factor_of(target.module, name) for target in targets]
         arena = torch.empty(
             (len(targets), channels // TILE, self._rank // TILE, FRAGMENT),
             dtype=olds[0].dtype,
@@ -141,23 +141,24 @@ def _copy_base(dest: Tensor, olds: Sequence[Tensor]) -> None:
     if step is not None:
         # Old tensors of one arena: (slots, C/16, R/16, 256)
         strides = (step, old_tiles * FRAGMENT, FRAGMENT, 1)
-        dest.copy_(first.as_strided((slots, tiles, base_tiles, FRAGMENT), strides))
+        dest.copy_(first.detach().as_strided((slots, tiles, base_tiles, FRAGMENT), strides))
         return
     for slot, old in enumerate(olds):
-        dest[slot].copy_(old.view(tiles, old.shape[1] // TILE, FRAGMENT)[:, :base_tiles])
+        fragments = old.detach().view(tiles, old.shape[1] // TILE, FRAGMENT)
+        dest[slot].copy_(fragments[:, :base_tiles])
 
 
 def _even_step(tensors: Sequence[Tensor]) -> int | None:
     """Elements from each tensor to the next, where they lie evenly in one storage."""
-    first = tensors[0]
-    if len(tensors) < 2 or any(t.shape != first.shape for t in tensors):
+    first, last = tensors[0], tensors[-1]
+    begins = [tensor.data_ptr() for tensor in tensors]
+    if len(tensors) < 2 or any(tensor.numel() != first.numel() for tensor in tensors):
         return None
-    storage = first.untyped_storage().data_ptr()
-    offsets = [int(t.storage_offset()) for t in tensors]
-    step = offsets[1] - offsets[0]
-    even = all(b - a == step for a, b in itertools.pairwise(offsets))
-    same = all(t.untyped_storage().data_ptr() == storage for t in tensors)
-    return step if even and same and step >= first.numel() else None
+    step = begins[1] - begins[0]
+    # What lies between two tensors of one storage lies in it.
+    ends = {tensor.untyped_storage().data_ptr() for tensor in (first, last)}
+    even = step >= first.nbytes and begins == [begins[0] + step * at for at in range(len(begins))]
+    return step // first.itemsize if even and len(ends) == 1 else None
 
 
 def _in_tiles(part: Part) -> bool:

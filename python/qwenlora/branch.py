@@ -32,6 +32,7 @@ __all__ = [
     "ScaledKron",
     "add_side_branch",
     "branch_of",
+    "has_branch",
     "is_clean",
     "low_rank_branch",
     "set_branch",
@@ -139,6 +140,11 @@ def is_clean(module: nn.Module) -> bool:
         and not any(name.startswith(_PREFIX) for name in module._buffers)
         and add_side_branch not in module._forward_hooks.values()
     )
+
+
+def has_branch(module: nn.Module) -> bool:
+    """Whether a layer carries one; of a change that was made whole, its layout alone tells."""
+    return _LAYOUT in module.__dict__
 
 
 def set_branch(module: nn.Module, branch: Branch | None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -35,6 +35,11 @@ class Located(NamedTuple):
     len_bytes: int
     offsets: Sequence[int]
     indices: Sequence[int]
+
+    def of_slots(self, slots: range) -> Located:
+        """The tensors of some of the slots."""
+        own = slice(slots.start, slots.stop)
+        return Located(self.len_bytes, self.offsets[own], self.indices[own])
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +70,12 @@ class Member:
             return (self.rank, self.in_features)
         return (self.row_count, self.rank)
 
+    def of_slots(self, slots: range) -> Member:
+        """The module in some of the slots."""
+        return replace(
+            self, tensors={side: own.of_slots(slots) for side, own in self.tensors.items()}
+        )
+
     def nbytes(self, side: LowRankSide) -> int:
         """Bytes of one factor in one slot."""
         return math.prod(self.shape(side)) * self.dtype.itemsize
@@ -81,6 +92,10 @@ class Stack:
 
     lora: int
     members: tuple[Member, ...]
+
+    def of_slots(self, slots: range) -> Stack:
+        """The members in some of the slots."""
+        return replace(self, members=tuple(member.of_slots(slots) for member in self.members))
 
     def starts(self, sharing: Sequence[int]) -> tuple[tuple[int, ...], int]:
         """Where each member's ranks begin, and the ranks of all.
@@ -113,6 +128,18 @@ class Group:
     targets: tuple[Target, ...]
     stacks: tuple[Stack, ...] = ()
     row_order: RowOrder = RowOrder.PLANAR
+
+    def parts(self, limit_bytes: int) -> list[Group]:
+        """The same in smaller groups, whose base branches take at most this much each."""
+        spans = in_spans(len(self.targets), self.targets[0].base_bytes, limit_bytes)
+        return [
+            replace(
+                self,
+                targets=self.targets[span.start : span.stop],
+                stacks=tuple(stack.of_slots(span) for stack in self.stacks),
+            )
+            for span in spans
+        ]
 
 
 def group_of(row: Mapping[str, Any], targets: Sequence[Target]) -> Group | None:

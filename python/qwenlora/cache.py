@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from qwenlora import _core
 
-__all__ = ["PieceCache", "PlanCache", "clear_cache", "pieces", "plans"]
+__all__ = ["PieceCache", "PlanCache", "clear_cache", "on_device", "pieces", "plans"]
 
 _MAX_PLANS = 64
 
@@ -55,11 +55,11 @@ class Kept(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of host memory that it holds."""
+        """Bytes that it holds."""
 
 
 class PieceCache:
-    """Deltas by (identity of the LoRA, what they are), bounded in bytes of host memory.
+    """Deltas by (identity of the LoRA, what they are), bounded in bytes of memory.
 
     What a composition has used is not dropped for what it uses next: a stack that is larger than
     the cache would otherwise find nothing of itself the next time.
@@ -130,10 +130,13 @@ class PieceCache:
 plans = PlanCache(_MAX_PLANS)
 """Plans of the files read last, shared by all models of the process."""
 pieces = PieceCache()
-"""Pieces of the LoRAs composed last, shared by all models of the process."""
+"""Deltas of the LoRAs composed last, in host memory, shared by all models of the process."""
+on_device = PieceCache()
+"""The same on devices, where much memory is free."""
 
 
 def clear_cache() -> None:
-    """Drop all cached file plans and packed pieces; composed models stay as they are."""
+    """Drop all cached file plans and deltas; composed models stay as they are."""
     plans.clear()
     pieces.clear()
+    on_device.clear()

@@ -18,6 +18,7 @@ from qwenlora.errors import EnergyLossError, NothingToApplyError
 from qwenlora.grouped import GroupBuilder
 from qwenlora.lock import lock_of
 from qwenlora.lora_set import LoraSet
+from qwenlora.memory import is_free
 from qwenlora.offload import OffloadLayout, turn_on
 from qwenlora.placement import Deltas, Journal, Placer, path_units, restore_all
 from qwenlora.plan import PieceKind, Skip, StackPlan, plan_stack
@@ -249,9 +250,13 @@ class _Composition:
                 fetchers.append(source.open())
                 closing.callback(fetchers[-1].close)
             cache.pieces.turn()
+            cache.on_device.turn()
             builder = DeltaBuilder(wanted.specs, wanted.sources, fetchers, options=options)
             journal = Journal(self._model, structure, self._state)
+            whole = self._is_whole(planned.plan, structure)
             units = path_units(planned, structure, self._state)
+            if not whole:
+                units = [part for unit in units for part in unit.parts(options.staging_bytes)]
             groups = GroupBuilder(
                 [group for unit in units for group in unit.groups],
                 wanted.specs,
@@ -261,7 +266,6 @@ class _Composition:
             )
             closing.callback(groups.close)
             placer = Placer(units, planned.plan, builder, groups, fetchers, options, journal)
-            whole = self._is_whole(planned.plan, structure)
             place = placer.whole if whole else placer.by_path
             place(lambda done: self._state_of(planned, structure, done))
         remember_structure(self._model, structure)
@@ -285,7 +289,10 @@ class _Composition:
             return True
         # A new slot holds a second copy of its base until the old tensors are let go.
         needed = plan.added_bytes + structure.base_bytes + self._wanted.options.margin_bytes
-        return needed < _free_bytes(device)
+        if not is_free(device, needed) and cache.on_device.nbytes:
+            # Deltas that are kept there yield first.
+            cache.on_device.clear()
+        return is_free(device, needed)
 
     def _state_of(
         self, planned: Planned, structure: Structure, done: Sequence[Deltas]
@@ -318,12 +325,6 @@ class _Composition:
             seconds=time.perf_counter() - self._started,
         )
         return AppliedState(stack=self._wanted.key, records=records, report=report)
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Device memory that can be had: what the driver has, and what torch holds unused."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _fits(layout: OffloadLayout | None, targets: Mapping[str, Target]) -> bool:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
+from qwenlora import cache
 from qwenlora.arena import Arena, Part, arena_of
 from qwenlora.deltas import GroupDeltas, non_finite
 from qwenlora.layout import TILE, LowRankSide, round_up
+from qwenlora.memory import is_free
 from qwenlora.plan import SlotKind
-from qwenlora.staging import Load, Loader, Staged, loads_of
+from qwenlora.staging import Findings, Load, Loader, Staged, loads_of
 from qwenlora.transfer import Transfer, transfer_to
 
 if TYPE_CHECKING:
@@ -58,7 +61,7 @@ class _Checked:
     load: Load
     layout: _Layout
     staged: Staged
-    extremes: Tensor
+    extremes: Tensor | None
     differing: set[int]
 
 
@@ -83,17 +86,20 @@ class GroupBuilder:
     _loader: Loader = field(init=False)
     _transfers: dict[torch.device, Transfer] = field(init=False, default_factory=dict)
     _unchecked: list[_Checked] = field(init=False, default_factory=list)
+    _device_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         limit = self.options.staging_bytes // STAGES
         self._loads = [loads_of(group, limit) for group in self.groups]
-        pinned = any(group.targets[0].device.type == "cuda" for group in self.groups)
+        devices = {group.targets[0].device for group in self.groups}
+        device = next((device for device in devices if device.type == "cuda"), None)
+        self._device_bytes = 0 if device is None else self._device_limit(device)
         self._loader = Loader(
             [load for own in self._loads for load in own],
             self.sources,
             self.fetchers,
             self.options,
-            pinned=pinned,
+            pinned=device is not None,
         )
 
     def build(self, group: Group, *, empty: Sequence[Target], tell: Callable[[int], None]) -> Built:
@@ -130,19 +136,34 @@ class GroupBuilder:
             NonFiniteError: A delta holds NaN or infinity.
         """
         unchecked, self._unchecked = self._unchecked, []
-        if not unchecked:
-            return
-        flat = torch.cat([entry.extremes.flatten() for entry in unchecked]).cpu()
-        found = torch.split(flat, [entry.extremes.numel() for entry in unchecked])
-        for entry, values in zip(unchecked, found, strict=True):
-            entry.staged.extremes = values.view(entry.extremes.shape)
-            _require_finite(entry, entry.staged.extremes)
+        by_device: dict[torch.device, list[tuple[Findings, Tensor]]] = defaultdict(list)
+        for entry in unchecked:
+            if entry.extremes is not None:
+                found = (entry.staged.findings, entry.extremes)
+                by_device[entry.extremes.device].append(found)
+        for own in by_device.values():
+            flat = torch.cat([extremes.flatten() for _, extremes in own]).cpu()
+            sizes = [extremes.numel() for _, extremes in own]
+            for (findings, extremes), values in zip(own, torch.split(flat, sizes), strict=True):
+                findings.extremes = values.view(extremes.shape)
+                findings.peaks = tuple(findings.extremes.abs().amax(dim=(1, 2)).tolist())
+        for entry in unchecked:
+            _require_finite(entry)
 
     def close(self) -> None:
         """Stop reading and let buffers go."""
         self._loader.close()
         for transfer in self._transfers.values():
             transfer.close()
+
+    def _device_limit(self, device: torch.device) -> int:
+        """Most bytes that the cache on the device may hold; 0 where this stack would not fit."""
+        total = sum(load.nbytes for own in self._loads for load in own)
+        limit = self.options.device_cache_bytes
+        if limit is None:
+            more = total - cache.on_device.nbytes
+            limit = total if is_free(device, more + DEVICE_RESERVE) else 0
+        return limit if total <= limit else 0
 
     def _layouts(
         self, group: Group, first: Sequence[tuple[Load, Staged]]
@@ -152,8 +173,9 @@ class GroupBuilder:
         for load, staged in first:
             stack = load.stack
             # What the first slot with a delta shares, the others share, or they are set apart.
-            slot = next((i for i, zero in enumerate(staged.zero) if not zero), 0)
-            sharing = staged.sharing[slot]
+            findings = staged.findings
+            slot = next((i for i, zero in enumerate(findings.zero) if not zero), 0)
+            sharing = findings.sharing[slot]
             starts, rank = stack.starts(sharing)
             layouts[stack.lora] = _Layout(sharing, starts, rank, end, self._factors(stack))
             end += round_up(rank, TILE) if packed else rank
@@ -169,7 +191,7 @@ class GroupBuilder:
         """Write one load; the slots in it that differ from the others."""
         device = load.group.targets[0].device
         transfer = self._transfer(device, load)
-        buffer = transfer.bring(staged)
+        buffer = transfer.bring(staged, keep=self._keeps(device))
         tensors = [block.of(buffer) for block in load.blocks]
         sides = [block.side for block in load.blocks]
         arena.write(
@@ -186,14 +208,23 @@ class GroupBuilder:
         )
         differing = {
             slot
-            for slot, sharing, zero in zip(load.slots, staged.sharing, staged.zero, strict=True)
+            for slot, sharing, zero in zip(
+                load.slots, staged.findings.sharing, staged.findings.zero, strict=True
+            )
             if zero or sharing != layout.sharing
         }
-        extremes = _extremes(tensors) if staged.extremes is None else staged.extremes
+        extremes = _extremes(tensors) if staged.findings.extremes is None else None
         self._unchecked.append(_Checked(load, layout, staged, extremes, differing))
-        transfer.used()
-        self._loader.release(load, staged, transfer.host_is_free())
+        self._loader.release(load, staged, transfer.used())
+        key = self._loader.key(load)
+        if key is not None and staged.on_host and self._keeps(device):
+            kept = Staged(buffer, staged.findings)
+            cache.on_device.put((key, device), kept, limit_bytes=self._device_bytes)
         return differing
+
+    def _keeps(self, device: torch.device) -> bool:
+        """Whether what goes to this device stays there."""
+        return device.type == "cuda" and self._device_bytes > 0
 
     def _transfer(self, device: torch.device, load: Load) -> Transfer:
         if device not in self._transfers:
@@ -207,6 +238,8 @@ class GroupBuilder:
         return self._transfers[device]
 
 
+DEVICE_RESERVE = 8 << 30
+"""Device memory that must stay free beside deltas kept there: for activations and the decoder."""
 STAGES = 4
 """Loads that the staging memory holds: those in device buffers, and what packing takes beside."""
 _DOWN = LowRankSide.DOWN
@@ -219,13 +252,18 @@ def _extremes(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(found).to(torch.float32)
 
 
-def _require_finite(entry: _Checked, extremes: Tensor) -> None:
-    """Round the extremes as all values are rounded: both steps keep the order of values."""
-    load, layout = entry.load, entry.layout
+def _require_finite(entry: _Checked) -> None:
+    load, layout, findings = entry.load, entry.layout, entry.staged.findings
     dtype = load.group.targets[0].dtype
-    factors = torch.tensor(
-        [1.0 if b.side is _DOWN else layout.factors[b.member] for b in load.blocks]
-    )
+    scales = [1.0 if b.side is _DOWN else layout.factors[b.member] for b in load.blocks]
+    # Rounding may reach the next number, but not twice the number.
+    limit = torch.finfo(dtype).max / 2
+    if all(p * abs(f) < limit for p, f in zip(findings.peaks, scales, strict=True)):
+        return
+    # The extremes are rounded as all values are: both steps keep the order of values.
+    extremes, factors = findings.extremes, torch.tensor(scales)
+    if extremes is None:
+        raise RuntimeError("a load was not looked at before it was checked")
     # (blocks, slots, 2) x (blocks, 1, 1)
     finite = torch.isfinite((extremes * factors.view(-1, 1, 1)).to(dtype)).flatten(2).all(2).all(0)
     for slot, ok in zip(load.slots, finite.tolist(), strict=True):

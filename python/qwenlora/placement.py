@@ -58,6 +58,18 @@ class PathUnit:
         together = [target for group in self.groups for target in group.targets]
         return together + [target for target, _ in self.rest]
 
+    def parts(self, limit_bytes: int) -> list[PathUnit]:
+        """The same in smaller units, whose base branches take at most this much each.
+
+        Slots that share buffers stay together.
+        """
+        if self.twins:
+            return [self]
+        parts = [
+            PathUnit(groups=[part]) for group in self.groups for part in group.parts(limit_bytes)
+        ]
+        return parts + ([PathUnit(rest=self.rest)] if self.rest else [])
+
 
 def restore_all(targets: Iterable[Target]) -> None:
     """Bring every slot to its base."""

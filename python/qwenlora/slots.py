@@ -16,6 +16,7 @@ import torch
 from qwenlora.branch import (
     Branch,
     branch_of,
+    has_branch,
     is_clean,
     low_rank_branch,
     make_branch,
@@ -26,6 +27,7 @@ from qwenlora.deltas import SlotDeltas
 from qwenlora.errors import NonFiniteError
 from qwenlora.layout import FRAGMENT, TILE
 from qwenlora.plan import SlotKind
+from qwenlora.targets import FACTORS, factor_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,8 +47,6 @@ __all__ = [
     "slot_of",
 ]
 
-FACTORS = ("proj_down", "proj_up")
-"""The factors of a packed slot's low-rank branch."""
 _BASE_VALUES = "_qwenlora_base"
 """Attribute of a layer that keeps the base's tensors whose parameters point elsewhere, by name."""
 
@@ -98,7 +98,7 @@ def prepare_group(deltas: GroupDeltas) -> Change:
         changes += [
             SideBranchSlot(target).prepare(SlotDeltas(target))
             for target in targets
-            if not is_clean(target.module)
+            if has_branch(target.module)
         ]
     else:
         changes += [
@@ -269,7 +269,7 @@ class _PackedChange:
     old_data: list[list[Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.old = [[getattr(module, name) for module in self.modules] for name in FACTORS]
+        self.old = [[factor_of(module, name) for module in self.modules] for name in FACTORS]
         self.old_data = [[parameter.data for parameter in own] for own in self.old]
 
     def make(self) -> None:

@@ -109,6 +109,9 @@ class ComposeOptions:
         placement: How the new stack takes the old one's place.
         cache_bytes: Most bytes of deltas kept in host memory between compositions, so that a change
             of strength reads no file; 0 keeps none.
+        device_cache_bytes: Most bytes of deltas kept on a GPU between compositions, so that a
+            change of strength copies nothing to it; 0 keeps none. None keeps a stack's where that
+            leaves 8 GiB free: some drivers spill to host memory instead of failing.
         staging_bytes: Device memory that deltas go through on their way into slots; less of it
             takes longer.
         margin_bytes: Device memory that composing beside the old stack must leave free, or AUTO
@@ -126,7 +129,8 @@ class ComposeOptions:
     lokr_scale: LokrScale = LokrScale.STANDARD
     placement: Placement = Placement.AUTO
     cache_bytes: int = 1 << 30
-    staging_bytes: int = 128 << 20
+    device_cache_bytes: int | None = None
+    staging_bytes: int = 192 << 20
     margin_bytes: int = 512 << 20
     offload: bool = False
     threads: int | None = None

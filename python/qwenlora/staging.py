@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qwenlora.source import LoraSource, TensorFetcher
     from qwenlora.spec import ComposeOptions
 
-__all__ = ["Block", "Load", "Loader", "Staged", "loads_of"]
+__all__ = ["Block", "Findings", "Load", "Loader", "Staged", "loads_of"]
 
 Words: TypeAlias = "npt.NDArray[np.uint16] | npt.NDArray[np.uint32]"
 
@@ -90,6 +90,11 @@ class Load:
     blocks: tuple[Block, ...]
     nbytes: int
 
+    @property
+    def device(self) -> torch.device:
+        """Where its slots are."""
+        return self.group.targets[0].device
+
     @cached_property
     def key(self) -> Hashable:
         """What it holds, within one LoRA: its slots by their first tensors, and its modules."""
@@ -110,26 +115,44 @@ class Load:
 
 
 @dataclass(eq=False)
-class Staged:
-    """A load whose tensors have been read.
+class Findings:
+    """What is known of a load's values.
 
     Attributes:
-        host: (nbytes,) uint8 in host memory.
         sharing: Slot by slot, for each member the index of the first one with an equal `down`.
         zero: Slot by slot, whether the delta may be all zero.
         extremes: Least and greatest value of each block's slots, (blocks, slots, 2) float32 on the
             host; NaN where there is one. None until it is asked for.
+        peaks: Largest magnitude of each block; NaN where there is one.
     """
 
-    host: Tensor
     sharing: tuple[tuple[int, ...], ...]
     zero: tuple[bool, ...]
     extremes: Tensor | None = None
+    peaks: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Staged:
+    """A load whose tensors have been read.
+
+    Attributes:
+        bytes: (nbytes,) uint8, in host memory or on a device.
+        findings: What is known of its values.
+    """
+
+    bytes: Tensor
+    findings: Findings
 
     @property
     def nbytes(self) -> int:
-        """Bytes held in host memory."""
-        return self.host.nbytes
+        """Bytes held."""
+        return self.bytes.nbytes
+
+    @property
+    def on_host(self) -> bool:
+        """Whether it is in host memory."""
+        return self.bytes.device.type == "cpu"
 
 
 def loads_of(group: Group, limit_bytes: int) -> list[Load]:
@@ -204,13 +227,16 @@ class Loader:
             staged: Its tensors.
             wait: Returns when the buffer is no longer read from.
         """
-        kept = False
+        if not staged.on_host:
+            return
+        key = self.key(load)
+        if key is None or not cache.pieces.put(key, staged, limit_bytes=self._cache_bytes):
+            self._used.append((staged.bytes, wait))
+
+    def key(self, load: Load) -> Hashable | None:
+        """What a load is among all LoRAs; None where reading it again costs nothing."""
         source = self._sources[load.stack.lora]
-        if source.cacheable:
-            key = (source.identity, load.key)
-            kept = cache.pieces.put(key, staged, limit_bytes=self._cache_bytes)
-        if not kept:
-            self._used.append((staged.host, wait))
+        return (source.identity, load.key) if source.cacheable else None
 
     def close(self) -> None:
         """Stop reading; what is being read is waited for, since it writes into buffers of ours."""
@@ -225,10 +251,14 @@ class Loader:
     def _read_ahead(self) -> None:
         while self._waiting and len(self._begun) < _AHEAD:
             load = self._waiting.popleft()
-            source = self._sources[load.stack.lora]
-            found = cache.pieces.get((source.identity, load.key)) if source.cacheable else None
-            kept = found if isinstance(found, Staged) else None
-            self._begun.append((load, kept or self._begin(load)))
+            self._begun.append((load, self._kept(load) or self._begin(load)))
+
+    def _kept(self, load: Load) -> Staged | None:
+        key = self.key(load)
+        if key is None:
+            return None
+        found = cache.on_device.get((key, load.device)) or cache.pieces.get(key)
+        return found if isinstance(found, Staged) else None
 
     def _begin(self, load: Load) -> Future[Staged]:
         fetcher = self._fetchers[load.stack.lora]
@@ -263,7 +293,7 @@ def _look(load: Load, buffer: Tensor) -> Staged:
     downs = [_words(block, buffer) for block in load.blocks if block.side is LowRankSide.DOWN]
     ups = [_words(block, buffer) for block in load.blocks if block.side is LowRankSide.UP]
     zero = _all_zero(downs) | _all_zero(ups)
-    return Staged(buffer, _sharing(downs), tuple(zero.tolist()))
+    return Staged(buffer, Findings(_sharing(downs), tuple(zero.tolist())))
 
 
 def _words(block: Block, buffer: Tensor) -> Words:

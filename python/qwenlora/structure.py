@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 from qwenlora.offload import OffloadLayout, offload_of
 from qwenlora.plan import SlotKind, slot_map
-from qwenlora.slots import FACTORS, slot_of
+from qwenlora.slots import slot_of
 from qwenlora.state import SlotRecord, check_intact
-from qwenlora.targets import Target, find_targets
+from qwenlora.targets import FACTORS, Target, find_targets
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -48,7 +48,12 @@ class Structure:
             for module in model.modules()
             if module._modules
         ]
-        self._tensors: list[_Seen] = []
+        self._parameters = [
+            (target.module._parameters, name)
+            for target in self.targets.values()
+            for name in _telling(target)
+        ]
+        self._buffers = [target.module._buffers for target in self.targets.values()]
         self._results: OrderedDict[Hashable, object] = OrderedDict()
         self.look()
 
@@ -83,18 +88,33 @@ class Structure:
 
     def look(self) -> None:
         """Take the slots' tensors as they are now for those that were left there."""
-        self._tensors = [seen for target in self.targets.values() for seen in _telling(target)]
+        branches = [
+            (buffers, name)
+            for buffers in self._buffers
+            for name in buffers
+            if buffers[name] is not None
+        ]
+        self._places = self._parameters + branches
+        self._sizes = [len(buffers) for buffers in self._buffers]
+        tensors = [owner[name] for owner, name in self._places]
+        # The tensors are not kept alive: whoever moves a model replaces its buffers.
+        self._tensors = [weakref.ref(tensor) for tensor in tensors if tensor is not None]
+        self._memory = _memory(tensors)
 
     def is_current(self, model: nn.Module) -> bool:
         """Whether every module, and every tensor of every slot, is where it was."""
+        if self._offload != _offload_state(model) or not all(
+            tuple(modules.values()) == children for modules, children in self._children
+        ):
+            return False
+        tensors = [owner.get(name) for owner, name in self._places]
         return (
-            self._offload == _offload_state(model)
+            [len(buffers) for buffers in self._buffers] == self._sizes
             and all(
-                len(modules) == len(children)
-                and all(a is b for a, b in zip(modules.values(), children, strict=True))
-                for modules, children in self._children
+                tensor is not None and tensor is seen()
+                for tensor, seen in zip(tensors, self._tensors, strict=True)
             )
-            and all(seen.is_there() for seen in self._tensors)
+            and _memory(tensors) == self._memory
         )
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -109,37 +129,16 @@ class Structure:
         return result
 
 
-class _Seen:
-    """A tensor of a slot: which object, and which memory it holds. It is not kept alive."""
-
-    __slots__ = ("_address", "_name", "_owner", "_shape", "_tensor")
-
-    def __init__(self, owner: Mapping[str, Tensor | None], name: str, tensor: Tensor) -> None:
-        self._owner = owner
-        self._name = name
-        self._tensor = weakref.ref(tensor)
-        self._address = tensor.data_ptr()
-        self._shape = tensor.shape
-
-    def is_there(self) -> bool:
-        tensor = self._owner.get(self._name)
-        return (
-            tensor is not None
-            and tensor is self._tensor()
-            and tensor.data_ptr() == self._address
-            and tensor.shape == self._shape
-        )
+def _telling(target: Target) -> Sequence[str]:
+    """The parameters that tell whether a slot is as it was: those we change, and where it is."""
+    parameters = target.module._parameters
+    names = FACTORS if target.kind is SlotKind.SVDQ else tuple(parameters)[:1]
+    return [name for name in names if parameters.get(name) is not None]
 
 
-def _telling(target: Target) -> Iterator[_Seen]:
-    """The tensors that tell whether a slot is as it was: what we change, and where it is."""
-    module = target.module
-    names = FACTORS if target.kind is SlotKind.SVDQ else list(module._parameters)[:1]
-    for owner, own in ((module._parameters, names), (module._buffers, list(module._buffers))):
-        for name in own:
-            tensor = owner.get(name)
-            if tensor is not None:
-                yield _Seen(owner, name, tensor)
+def _memory(tensors: Iterable[Tensor | None]) -> list[tuple[int, int]]:
+    """Where tensors' elements are, and how many."""
+    return [(t.data_ptr(), t.numel()) for t in tensors if t is not None]
 
 
 def _offload_state(model: nn.Module) -> tuple[object, ...]:

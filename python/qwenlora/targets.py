@@ -20,8 +20,19 @@ from qwenlora.plan import SlotKind
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["SlotRow", "Target", "device_of", "find_targets", "pattern", "transformer_of"]
+__all__ = [
+    "FACTORS",
+    "SlotRow",
+    "Target",
+    "device_of",
+    "factor_of",
+    "find_targets",
+    "pattern",
+    "transformer_of",
+]
 
+FACTORS = ("proj_down", "proj_up")
+"""The factors of a packed slot's low-rank branch."""
 PACKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """Dtypes of a low-rank branch: the kernels' two, and the exact emulation's."""
 
@@ -70,6 +81,13 @@ class Target:
     def base_bytes(self) -> int:
         """Bytes of the base branch."""
         return self.row.base_rank * self.rank_bytes
+
+
+def factor_of(module: nn.Module, name: str) -> Tensor:
+    """One of a packed layer's `FACTORS`, past `__getattr__`, which is slow a thousand times."""
+    found = module._parameters.get(name)
+    tensor: Tensor = getattr(module, name) if found is None else found
+    return tensor
 
 
 def device_of(module: nn.Module) -> torch.device:

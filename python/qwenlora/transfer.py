@@ -14,21 +14,27 @@ if TYPE_CHECKING:
 
 __all__ = ["DeviceTransfer", "HostTransfer", "Transfer", "transfer_to"]
 
-_BUFFERS = 3
+BUFFERS = 3
 """Device buffers: one is packed from, one filled, one waits for its turn."""
 
 
 class Transfer(Protocol):
     """Brings loads to a device, one after the other."""
 
-    def bring(self, staged: Staged) -> Tensor:
-        """The load's bytes, (nbytes,) uint8 on the device, valid until the next but one."""
+    def bring(self, staged: Staged, *, keep: bool) -> Tensor:
+        """The load's bytes, (nbytes,) uint8 on the device.
 
-    def used(self) -> None:
-        """All work on the load that was brought last has been queued."""
+        Args:
+            staged: The load.
+            keep: Whether they are wanted beyond the next load but one.
+        """
 
-    def host_is_free(self) -> Callable[[], object] | None:
-        """What waits until the host buffer of the load brought last is read no more."""
+    def used(self) -> Callable[[], object] | None:
+        """All work on the load that was brought last has been queued.
+
+        Returns:
+            What waits until its host buffer is read no more; None where it is free already.
+        """
 
     def close(self) -> None:
         """Let the device's memory go, safely."""
@@ -47,15 +53,12 @@ def transfer_to(device: torch.device, buffer_bytes: int) -> Transfer:
 class HostTransfer:
     """Slots in host memory are packed from where the load was read to."""
 
-    def bring(self, staged: Staged) -> Tensor:
+    def bring(self, staged: Staged, *, keep: bool) -> Tensor:
         """The buffer itself."""
-        return staged.host
+        return staged.bytes
 
     def used(self) -> None:
         """Nothing is queued on the host."""
-
-    def host_is_free(self) -> None:
-        """It is, as soon as the load has been packed."""
 
     def close(self) -> None:
         """Nothing to let go."""
@@ -65,42 +68,55 @@ class DeviceTransfer:
     """Copies on a stream of its own, so that one load is copied while another is packed."""
 
     def __init__(self, device: torch.device, buffer_bytes: int) -> None:
+        self._device = device
+        self._buffer_bytes = buffer_bytes
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._current = torch.cuda.current_stream(device)
-        self._buffers = [
-            torch.empty(buffer_bytes, dtype=torch.uint8, device=device) for _ in range(_BUFFERS)
-        ]
-        self._free = [_event() for _ in self._buffers]
-        for event in self._free:
-            # Memory that was let go a moment ago may still be in use by work that is queued.
-            event.record(self._current)
+        self._buffers: list[Tensor] = []
+        self._free: list[torch.cuda.Event] = []
         self._turn = 0
-        self._copied = _event()
+        self._copied: torch.cuda.Event | None = None
+        self._in_ring = False
 
-    def bring(self, staged: Staged) -> Tensor:
-        """Copy the load to the next buffer."""
-        buffer = self._buffers[self._turn][: staged.host.nbytes]
+    def bring(self, staged: Staged, *, keep: bool) -> Tensor:
+        """Copy the load to the next buffer, or to one of its own."""
+        self._copied, self._in_ring = None, False
+        if not staged.on_host:
+            return staged.bytes
+        if keep:
+            buffer, free = self._allocate(staged.nbytes)
+        else:
+            self._in_ring = True
+            if not self._buffers:
+                made = [self._allocate(self._buffer_bytes) for _ in range(BUFFERS)]
+                self._buffers, self._free = [b for b, _ in made], [e for _, e in made]
+            buffer, free = self._buffers[self._turn][: staged.nbytes], self._free[self._turn]
         self._copied = _event()
         with torch.cuda.stream(self._stream):
-            self._stream.wait_event(self._free[self._turn])
-            buffer.copy_(staged.host, non_blocking=True)
+            self._stream.wait_event(free)
+            buffer.copy_(staged.bytes, non_blocking=True)
             self._copied.record(self._stream)
         self._current.wait_event(self._copied)
         return buffer
 
-    def used(self) -> None:
-        """The buffer is free when what is queued now is done."""
-        self._free[self._turn].record(self._current)
-        self._turn = (self._turn + 1) % len(self._buffers)
-
-    def host_is_free(self) -> Callable[[], object]:
-        """When the copy is done."""
-        return self._copied.synchronize
+    def used(self) -> Callable[[], object] | None:
+        """A buffer of the ring is free when what is queued now is done."""
+        if self._in_ring:
+            self._free[self._turn].record(self._current)
+            self._turn = (self._turn + 1) % len(self._buffers)
+        return None if self._copied is None else self._copied.synchronize
 
     def close(self) -> None:
         """What the buffers' memory is given to next runs after the last copy into it."""
         self._current.wait_stream(self._stream)
         self._buffers.clear()
+
+    def _allocate(self, nbytes: int) -> tuple[Tensor, torch.cuda.Event]:
+        buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        free = _event()
+        # Memory that was let go a moment ago may still be in use by work that is queued.
+        free.record(self._current)
+        return buffer, free
 
 
 def _event() -> torch.cuda.Event:
