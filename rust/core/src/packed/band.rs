@@ -7,9 +7,10 @@ use super::{Column, DownMember, ElementSize, FRAGMENT, Recipe, TILE, UpMember};
 /// About the size of a band: many per factor, so that threads end together, yet long runs of each
 /// source row.
 const BAND_BYTES: usize = 512 * 1024;
-/// Channel tiles that are filled together: of each row of a `down` so many fragments' width is read
-/// at once, which uses up whole cache lines.
-const GROUP: usize = 8;
+/// Channel tiles that are filled together where a column is a `down`: of each source row so many
+/// fragments' width is read at once. Other columns read and write in the order of memory, and are
+/// filled one channel tile after the other.
+const GROUP: usize = 32;
 
 /// Channel tiles of one destination.
 #[derive(Debug)]
@@ -65,9 +66,15 @@ impl Band<'_> {
             .iter()
             .map(|column| Part::of(column, self.channel_tiles))
             .collect();
+        let is_down = |column| matches!(column, &Column::Down { .. });
+        let together = if self.columns.iter().any(is_down) {
+            GROUP
+        } else {
+            1
+        };
         let stride = self.tiles * LINES;
-        let groups = lines_mut::<U>(self.dest).chunks_mut(GROUP * stride);
-        for (group, first) in groups.zip((self.first..).step_by(GROUP)) {
+        let groups = lines_mut::<U>(self.dest).chunks_mut(together * stride);
+        for (group, first) in groups.zip((self.first..).step_by(together)) {
             let mut begin = 0;
             for part in &parts {
                 let end = begin + part.tiles * LINES;
