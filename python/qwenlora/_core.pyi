@@ -14,6 +14,7 @@ __all__ = [
     "__version__",
     "file_identity",
     "fill_packed",
+    "fill_rows",
     "plan_stack",
     "run_keys",
 ]
@@ -32,6 +33,8 @@ _Up: TypeAlias = tuple[Literal["up"], int, Sequence[tuple[_Bytes, int, int, int,
 _Zero: TypeAlias = tuple[Literal["zero"], int]
 # (dest, channels, element_bytes, columns)
 _PackedRecipe: TypeAlias = tuple[_Bytes, int, int, Sequence[_Fragments | _Down | _Up | _Zero]]
+# (dest, rows, planes, [(source or None for zeros, width_bytes), ...])
+_RowsRecipe: TypeAlias = tuple[_Bytes, int, int, Sequence[tuple[_Bytes | None, int]]]
 
 __version__: str
 
@@ -82,6 +85,7 @@ class TensorReader:
     def close(self) -> None: ...
 
 def fill_packed(recipes: Sequence[_PackedRecipe], *, threads: int) -> None: ...
+def fill_rows(recipes: Sequence[_RowsRecipe], *, threads: int) -> None: ...
 def file_identity(path: str | os.PathLike[str]) -> _SourceIdentity: ...
 def plan_stack(
     items: Sequence[tuple[str, FilePlan, float, bool]], slots: str, options: str

@@ -2,8 +2,8 @@
 //!
 //! The stages, each one type: [`header::Header`] (bytes to names, dtypes, shapes, offsets),
 //! [`table::KeyTable`] (names to modules and roles), [`plan::FilePlan`] (one file, no model),
-//! [`stack::StackPlan`] (file plans and the slots of a model at hand). [`packed::fill`] moves
-//! factors into the layout of the kernels. No tensor arithmetic happens here, and nothing here
+//! [`stack::StackPlan`] (file plans and the slots of a model at hand). [`packed::fill`] and
+//! [`rows::fill`] move factors to where a layer reads them. No tensor arithmetic happens here, and nothing here
 //! knows Python.
 
 #![forbid(unsafe_code)]
@@ -30,6 +30,7 @@ pub mod plan;
 mod queue;
 pub mod reason;
 pub mod role;
+pub mod rows;
 pub mod slot;
 pub mod source;
 pub mod stack;

@@ -25,7 +25,7 @@ mod _core {
     #[pymodule_export]
     use super::file_plan::{FilePlan, file_identity};
     #[pymodule_export]
-    use super::pack::fill_packed;
+    use super::pack::{fill_packed, fill_rows};
     #[pymodule_export]
     use super::reader::TensorReader;
     #[pymodule_export]

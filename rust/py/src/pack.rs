@@ -1,4 +1,4 @@
-//! `fill_packed`: composed factors, from arrays that Python owns into arrays that Python owns.
+//! `fill_packed` and `fill_rows`: composed factors, from arrays that Python owns into arrays that Python owns.
 
 use std::num::NonZeroUsize;
 
@@ -6,6 +6,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyString, PyTuple};
 use qwenlora_core::packed::{self, Column, DownMember, ElementSize, Recipe, UpMember};
+use qwenlora_core::rows::{self, RowsColumn, RowsRecipe};
 
 use crate::bytes::{Dest, Place, Source, check_apart};
 
@@ -39,6 +40,87 @@ pub(crate) fn fill_packed(
         .collect::<PyResult<Vec<_>>>()?;
     py.detach(|| packed::fill(&mut recipes, threads))
         .map_err(|e| PyValueError::new_err(e.to_string()))
+}
+
+/// Fills row-major factors side by side, their rows reordered.
+///
+/// A recipe is `(dest, rows, planes, columns)`; a column is `(source, width_bytes)`, the source of
+/// shape (rows, `width_bytes`) or `None` for zeros. Row j (rows / planes) + c of a source goes to
+/// row c planes + j; one plane keeps the order. Borrowing and threads are as in `fill_packed`.
+#[pyfunction]
+#[pyo3(signature = (recipes, *, threads))]
+pub(crate) fn fill_rows(
+    py: Python<'_>,
+    recipes: Vec<(Object<'_>, usize, NonZeroUsize, Vec<RowsColumnTuple<'_>>)>,
+    threads: NonZeroUsize,
+) -> PyResult<()> {
+    let mut arguments = recipes
+        .iter()
+        .enumerate()
+        .map(|(index, (dest, rows, planes, columns))| {
+            RowsArgument::of(dest, *rows, *planes, columns).map_err(|e| within(py, index, &e))
+        })
+        .collect::<PyResult<Vec<_>>>()?;
+    check_apart(arguments.iter().flat_map(RowsArgument::places).collect())?;
+    let mut recipes = arguments
+        .iter_mut()
+        .map(RowsArgument::recipe)
+        .collect::<PyResult<Vec<_>>>()?;
+    py.detach(|| rows::fill(&mut recipes, threads))
+        .map_err(|e| PyValueError::new_err(e.to_string()))
+}
+
+/// (source, width in bytes).
+type RowsColumnTuple<'py> = (Option<Object<'py>>, usize);
+
+/// One recipe of rows, its arrays borrowed.
+struct RowsArgument<'py> {
+    dest: Dest<'py>,
+    rows: usize,
+    planes: NonZeroUsize,
+    columns: Vec<(Option<Source<'py>>, usize)>,
+}
+
+impl<'py> RowsArgument<'py> {
+    fn of(
+        dest: &Object<'py>,
+        rows: usize,
+        planes: NonZeroUsize,
+        columns: &[RowsColumnTuple<'py>],
+    ) -> PyResult<Self> {
+        let columns = columns
+            .iter()
+            .map(|(source, width)| Ok((source.as_ref().map(Source::of).transpose()?, *width)));
+        Ok(Self {
+            dest: Dest::of(dest)?,
+            rows,
+            planes,
+            columns: columns.collect::<PyResult<_>>()?,
+        })
+    }
+
+    fn places(&self) -> impl Iterator<Item = Place> {
+        let sources = self
+            .columns
+            .iter()
+            .filter_map(|(source, _)| source.as_ref());
+        sources.map(Source::place).chain([self.dest.place()])
+    }
+
+    fn recipe(&mut self) -> PyResult<RowsRecipe<'_>> {
+        let columns = self.columns.iter().map(|(source, width_bytes)| {
+            Ok(RowsColumn {
+                source: source.as_ref().map(Source::bytes).transpose()?,
+                width_bytes: *width_bytes,
+            })
+        });
+        Ok(RowsRecipe {
+            dest: self.dest.bytes()?,
+            rows: self.rows,
+            planes: self.planes,
+            columns: columns.collect::<PyResult<_>>()?,
+        })
+    }
 }
 
 /// The same exception, naming the recipe.
