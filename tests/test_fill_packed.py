@@ -180,9 +180,9 @@ def test_a_wrong_recipe_of_rows_is_named():
     right = (np.zeros(64, np.uint8), 8, 2, [(None, 8)])
     with pytest.raises(ValueError, match="recipe 1: rows must be a multiple of the 3 planes"):
         _core.fill_rows([right, (np.zeros(64, np.uint8), 8, 3, [(None, 8)])], threads=1)
-    with pytest.raises(ValueError, match="recipe 1: .* contiguous in C order"):
+    with pytest.raises(ValueError, match=r"recipe 1: .* contiguous in C order"):
         _core.fill_rows([right, (FORTRAN, 8, 1, [(None, 8)])], threads=1)
-    with pytest.raises(ValueError, match="cannot be read|overlaps"):
+    with pytest.raises(ValueError, match=r"cannot be read|overlaps"):
         _core.fill_rows([(right[0], 8, 2, [(right[0], 8)])], threads=1)
 
 
