@@ -55,6 +55,7 @@ format: setup ## Format the sources
 bench: setup ## Measure on the CPU
 	cargo bench --locked --quiet
 	$(BIN)/python benches/bench_compose.py
+	$(BIN)/python benches/bench_pack.py
 
 # target:seeds:dictionary. No sanitizer: core and fuzz hold no unsafe code, and run seven times as
 # fast without one.

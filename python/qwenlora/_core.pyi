@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import TypeAlias, final
+from typing import Literal, TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +13,28 @@ __all__ = [
     "TensorReader",
     "__version__",
     "file_identity",
+    "fill_packed",
+    "fill_rows",
     "plan_stack",
     "run_keys",
 ]
 
 _Identity: TypeAlias = tuple[int, int, int, int]
 _SourceIdentity: TypeAlias = tuple[_Identity, _Identity | None]
+
+_Bytes: TypeAlias = npt.NDArray[np.uint8]
+# ("fragments", source, source_tiles, first, count)
+_Fragments: TypeAlias = tuple[Literal["fragments"], _Bytes, int, int, int]
+# ("down", tiles, [(source, rank, rank_begin), ...])
+_Down: TypeAlias = tuple[Literal["down"], int, Sequence[tuple[_Bytes, int, int]]]
+# ("up", tiles, [(source, row_begin, row_count, rank, rank_begin), ...])
+_Up: TypeAlias = tuple[Literal["up"], int, Sequence[tuple[_Bytes, int, int, int, int]]]
+# ("zero", tiles)
+_Zero: TypeAlias = tuple[Literal["zero"], int]
+# (dest, channels, element_bytes, columns)
+_PackedRecipe: TypeAlias = tuple[_Bytes, int, int, Sequence[_Fragments | _Down | _Up | _Zero]]
+# (dest, rows, planes, [(source or None for zeros, width_bytes), ...])
+_RowsRecipe: TypeAlias = tuple[_Bytes, int, int, Sequence[tuple[_Bytes | None, int]]]
 
 __version__: str
 
@@ -68,6 +84,8 @@ class TensorReader:
     def verify_unchanged(self) -> None: ...
     def close(self) -> None: ...
 
+def fill_packed(recipes: Sequence[_PackedRecipe], *, threads: int) -> None: ...
+def fill_rows(recipes: Sequence[_RowsRecipe], *, threads: int) -> None: ...
 def file_identity(path: str | os.PathLike[str]) -> _SourceIdentity: ...
 def plan_stack(
     items: Sequence[tuple[str, FilePlan, float, bool]], slots: str, options: str

@@ -7,9 +7,11 @@
     reason = "PyO3 hands over owned arguments"
 )]
 
+mod bytes;
 mod cli;
 mod error;
 mod file_plan;
+mod pack;
 mod reader;
 mod stack_plan;
 
@@ -22,6 +24,8 @@ mod _core {
     use super::cli::run_keys;
     #[pymodule_export]
     use super::file_plan::{FilePlan, file_identity};
+    #[pymodule_export]
+    use super::pack::{fill_packed, fill_rows};
     #[pymodule_export]
     use super::reader::TensorReader;
     #[pymodule_export]

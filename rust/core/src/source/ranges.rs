@@ -1,11 +1,10 @@
 //! Parallel positional reads: ranges of a file into disjoint parts of one buffer.
 
 use std::num::NonZeroUsize;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
-use std::thread;
 
 use thiserror::Error;
+
+use crate::queue;
 
 /// Most bytes of one read: enough to keep a disk busy, few enough to share the work evenly.
 const PIECE_BYTES: usize = 8 * 1024 * 1024;
@@ -172,32 +171,7 @@ pub(super) fn read<E: Send>(
     threads: NonZeroUsize,
     read_exact: impl Fn(&mut [u8], u64) -> Result<(), E> + Sync,
 ) -> Result<(), E> {
-    let helpers = threads.get().min(pieces.len()).saturating_sub(1);
-    let queue = Mutex::new(pieces.into_iter());
-    let failure = Mutex::new(None);
-    let stop = AtomicBool::new(false);
-    let work = || {
-        while !stop.load(Ordering::Relaxed) {
-            let next = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
-            let Some(piece) = next else { return };
-            if let Err(error) = read_exact(piece.dest, piece.offset_bytes) {
-                stop.store(true, Ordering::Relaxed);
-                let mut failure = failure.lock().unwrap_or_else(PoisonError::into_inner);
-                failure.get_or_insert(error);
-            }
-        }
-    };
-    thread::scope(|scope| {
-        for _ in 0..helpers {
-            // This thread works, too: where the system gives no more threads, fewer do it all.
-            if thread::Builder::new().spawn_scoped(scope, work).is_err() {
-                break;
-            }
-        }
-        work();
-    });
-    failure
-        .into_inner()
-        .unwrap_or_else(PoisonError::into_inner)
-        .map_or(Ok(()), Err)
+    queue::drain(pieces, threads, |piece| {
+        read_exact(piece.dest, piece.offset_bytes)
+    })
 }
