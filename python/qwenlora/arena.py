@@ -141,7 +141,9 @@ def _copy_base(dest: Tensor, olds: Sequence[Tensor]) -> None:
     if step is not None:
         # Old tensors of one arena: (slots, C/16, R/16, 256)
         strides = (step, old_tiles * FRAGMENT, FRAGMENT, 1)
-        dest.copy_(first.detach().as_strided((slots, tiles, base_tiles, FRAGMENT), strides))
+        source = first.detach().as_strided((slots, tiles, base_tiles, FRAGMENT), strides)
+        # Words of eight bytes: kernels that walk strides move one element at a time.
+        dest.view(torch.int64).copy_(source.view(torch.int64))
         return
     for slot, old in enumerate(olds):
         fragments = old.detach().view(tiles, old.shape[1] // TILE, FRAGMENT)
@@ -180,6 +182,13 @@ def _pack_downs(dest: Tensor, part: Part) -> None:
 def _pack_down(dest: Tensor, down: Tensor) -> None:
     """Pack (slots, R, C) into fragments (slots, C/16, R/16, 256)."""
     slots, rank, channels = down.shape
+    if down.dtype == dest.dtype and down.itemsize == 2:
+        # Two channels of a pair move as one word.
+        words = down.view(torch.int32).view(slots, rank // TILE, 2, 8, channels // TILE, 2, 4)
+        fragments = dest.view(torch.int32).view(*dest.shape[:-1], *_LANES[:-1])
+        # (slots, C/16, R/16, n8, k4, n2, k2) => (slots, R/16, n2, n8, C/16, k2, k4)
+        fragments.permute(0, 2, 5, 3, 1, 6, 4).copy_(words)
+        return
     # (slots, R, C) -> (slots, R/16, n2, n8, C/16, k2, k4, k_pair)
     source = down.view(slots, rank // TILE, 2, 8, channels // TILE, 2, 4, 2)
     # (slots, C/16, R/16, n8, k4, n2, k2, k_pair)
