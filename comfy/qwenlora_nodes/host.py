@@ -19,8 +19,8 @@ from qwenlora import ComfyQwenImageWrapper, LoraSet
 from qwenlora.errors import LoraNotFoundError, UnsupportedModelError
 from qwenlora.lock import lock_of
 from qwenlora.runtime import OPTIONS_KEY
-from qwenlora.targets import FACTORS
 from qwenlora.state import read_state
+from qwenlora.targets import FACTORS
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher

@@ -31,8 +31,11 @@ _Down: TypeAlias = tuple[Literal["down"], int, Sequence[tuple[_Bytes, int, int]]
 _Up: TypeAlias = tuple[Literal["up"], int, Sequence[tuple[_Bytes, int, int, int, int]]]
 # ("zero", tiles)
 _Zero: TypeAlias = tuple[Literal["zero"], int]
+# ("keep", tiles)
+_Keep: TypeAlias = tuple[Literal["keep"], int]
 # (dest, channels, element_bytes, columns)
-_PackedRecipe: TypeAlias = tuple[_Bytes, int, int, Sequence[_Fragments | _Down | _Up | _Zero]]
+_PackedColumn: TypeAlias = _Fragments | _Down | _Up | _Zero | _Keep
+_PackedRecipe: TypeAlias = tuple[_Bytes, int, int, Sequence[_PackedColumn]]
 # (dest, rows, planes, [(source or None for zeros, width_bytes), ...])
 _RowsRecipe: TypeAlias = tuple[_Bytes, int, int, Sequence[tuple[_Bytes | None, int]]]
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from qwenlora.layout import FRAGMENT, MODULATION_PLANES, TILE, RowOrder, round_up
-from qwenlora.plan import SlotKind
 from qwenlora.targets import factor_of
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from qwenlora.bulk import Member
     from qwenlora.targets import Target
 
-__all__ = ["Arena", "BranchArena", "PackedArena", "Part", "arena_of"]
+__all__ = ["Arena", "BranchArena", "PackedArena", "Part", "scaled_into"]
 
 _LANES = (8, 4, 2, 2, 2)
 """A fragment's axes in memory: n8, k4, n2, k2, k_pair (see `pack`)."""
@@ -70,18 +69,8 @@ class Arena(Protocol):
     def factors(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Every slot's `down`, and every slot's `up`, as their layers hold them."""
 
-
-def arena_of(targets: Sequence[Target], rank: int, *, row_order: RowOrder) -> Arena:
-    """Allocate an arena for slots of one kind, size, dtype and device.
-
-    Args:
-        targets: The slots.
-        rank: Ranks to add to each.
-        row_order: The order of the slots' output rows.
-    """
-    if targets[0].kind is SlotKind.SVDQ:
-        return PackedArena(targets, rank)
-    return BranchArena(targets, rank, row_order=row_order)
+    def finite(self) -> list[bool]:
+        """Slot by slot, whether all that was written is finite."""
 
 
 class PackedArena:
@@ -103,6 +92,10 @@ class PackedArena:
         down, up = (arena.view(arena.shape[0], -1, self._rank) for arena in (self._down, self._up))
         return down.unbind(), up.unbind()
 
+    def finite(self) -> list[bool]:
+        """Slot by slot, whether all that is not the base is finite."""
+        return _finite(self._down[:, :, self._base_tiles :], self._up[:, :, self._base_tiles :])
+
     def clear(self) -> None:
         """Zero all that is not the base."""
         self._down[:, :, self._base_tiles :].zero_()
@@ -122,14 +115,16 @@ class PackedArena:
 
     def _with_base(self, targets: Sequence[Target], name: str, channels: int) -> Tensor:
         olds = [factor_of(target.module, name) for target in targets]
-        arena = torch.empty(
-            (len(targets), channels // TILE, self._rank // TILE, FRAGMENT),
-            dtype=olds[0].dtype,
-            device=olds[0].device,
-            pin_memory=olds[0].is_pinned(),
-        )
-        _copy_base(arena[:, :, : self._base_tiles], olds)
+        shape = (len(targets), channels // TILE, self._rank // TILE, FRAGMENT)
+        arena = self._allocate(shape, olds[0])
+        self._copy_base(arena, olds)
         return arena
+
+    def _allocate(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+    def _copy_base(self, arena: Tensor, olds: Sequence[Tensor]) -> None:
+        _copy_base(arena[:, :, : self._base_tiles], olds)
 
 
 def _copy_base(dest: Tensor, olds: Sequence[Tensor]) -> None:
@@ -220,7 +215,7 @@ def _pack_up(dest: Tensor, up: Tensor, factor: float) -> None:
     source = up.view(slots, channels // TILE, 2, 8, rank // TILE, 2, 4, 2)
     # (slots, C/16, R/16, n8, k4, n2, k2, k_pair)
     #     => (slots, C/16, n2, n8, R/16, k2, k4, k_pair)
-    _scale_into(_lanes(dest).permute(0, 1, 5, 3, 2, 6, 4, 7), source, factor)
+    scaled_into(_lanes(dest).permute(0, 1, 5, 3, 2, 6, 4, 7), source, factor)
 
 
 def _lanes(fragments: Tensor) -> Tensor:
@@ -247,10 +242,10 @@ def _join(down: Tensor, up: Tensor, part: Part, *, rank_begin: int) -> None:
         ranks = slice(rank_begin + start, rank_begin + start + member.rank)
         rows = slice(member.row_begin, member.row_begin + member.row_count)
         down[:, ranks].copy_(own_down)
-        _scale_into(up[:, rows, ranks], own_up, factor)
+        scaled_into(up[:, rows, ranks], own_up, factor)
 
 
-def _scale_into(dest: Tensor, values: Tensor, factor: float) -> None:
+def scaled_into(dest: Tensor, values: Tensor, factor: float) -> None:
     """Form value x factor in float32, rounded once to the destination's dtype.
 
     A product of 16-bit values and a number is formed in float32 and rounded to their own dtype, so
@@ -279,6 +274,10 @@ class BranchArena:
         """(R, in) and (out, R) of every slot."""
         return self._down.unbind(), self._up.unbind()
 
+    def finite(self) -> list[bool]:
+        """Slot by slot, whether all of it is finite."""
+        return _finite(self._down, self._up)
+
     def clear(self) -> None:
         """All of it is zero from the beginning."""
 
@@ -297,7 +296,14 @@ class BranchArena:
             ranks = slice(begin, begin + member.rank)
             down[:, ranks].copy_(own_down)
             # (slots, planes*C, R) -> (slots, planes, C, R)
-            _scale_into(planes[..., ranks], _split(own_up, (MODULATION_PLANES, -1)), factor)
+            scaled_into(planes[..., ranks], _split(own_up, (MODULATION_PLANES, -1)), factor)
+
+
+def _finite(*factors: Tensor) -> list[bool]:
+    """Slot by slot; extremes carry NaN along, and are one pass over memory."""
+    ends = [end.float() for f in factors for end in (f.flatten(1).amin(1), f.flatten(1).amax(1))]
+    found: list[bool] = torch.isfinite(torch.stack(ends)).all(dim=0).tolist()
+    return found
 
 
 def _split(rows: Tensor, sizes: tuple[int, int]) -> Tensor:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from qwenlora import cache
-from qwenlora.arena import Arena, Part, arena_of
+from qwenlora.arena import Arena, Part
 from qwenlora.deltas import GroupDeltas, non_finite
+from qwenlora.host_arena import arena_of
 from qwenlora.layout import TILE, LowRankSide, round_up
 from qwenlora.memory import is_free
 from qwenlora.plan import SlotKind
@@ -55,13 +57,14 @@ class _Layout:
 
 
 @dataclass
-class _Checked:
+class _Unchecked:
     """A load of which nobody knows yet whether its values stay finite."""
 
     load: Load
     layout: _Layout
     staged: Staged
-    extremes: Tensor | None
+    peak: Tensor | None
+    arena: Arena
     differing: set[int]
 
 
@@ -85,7 +88,7 @@ class GroupBuilder:
     _loads: list[list[Load]] = field(init=False)
     _loader: Loader = field(init=False)
     _transfers: dict[torch.device, Transfer] = field(init=False, default_factory=dict)
-    _unchecked: list[_Checked] = field(init=False, default_factory=list)
+    _unchecked: list[_Unchecked] = field(init=False, default_factory=list)
     _device_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -116,7 +119,7 @@ class GroupBuilder:
         taken = {id(load): self._loader.take(load) for load in first}
         layouts, rank = self._layouts(group, [(load, taken[id(load)]) for load in first])
         targets = (*group.targets, *empty)
-        arena = arena_of(targets, rank, row_order=group.row_order)
+        arena = arena_of(targets, rank, row_order=group.row_order, threads=self.options.threads)
         if empty:
             arena.clear()
         differing: set[int] = set()
@@ -126,7 +129,7 @@ class GroupBuilder:
             begun, end = (len(targets) * at // len(loads) for at in (done, done + 1))
             tell(end - begun)
             staged = taken.pop(id(load), None) or self._loader.take(load)
-            differing |= self._write(arena, load, staged, layouts[load.stack.lora])
+            self._write(arena, load, staged, layouts[load.stack.lora], differing)
         return _built(group, empty, arena, layouts.values(), differing, rank)
 
     def check(self) -> None:
@@ -138,15 +141,12 @@ class GroupBuilder:
         unchecked, self._unchecked = self._unchecked, []
         by_device: dict[torch.device, list[tuple[Findings, Tensor]]] = defaultdict(list)
         for entry in unchecked:
-            if entry.extremes is not None:
-                found = (entry.staged.findings, entry.extremes)
-                by_device[entry.extremes.device].append(found)
+            if entry.peak is not None:
+                by_device[entry.peak.device].append((entry.staged.findings, entry.peak))
         for own in by_device.values():
-            flat = torch.cat([extremes.flatten() for _, extremes in own]).cpu()
-            sizes = [extremes.numel() for _, extremes in own]
-            for (findings, extremes), values in zip(own, torch.split(flat, sizes), strict=True):
-                findings.extremes = values.view(extremes.shape)
-                findings.peaks = tuple(findings.extremes.abs().amax(dim=(1, 2)).tolist())
+            peaks = torch.stack([peak for _, peak in own]).tolist()
+            for (findings, _), peak in zip(own, peaks, strict=True):
+                findings.peak = peak
         for entry in unchecked:
             _require_finite(entry)
 
@@ -184,11 +184,13 @@ class GroupBuilder:
     def _factors(self, stack: Stack) -> tuple[float, ...]:
         strength = self.specs[stack.lora].strength
         # In float64, rounded once to float32, as numbers that hold such a value.
-        factors = torch.tensor([m.scale for m in stack.members], dtype=torch.float64) * strength
-        return tuple(factors.to(torch.float32).tolist())
+        with np.errstate(over="ignore"):
+            return tuple(float(np.float32(m.scale * strength)) for m in stack.members)
 
-    def _write(self, arena: Arena, load: Load, staged: Staged, layout: _Layout) -> set[int]:
-        """Write one load; the slots in it that differ from the others."""
+    def _write(
+        self, arena: Arena, load: Load, staged: Staged, layout: _Layout, differing: set[int]
+    ) -> None:
+        """Write one load; slots in it that differ from the others are added to `differing`."""
         device = load.group.targets[0].device
         transfer = self._transfer(device, load)
         buffer = transfer.bring(staged, keep=self._keeps(device))
@@ -206,21 +208,15 @@ class GroupBuilder:
                 rank_begin=layout.rank_begin,
             )
         )
-        differing = {
-            slot
-            for slot, sharing, zero in zip(
-                load.slots, staged.findings.sharing, staged.findings.zero, strict=True
-            )
-            if zero or sharing != layout.sharing
-        }
-        extremes = _extremes(tensors) if staged.findings.extremes is None else None
-        self._unchecked.append(_Checked(load, layout, staged, extremes, differing))
+        begin = load.slots.start
+        differing |= {begin + at for at in staged.findings.differing(layout.sharing)}
+        peak = _peak(load, buffer) if staged.findings.peak is None else None
+        self._unchecked.append(_Unchecked(load, layout, staged, peak, arena, differing))
         self._loader.release(load, staged, transfer.used())
         key = self._loader.key(load)
         if key is not None and staged.on_host and self._keeps(device):
             kept = Staged(buffer, staged.findings)
             cache.on_device.put((key, device), kept, limit_bytes=self._device_bytes)
-        return differing
 
     def _keeps(self, device: torch.device) -> bool:
         """Whether what goes to this device stays there."""
@@ -245,30 +241,30 @@ STAGES = 4
 _DOWN = LowRankSide.DOWN
 
 
-def _extremes(tensors: Sequence[Tensor]) -> Tensor:
-    """(blocks, slots, 2) float32: least and greatest value; NaN where there is one."""
-    flat = [tensor.flatten(1) for tensor in tensors]
-    found = [torch.stack((t.amin(dim=1), t.amax(dim=1)), dim=1) for t in flat]
-    return torch.stack(found).to(torch.float32)
+def _peak(load: Load, buffer: Tensor) -> Tensor:
+    """() float32: the largest magnitude of a load; NaN where there is one."""
+    blocks = load.blocks
+    ends = [*(block.begin for block in blocks[1:]), load.nbytes]
+    dense = all(b.begin + b.nbytes == end for b, end in zip(blocks, ends, strict=True))
+    if dense and len({block.dtype for block in blocks}) == 1:
+        values = [buffer[: load.nbytes].view(blocks[0].dtype)]
+    else:
+        values = [block.of(buffer).flatten() for block in blocks]
+    extremes = [end.float() for value in values for end in torch.aminmax(value)]
+    return torch.stack(extremes).abs().amax()
 
 
-def _require_finite(entry: _Checked) -> None:
-    load, layout, findings = entry.load, entry.layout, entry.staged.findings
+def _require_finite(entry: _Unchecked) -> None:
+    load, findings = entry.load, entry.staged.findings
     dtype = load.group.targets[0].dtype
-    scales = [1.0 if b.side is _DOWN else layout.factors[b.member] for b in load.blocks]
-    # Rounding may reach the next number, but not twice the number.
-    limit = torch.finfo(dtype).max / 2
-    if all(p * abs(f) < limit for p, f in zip(findings.peaks, scales, strict=True)):
+    largest = max(1.0, *(abs(factor) for factor in entry.layout.factors))
+    # Rounding may reach the next number, but not twice the number; NaN is less than nothing.
+    if findings.peak is not None and findings.peak * largest < torch.finfo(dtype).max / 2:
         return
-    # The extremes are rounded as all values are: both steps keep the order of values.
-    extremes, factors = findings.extremes, torch.tensor(scales)
-    if extremes is None:
-        raise RuntimeError("a load was not looked at before it was checked")
-    # (blocks, slots, 2) x (blocks, 1, 1)
-    finite = torch.isfinite((extremes * factors.view(-1, 1, 1)).to(dtype)).flatten(2).all(2).all(0)
-    for slot, ok in zip(load.slots, finite.tolist(), strict=True):
+    for slot, (target, ok) in enumerate(
+        zip(load.group.targets, entry.arena.finite(), strict=False)
+    ):
         if not ok and slot not in entry.differing:
-            target = load.group.targets[slot]
             raise non_finite(target)
 
 

@@ -8,6 +8,7 @@ to that order, so that files of any order are one strided copy per module afterw
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -121,15 +122,25 @@ class Findings:
     Attributes:
         sharing: Slot by slot, for each member the index of the first one with an equal `down`.
         zero: Slot by slot, whether the delta may be all zero.
-        extremes: Least and greatest value of each block's slots, (blocks, slots, 2) float32 on the
-            host; NaN where there is one. None until it is asked for.
-        peaks: Largest magnitude of each block; NaN where there is one.
+        peak: Largest magnitude; NaN or infinity where there is one. None until it is asked for.
     """
 
     sharing: tuple[tuple[int, ...], ...]
     zero: tuple[bool, ...]
-    extremes: Tensor | None = None
-    peaks: tuple[float, ...] = ()
+    peak: float | None = None
+
+    def differing(self, sharing: tuple[int, ...]) -> list[int]:
+        """Slots that do not share as others do, or may have no delta."""
+        if self._alike == sharing:
+            return []
+        found = enumerate(zip(self.sharing, self.zero, strict=True))
+        return [slot for slot, (own, zero) in found if zero or own != sharing]
+
+    @cached_property
+    def _alike(self) -> tuple[int, ...] | None:
+        """How all slots share, where they all do alike and each has a delta."""
+        alike = not any(self.zero) and len(set(self.sharing)) == 1
+        return self.sharing[0] if alike else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,10 +301,29 @@ def _host_buffer(nbytes: int, *, pinned: bool) -> Tensor:
 
 def _look(load: Load, buffer: Tensor) -> Staged:
     """See which members share a `down`, and which slots may have no delta."""
-    downs = [_words(block, buffer) for block in load.blocks if block.side is LowRankSide.DOWN]
-    ups = [_words(block, buffer) for block in load.blocks if block.side is LowRankSide.UP]
+    words = [_words(block, buffer) for block in load.blocks]
+    downs, ups = words[::2], words[1::2]
     zero = _all_zero(downs) | _all_zero(ups)
-    return Staged(buffer, Findings(_sharing(downs), tuple(zero.tolist())))
+    # A device finds the peak of what is copied there in no time.
+    peak = None if load.device.type == "cuda" else _largest(load, words)
+    return Staged(buffer, Findings(_sharing(downs), tuple(zero.tolist()), peak))
+
+
+def _largest(load: Load, words: Sequence[Words]) -> float:
+    peaks = [_peak(own, block.dtype) for own, block in zip(words, load.blocks, strict=True)]
+    return max(peaks, key=lambda peak: float("inf") if math.isnan(peak) else peak)
+
+
+def _peak(words: Words, dtype: torch.dtype) -> float:
+    """The largest magnitude, found in bit patterns, whose order is that of magnitudes.
+
+    Negative numbers are the largest unsigned integers, positive ones the largest signed ones.
+    """
+    mask = (1 << (8 * words.itemsize - 1)) - 1
+    signed, unsigned = int(words.view(f"int{8 * words.itemsize}").max()), int(words.max())
+    bits = max(signed, unsigned & mask if unsigned > mask else 0)
+    integer = torch.int16 if words.itemsize == 2 else torch.int32
+    return float(torch.tensor([bits], dtype=integer).view(dtype).item())
 
 
 def _words(block: Block, buffer: Tensor) -> Words:

@@ -53,7 +53,7 @@ impl ElementSize {
 /// One composed factor: where it goes and what it is made of.
 #[derive(Debug)]
 pub struct Recipe<'a> {
-    /// The factor's memory, (channels/16, tiles of all columns, 256) elements: filled entirely.
+    /// The factor's memory, (channels/16, tiles of all columns, 256) elements.
     pub dest: &'a mut [u8],
     /// Its channels, a multiple of 16.
     pub channels: usize,
@@ -96,6 +96,11 @@ pub enum Column<'a> {
         /// How many fragments.
         tiles: usize,
     },
+    /// What the destination holds there already.
+    Keep {
+        /// How many fragments.
+        tiles: usize,
+    },
 }
 
 impl Column<'_> {
@@ -103,7 +108,10 @@ impl Column<'_> {
     pub fn tiles(&self) -> usize {
         match *self {
             Self::Fragments { count, .. } => count,
-            Self::Down { tiles, .. } | Self::Up { tiles, .. } | Self::Zero { tiles } => tiles,
+            Self::Down { tiles, .. }
+            | Self::Up { tiles, .. }
+            | Self::Zero { tiles }
+            | Self::Keep { tiles } => tiles,
         }
     }
 }

@@ -17,7 +17,7 @@ type Object<'py> = Bound<'py, PyAny>;
 /// A recipe is `(dest, channels, element_bytes, columns)`. The columns of a channel tile, in order:
 /// `("fragments", source, source_tiles, first, count)`, `("down", tiles, [(source, rank,
 /// rank_begin), ...])`, `("up", tiles, [(source, row_begin, row_count, rank, rank_begin), ...])`,
-/// `("zero", tiles)`. Arrays are `uint8` of any shape, contiguous.
+/// `("zero", tiles)`, `("keep", tiles)`. Arrays are `uint8` of any shape, contiguous.
 ///
 /// The arrays are borrowed from NumPy for the call and the GIL is released while Rust fills: the
 /// caller must not touch them from another thread until the call returns.
@@ -198,6 +198,9 @@ enum ColumnArgument<'py> {
     Zero {
         tiles: usize,
     },
+    Keep {
+        tiles: usize,
+    },
 }
 
 impl<'py> ColumnArgument<'py> {
@@ -257,8 +260,12 @@ impl<'py> ColumnArgument<'py> {
                 let (_, tiles): (Object<'py>, usize) = column.extract()?;
                 Ok(Self::Zero { tiles })
             }
+            "keep" => {
+                let (_, tiles): (Object<'py>, usize) = column.extract()?;
+                Ok(Self::Keep { tiles })
+            }
             other => Err(PyValueError::new_err(format!(
-                "a column is `fragments`, `down`, `up` or `zero`, got {other:?}"
+                "a column is `fragments`, `down`, `up`, `zero` or `keep`, got {other:?}"
             ))),
         }
     }
@@ -267,7 +274,7 @@ impl<'py> ColumnArgument<'py> {
         match self {
             Self::Fragments { source, .. } => source,
             Self::Down { sources, .. } | Self::Up { sources, .. } => sources,
-            Self::Zero { .. } => &[],
+            Self::Zero { .. } | Self::Keep { .. } => &[],
         }
     }
 
@@ -323,6 +330,7 @@ impl<'py> ColumnArgument<'py> {
                 })
             }
             Self::Zero { tiles } => Ok(Column::Zero { tiles: *tiles }),
+            Self::Keep { tiles } => Ok(Column::Keep { tiles: *tiles }),
         }
     }
 }

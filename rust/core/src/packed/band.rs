@@ -133,6 +133,7 @@ enum Content<'a, const U: usize> {
     Down(Vec<Option<&'a [Row<U>]>>),
     Up(&'a [UpMember<'a>]),
     Zero,
+    Keep,
 }
 
 impl<'a, const U: usize> Part<'a, U> {
@@ -151,6 +152,7 @@ impl<'a, const U: usize> Part<'a, U> {
             Column::Down { tiles, members } => Content::Down(ranks(*tiles, members, channel_tiles)),
             Column::Up { members, .. } => Content::Up(members),
             Column::Zero { .. } => Content::Zero,
+            Column::Keep { .. } => Content::Keep,
         };
         Self {
             tiles: column.tiles(),
@@ -177,6 +179,7 @@ impl<'a, const U: usize> Part<'a, U> {
                 }
             }
             Content::Zero => strip.tiles().for_each(clear),
+            Content::Keep => {}
         }
     }
 }

@@ -60,7 +60,7 @@ impl Checked {
             } => self.fragments(source, *source_tiles, *first, *count),
             Column::Down { tiles, members } => self.down(*tiles, members),
             Column::Up { tiles, members } => self.up(*tiles, members),
-            Column::Zero { .. } => Ok(()),
+            Column::Zero { .. } | Column::Keep { .. } => Ok(()),
         }
     }
 
