@@ -18,9 +18,10 @@ import json
 import logging
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,12 @@ class Size:
     repeat: int
     budget: float
     their_budget: float
+
+    def with_blocks(self, blocks: int) -> Size:
+        """The same with another number of blocks."""
+        trained = sorted({min(blocks, count) for count in self.sweeps.trained})
+        sweeps = replace(self.sweeps, trained=trained, blocks=min(blocks, self.sweeps.blocks))
+        return replace(self, blocks=blocks, sweeps=sweeps)
 
 
 SIZES = {
@@ -125,6 +132,10 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self._size = SIZES[args.size]
+        if args.blocks:
+            self._size = self._size.with_blocks(args.blocks)
+        self._machine = machine(args.device)
+        print(", ".join(f"{name} {value}" for name, value in self._machine.items()), end="\n\n")
         self._folder = folder
         self._device = args.device
         self._weights = Weights(args.weights)
@@ -135,6 +146,11 @@ class Run:
             self._others.append(Peer(args.peer.resolve(), args.device))
         self._files = Files.write(folder, self._size.blocks, self._size.ranks)
         self.floors: Row = {}
+
+    def document(self, rows: list[Row]) -> Row:
+        """Everything found so far."""
+        found = {"machine": self._machine, "blocks": self._size.blocks, "floors": self.floors}
+        return {**found, "rows": rows}
 
     def measure_floors(self) -> None:
         """What the machine allows; read by the sweeps' plots."""
@@ -152,27 +168,29 @@ class Run:
                     other.compose(model, [(self._files.first, 0.8)])
                     other.require_applied(model, 8 * self._size.blocks)
                     other.reset(model)
-            rows = measure_table(model, self._files, self._others, self._meter)
+            rows = []
+            for row in measure_table(model, self._files, self._others, self._meter):
+                rows.append(row | {"base_rank": base_rank})
+                yield self._told(rows[-1])
             print_actions(rows, f"base rank {base_rank}")
-            yield from (row | {"base_rank": base_rank} for row in rows)
             self._free(model)
 
     def offload(self) -> Iterator[Row]:
         """One block resident."""
-        found = list(
-            measure_offload(
-                self._files,
-                self._others,
-                self._meter,
-                blocks=self._size.blocks,
-                base_rank=self._size.base_ranks[0],
-                weights=self._weights,
-            )
-        )
+        found = []
+        for row in measure_offload(
+            self._files,
+            self._others,
+            self._meter,
+            blocks=self._size.blocks,
+            base_rank=self._size.base_ranks[0],
+            weights=self._weights,
+        ):
+            found.append(row)
+            yield self._told(row)
         for place in dict.fromkeys(row["placement"] for row in found):
             rows = [row for row in found if row["placement"] == place]
             print_actions(rows, f"offload: {place}")
-        yield from found
 
     def fresh(self) -> Iterator[Row]:
         """Processes that have nothing yet."""
@@ -188,8 +206,8 @@ class Run:
             }
             budget = 5 * self._meter.budget
             rows.append(measure_fresh(setting, repeat=self._meter.repeat, budget=budget))
+            yield self._told(rows[-1])
         print_actions(rows, "fresh processes")
-        yield from rows
 
     def scaling(self) -> Iterator[Row]:
         """Sweeps, on the smallest base rank: the kernels' limit leaves the most room."""
@@ -198,12 +216,21 @@ class Run:
         folder = self._folder / "sweeps"
         folder.mkdir(exist_ok=True)
         theirs = Meter(self._device, repeat=3, budget=self._size.their_budget)
-        rows = list(
-            measure_scaling(model, folder, self._size.sweeps, self._others, self._meter, theirs)
-        )
+        rows = []
+        sweeps = self._size.sweeps
+        for row in measure_scaling(model, folder, sweeps, self._others, self._meter, theirs):
+            rows.append(row | {"base_rank": base_rank})
+            yield self._told(rows[-1])
         print_scaling(rows)
-        yield from (row | {"base_rank": base_rank} for row in rows)
         self._free(model)
+
+    def _told(self, row: Row) -> Row:
+        """A row, shown on the terminal as it comes."""
+        keys = ("suite", "placement", "engine", "action", "sweep", "x")
+        name = " ".join(str(row[key]) for key in keys if key in row)
+        found = f"{1e3 * row['median_s']:.2f} ms" if "median_s" in row else "skipped"
+        print(f"{name}: {found}", file=sys.stderr)
+        return row
 
     def _model(self, base_rank: int) -> torch.nn.Module:
         return build_model(self._size.blocks, base_rank, self._device, self._weights)
@@ -231,6 +258,7 @@ def parsed() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--size", choices=SIZES, help="full on a GPU, small on the CPU")
+    parser.add_argument("--blocks", type=int, help="blocks of the model, 60 unless tiny")
     parser.add_argument("--only", choices=SUITES, nargs="+", default=SUITES, metavar="SUITE")
     parser.add_argument("--peer", type=Path, metavar="DIR", help="sources of the existing loader")
     parser.add_argument(
@@ -251,17 +279,17 @@ def parsed() -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace) -> Row:
-    """Run the suites asked for; everything they found."""
-    found = machine(args.device)
-    print(", ".join(f"{value}" for value in found.values()), end=f", {found['cores']} cores\n\n")
+    """Run the suites asked for; what is found is written as it is found."""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         run = Run(args, Path(folder))
         run.measure_floors()
         rows: list[Row] = []
         for suite in args.only:
-            rows += getattr(run, suite)()
-    size = SIZES[args.size]
-    return {"machine": found, "blocks": size.blocks, "floors": run.floors, "rows": rows}
+            for row in getattr(run, suite)():
+                rows.append(row)
+                if args.json:
+                    args.json.write_text(json.dumps(run.document(rows), indent=1), encoding="utf-8")
+        return run.document(rows)
 
 
 def main() -> None:
@@ -269,8 +297,6 @@ def main() -> None:
     logging.getLogger("qwenlora").setLevel(logging.ERROR)
     with torch.no_grad():
         document = measure(args)
-    if args.json:
-        args.json.write_text(json.dumps(document, indent=1), encoding="utf-8")
     if args.plots:
         draw(document, args.plots)
 

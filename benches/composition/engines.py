@@ -7,6 +7,7 @@ import importlib.machinery
 import logging
 import sys
 import types
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -108,6 +109,7 @@ def _import_peer(folder: Path, device: torch.device) -> Any:
     """Import the loader with stand-ins for the packages around what it uses."""
     if not (folder / "nunchaku_code" / "lora_qwen.py").is_file():
         raise SystemExit(f"--peer: {folder} has no nunchaku_code/lora_qwen.py")
+    warnings.filterwarnings("ignore", message="Using a non-tuple sequence")
     # Their lines and progress bars on the terminal would be measured, too.
     logging.getLogger("nunchaku_code").setLevel(logging.ERROR)
     _stand_in("tqdm", tqdm=lambda iterable, **_: iterable)

@@ -168,21 +168,18 @@ def their_actions(engine: Engine, model: nn.Module, files: Files) -> Iterator[tu
 
 def measure_table(
     model: nn.Module, files: Files, others: Sequence[Engine], meter: Meter
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Rows of the table; a row that cannot be measured says why."""
-    rows = []
     for action, make in OurActions(model, files).all():
         row = {"suite": SUITE, "engine": "qwenlora", "action": action}
         try:
-            row |= meter.measure(make())
+            yield row | meter.measure(make())
         except MissingOptionError as error:
-            row["skipped"] = str(error)
-        rows.append(row)
+            yield row | {"skipped": str(error)}
     qwenlora.reset_loras(model)
     qwenlora.clear_cache()
     for engine in others:
         for action, steps in their_actions(engine, model, files):
-            measured = meter.measure(steps)
-            rows.append({"suite": SUITE, "engine": engine.name, "action": action} | measured)
+            row = {"suite": SUITE, "engine": engine.name, "action": action}
+            yield row | meter.measure(steps)
         engine.reset(model)
-    return rows
