@@ -87,7 +87,7 @@ SIZES = {
             rank=64,
         ),
         repeat=10,
-        budget=12,
+        budget=6,
         their_budget=1,
     ),
     "small": Size(
@@ -215,7 +215,7 @@ class Run:
         model = self._model(base_rank)
         folder = self._folder / "sweeps"
         folder.mkdir(exist_ok=True)
-        theirs = Meter(self._device, repeat=3, budget=self._size.their_budget)
+        theirs = Meter(self._device, repeat=3, budget=self._size.their_budget, least=1)
         rows = []
         sweeps = self._size.sweeps
         for row in measure_scaling(model, folder, sweeps, self._others, self._meter, theirs):

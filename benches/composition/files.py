@@ -65,7 +65,7 @@ class LoraFile:
         """Write it where it is not yet, and return its path."""
         path = folder / self.name
         if not path.exists():
-            _write(path, list(self._tensors()), Values(self.seed))
+            _write(path, list(self._tensors()), Values(self.seed, "cpu"))
         return path
 
     def _tensors(self) -> Iterator[_Tensor]:
@@ -130,9 +130,6 @@ def _write(path: Path, tensors: list[_Tensor], values: Values) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             file.write(_bytes(tensor, values, groups))
-        file.flush()
-        # Dirty pages can neither be dropped from the page cache nor left to disturb a measurement.
-        os.fsync(file.fileno())
     partial.rename(path)
 
 
@@ -152,6 +149,8 @@ def drop_from_page_cache(path: Path) -> None:
     """Ask the system to forget a file's pages; it may not listen."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        # Pages that are not on the disk yet cannot be forgotten.
+        os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)

@@ -18,7 +18,6 @@ import torch
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
-_LEAST = 3
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,13 @@ class Meter:
     Attributes:
         device: "cpu" or "cuda".
         repeat: Times that an action is timed.
-        budget: Seconds after which an action is not timed again, once it was three times.
+        budget: Seconds after which an action is not timed again, once it was `least` times.
+        least: See `budget`.
     """
 
-    def __init__(self, device: str, *, repeat: int, budget: float) -> None:
+    def __init__(self, device: str, *, repeat: int, budget: float, least: int = 3) -> None:
         self.device = device
+        self.least = least
         self.repeat = repeat
         self.budget = budget
 
@@ -118,7 +119,7 @@ class Meter:
         times: list[float] = []
         while len(times) < self.repeat:
             times.append(self.once(action))
-            if len(times) >= _LEAST and time.perf_counter() - began > self.budget:
+            if len(times) >= self.least and time.perf_counter() - began > self.budget:
                 break
         return Timing(tuple(times))
 

@@ -27,9 +27,9 @@ class Weights(enum.Enum):
 class Values:
     """Normal bfloat16 values for tensors of any size, taken from one pool at random offsets."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, device: str) -> None:
         self._generator = torch.Generator().manual_seed(seed)
-        self._pool = torch.randn(_POOL, generator=self._generator).bfloat16()
+        self._pool = torch.randn(_POOL, generator=self._generator).bfloat16().to(device)
 
     def fill(self, tensor: Tensor) -> Tensor:
         """Fill a contiguous tensor; two tensors get the same values with odds of 1 to 4 million."""
@@ -62,7 +62,7 @@ def build_model(blocks: int, base_rank: int, device: str, weights: Weights) -> n
     model.transformer_blocks.extend(copies)
     model.config = config
     model = model.to_empty(device=device).eval().requires_grad_(False)
-    values = Values(seed=base_rank)
+    values = Values(base_rank, device)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, emulation.SVDQW4A4Linear):

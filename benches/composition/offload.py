@@ -92,7 +92,11 @@ def _theirs(
     for action, steps in their_actions(engine, model, files):
         if action not in ("first", "strength", "reset"):
             continue
-        yield {"engine": engine.name, "action": action} | meter.measure(steps)
+        row = {"engine": engine.name, "action": action}
+        try:
+            yield row | meter.measure(steps)
+        except RuntimeError as error:
+            yield row | {"skipped": f"fails: {str(error).splitlines()[0]}"}
     if getattr(model, "offload_manager", None) is None:
         return
     # Their layers then differ from the buffers, which keep the base's rank.

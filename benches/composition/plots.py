@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 Row = dict[str, Any]
 _MIB = 1 << 20
@@ -18,11 +18,12 @@ _STYLES = {
     "existing": {"color": "#c1440e", "marker": "s", "label": "existing loader"},
     "repack": {"color": "#5c5c8a", "marker": "^", "label": "unpack, join, repack"},
 }
+_NAMES = {"rank": "rank", "LoRAs": "LoRAs:", "blocks": "blocks:"}
 _SUBJECTS = {
-    "rank": "ranks",
-    "LoRAs": "numbers of LoRAs",
-    "blocks": "numbers of trained blocks",
-    "threads": "numbers of reading threads",
+    "rank": "rank",
+    "LoRAs": "number of LoRAs",
+    "blocks": "number of trained blocks",
+    "threads": "number of reading threads",
 }
 
 
@@ -57,38 +58,41 @@ def _draw(sweep: str, rows: Sequence[Row], document: Row) -> Any:
         style = {"linewidth": 1.6, "markersize": 5, "capsize": 3, **_STYLES[engine]}
         axes.errorbar(xs, medians, yerr=[low, high], **style)
         if engine == "qwenlora" and not threads:
-            _name_points(axes, sweep, own, xs, medians)
+            _name_points(axes, sweep, own, xs)
     _floor(axes, rows, document["floors"], threads=threads)
     axes.set_xscale("log", base=2 if threads else 10)
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        # 1, 2 and 5 of each decade: a sweep may span less than one.
+        axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=20))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         axis.set_minor_formatter(NullFormatter())
+    if threads:
+        axes.set_xticks([row["x"] for row in rows], minor=False)
     axes.set_xlabel("reading threads" if threads else "LoRA files, MiB")
     axes.set_ylabel("first composition, ms")
     machine = document["machine"]
     axes.set_title(
-        f"First composition, {_SUBJECTS[sweep]}\n{machine['device']}, {machine['cores']} cores,"
+        f"First composition by {_SUBJECTS[sweep]}\n{machine['device']}, {machine['cores']} cores,"
         f" {document['blocks']} blocks, base rank {rows[0]['base_rank']}, page cache hot",
         fontsize=11,
     )
     axes.grid(visible=True, which="major", alpha=0.35)
     axes.grid(visible=True, which="minor", alpha=0.12)
-    axes.legend(frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    # Lines come before error bars there; the floor belongs below them.
+    axes.legend([*handles[1:], handles[0]], [*labels[1:], labels[0]], frameon=False, loc="best")
     return figure
 
 
-def _name_points(
-    axes: Any, sweep: str, rows: Sequence[Row], xs: Sequence[float], ys: Sequence[float]
-) -> None:
-    """Write the swept variable under the points, the first with its name."""
-    for index, (row, x, y) in enumerate(zip(rows, xs, ys, strict=True)):
-        text = f"{sweep} {row['x']}" if index == 0 and sweep != "LoRAs" else f"{row['x']}"
+def _name_points(axes: Any, sweep: str, rows: Sequence[Row], xs: Sequence[float]) -> None:
+    """Write the swept variable above the points, at the first with its name."""
+    for index, (row, x) in enumerate(zip(rows, xs, strict=True)):
         axes.annotate(
-            text,
-            (x, y),
+            f"{_NAMES[sweep]} {row['x']}" if index == 0 else f"{row['x']}",
+            (x, 1e3 * row["max_s"]),
             textcoords="offset points",
-            xytext=(0, -15),
+            xytext=(0, 5),
             ha="center",
             fontsize=9,
             color=_STYLES["qwenlora"]["color"],

@@ -50,7 +50,7 @@ def measure_scaling(
     meter: Meter,
     their_meter: Meter,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of all sweeps; the engines beside are timed where threads are not what changes."""
+    """Rows of all sweeps; the engines beside only at three points of each."""
     for sweep, x, paths, threads in _points(folder, sweeps):
         size = sum(path.stat().st_size for path in paths)
         row = {"suite": SUITE, "sweep": sweep, "x": x, "bytes": size}
@@ -67,7 +67,7 @@ def measure_scaling(
         timing = meter.time(Action(compose, forget))
         forget()
         yield row | {"engine": "qwenlora"} | timing.document()
-        for engine in others if sweep != "threads" else ():
+        for engine in others if x in _beside(sweeps, sweep) else ():
 
             def theirs(engine: Engine = engine, stack: Any = stack) -> None:
                 engine.compose(model, stack)
@@ -76,6 +76,12 @@ def measure_scaling(
             timing = their_meter.time(base, warm_up=0)
             engine.reset(model)
             yield row | {"engine": engine.name} | timing.document()
+
+
+def _beside(sweeps: Sweeps, sweep: str) -> set[int]:
+    """Ends and middle of a sweep; threads are qwenlora's own."""
+    points = {"rank": sweeps.ranks, "LoRAs": sweeps.loras, "blocks": sweeps.trained}.get(sweep, ())
+    return {points[0], points[len(points) // 2], points[-1]} if points else set()
 
 
 def _points(
