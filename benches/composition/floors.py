@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ def measure_floors(path: Path, meter: Meter, threads: list[int]) -> dict[str, An
     on_device = meter.device == "cuda"
     host = torch.ones(size, dtype=torch.uint8, pin_memory=on_device)
     read = {n: meter.time(Action(lambda n=n: _read(path, host, n))).median for n in threads}
-    cold = Action(lambda: _read(path, host, max(threads)), lambda: drop_from_page_cache(path))
     found: dict[str, Any] = {
         "bytes": size,
         "read": {str(n): size / seconds for n, seconds in read.items()},
-        "read_cold": size / meter.time(cold).median,
     }
+    if hasattr(os, "posix_fadvise"):
+        cold = Action(lambda: _read(path, host, max(threads)), lambda: drop_from_page_cache(path))
+        found["read_cold"] = size / meter.time(cold).median
     other = torch.ones(size, dtype=torch.uint8, device=meter.device)
     if on_device:
         send = Action(lambda: other.copy_(host, non_blocking=True))

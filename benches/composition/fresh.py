@@ -17,7 +17,7 @@ import torch
 import qwenlora
 from composition.measure import Action, Meter, Timing
 from composition.model import Weights, build_model
-from composition.options import MissingOptionError, options
+from composition.options import UnavailableError, options
 
 SUITE = "fresh"
 
@@ -34,7 +34,7 @@ def measure_fresh(setting: dict[str, Any], *, repeat: int, budget: float) -> dic
     row["action"] = "first in a process" + (", bounded memory" if setting["options"] else "")
     try:
         options(**setting["options"])
-    except MissingOptionError as error:
+    except UnavailableError as error:
         return row | {"skipped": str(error)}
     began = time.perf_counter()
     first: list[float] = []

@@ -176,11 +176,15 @@ def _host_peak() -> Iterator[list[int]]:
     before = _resident("VmRSS")
     if _reset_mark(before):
         yield found
-        found += [before, _resident("VmHWM"), _resident("VmRSS")]
-        return
-    with _Sampler() as sampler:
-        yield found
-    found += [before, max(sampler.peak, before), _resident("VmRSS")]
+        peak = _resident("VmHWM")
+    else:
+        with _Sampler() as sampler:
+            yield found
+        peak = max(sampler.peak, before)
+    # What was let go is still resident until the heap gives it back.
+    gc.collect()
+    _trim()
+    found += [before, peak, _resident("VmRSS")]
 
 
 def _reset_mark(before: int) -> bool:

@@ -19,17 +19,17 @@ DEVICE_PIECES = {"cache_bytes": 0, "device_cache_bytes": 8 << 30}
 _KNOWN = {field.name for field in fields(qwenlora.ComposeOptions)}
 
 
-class MissingOptionError(Exception):
-    """This version has no such option."""
+class UnavailableError(Exception):
+    """This version has no such option, or this system no such means."""
 
 
 def options(**wanted: object) -> qwenlora.ComposeOptions:
     """The options.
 
     Raises:
-        MissingOptionError: One is not known.
+        UnavailableError: One is not known.
     """
     missing = [name for name in wanted if name not in _KNOWN]
     if missing:
-        raise MissingOptionError(f"no option `{missing[0]}` in this version")
+        raise UnavailableError(f"no option `{missing[0]}` in this version")
     return qwenlora.ComposeOptions(**wanted)

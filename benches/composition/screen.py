@@ -47,8 +47,8 @@ def print_floors(floors: Row) -> None:
     size = floors["bytes"]
     print(f"floors, for a file of {size / _MIB:.0f} MiB")
     stages = {f"read, {n} threads": rate for n, rate in floors["read"].items()}
-    stages["read, page cache cold"] = floors["read_cold"]
     names = {
+        "read_cold": "read, page cache cold",
         "pin": "allocate as much pinned memory",
         "transfer": "pinned memory to the device",
         "copy": "copy within the device",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from composition import options as known
 from composition.engines import Engine, Stack
 from composition.files import Layout, LoraFile, drop_from_page_cache
 from composition.measure import Action, Meter
-from composition.options import MissingOptionError, options
+from composition.options import UnavailableError, options
 
 SUITE = "table"
 
@@ -100,6 +101,8 @@ class OurActions:
         return Action(lambda: qwenlora.reset_loras(self._model), compose)
 
     def _cold(self) -> Action:
+        if not hasattr(os, "posix_fadvise"):
+            raise UnavailableError("this system does not let go of cached pages")
         first = self.first([self._files.first])
 
         def before() -> None:
@@ -174,7 +177,7 @@ def measure_table(
         row = {"suite": SUITE, "engine": "qwenlora", "action": action}
         try:
             yield row | meter.measure(make())
-        except MissingOptionError as error:
+        except UnavailableError as error:
             yield row | {"skipped": str(error)}
     qwenlora.reset_loras(model)
     qwenlora.clear_cache()
