@@ -52,9 +52,18 @@ format: setup ## Format the sources
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix --select I .
 
-bench: setup ## Measure on the CPU
+BENCH ?= --device cpu
+BENCH_OUT ?= target/bench
+
+$(VENV)/.bench: pyproject.toml | $(UV)
+	VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet --group bench
+	@touch $@
+
+bench: setup $(VENV)/.bench ## Measure on the CPU; on a GPU: BENCH="--device cuda"
 	cargo bench --locked --quiet
-	$(BIN)/python benches/bench_compose.py
+	mkdir -p $(BENCH_OUT)
+	$(BIN)/python benches/bench_composition.py --json $(BENCH_OUT)/composition.json \
+		--plots $(BENCH_OUT) $(BENCH)
 	$(BIN)/python benches/bench_pack.py
 
 # target:seeds:dictionary. No sanitizer: core and fuzz hold no unsafe code, and run seven times as

@@ -1,0 +1,1 @@
+"""What `bench_composition.py` measures: models and files of real size, actions, floors, plots."""
