@@ -43,6 +43,8 @@ pub enum Foreign {
     Bookkeeping,
     /// The base model's own weight, saved with the adapter.
     BaseWeight,
+    /// A bias that was trained and saved whole: to apply it, the base's would have to be known.
+    TrainedBias,
     /// A module's own weight or bias: this is (also) a checkpoint.
     PlainWeight,
     /// A block that the model does not have.
@@ -62,6 +64,7 @@ impl Foreign {
             Self::Embedding => "embedding",
             Self::Bookkeeping => "bookkeeping",
             Self::BaseWeight => "base weight saved along",
+            Self::TrainedBias => "a trained bias, saved whole and not as a delta",
             Self::PlainWeight => "a checkpoint's weight",
             Self::BlockOutOfRange => "block index out of range",
             Self::UnknownForm => "unknown kind of tensor",
