@@ -54,6 +54,7 @@ format: setup ## Format the sources
 
 bench: setup ## Measure on the CPU
 	cargo bench --locked --quiet
+	$(BIN)/python benches/bench_keys.py
 	$(BIN)/python benches/bench_compose.py
 	$(BIN)/python benches/bench_pack.py
 
