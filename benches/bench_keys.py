@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import struct
 import subprocess
@@ -87,6 +88,7 @@ def main() -> None:
         tensors = write(path)
         rows = measured(path, args.repeats)
         size = path.stat().st_size
+    floor = peak_mb(resource.getrusage(resource.RUSAGE_SELF))
     base = rows["safetensors"]
     for row in rows.values():
         row["wall_ratio"] = base["wall_ms"] / row["wall_ms"]
@@ -102,6 +104,7 @@ def main() -> None:
         ratio = f"{row['wall_ratio']:.1f}x"
         ratio += f" ({row['inside_ratio']:.1f}x)" if "inside_ms" in row else ""
         print(f"{name:26}{row['wall_ms']:7.1f} ms{inside:>10}{row['peak_mb']:11.1f} MB{ratio:>18}")
+    print(f"a process is not seen below {floor:.1f} MB, the peak of the one that starts it")
 
 
 def write(path: Path) -> int:
@@ -177,9 +180,13 @@ def run(arguments: list[str]) -> tuple[float, float, str]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{arguments[0]} ended with status {process.returncode}")
-    # Kilobytes on Linux, bytes on macOS.
+    return wall, peak_mb(usage), output
+
+
+def peak_mb(usage: resource.struct_rusage) -> float:
+    """Peak resident memory; told in kilobytes on Linux, in bytes on macOS."""
     unit = 1 if sys.platform == "darwin" else 1024
-    return wall, usage.ru_maxrss * unit / MEGABYTE, output
+    return usage.ru_maxrss * unit / MEGABYTE
 
 
 if __name__ == "__main__":
