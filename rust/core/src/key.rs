@@ -141,6 +141,15 @@ pub fn resolve(stem: &str) -> Option<TargetId> {
 
 /// The module that a stem names, and how the stem spells it.
 pub fn resolve_with_prefixes(stem: &str) -> Option<Resolved> {
+    // A converter that turned the dot before its own suffix into `_`, too, left one at the end.
+    resolve_as_it_is(stem).or_else(|| {
+        let resolved = resolve_as_it_is(stem.strip_suffix('_')?)?;
+        let path = resolved.path + "_";
+        Some(Resolved { path, ..resolved })
+    })
+}
+
+fn resolve_as_it_is(stem: &str) -> Option<Resolved> {
     let path = without_processor(stem);
     let flat = path.replace('.', "_");
     let mut prefixes = Vec::new();
