@@ -471,3 +471,26 @@ def test_nan_is_named(role, model, probe, Draft):
     with pytest.raises(errors.NonFiniteError, match=target):
         qwenlora.compose_loras(model, draft.tensors)
     assert probe.snapshot(model).differences(before) == []
+
+
+@pytest.mark.parametrize("part", ["first factor", "second factor", "hook", "both"])
+def test_a_kronecker_branch_that_something_else_took_away(part, Draft):
+    target = f"{BLOCK}.attn.to_q"
+    draft = Draft(1).put(target, "lokr_w1", 16, 16).put(target, "lokr_w2", 16, 16)
+    model = wide_model()
+    qwenlora.compose_loras(model, draft.tensors)
+    layer = model.get_submodule(slot_of(target))
+    names = {"first factor": ["w1"], "second factor": ["w2"], "both": ["w1", "w2"], "hook": []}
+    for name in names[part]:
+        del layer._buffers[f"qwenlora_kron0_{name}"]
+    if part == "hook":
+        layer._forward_hooks.clear()
+        # What is known of the layers is looked at again only where a tensor has changed.
+        layer.register_buffer("theirs", torch.zeros(1), persistent=False)
+    for call in (
+        lambda: qwenlora.applied(model),
+        lambda: qwenlora.reset_loras(model),
+        lambda: qwenlora.compose_loras(model, draft.tensors),
+    ):
+        with pytest.raises(errors.ModelStateError, match="something else changed"):
+            call()
