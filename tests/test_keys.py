@@ -11,6 +11,8 @@ import struct
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -168,10 +170,10 @@ def test_any_path_is_taken(program: str, folder: Path) -> None:
         assert run(program, "loras\\style.safetensors", cwd=folder).returncode == 0
 
 
-@posix
-@each_program
-def test_a_closed_pipe_ends_quietly(program: str, tmp_path: Path) -> None:
-    path = layout("musubi_lora_full60", tmp_path / "a.safetensors")
+@contextmanager
+def begun(program: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The program while it writes: more is to come than a pipe holds."""
+    path = layout("musubi_lora_full60", folder / "a.safetensors")
     with subprocess.Popen(
         [*PROGRAMS[program], "--json", path, path, path],
         stdout=subprocess.PIPE,
@@ -180,27 +182,25 @@ def test_a_closed_pipe_ends_quietly(program: str, tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.read(1) == b"{"
-        process.stdout.close()
+        yield process
         assert process.stderr.read() == b""
+
+
+@posix
+@each_program
+def test_a_closed_pipe_ends_quietly(program: str, tmp_path: Path) -> None:
+    with begun(program, tmp_path) as process:
+        assert process.stdout is not None
+        process.stdout.close()
         assert process.wait(timeout=30) == 0
 
 
 @posix
 @each_program
 def test_ctrl_c_ends_it(program: str, tmp_path: Path) -> None:
-    path = layout("musubi_lora_full60", tmp_path / "a.safetensors")
-    with subprocess.Popen(
-        [*PROGRAMS[program], "--json", path, path, path],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        # It has begun to write, and cannot go on: more is to come than a pipe holds.
-        assert process.stdout.read(1) == b"{"
+    with begun(program, tmp_path) as process:
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == -signal.SIGINT
-        assert process.stderr.read() == b""
 
 
 @posix
