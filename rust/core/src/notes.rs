@@ -81,27 +81,28 @@ fn cut_notes(plan: &FilePlan) -> Vec<String> {
     };
     let full = |(_, delta): &&(&Target, &Delta)| matches!(delta.form, Form::Full { .. });
     let beyond = |(_, delta): &&(&Target, &Delta)| delta.rank_bound() > limit;
-    let count = deltas.iter().filter(krons).filter(beyond).count();
-    if count > 0 {
-        notes.push(format!(
-            "{count} LoKr modules of the fused MLP have more ranks than its kernel takes: they are \
-             cut to the best `truncated_rank`, and the report of composing says what that loses"
-        ));
-    }
-    let count = deltas.iter().filter(ranks).filter(beyond).count();
-    if count > 0 {
-        notes.push(format!(
-            "{count} modules have more ranks than a quantized layer takes: they are cut to the \
-             best that fit, and the report of composing says what that loses"
-        ));
-    }
-    let count = deltas.iter().filter(full).count();
-    if count > 0 {
-        notes.push(format!(
-            "{count} full deltas on quantized layers are cut to the best `truncated_rank` ranks, \
-             or left out where that loses more than `max_energy_lost`"
-        ));
-    }
+    let mut say = |count: usize, what: &str, becomes: &str| {
+        if count > 0 {
+            let all = plan.modules.len();
+            notes.push(format!("{what} ({count} of {all} modules): {becomes}"));
+        }
+    };
+    say(
+        deltas.iter().filter(krons).filter(beyond).count(),
+        "LoKr in the fused MLP has more ranks than its kernel takes",
+        "cut to the best `truncated_rank`; the report of composing says what that loses",
+    );
+    say(
+        deltas.iter().filter(ranks).filter(beyond).count(),
+        "more ranks than a quantized layer takes",
+        "cut to the best that fit; the report of composing says what that loses",
+    );
+    say(
+        deltas.iter().filter(full).count(),
+        "full deltas of quantized layers",
+        "cut to the best `truncated_rank` ranks, or left out where that loses more than \
+         `max_energy_lost`",
+    );
     notes
 }
 

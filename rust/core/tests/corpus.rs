@@ -433,8 +433,8 @@ fn what_is_applied_but_cut_is_said() {
             .iter()
             .any(|note| note.contains(words))
     };
-    let kron = "LoKr modules of the fused MLP";
-    let full = "full deltas on quantized layers";
+    let kron = "LoKr in the fused MLP";
+    let full = "full deltas of quantized layers";
     let rank = "more ranks than a quantized layer";
     for file in ["simpletuner_lycoris_lokr", "ai_toolkit_lokr_full_bf16"] {
         assert!(said(file, kron) && !said(file, full), "{file}");
