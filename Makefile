@@ -64,6 +64,7 @@ bench: setup $(VENV)/.bench ## Measure on the CPU; on a GPU: BENCH="--device cud
 	mkdir -p $(BENCH_OUT)
 	$(BIN)/python benches/bench_composition.py --json $(BENCH_OUT)/composition.json \
 		--plots $(BENCH_OUT) $(BENCH)
+	$(BIN)/python benches/bench_keys.py
 	$(BIN)/python benches/bench_pack.py
 
 # target:seeds:dictionary. No sanitizer: core and fuzz hold no unsafe code, and run seven times as

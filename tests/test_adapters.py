@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import qwenlora
-from qwenlora import ComposeOptions, LokrScale, LoraSpec, errors
+from qwenlora import ComposeOptions, LokrScale, LoraSpec, errors, factors
 from qwenlora.emulation import CPUOffloadManager, EmulatedConfig, Precision, random_transformer
 from qwenlora.pack import deinterleave_modulation, unpack_vector
 
@@ -202,6 +202,77 @@ def test_loha_is_exact(target, make_model, probe, Draft):
     report = qwenlora.compose_loras(model, draft.tensors, strict=True)
     assert report.slots[0].rank == 12
     assert error(measured(model, base, target, probe), dense) < CLOSE
+
+
+def wide_loha(Draft, target: str, rank: int, dtype: torch.dtype = torch.float32):
+    """A LoHa whose exact pair is wider than the matrix: its draft, and its dense float64 delta."""
+    inputs, outputs = (256, 1024) if target.endswith("net.0.proj") else WIDE_SIZES[target]
+    draft = Draft(1)
+    for index in "12":
+        # Falling columns, as training leaves them: equal ones would be the worst case.
+        fall = torch.linspace(1, 0.1, rank)
+        left, right = draft.random(outputs, rank) * fall, draft.random(rank, inputs)
+        draft.tensors[draft.key(target, f"hada_w{index}_a")] = left.to(dtype)
+        draft.tensors[draft.key(target, f"hada_w{index}_b")] = right.to(dtype)
+    half = [tensor.double() for tensor in draft.tensors.values()]
+    return draft, (half[0] @ half[1]) * (half[2] @ half[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("budget", [16, 100, 255])
+@pytest.mark.parametrize("target", [f"{BLOCK}.img_mlp.net.0.proj", f"{BLOCK}.attn.to_q"])
+def test_a_wide_loha_is_cut_to_the_best_of_its_rank(target, budget, dtype, probe, Draft):
+    model = wide_model()
+    draft, dense = wide_loha(Draft, target, 20, dtype)
+    report = qwenlora.compose_loras(model, draft.tensors, max_rank=budget, strict=True)
+    values = torch.linalg.svdvals(dense)
+    lost = float(values[budget:].square().sum() / values.square().sum())
+    (slot,) = report.slots
+    assert slot.rank == budget
+    assert (slot.energy_lost or 0.0) == pytest.approx(lost, rel=1e-3, abs=1e-6)
+    found = probe.delta(model, slot_of(target))[: dense.shape[0]]
+    # No matrix of this rank is nearer than the root of `lost`.
+    assert error(found, dense) ** 2 == pytest.approx(lost, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("target", [*WIDE_SIZES, f"{BLOCK}.img_mlp.net.0.proj"])
+def test_a_wide_loha_is_exact_where_its_matrix_fits(target, probe, Draft):
+    base = wide_model()
+    model = copy.deepcopy(base)
+    draft, dense = wide_loha(Draft, target, 20)
+    report = qwenlora.compose_loras(model, draft.tensors, strict=True)
+    (slot,) = report.slots
+    assert (slot.rank, slot.energy_lost) == (256, None)
+    layers = [m.get_submodule(slot_of(target)) for m in (model, base)]
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        found = (layers[0](x) - layers[1](x)).double()
+    if target.endswith("_mod.1"):
+        found = deinterleave_modulation(found, dim=-1)
+    assert error(found[:, : dense.shape[0]], x.double() @ dense.mT) < CLOSE
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_wide_loha_that_is_not_finite_names_the_module(bad, Draft):
+    target = f"{BLOCK}.attn.to_q"
+    draft, _ = wide_loha(Draft, target, 20)
+    draft.tensors[draft.key(target, "hada_w2_b")][3, 4] = bad
+    for limit in (None, 16):
+        with pytest.raises(errors.NonFiniteError, match=r"to_q"):
+            qwenlora.compose_loras(wide_model(), draft.tensors, max_rank=limit)
+
+
+@pytest.mark.parametrize("shape", [(90, 60), (60, 90), (64, 64)])
+@pytest.mark.parametrize("rank", [1, 20, 59])
+def test_the_best_of_a_matrix_is_that_of_its_svd(shape, rank):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(rank))
+    matrix[:, 3] = matrix[:, 4]  # a direction without any weight
+    found = factors._best(matrix, rank)
+    left, values, right = torch.linalg.svd(matrix.double())
+    best = (left[:, :rank] * values[:rank]) @ right[:rank]
+    assert error(found.up.double() @ found.down.double(), best) < 1e-4
+    energy = values.square()
+    assert found.share_lost == pytest.approx(float(energy[rank:].sum() / energy.sum()), abs=1e-6)
 
 
 def test_lora_mid_is_a_product_of_three(make_model, probe, Draft):
@@ -400,3 +471,26 @@ def test_nan_is_named(role, model, probe, Draft):
     with pytest.raises(errors.NonFiniteError, match=target):
         qwenlora.compose_loras(model, draft.tensors)
     assert probe.snapshot(model).differences(before) == []
+
+
+@pytest.mark.parametrize("part", ["first factor", "second factor", "hook", "both"])
+def test_a_kronecker_branch_that_something_else_took_away(part, Draft):
+    target = f"{BLOCK}.attn.to_q"
+    draft = Draft(1).put(target, "lokr_w1", 16, 16).put(target, "lokr_w2", 16, 16)
+    model = wide_model()
+    qwenlora.compose_loras(model, draft.tensors)
+    layer = model.get_submodule(slot_of(target))
+    names = {"first factor": ["w1"], "second factor": ["w2"], "both": ["w1", "w2"], "hook": []}
+    for name in names[part]:
+        del layer._buffers[f"qwenlora_kron0_{name}"]
+    if part == "hook":
+        layer._forward_hooks.clear()
+        # What is known of the layers is looked at again only where a tensor has changed.
+        layer.register_buffer("theirs", torch.zeros(1), persistent=False)
+    for call in (
+        lambda: qwenlora.applied(model),
+        lambda: qwenlora.reset_loras(model),
+        lambda: qwenlora.compose_loras(model, draft.tensors),
+    ):
+        with pytest.raises(errors.ModelStateError, match="something else changed"):
+            call()

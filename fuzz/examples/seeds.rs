@@ -22,10 +22,12 @@ const KEPT_MODULES: usize = 2;
 const FILE_SIDE: u64 = 4;
 
 /// Configurations whose patterns are expressions, which no layout of the corpus has.
-const CONFIGS: [&str; 3] = [
+const CONFIGS: [&str; 5] = [
     r#"{"lora_alpha": 8, "alpha_pattern": {"to_q": null, "(img|txt)_mlp.net.2": 4, "^.*\\.to_k$": 0}}"#,
     r#"{"r": 16, "use_rslora": true, "rank_pattern": {"transformer_blocks.59.attn.to_q": 64}}"#,
     r#"{"transformer.lora_alpha": 1e3, "text_encoder.lora_alpha": 1, "alpha_pattern": {"[a-z_]+\\.\\d{1,2}": 2}}"#,
+    r#"{"peft_type": "LOKR", "r": 8, "alpha": 4, "rank_pattern": {"to_(q|k)": 2}, "alpha_pattern": {"to_v": 1}}"#,
+    r#"{"peft_type": "LORA", "lora_alpha": 8, "init_lora_weights": "pissa", "bias": "lora_only"}"#,
 ];
 
 fn main() -> Outcome<()> {
@@ -266,6 +268,11 @@ fn write_dictionaries(root: &Path) -> Outcome<()> {
     let config = [
         "\"lora_alpha\":",
         "\"transformer.lora_alpha\":",
+        "\"peft_type\":\"LOKR\"",
+        "\"peft_type\":\"LOHA\"",
+        "\"alpha\":",
+        "\"init_lora_weights\":\"pissa\"",
+        "\"bias\":\"all\"",
         "\"alpha_pattern\":{",
         "\"rank_pattern\":{",
         "\"transformer.alpha_pattern\":{",

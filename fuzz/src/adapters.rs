@@ -41,7 +41,7 @@ const VALUES: [f64; 12] = [
     f64::MAX,
     18_446_744_073_709_551_615.0,
 ];
-const METADATA: [(&str, &str); 6] = [
+const METADATA: [(&str, &str); 9] = [
     ("ss_network_alpha", "1"),
     ("ss_network_dim", "32"),
     ("ss_base_model_version", "mageflow"),
@@ -52,6 +52,18 @@ const METADATA: [(&str, &str); 6] = [
     (
         "lora_adapter_metadata",
         r#"{"lora_alpha": 1e308, "alpha_pattern": {"to_(q|k)": 0}}"#,
+    ),
+    (
+        "lora_adapter_metadata",
+        r#"{"peft_type": "LOKR", "alpha": 4, "r": 8, "rank_pattern": {"to_(q|k)": 2, "img_in": 0}}"#,
+    ),
+    (
+        "lora_adapter_metadata",
+        r#"{"peft_type": "LOHA", "alpha": 1e308, "bias": "all"}"#,
+    ),
+    (
+        "lora_adapter_metadata",
+        r#"{"transformer.lora_alpha": 8, "transformer.init_lora_weights": "pissa_niter_4"}"#,
     ),
     ("lora_adapter_metadata", "{"),
 ];

@@ -17,7 +17,7 @@ pub const PREFIXES: [&str; 12] = [
 ];
 
 /// One suffix per role at least, and every spelling that a rule treats by itself.
-pub const SUFFIXES: [&str; 66] = [
+pub const SUFFIXES: [&str; 72] = [
     ".lora_down.weight",
     ".lora_up.weight",
     ".lora_down",
@@ -49,6 +49,8 @@ pub const SUFFIXES: [&str; 66] = [
     ".lora_magnitude_vector.default",
     ".magnitude",
     ".lokr_w1",
+    ".lokr_w1.default",
+    ".lokr_w2.other",
     ".lokr_w1_a",
     ".lokr_w1_b",
     ".lokr_w2",
@@ -70,6 +72,10 @@ pub const SUFFIXES: [&str; 66] = [
     ".rescale",
     ".oft_R.weight",
     ".oft_R.scaled_oft",
+    ".boft_R",
+    ".ia3_l",
+    ".lora_E",
+    ".vera_lambda_b",
     ".weight",
     ".on_input",
     ".diff",
@@ -87,7 +93,7 @@ pub const SUFFIXES: [&str; 66] = [
 ];
 
 /// What one adapter is made of, by family.
-pub const FAMILIES: [&[&str]; 17] = [
+pub const FAMILIES: [&[&str]; 19] = [
     &[".lora_down.weight", ".lora_up.weight", ".alpha"],
     &[".lora_A.weight", ".lora_B.weight"],
     &[
@@ -109,6 +115,8 @@ pub const FAMILIES: [&[&str]; 17] = [
         ".lora_magnitude_vector.weight",
     ],
     &[".lokr_w1", ".lokr_w2", ".alpha"],
+    &[".lokr_w1", ".lokr_w2"],
+    &[".lora_A.weight", ".lora_B.weight", ".lora_E"],
     &[".lokr_w1", ".lokr_w2_a", ".lokr_w2_b", ".alpha"],
     &[
         ".lokr_w1_a",

@@ -34,6 +34,7 @@ __all__ = [
     "branch_of",
     "has_branch",
     "is_clean",
+    "is_whole",
     "low_rank_branch",
     "set_branch",
 ]
@@ -145,6 +146,20 @@ def is_clean(module: nn.Module) -> bool:
 def has_branch(module: nn.Module) -> bool:
     """Whether a layer carries one; of a change that was made whole, its layout alone tells."""
     return _LAYOUT in module.__dict__
+
+
+def is_whole(module: nn.Module) -> bool:
+    """Whether a branch has all that it was installed with, or there is none at all."""
+    layout: BranchLayout | None = module.__dict__.get(_LAYOUT)
+    if layout is None:
+        return is_clean(module)
+    names = [name for index in range(len(layout.krons)) for name in kron_names(index)]
+    low_rank = [module._buffers.get(name) is not None for name in (BRANCH_DOWN, BRANCH_UP)]
+    return (
+        all(module._buffers.get(name) is not None for name in names)
+        and all(low_rank) == any(low_rank)
+        and add_side_branch in module._forward_hooks.values()
+    )
 
 
 def set_branch(module: nn.Module, branch: Branch | None) -> None:

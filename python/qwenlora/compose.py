@@ -32,6 +32,7 @@ from qwenlora.state import (
     AppliedState,
     SlotRecord,
     Unmakeable,
+    check_branches,
     check_intact,
     read_state,
     write_default,
@@ -208,6 +209,7 @@ def _checked_targets(model: nn.Module, state: AppliedState) -> dict[str, Target]
     if not state.in_flight:
         in_place = {p: slot_of(targets[p]).rank_added() for p in state.records if p in targets}
         check_intact(state, in_place)
+        check_branches({path: targets[path].module for path in in_place})
     return targets
 
 

@@ -2,7 +2,9 @@
 
 Formulas: LoRA and LoHa as in their trainers; a Kronecker product's singular values are all products
 of its factors' ones, and its vectors the Kronecker products of their vectors (Van Loan, 2000), so
-its best low-rank form needs two small decompositions and never the product itself.
+its best low-rank form needs two small decompositions and never the product itself. That of a matrix
+follows from the eigenvectors of its smaller Gram matrix: D V V^T for the leading ones V is nearest
+to D of its rank (Eckart and Young, 1936), and what it lacks is known from the norm of D V.
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ def factors_of(piece: Piece, tensors: Mapping[str, Tensor], device: torch.device
     if piece.kind is PieceKind.DENSE:
         return _truncated(tensors["diff"].to(device, torch.float32), piece.rank_budget)
     if piece.adapter == "loha":
-        return _khatri_rao(tensors)
+        return _hadamard(tensors, piece.rank_budget, device)
     if piece.adapter == "lokr":
         return _kron_pair(tensors, piece.rank_budget)
     if "packed_down" in tensors:
@@ -103,8 +105,20 @@ def _kron_factor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return _wide(tensors[f"{name}_a"]) @ _wide(tensors[f"{name}_b"])
 
 
+def _hadamard(tensors: Mapping[str, Tensor], budget: int | None, device: torch.device) -> Factors:
+    """(w1_a w1_b) * (w2_a w2_b): exact, or the best of `budget` ranks where r1 r2 are more.
+
+    The exact pair has r1 r2 ranks: of rank 64 that is wider than the matrix, which is formed then.
+    """
+    if budget is None:
+        return _khatri_rao(tensors)
+    wide = {role: _wide(tensor).to(device) for role, tensor in tensors.items()}
+    delta = (wide["hada_w1_a"] @ wide["hada_w1_b"]).mul_(wide["hada_w2_a"] @ wide["hada_w2_b"])
+    return _whole(delta) if budget >= min(delta.shape) else _best(delta, budget)
+
+
 def _khatri_rao(tensors: Mapping[str, Tensor]) -> Factors:
-    """(w1_a w1_b) * (w2_a w2_b) as one pair of rank r1 r2, exact in float32 for 16-bit factors."""
+    """A Hadamard product as one pair of rank r1 r2, exact in float32 for 16-bit factors."""
     left_1, right_1 = _wide(tensors["hada_w1_a"]), _wide(tensors["hada_w1_b"])
     left_2, right_2 = _wide(tensors["hada_w2_a"]), _wide(tensors["hada_w2_b"])
     # (out, r1, 1) * (out, 1, r2) -> (out, r1 r2)
@@ -153,6 +167,43 @@ def _factor_svd(tensors: Mapping[str, Tensor], name: str) -> _Svd:
     return _Svd(q_left @ left, values, right @ q_right.mT)
 
 
+def _whole(delta: Tensor) -> Factors:
+    """A matrix (rows, in) times the identity: exact."""
+    rows, columns = delta.shape
+    identity = torch.eye(min(rows, columns))
+    if rows >= columns:
+        return Factors(down=identity, up=delta.cpu())
+    return Factors(down=delta.cpu(), up=identity)
+
+
+def _best(delta: Tensor, rank: int) -> Factors:
+    """The best pair of `rank` ranks of a matrix (rows, in), float32, by its smaller Gram matrix.
+
+    Directions are resolved to the root of float32's precision of the largest singular value, which
+    is far below what a cut leaves; the loss stated is measured, not taken from the eigenvalues.
+    """
+    turned = delta.shape[0] < delta.shape[1]
+    tall = delta.mT if turned else delta
+    _, vectors = torch.linalg.eigh(tall.mT @ tall)
+    # Eigenvalues ascend: the leading ones are last.
+    right = vectors[:, -rank:].flip(1)
+    left = tall @ right
+    values = torch.linalg.vector_norm(left, dim=0)
+    root = values.sqrt().clamp_min(torch.finfo(values.dtype).tiny)
+    up, down = left / root, (right * root).mT
+    energy = _squared_norm(delta)
+    return Factors(
+        down=(up.mT if turned else down).cpu(),
+        up=(down.mT if turned else up).cpu(),
+        energy_lost=max(0.0, energy - _squared_norm(left)),
+        energy=energy,
+    )
+
+
+def _squared_norm(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
+
+
 def _truncated(delta: Tensor, budget: int | None) -> Factors:
     """The best pair of at most `budget` ranks of a dense delta (rows, in), float32.
 
@@ -162,7 +213,7 @@ def _truncated(delta: Tensor, budget: int | None) -> Factors:
     rows, columns = delta.shape
     full = min(rows, columns)
     rank = full if budget is None else min(budget, full)
-    energy = float(delta.double().square().sum())
+    energy = _squared_norm(delta)
     if full <= EXACT_SVD_SIDE or rank + OVERSAMPLING >= full:
         left, values, right = torch.linalg.svd(delta, full_matrices=False)
     else:

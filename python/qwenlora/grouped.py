@@ -261,10 +261,9 @@ def _require_finite(entry: _Unchecked) -> None:
     # Rounding may reach the next number, but not twice the number; NaN is less than nothing.
     if findings.peak is not None and findings.peak * largest < torch.finfo(dtype).max / 2:
         return
-    for slot, (target, ok) in enumerate(
-        zip(load.group.targets, entry.arena.finite(), strict=False)
-    ):
-        if not ok and slot not in entry.differing:
+    finite = entry.arena.finite()
+    for slot, target in enumerate(load.group.targets):
+        if not finite[slot] and slot not in entry.differing:
             raise non_finite(target)
 
 

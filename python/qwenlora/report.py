@@ -51,7 +51,8 @@ class SlotReport:
         base_rank: Rank of the base branch.
         rank: Ranks of the deltas, shared downs counted once, without padding.
         rank_added: Ranks that the slot holds beyond the base, with padding.
-        energy_lost: 1 - |kept|^2 / |sum|^2 where the sum was truncated, else None.
+        energy_lost: 1 - |kept|^2 / |sum|^2 where the sum or a part of it was truncated, else None;
+            what several LoRAs each lost over the same rows is taken for uncorrelated.
         krons: Kronecker products that run beside the layer.
         dense: Whether a dense delta runs beside the layer.
         values: Names of the parameters whose values differ from the base's.

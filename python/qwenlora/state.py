@@ -10,6 +10,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from qwenlora.branch import is_whole
 from qwenlora.errors import ModelStateError
 from qwenlora.lora_set import NO_LORAS, LoraSet
 from qwenlora.report import NO_SLOTS, ComposeReport
@@ -22,6 +23,7 @@ __all__ = [
     "AppliedState",
     "SlotRecord",
     "Unmakeable",
+    "check_branches",
     "check_intact",
     "read_default",
     "read_state",
@@ -135,5 +137,22 @@ def check_intact(state: AppliedState, added: Mapping[str, int]) -> None:
             found = f"it holds {added[path]}" if path in added else "it is gone"
             raise ModelStateError(
                 f"`{path}` was left with {record.rank_added} ranks beyond its base, now {found}:"
+                " something else changed the model\nhint: reload the model"
+            )
+
+
+def check_branches(modules: Mapping[str, nn.Module]) -> None:
+    """Check that no part of a side branch was taken away.
+
+    Args:
+        modules: The layers, by path.
+
+    Raises:
+        ModelStateError: A layer's branch lacks a part.
+    """
+    for path, module in modules.items():
+        if not is_whole(module):
+            raise ModelStateError(
+                f"`{path}` lacks a part of the branch that was left beside it:"
                 " something else changed the model\nhint: reload the model"
             )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from qwenlora.offload import OffloadLayout, offload_of
 from qwenlora.plan import SlotKind, slot_map
 from qwenlora.slots import slot_of
-from qwenlora.state import SlotRecord, check_intact
+from qwenlora.state import SlotRecord, check_branches, check_intact
 from qwenlora.targets import FACTORS, Target, find_targets
 
 if TYPE_CHECKING:
@@ -172,6 +172,7 @@ def structure_of(model: nn.Module, state: AppliedState) -> Structure:
             if path in found.targets
         }
         check_intact(state, in_place)
+        check_branches({path: found.targets[path].module for path in in_place})
     _KNOWN[model] = found
     return found
 

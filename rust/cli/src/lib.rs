@@ -123,7 +123,20 @@ fn read_key(
 fn completions(shell: Shell) -> Vec<u8> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut args::command(), args::PROGRAM, &mut script);
+    if shell == Shell::Bash {
+        return files_first(&String::from_utf8_lossy(&script)).into_bytes();
+    }
     script
+}
+
+/// The generator's script for bash offers options for an empty word. Without an offer of the script's
+/// bash completes the name of a file, which is what is meant there.
+fn files_first(script: &str) -> String {
+    const OFFER: &str = "COMPREPLY=( $(compgen -W \"${opts}\" -- \"${cur}\") )\n";
+    const ESAC: &str = "            esac\n            ";
+    script
+        .replace("${cur} == -* || ${COMP_CWORD} -eq 1 ]]", "${cur} == -* ]]")
+        .replace(&format!("{ESAC}{OFFER}"), "            esac\n")
 }
 
 fn say_error(console: Console, stderr: &mut dyn Write, message: &str) {

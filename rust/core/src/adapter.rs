@@ -2,6 +2,7 @@
 
 use serde::{Serialize, Serializer};
 
+use crate::peft::PeftMethod;
 use crate::role::Role;
 
 /// How a module's tensors change its weight.
@@ -27,6 +28,8 @@ pub enum Adapter {
     Full,
     /// Delta of a norm's weight.
     Norm,
+    /// A kind that only PEFT knows.
+    Peft(&'static PeftMethod),
 }
 
 impl Adapter {
@@ -43,6 +46,7 @@ impl Adapter {
             Self::Ia3 => "ia3",
             Self::Full => "full",
             Self::Norm => "norm",
+            Self::Peft(method) => method.name,
         }
     }
 
@@ -59,6 +63,7 @@ impl Adapter {
             Self::Ia3 => "IA3",
             Self::Full => "full delta",
             Self::Norm => "norm delta",
+            Self::Peft(method) => method.title,
         }
     }
 
@@ -81,6 +86,7 @@ impl Adapter {
             Self::Ia3 => {
                 Some("it stretches the base weight's channels, which no low-rank pair can do")
             }
+            Self::Peft(_) => Some("only PEFT knows what its tensors make up"),
         }
     }
 
@@ -89,7 +95,7 @@ impl Adapter {
         match self {
             Self::Lora | Self::Loha | Self::Glora => PieceKind::LowRank,
             Self::Lokr => PieceKind::Kron,
-            Self::Full => PieceKind::Dense,
+            Self::Full | Self::Peft(_) => PieceKind::Dense,
             Self::Norm => PieceKind::Vector,
             Self::Dora | Self::Ia3 => PieceKind::Diagonal,
             Self::Oft | Self::Boft => PieceKind::Rotation,
@@ -98,9 +104,17 @@ impl Adapter {
 
     /// The kind that a module's roles make up. A kind that changes the meaning of another's
     /// tensors comes first: a pair with a magnitude is DoRA, never a LoRA.
-    pub(crate) fn of(has: &impl Fn(Role) -> bool, is_norm: bool, oft_rank: usize) -> Option<Self> {
+    /// `method` is that of the module's [`Role::PeftOnly`] tensors.
+    pub(crate) fn of(
+        has: &impl Fn(Role) -> bool,
+        is_norm: bool,
+        oft_rank: usize,
+        method: Option<&'static PeftMethod>,
+    ) -> Option<Self> {
         let any = |roles: &[Role]| roles.iter().any(|r| has(*r));
-        if any(&[Role::DoraScale]) {
+        if let Some(method) = method {
+            Some(Self::Peft(method))
+        } else if any(&[Role::DoraScale]) {
             Some(Self::Dora)
         } else if any(&LOKR) {
             Some(Self::Lokr)
@@ -110,9 +124,9 @@ impl Adapter {
             Some(Self::Glora)
         } else if any(&[Role::OftR]) || (any(&[Role::OftBlocks]) && oft_rank != 4) {
             Some(Self::Oft)
-        } else if any(&[Role::OftBlocks]) {
+        } else if any(&[Role::OftBlocks, Role::BoftR, Role::BoftS]) {
             Some(Self::Boft)
-        } else if any(&[Role::Ia3]) {
+        } else if any(&[Role::Ia3, Role::Ia3L]) {
             Some(Self::Ia3)
         } else if any(&[Role::Down, Role::Up, Role::PackedDown, Role::PackedUp]) {
             Some(Self::Lora)

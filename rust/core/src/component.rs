@@ -77,6 +77,7 @@ fn is_component(foreign: Foreign) -> bool {
         | Foreign::Bookkeeping
         | Foreign::NotAModule => true,
         Foreign::BaseWeight
+        | Foreign::TrainedBias
         | Foreign::PlainWeight
         | Foreign::BlockOutOfRange
         | Foreign::UnknownForm => false,

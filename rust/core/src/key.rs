@@ -43,6 +43,8 @@ pub enum Foreign {
     Bookkeeping,
     /// The base model's own weight, saved with the adapter.
     BaseWeight,
+    /// A bias that was trained and saved whole: to apply it, the base's would have to be known.
+    TrainedBias,
     /// A module's own weight or bias: this is (also) a checkpoint.
     PlainWeight,
     /// A block that the model does not have.
@@ -62,6 +64,7 @@ impl Foreign {
             Self::Embedding => "embedding",
             Self::Bookkeeping => "bookkeeping",
             Self::BaseWeight => "base weight saved along",
+            Self::TrainedBias => "a trained bias, saved whole and not as a delta",
             Self::PlainWeight => "a checkpoint's weight",
             Self::BlockOutOfRange => "block index out of range",
             Self::UnknownForm => "unknown kind of tensor",
@@ -138,6 +141,15 @@ pub fn resolve(stem: &str) -> Option<TargetId> {
 
 /// The module that a stem names, and how the stem spells it.
 pub fn resolve_with_prefixes(stem: &str) -> Option<Resolved> {
+    // A converter that turned the dot before its own suffix into `_`, too, left one at the end.
+    resolve_as_it_is(stem).or_else(|| {
+        let resolved = resolve_as_it_is(stem.strip_suffix('_')?)?;
+        let path = resolved.path + "_";
+        Some(Resolved { path, ..resolved })
+    })
+}
+
+fn resolve_as_it_is(stem: &str) -> Option<Resolved> {
     let path = without_processor(stem);
     let flat = path.replace('.', "_");
     let mut prefixes = Vec::new();

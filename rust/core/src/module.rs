@@ -11,7 +11,7 @@ use crate::adapter::Adapter;
 use crate::delta::Delta;
 use crate::header::Quoted;
 use crate::model::{self, ModuleKind, TargetId};
-use crate::peft::AdapterConfig;
+use crate::peft::{self, AdapterConfig};
 use crate::role::Role;
 use crate::table::{Entry, KeyTable};
 pub use scale::{Scale, ScaleSource};
@@ -157,7 +157,10 @@ impl Parts<'_> {
         };
         let raw = self.raw_scale(adapter, config)?;
         let scale = self.whole_scale(adapter, raw.value)?;
-        let built = match self.refusal(adapter) {
+        let built = match self
+            .refusal(adapter)
+            .or_else(|| changed_base(adapter, config))
+        {
             Some(fault) => Err(fault),
             None => self.deltas(adapter, raw.value)?,
         };
@@ -186,7 +189,9 @@ impl Parts<'_> {
         let oft_rank = self
             .find(Role::OftBlocks)
             .map_or(0, |(_, e)| e.tensor.shape.len());
-        Adapter::of(&|role| self.has(role), is_norm, oft_rank)
+        let only_peft = self.find(Role::PeftOnly);
+        let method = only_peft.and_then(|(_, e)| peft::method::of_key(&e.tensor.key));
+        Adapter::of(&|role| self.has(role), is_norm, oft_rank, method)
     }
 
     /// A module of which only scalars or leftovers are there.
@@ -213,6 +218,17 @@ impl Parts<'_> {
             tensors: self.tensors,
         }
     }
+}
+
+/// A pair that was trained beside a base weight from which a part had been taken first.
+fn changed_base(adapter: Adapter, config: Option<&AdapterConfig>) -> Option<Fault> {
+    let init = config.filter(|c| c.governs(adapter))?.changed_base()?;
+    let init = Quoted::new(init);
+    Some(Fault::Unsupported(format!(
+        "{init} initialisation is not supported: it changed the base weight before training, and \
+         the pair is no delta of the base that Nunchaku quantized (PEFT can save one that is: \
+         `path_initial_model_for_weight_conversion`)"
+    )))
 }
 
 /// Roles whose single value the plan needs.

@@ -2,16 +2,21 @@
 
 use crate::adapter::Adapter;
 use crate::check::ModelCheck;
+use crate::delta::{Delta, Form};
 use crate::header::Quoted;
-use crate::model::{self, Model};
+use crate::model::{self, Model, ModuleKind, Target};
 use crate::peft::AdapterConfig;
 use crate::plan::FilePlan;
 use crate::role::Role;
+use crate::slot::MAX_RANK;
 
 /// Metadata keys under which trainers name the base model.
 const BASE_MODEL_KEYS: [&str; 2] = ["ss_base_model_version", "modelspec.architecture"];
 /// What the names of the known models hold, without `-` and `_`.
 const KNOWN_NAMES: [&str; 2] = ["qwen", "zimage"];
+
+/// Smallest rank of the base branch in the released models.
+const LEAST_BASE_RANK: u64 = 32;
 
 pub(crate) fn take(plan: &FilePlan, config: Option<&AdapterConfig>) -> Vec<String> {
     let mut notes = Vec::new();
@@ -22,6 +27,7 @@ pub(crate) fn take(plan: &FilePlan, config: Option<&AdapterConfig>) -> Vec<Strin
         );
     }
     notes.extend(name_note(plan));
+    notes.extend(cut_notes(plan));
     if let Some(config) = config {
         let has_alpha = plan.table.entries().iter().any(|e| e.role == Role::Alpha);
         if has_alpha && config.use_rslora() {
@@ -53,6 +59,56 @@ fn name_note(plan: &FilePlan) -> Option<String> {
         "the metadata names another model, {}: names and shapes are {model}'s",
         Quoted::new(name)
     ))
+}
+
+/// What is applied, but as the best that fits: a reader of `all modules are applied` must know.
+fn cut_notes(plan: &FilePlan) -> Vec<String> {
+    let deltas: Vec<(&Target, &Delta)> = plan
+        .applied_modules()
+        .map(|module| (model::table().target(module.target), module))
+        .filter(|(target, _)| is_quantized(target))
+        .flat_map(|(target, module)| module.deltas.iter().map(move |delta| (target, delta)))
+        .collect();
+    let limit = MAX_RANK - LEAST_BASE_RANK;
+    let mut notes = Vec::new();
+    let is_fused_mlp = |target: &Target| target.path.contains("_mlp.");
+    let krons = |(target, delta): &&(&Target, &Delta)| {
+        matches!(delta.form, Form::Kronecker { .. }) && is_fused_mlp(target)
+    };
+    let ranks = |(target, delta): &&(&Target, &Delta)| {
+        let is_rank = !matches!(delta.form, Form::Kronecker { .. } | Form::Full { .. });
+        is_rank && !target.path.ends_with("_mod.1")
+    };
+    let full = |(_, delta): &&(&Target, &Delta)| matches!(delta.form, Form::Full { .. });
+    let beyond = |(_, delta): &&(&Target, &Delta)| delta.rank_bound() > limit;
+    let mut say = |count: usize, what: &str, becomes: &str| {
+        if count > 0 {
+            let all = plan.modules.len();
+            notes.push(format!("{what} ({count} of {all} modules): {becomes}"));
+        }
+    };
+    say(
+        deltas.iter().filter(krons).filter(beyond).count(),
+        "LoKr in the fused MLP has more ranks than its kernel takes",
+        "cut to the best `truncated_rank`; the report of composing says what that loses",
+    );
+    say(
+        deltas.iter().filter(ranks).filter(beyond).count(),
+        "more ranks than a quantized layer takes",
+        "cut to the best that fit; the report of composing says what that loses",
+    );
+    say(
+        deltas.iter().filter(full).count(),
+        "full deltas of quantized layers",
+        "cut to the best `truncated_rank` ranks, or left out where that loses more than \
+         `max_energy_lost`",
+    );
+    notes
+}
+
+/// Whether Nunchaku's models hold the module's weight quantized: all linears of the blocks.
+fn is_quantized(target: &Target) -> bool {
+    target.block.is_some() && matches!(target.kind, ModuleKind::Linear { .. })
 }
 
 fn rank_note(plan: &FilePlan, config: &AdapterConfig) -> Option<String> {

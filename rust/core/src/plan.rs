@@ -194,10 +194,13 @@ impl FilePlan {
 
     fn build(
         origin: &Quoted,
-        table: KeyTable,
+        mut table: KeyTable,
         metadata: Vec<(String, String)>,
         config: Option<&AdapterConfig>,
     ) -> Result<Self, PlanError> {
+        if config.is_some_and(AdapterConfig::trains_biases) {
+            table.mark_trained_biases();
+        }
         let mut modules = module::group(&table, config).map_err(|source| PlanError::Module {
             origin: origin.to_owned(),
             source,

@@ -60,7 +60,10 @@ impl Reason {
         match self {
             Self::SecondAdapter(_) | Self::UnequalDuplicate(_) | Self::FusedPreferred => true,
             Self::Foreign(foreign) => {
-                matches!(foreign, Foreign::UnknownForm | Foreign::PlainWeight)
+                matches!(
+                    foreign,
+                    Foreign::UnknownForm | Foreign::PlainWeight | Foreign::TrainedBias
+                )
             }
             Self::DuplicateOf(_) | Self::SplitPreferred | Self::NoBias => false,
         }

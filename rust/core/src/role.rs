@@ -80,6 +80,14 @@ roles! {
     Ia3 => "ia3",
     /// Whether IA3 acts on the input.
     Ia3OnInput => "ia3_on_input",
+    /// IA3's diagonal as PEFT stores it.
+    Ia3L => "ia3_l",
+    /// BOFT's blocks as PEFT stores them.
+    BoftR => "boft_r",
+    /// BOFT's scale per channel as PEFT stores it.
+    BoftS => "boft_s",
+    /// A tensor of a kind of adapter that only PEFT knows.
+    PeftOnly => "peft_only",
     /// A full weight delta.
     Diff => "diff",
     /// A bias delta.

@@ -1,5 +1,6 @@
 //! Cuts the suffix off a key: the longest that matches, anchored at the end.
 
+use crate::peft::method;
 use crate::role::Role;
 
 /// A key cut in two, with what the suffix says.
@@ -53,19 +54,6 @@ const FIXED: &[(&str, Role)] = &[
     (".scale", Role::Scale),
     (".dora_scale", Role::DoraScale),
     (".magnitude", Role::DoraScale),
-    (".lokr_w1", Role::LokrW1),
-    (".lokr_w1_a", Role::LokrW1A),
-    (".lokr_w1_b", Role::LokrW1B),
-    (".lokr_w2", Role::LokrW2),
-    (".lokr_w2_a", Role::LokrW2A),
-    (".lokr_w2_b", Role::LokrW2B),
-    (".lokr_t2", Role::LokrT2),
-    (".hada_w1_a", Role::HadaW1A),
-    (".hada_w1_b", Role::HadaW1B),
-    (".hada_w2_a", Role::HadaW2A),
-    (".hada_w2_b", Role::HadaW2B),
-    (".hada_t1", Role::HadaT1),
-    (".hada_t2", Role::HadaT2),
     (".a1.weight", Role::GloraA1),
     (".a2.weight", Role::GloraA2),
     (".b1.weight", Role::GloraB1),
@@ -73,7 +61,6 @@ const FIXED: &[(&str, Role)] = &[
     (".bm.weight", Role::GloraBm),
     (".oft_blocks", Role::OftBlocks),
     (".rescale", Role::OftRescale),
-    (".oft_R.weight", Role::OftR),
     (".oft_R.scaled_oft", Role::OftScaled),
     (".on_input", Role::Ia3OnInput),
     (".diff", Role::Diff),
@@ -129,12 +116,44 @@ fn cut_fixed(key: &str) -> Option<Cut<'_>> {
     })
 }
 
+/// What a named segment's tensor is in the program that trains it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Storage {
+    /// The weight of a layer: `.weight` ends the key.
+    Layer,
+    /// A parameter by itself: an adapter's name may end the key.
+    Parameter,
+    /// Either.
+    Both,
+}
+
 /// Segments after which adapter names may follow, with the role they name.
-fn named_segment(segment: &str) -> Option<Role> {
+fn named_segment(segment: &str) -> Option<(Role, Storage)> {
+    let parameter = |role| (role, Storage::Parameter);
     Some(match segment {
-        "lora_A" | "lora_embedding_A" | "lora_down" => Role::Down,
-        "lora_B" | "lora_embedding_B" | "lora_up" => Role::Up,
-        "lora_magnitude_vector" => Role::DoraScale,
+        "lora_A" | "lora_down" => (Role::Down, Storage::Layer),
+        "lora_B" | "lora_up" => (Role::Up, Storage::Layer),
+        // PEFT stores embedding halves and magnitudes as parameters, other programs as layers.
+        "lora_embedding_A" => (Role::Down, Storage::Both),
+        "lora_embedding_B" => (Role::Up, Storage::Both),
+        "lora_magnitude_vector" => (Role::DoraScale, Storage::Both),
+        "lokr_w1" => parameter(Role::LokrW1),
+        "lokr_w1_a" => parameter(Role::LokrW1A),
+        "lokr_w1_b" => parameter(Role::LokrW1B),
+        "lokr_w2" => parameter(Role::LokrW2),
+        "lokr_w2_a" => parameter(Role::LokrW2A),
+        "lokr_w2_b" => parameter(Role::LokrW2B),
+        "lokr_t2" => parameter(Role::LokrT2),
+        "hada_w1_a" => parameter(Role::HadaW1A),
+        "hada_w1_b" => parameter(Role::HadaW1B),
+        "hada_w2_a" => parameter(Role::HadaW2A),
+        "hada_w2_b" => parameter(Role::HadaW2B),
+        "hada_t1" => parameter(Role::HadaT1),
+        "hada_t2" => parameter(Role::HadaT2),
+        "oft_R" => (Role::OftR, Storage::Layer),
+        "boft_R" => parameter(Role::BoftR),
+        "boft_s" => parameter(Role::BoftS),
+        "ia3_l" => parameter(Role::Ia3L),
         _ => return None,
     })
 }
@@ -144,26 +163,40 @@ fn named_segment(segment: &str) -> Option<Role> {
 fn cut_named(key: &str) -> Option<Cut<'_>> {
     let mut start = 0;
     for segment in key.split('.') {
-        if start > 0
-            && let Some(role) = named_segment(segment)
-        {
+        if start > 0 {
             let stem = key.get(..start - 1)?;
-            let tail = key.get(start + segment.len()..)?;
-            return finish_named(stem, segment, role, tail);
+            if let Some((role, storage)) = named_segment(segment) {
+                let tail = key.get(start + segment.len()..)?;
+                return finish_named(stem, segment, (role, storage), tail);
+            }
+            if method::of_segment(segment).is_some() {
+                return Some(Cut {
+                    stem,
+                    role: Role::PeftOnly,
+                    slot: "",
+                    scales: None,
+                    bare: false,
+                });
+            }
         }
         start += segment.len() + 1;
     }
     None
 }
 
-fn finish_named<'k>(stem: &'k str, segment: &str, role: Role, tail: &'k str) -> Option<Cut<'k>> {
+fn finish_named<'k>(
+    stem: &'k str,
+    segment: &str,
+    (role, storage): (Role, Storage),
+    tail: &'k str,
+) -> Option<Cut<'k>> {
     let cut = |role, slot, bare| {
         Some(Cut {
             stem,
             role,
             slot,
             scales: None,
-            bare,
+            bare: bare && matches!(role, Role::Down | Role::Up),
         })
     };
     let tail = tail.strip_prefix('.').unwrap_or(tail);
@@ -176,7 +209,7 @@ fn finish_named<'k>(stem: &'k str, segment: &str, role: Role, tail: &'k str) -> 
             names.split('.').count() <= MAX_SLOTS && names.split('.').all(|name| !name.is_empty());
         well_formed.then_some(names)
     };
-    if tail.is_empty() {
+    if tail.is_empty() && role != Role::OftR {
         return cut(role, "", true);
     }
     if let Some(names) = FLOAT8_SCALES
@@ -191,7 +224,9 @@ fn finish_named<'k>(stem: &'k str, segment: &str, role: Role, tail: &'k str) -> 
             bare: false,
         });
     }
-    if let Some(slot) = ends_in_segment(tail, "weight") {
+    if storage != Storage::Parameter
+        && let Some(slot) = ends_in_segment(tail, "weight")
+    {
         return cut(role, slots_of(slot)?, false);
     }
     if segment == "lora_B"
@@ -199,12 +234,7 @@ fn finish_named<'k>(stem: &'k str, segment: &str, role: Role, tail: &'k str) -> 
     {
         return cut(Role::UpBias, slots_of(slot)?, false);
     }
-    // PEFT stores embedding halves and magnitudes as bare parameters named by the adapter.
-    let unweighted = matches!(
-        segment,
-        "lora_magnitude_vector" | "lora_embedding_A" | "lora_embedding_B"
-    );
-    if unweighted && !tail.contains('.') {
+    if storage != Storage::Layer && !tail.contains('.') {
         return cut(role, tail, true);
     }
     None
@@ -306,6 +336,37 @@ mod tests {
             );
             assert_eq!((scale.stem, scale.slot), ("x", slot), "{key}");
         }
+    }
+
+    #[test]
+    fn parameters_of_peft_may_end_in_an_adapter_s_name() {
+        assert_eq!(
+            roles("a.to_q.lokr_w2_b.style"),
+            Some(("a.to_q", Role::LokrW2B, "style"))
+        );
+        assert_eq!(
+            roles("a.to_q.oft_R.default.weight"),
+            Some(("a.to_q", Role::OftR, "default"))
+        );
+        assert_eq!(roles("a.to_q.ia3_l"), Some(("a.to_q", Role::Ia3L, "")));
+        assert_eq!(roles("a.to_q.boft_s"), Some(("a.to_q", Role::BoftS, "")));
+        assert!(!cut("a.to_q.lokr_w1").unwrap().bare);
+        // A parameter is no layer, and names hold no dot.
+        for key in ["a.to_q.lokr_w1.default.weight", "a.to_q.lokr_w1.a.b"] {
+            assert_ne!(cut(key).map(|c| c.role), Some(Role::LokrW1), "{key}");
+        }
+    }
+
+    #[test]
+    fn kinds_of_peft_alone_are_known_by_a_segment() {
+        for key in [
+            "a.to_q.lora_E",
+            "a.to_q.glora_A.default.Xd",
+            "a.to_q.vera_lambda_b",
+        ] {
+            assert_eq!(roles(key), Some(("a.to_q", Role::PeftOnly, "")), "{key}");
+        }
+        assert_eq!(roles("vera_lambda_b"), None);
     }
 
     #[test]

@@ -116,6 +116,17 @@ impl KeyTable {
             .any(|e| e.reason.as_ref() == Some(&base))
     }
 
+    /// Tells biases that were trained from the base's own.
+    pub(crate) fn mark_trained_biases(&mut self) {
+        let base = Reason::Foreign(Foreign::BaseWeight);
+        for entry in &mut self.entries {
+            let is_bias = entry.tensor.key.rsplit('.').next() == Some("bias");
+            if is_bias && entry.reason.as_ref() == Some(&base) {
+                entry.reason = Some(Reason::Foreign(Foreign::TrainedBias));
+            }
+        }
+    }
+
     /// Stores the value of a scalar.
     pub(crate) fn set_value(&mut self, index: usize, value: f64) {
         if let Some(entry) = self.entries.get_mut(index) {

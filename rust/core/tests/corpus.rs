@@ -422,6 +422,40 @@ fn no_real_file_is_said_to_name_another_model() {
 }
 
 #[test]
+fn what_is_applied_but_cut_is_said() {
+    let said = |wanted: &str, words: &str| {
+        let (name, file) = corpus()
+            .into_iter()
+            .find(|(name, _)| name == wanted)
+            .unwrap();
+        plan(&name, &file)
+            .notes()
+            .iter()
+            .any(|note| note.contains(words))
+    };
+    let kron = "LoKr in the fused MLP";
+    let full = "full deltas of quantized layers";
+    let rank = "more ranks than a quantized layer";
+    for file in ["simpletuner_lycoris_lokr", "ai_toolkit_lokr_full_bf16"] {
+        assert!(said(file, kron) && !said(file, full), "{file}");
+    }
+    for file in ["lycoris_full", "ai_toolkit_fullrank"] {
+        assert!(said(file, full) && !said(file, kron), "{file}");
+    }
+    for file in [
+        "musubi_loha",
+        "lycoris_lokr_both",
+        "musubi_lora_full60",
+        "lycoris_norms",
+    ] {
+        assert!(
+            ![kron, full, rank].iter().any(|words| said(file, words)),
+            "{file}"
+        );
+    }
+}
+
+#[test]
 fn foreign_keys_are_told_by_component() {
     let component =
         |name: &str, reason: &str, tensors: usize| (name.to_owned(), reason.to_owned(), tensors);

@@ -9,6 +9,7 @@ use std::io::Write;
 
 use qwenlora_core::adapter::Adapter;
 use qwenlora_core::dtype::Dtype;
+use qwenlora_core::explain::Reading;
 use qwenlora_core::plan::{FilePlan, Verdict};
 use qwenlora_core::slot::{Slot, SlotKind};
 use qwenlora_core::stack::{SkipKind, StackError, StackItem, StackOptions, StackPlan};
@@ -73,6 +74,73 @@ fn matters(plan: &FilePlan) -> Vec<String> {
 }
 
 // Spellings
+
+/// Spellings met in public code and issues, beyond those of the corpus: each with where.
+#[test]
+fn spellings_that_were_met_are_read() {
+    let to_q = "transformer_blocks.0.attn.to_q";
+    for (key, path, met) in [
+        (
+            "lora_unet_transformer_blocks_0.attn.to_q.lora_down.weight",
+            to_q,
+            "kijai/ComfyUI-WanVideoWrapper issue 869: flat up to the block, then dotted",
+        ),
+        (
+            "lora_unet_transformer_blocks_0_attn_to_q_.lora_down.weight",
+            to_q,
+            "Comfy-Org/ComfyUI issue 4347: `_` before the suffix (FLUX, a converter of SimpleTuner's)",
+        ),
+        (
+            "lora_unet_norm_out_linear_.alpha",
+            "norm_out.linear",
+            "the same issue",
+        ),
+        (
+            "transformer_blocks.0.attn.to_q.lora_A.lightx2v_t1.weight",
+            to_q,
+            "huggingface/diffusers PR 12040: the name of the adapter in the pipeline",
+        ),
+        (
+            "transformer_blocks.0.attn.to_q.lora_B.lightx2v_t1.bias",
+            to_q,
+            "the same PR",
+        ),
+        (
+            "transformer_blocks.0.attn.to_q.lora_A.lora_1.weight",
+            to_q,
+            "black-forest-labs/flux issue 473",
+        ),
+        (
+            "diffusion_model.transformer_blocks.0.attn.to_q.lora_up.weight",
+            to_q,
+            "a reader's list of patterns for Qwen-Image (an MLX port)",
+        ),
+        (
+            "transformer.transformer_blocks.0.img_mlp.net.0.proj.lora.down.weight",
+            "transformer_blocks.0.img_mlp.net.0.proj",
+            "SwarmUI's test for Qwen-Image LoRAs",
+        ),
+        (
+            "base_model.model.transformer_blocks.0.attn.to_q.lokr_w1.default",
+            to_q,
+            "PEFT's `state_dict()`",
+        ),
+    ] {
+        let reading = Reading::of(key);
+        assert_eq!(
+            reading.as_ref().map(|reading| reading.target),
+            Some(path),
+            "{key} ({met})"
+        );
+    }
+    // One underscore, and no other letter.
+    for key in ["img_in__.alpha", "img_in_x.alpha", "_.alpha"] {
+        assert!(
+            Reading::of(key).is_none_or(|reading| reading.target != "img_in"),
+            "{key}"
+        );
+    }
+}
 
 #[test]
 fn the_alpha_of_another_spelling_is_not_used() {

@@ -299,10 +299,17 @@ fn a_loha_is_the_product_of_its_ranks() {
             .tensor(&format!("{stem}.hada_w2_b"), &[r2, inp])
             .scalar(&format!("{stem}.alpha"), 4.0)
     };
-    for (r1, r2, rank, scale) in [(8, 8, 64, 0.5f64), (4, 16, 64, 1.0), (64, 64, 3072, 0.0625)] {
+    // Wider than half the matrix, it is cut as a matrix; up to there together with what else the
+    // slot carries.
+    for (r1, r2, rank, budget, scale) in [
+        (8, 8, 64, None, 0.5f64),
+        (4, 16, 64, None, 1.0),
+        (32, 48, 1536, None, 0.125),
+        (64, 64, 992, Some(992), 0.0625),
+    ] {
         let stack = stack(loha(TO_Q, 3072, 3072, r1, r2));
         let piece = only(&stack);
-        assert_eq!(execution(piece), (PieceKind::LowRank, rank, None));
+        assert_eq!(execution(piece), (PieceKind::LowRank, rank, budget));
         assert_eq!(piece.scale.to_bits(), scale.to_bits());
         assert_eq!(
             roles(piece),

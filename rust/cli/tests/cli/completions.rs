@@ -83,6 +83,18 @@ fn bash_obeys_the_script() {
     let offers = |line| bash_offers(line).unwrap();
     assert_eq!(offers("qwenlora-keys --color "), "auto always never\n");
     assert_eq!(offers("qwenlora-keys --col"), "--color\n");
+    // No offer: bash completes the name of a file then.
+    for line in [
+        "qwenlora-keys ",
+        "qwenlora-keys lor",
+        "qwenlora-keys a ",
+        "qwenlora-keys --all ",
+    ] {
+        assert_eq!(offers(line), "\n", "{line}");
+    }
+    let registered = script("bash");
+    let options = registered.matches(" -o bashdefault -o default qwenlora-keys");
+    assert_eq!(options.count(), 2);
     assert_eq!(
         offers("qwenlora-keys --completions "),
         "bash elvish fish powershell zsh\n"

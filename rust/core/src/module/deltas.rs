@@ -106,9 +106,15 @@ impl Parts<'_> {
             Adapter::Loha => self.hadamard(),
             Adapter::Full if self.has(Role::Diff) => self.full(),
             Adapter::Full | Adapter::Norm => self.lone_vector(adapter),
-            Adapter::Dora | Adapter::Glora | Adapter::Oft | Adapter::Boft | Adapter::Ia3 => Err(
-                Fault::Unsupported(format!("{} is not supported", adapter.title())),
-            ),
+            Adapter::Dora
+            | Adapter::Glora
+            | Adapter::Oft
+            | Adapter::Boft
+            | Adapter::Ia3
+            | Adapter::Peft(_) => Err(Fault::Unsupported(format!(
+                "{} is not supported",
+                adapter.title()
+            ))),
         }
     }
 

@@ -30,7 +30,7 @@ impl Parts<'_> {
             Adapter::Glora => bounded(self.glora_rank().map(|r| r.saturating_mul(2))),
             Adapter::Oft | Adapter::Boft | Adapter::Ia3 => full,
             Adapter::Full if self.has(Role::Diff) => full,
-            Adapter::Full | Adapter::Norm => None,
+            Adapter::Full | Adapter::Norm | Adapter::Peft(_) => None,
         }
     }
 
@@ -73,7 +73,12 @@ impl Parts<'_> {
             }
             Adapter::Loha => self.rows(Role::HadaW1B),
             Adapter::Glora => self.glora_rank(),
-            Adapter::Oft | Adapter::Boft | Adapter::Ia3 | Adapter::Full | Adapter::Norm => None,
+            Adapter::Oft
+            | Adapter::Boft
+            | Adapter::Ia3
+            | Adapter::Full
+            | Adapter::Norm
+            | Adapter::Peft(_) => None,
         }
     }
 
@@ -116,7 +121,7 @@ impl Parts<'_> {
                 let (_, entry) = self.find(Role::Diff).or_else(|| self.find(Role::WNorm))?;
                 Some((*entry.tensor.shape.first()?, 1))
             }
-            Adapter::Glora | Adapter::Oft | Adapter::Boft | Adapter::Ia3 => None,
+            Adapter::Glora | Adapter::Oft | Adapter::Boft | Adapter::Ia3 | Adapter::Peft(_) => None,
         }
     }
 

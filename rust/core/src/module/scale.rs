@@ -6,7 +6,7 @@ use super::{ModuleError, Parts};
 use crate::adapter::Adapter;
 use crate::header::Quoted;
 use crate::model;
-use crate::peft::{self, AdapterConfig};
+use crate::peft::AdapterConfig;
 use crate::role::Role;
 use crate::table::Entry;
 
@@ -68,6 +68,9 @@ impl Parts<'_> {
     ) -> Result<Scale, ModuleError> {
         let one = |source| Ok(Scale { value: 1.0, source });
         let Some(rank) = self.divisor(adapter).filter(|d| *d > 0) else {
+            if let Some(scale) = self.configured_direct(adapter, config) {
+                return Ok(scale);
+            }
             // An alpha is not even looked at: in fp16 files it may be infinite.
             let is_direct = adapter == Adapter::Lokr;
             return one(if is_direct {
@@ -90,19 +93,20 @@ impl Parts<'_> {
                 value,
                 source: ScaleSource::Stored { tensor },
             }),
-            (None, None) => Ok(self.configured(config, rank).unwrap_or(Scale {
+            (None, None) => Ok(self.configured(adapter, config, rank).unwrap_or(Scale {
                 value: 1.0,
                 source: ScaleSource::Nothing,
             })),
         }
     }
 
-    fn configured(&self, config: Option<&AdapterConfig>, rank: u64) -> Option<Scale> {
-        let governed = self
-            .tensors
-            .iter()
-            .any(|&i| self.entries.get(i).is_some_and(|e| peft::governs(e.role)));
-        let config = config.filter(|_| governed)?;
+    fn configured(
+        &self,
+        adapter: Adapter,
+        config: Option<&AdapterConfig>,
+        rank: u64,
+    ) -> Option<Scale> {
+        let config = config.filter(|config| config.governs(adapter))?;
         let path = &model::table().target(self.target).path;
         Some(Scale {
             value: config.scale(path, rank)?,
@@ -112,6 +116,17 @@ impl Parts<'_> {
                 rslora: config.use_rslora(),
             },
         })
+    }
+
+    /// The scale of a LoKr of PEFT's whose factors are both stored as they are: alpha / r, where
+    /// every other trainer means 1. Such a file has no alpha tensor.
+    fn configured_direct(&self, adapter: Adapter, config: Option<&AdapterConfig>) -> Option<Scale> {
+        if adapter != Adapter::Lokr || self.has(Role::Alpha) {
+            return None;
+        }
+        let path = &model::table().target(self.target).path;
+        let rank = config?.promised_rank(path).filter(|rank| *rank > 0)?;
+        self.configured(adapter, config, rank)
     }
 
     /// The scale with those of all float8 tensors of the weight's delta.

@@ -13,6 +13,10 @@ use crate::table::Entry;
 /// to 166.
 pub const MAX_KRON_RANK: u64 = 128;
 
+/// A Hadamard product whose exact pair is wider than this share of the matrix itself is decomposed
+/// as a matrix where it has to be cut: that is the smaller problem.
+const HADAMARD_SHARE: u64 = 2;
+
 /// A piece, with what it takes beside ranks.
 pub(super) struct Placed {
     pub(super) piece: Piece,
@@ -128,8 +132,18 @@ fn execution(delta: &Delta, place: &Place<'_>, options: StackOptions) -> Executi
         branch: Branch::of(delta, place.rows, slot.in_features),
     };
     match delta.form {
-        Form::Pair { .. } | Form::Tucker { .. } | Form::Packed { .. } | Form::Hadamard { .. } => {
-            of_rank(bound, None)
+        Form::Pair { .. } | Form::Tucker { .. } | Form::Packed { .. } => of_rank(bound, None),
+        Form::Hadamard { w1_b, w2_b, .. } => {
+            let columns = w1_b.rows.saturating_mul(w2_b.rows);
+            let side = place.rows.1.min(slot.in_features);
+            let is_wide = columns.saturating_mul(HADAMARD_SHARE) > side;
+            let rank = bound.min(limit);
+            if is_wide && columns > rank {
+                of_rank(rank, Some(rank))
+            } else {
+                // Where it is too much it is cut together with what else the slot carries.
+                of_rank(bound, None)
+            }
         }
         Form::Kronecker { .. } if bound <= MAX_KRON_RANK => of_rank(bound, None),
         Form::Kronecker { .. } if slot.carries_branch() => beside(PieceKind::Kron),

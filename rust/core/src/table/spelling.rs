@@ -65,6 +65,9 @@ fn makes_an_adapter(role: Role) -> bool {
         | Role::OftBlocks
         | Role::OftR
         | Role::Ia3
+        | Role::Ia3L
+        | Role::BoftR
+        | Role::PeftOnly
         | Role::Diff
         | Role::WNorm
         | Role::SetWeight => true,
@@ -83,6 +86,7 @@ fn makes_an_adapter(role: Role) -> bool {
         | Role::GloraBm
         | Role::OftRescale
         | Role::OftScaled
+        | Role::BoftS
         | Role::Ia3OnInput
         | Role::DiffB
         | Role::BNorm
@@ -90,6 +94,15 @@ fn makes_an_adapter(role: Role) -> bool {
         | Role::Fp8Scale
         | Role::Ignored => false,
     }
+}
+
+/// Whether it is a factor of a LoKr or a LoHa.
+fn is_lycoris(role: Role) -> bool {
+    role.is_factor()
+        && !matches!(
+            role,
+            Role::Down | Role::Up | Role::Mid | Role::PackedDown | Role::PackedUp | Role::Diff
+        )
 }
 
 /// The place of a tensor in its module's adapter: two in one place are duplicates.
@@ -143,19 +156,21 @@ impl KeyTable {
     fn drop_second_adapters(&mut self, members: Vec<usize>, spellings: &[Spelling]) -> Vec<usize> {
         let named = |index: usize| spellings.get(index).map_or("", |s| s.slot.as_str());
         let role = |index: usize| self.entries.get(index).map(|e| e.role);
+        let is_lycoris = |index: usize| role(index).is_some_and(is_lycoris);
+        let lycoris = members.iter().find(|&&i| is_lycoris(i));
+        let lycoris = lycoris.map(|&i| named(i));
         let halves = members
             .iter()
             .filter(|&&i| matches!(role(i), Some(Role::Down | Role::Up)));
         let with_halves: HashSet<&str> = halves.clone().map(|&i| named(i)).collect();
         let biases = members.iter().filter(|&&i| role(i) == Some(Role::UpBias));
-        let Some(kept) = halves.chain(biases).next().map(|&i| named(i)) else {
-            return members;
-        };
-        let is_second = |index: usize| match role(index) {
-            Some(Role::Down | Role::Up | Role::UpBias) => named(index) != kept,
+        let pair = halves.chain(biases).next().map(|&i| named(i));
+        let is_second = |index: usize| match (role(index), pair) {
+            _ if is_lycoris(index) => lycoris.is_some_and(|kept| named(index) != kept),
+            (Some(Role::Down | Role::Up | Role::UpBias), Some(kept)) => named(index) != kept,
             // Without a name, or with that of no pair, these belong to the adapter that is kept:
             // a pair is not what it was without its magnitude or scale.
-            Some(Role::DoraScale | Role::Fp8Scale) => {
+            (Some(Role::DoraScale | Role::Fp8Scale), Some(kept)) => {
                 let name = named(index);
                 name != kept && !name.is_empty() && with_halves.contains(name)
             }
@@ -179,6 +194,10 @@ impl KeyTable {
             let Some(entry) = self.entries.get(index) else {
                 continue;
             };
+            // One role for all tensors of a kind that is refused whole.
+            if entry.role == Role::PeftOnly {
+                continue;
+            }
             match first.get(&place(entry)) {
                 Some(&original) => repeated.push((index, original)),
                 None => {
