@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import qwenlora
-from qwenlora import deltas, pieces, slots
+from qwenlora import arena, grouped
 from qwenlora.demo import course, main, measure, model
+from qwenlora.layout import RowOrder
 
 STEPS = ("set-up", "1. compose three", "2. change one strength", "3. remove one", "4. reset")
 
@@ -81,7 +82,12 @@ def test_temporary_files_are_gone(capsys, monkeypatch):
 
 
 def test_wrong_row_order_fails(capsys, monkeypatch):
-    monkeypatch.setattr(pieces, "interleave_modulation", lambda rows: rows)
+    right = arena.write_branch_ups
+
+    def in_file_order(ups, part, *, row_order):
+        right(ups, part, row_order=RowOrder.PLANAR)
+
+    monkeypatch.setattr(arena, "write_branch_ups", in_file_order)
     assert main([]) == 1
     screen = capsys.readouterr().out
     assert "FAILED (bound 1e-2)\n" in screen
@@ -90,12 +96,8 @@ def test_wrong_row_order_fails(capsys, monkeypatch):
 
 
 def test_wrong_scale_fails(capsys, monkeypatch):
-    right = deltas.scaled
-
-    def doubled(pair, strength, **where):
-        return right(pair, 2 * strength, **where)
-
-    monkeypatch.setattr(deltas, "scaled", doubled)
+    right = grouped.factors_of
+    monkeypatch.setattr(grouped, "factors_of", lambda stack, strength: right(stack, 2 * strength))
     assert main([]) == 1
     screen = capsys.readouterr().out
     for kind in measure.Kind:
@@ -103,15 +105,16 @@ def test_wrong_scale_fails(capsys, monkeypatch):
 
 
 def test_damaged_base_fails(capsys, monkeypatch):
-    right = slots.PackedSlot._joined
+    right = arena.PackedArena._with_base
 
-    def joined(slot, current, added, rank_added):
-        result = right(slot, current, added, rank_added)
-        if slot.path.endswith("1.img_mlp.net.2"):
-            result.view(-1)[0] += 1
+    def with_base(self, targets, name, channels):
+        result = right(self, targets, name, channels)
+        for slot, target in enumerate(targets):
+            if target.path.endswith("1.img_mlp.net.2"):
+                result[slot].view(-1)[0] += 1
         return result
 
-    monkeypatch.setattr(slots.PackedSlot, "_joined", joined)
+    monkeypatch.setattr(arena.PackedArena, "_with_base", with_base)
     assert main([]) == 1
     screen = capsys.readouterr().out
     assert "mlp (svdq) is off by" in screen

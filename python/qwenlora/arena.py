@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from qwenlora.bulk import Member
     from qwenlora.targets import Target
 
-__all__ = ["Arena", "BranchArena", "PackedArena", "Part", "scaled_into"]
+__all__ = [
+    "Arena",
+    "BranchArena",
+    "PackedArena",
+    "Part",
+    "scaled_into",
+    "write_branch_ups",
+    "write_packed_ups",
+]
 
 _LANES = (8, 4, 2, 2, 2)
 """A fragment's axes in memory: n8, k4, n2, k2, k_pair (see `pack`)."""
@@ -103,15 +111,12 @@ class PackedArena:
 
     def write(self, part: Part) -> None:
         """Pack one LoRA's deltas; its ranks are padded to 16 with zeros."""
-        begin = self._base_tiles + part.rank_begin // TILE
-        tiles = round_up(part.rank, TILE) // TILE
-        down = self._down[part.span, :, begin : begin + tiles]
-        up = self._up[part.span, :, begin : begin + tiles]
+        down = _tiles_of(part, self._down, self._base_tiles)
         if _in_tiles(part):
             _pack_downs(down, part)
-            _pack_ups(up, part)
         else:
-            _pack_joined(down, up, part)
+            _pack_down(down, _joined_down(down, part))
+        write_packed_ups(self._up, part, base_tiles=self._base_tiles)
 
     def _with_base(self, targets: Sequence[Target], name: str, channels: int) -> Tensor:
         olds = [factor_of(target.module, name) for target in targets]
@@ -125,6 +130,20 @@ class PackedArena:
 
     def _copy_base(self, arena: Tensor, olds: Sequence[Tensor]) -> None:
         _copy_base(arena[:, :, : self._base_tiles], olds)
+
+
+def write_packed_ups(arena: Tensor, part: Part, *, base_tiles: int) -> None:
+    """Scale and pack one LoRA's `up` into (slots, C/16, R/16, 256); it alone holds the strength."""
+    up = _tiles_of(part, arena, base_tiles)
+    if _in_tiles(part):
+        _pack_ups(up, part)
+    else:
+        _pack_up(up, _joined_up(up, part), 1.0)
+
+
+def _tiles_of(part: Part, arena: Tensor, base_tiles: int) -> Tensor:
+    begin = base_tiles + part.rank_begin // TILE
+    return arena[part.span, :, begin : begin + round_up(part.rank, TILE) // TILE]
 
 
 def _copy_base(dest: Tensor, olds: Sequence[Tensor]) -> None:
@@ -223,26 +242,36 @@ def _lanes(fragments: Tensor) -> Tensor:
     return fragments.view(*fragments.shape[:-1], *_LANES)
 
 
-def _pack_joined(down: Tensor, up: Tensor, part: Part) -> None:
-    """Join a LoRA's modules as the fused layer would, padded to whole fragments; then pack."""
-    slots, rank = len(part.slots), down.shape[2] * TILE
-    channels, rows = down.shape[1] * TILE, up.shape[1] * TILE
-    joined_down = down.new_zeros((slots, rank, channels))
-    joined_up = up.new_zeros((slots, rows, rank))
-    _join(joined_down, joined_up, part, rank_begin=0)
-    _pack_down(down, joined_down)
-    _pack_up(up, joined_up, 1.0)
+def _joined_down(fragments: Tensor, part: Part) -> Tensor:
+    """A LoRA's modules joined as the fused layer would, padded to whole fragments."""
+    slots, channels, ranks, _ = fragments.shape
+    joined = fragments.new_zeros((slots, ranks * TILE, channels * TILE))
+    _join_downs(joined, part, rank_begin=0)
+    return joined
 
 
-def _join(down: Tensor, up: Tensor, part: Part, *, rank_begin: int) -> None:
-    """Write a LoRA's modules into logical (slots, R, in) and (slots, out, R)."""
-    for member, start, own_down, own_up, factor in zip(
-        part.members, part.starts, part.downs, part.ups, part.factors, strict=True
+def _joined_up(fragments: Tensor, part: Part) -> Tensor:
+    slots, rows, ranks, _ = fragments.shape
+    joined = fragments.new_zeros((slots, rows * TILE, ranks * TILE))
+    _join_ups(joined, part, rank_begin=0)
+    return joined
+
+
+def _join_downs(down: Tensor, part: Part, *, rank_begin: int) -> None:
+    """Write a LoRA's modules into logical (slots, R, in)."""
+    for member, start, own in zip(part.members, part.starts, part.downs, strict=True):
+        begin = rank_begin + start
+        down[:, begin : begin + member.rank].copy_(own)
+
+
+def _join_ups(up: Tensor, part: Part, *, rank_begin: int) -> None:
+    """Scale and write a LoRA's modules into logical (slots, out, R)."""
+    for member, start, own, factor in zip(
+        part.members, part.starts, part.ups, part.factors, strict=True
     ):
         ranks = slice(rank_begin + start, rank_begin + start + member.rank)
         rows = slice(member.row_begin, member.row_begin + member.row_count)
-        down[:, ranks].copy_(own_down)
-        scaled_into(up[:, rows, ranks], own_up, factor)
+        scaled_into(up[:, rows, ranks], own, factor)
 
 
 def scaled_into(dest: Tensor, values: Tensor, factor: float) -> None:
@@ -283,20 +312,25 @@ class BranchArena:
 
     def write(self, part: Part) -> None:
         """Write one LoRA's deltas."""
-        down, up = self._down[part.span], self._up[part.span]
-        if self._row_order is RowOrder.PLANAR:
-            _join(down, up, part, rank_begin=part.rank_begin)
-            return
-        # (slots, C*planes, R) -> (slots, C, planes, R) => (slots, planes, C, R)
-        planes = _split(up, (-1, MODULATION_PLANES)).transpose(1, 2)
-        for member, start, own_down, own_up, factor in zip(
-            part.members, part.starts, part.downs, part.ups, part.factors, strict=True
-        ):
-            begin = part.rank_begin + start
-            ranks = slice(begin, begin + member.rank)
-            down[:, ranks].copy_(own_down)
-            # (slots, planes*C, R) -> (slots, planes, C, R)
-            scaled_into(planes[..., ranks], _split(own_up, (MODULATION_PLANES, -1)), factor)
+        _join_downs(self._down[part.span], part, rank_begin=part.rank_begin)
+        write_branch_ups(self._up, part, row_order=self._row_order)
+
+
+def write_branch_ups(arena: Tensor, part: Part, *, row_order: RowOrder) -> None:
+    """Scale and write one LoRA's `up` into (slots, out, R), rows in the layer's own order."""
+    up = arena[part.span]
+    if row_order is RowOrder.PLANAR:
+        _join_ups(up, part, rank_begin=part.rank_begin)
+        return
+    # (slots, C*planes, R) -> (slots, C, planes, R) => (slots, planes, C, R)
+    planes = _split(up, (-1, MODULATION_PLANES)).transpose(1, 2)
+    for member, start, own, factor in zip(
+        part.members, part.starts, part.ups, part.factors, strict=True
+    ):
+        begin = part.rank_begin + start
+        # (slots, planes*C, R) -> (slots, planes, C, R)
+        source = _split(own, (MODULATION_PLANES, -1))
+        scaled_into(planes[..., begin : begin + member.rank], source, factor)
 
 
 def _finite(*factors: Tensor) -> list[bool]:

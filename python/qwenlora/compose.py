@@ -24,6 +24,7 @@ from qwenlora.placement import Deltas, Journal, Placer, path_units, restore_all
 from qwenlora.plan import PieceKind, Skip, StackPlan, plan_stack
 from qwenlora.planned import Planned
 from qwenlora.report import ComposeReport, LoraReport, SlotReport, SlotReports
+from qwenlora.rescale import Placed, prepare_rescaling
 from qwenlora.slots import slot_of
 from qwenlora.source import TensorFetcher
 from qwenlora.spec import ComposeOptions, Item, LoraSpec, Placement
@@ -236,11 +237,50 @@ class _Composition:
         if unchanged:
             _judge_refusals(self._state.report.loras, strict=self._strict)
             return self._state.report
-        self._compose(planned, structure)
+        if not self._rescale(planned, structure):
+            self._compose(planned, structure)
         report = read_state(self._model).report
         if _log.isEnabledFor(logging.INFO):
             _log.info("%s", report.summary())
         return report
+
+    def _rescale(self, planned: Planned, structure: Structure) -> bool:
+        """Change strengths alone, where nothing else differs and all that it takes is at hand."""
+        placed, wanted = structure.placed, self._wanted
+        rescaling = None if placed is None else prepare_rescaling(placed, planned, wanted)
+        if rescaling is None:
+            return False
+        progress, done = wanted.options.progress, 0
+        total = sum(len(own.group.targets) * len(own.layouts) for own in rescaling.placed.groups)
+
+        def tell(slots: int) -> None:
+            nonlocal done
+            for _ in range(slots if progress is not None else 0):
+                if progress is not None:
+                    progress("write", done, total)
+                done += 1
+
+        journal = Journal(self._model, structure, self._state)
+        journal.begin()
+        try:
+            rescaling.make(tell)
+            journal.done(self._rescaled_state())
+        except BaseException:
+            rescaling.unmake()
+            journal.undone()
+            raise
+        structure.placed = rescaling.placed
+        return True
+
+    def _rescaled_state(self) -> AppliedState:
+        before = self._state.report
+        loras = tuple(
+            replace(lora, strength=spec.strength)
+            for lora, spec in zip(before.loras, self._wanted.specs, strict=True)
+        )
+        seconds = time.perf_counter() - self._started
+        report = replace(before, loras=loras, seconds=seconds)
+        return replace(self._state, stack=self._wanted.key, report=report)
 
     def _compose(self, planned: Planned, structure: Structure) -> None:
         wanted, options = self._wanted, self._wanted.options
@@ -270,7 +310,17 @@ class _Composition:
             placer = Placer(units, planned.plan, builder, groups, fetchers, options, journal)
             place = placer.whole if whole else placer.by_path
             place(lambda done: self._state_of(planned, structure, done))
+        structure.placed = self._placed(planned, groups) if whole else None
         remember_structure(self._model, structure)
+
+    def _placed(self, planned: Planned, groups: GroupBuilder) -> Placed | None:
+        """How the groups lie in their slots, where they are all that there is."""
+        stacks = [own for own in groups.placed if own.group.stacks]
+        composed = sum(len(own.group.targets) - len(own.differing) for own in stacks)
+        if not stacks or composed != len(read_state(self._model).records):
+            return None
+        strengths = tuple(spec.strength for spec in self._wanted.specs)
+        return Placed(planned, strengths, stacks)
 
     def _structure(self) -> Structure:
         """The model's slots, after cleaning up what an earlier call could not."""

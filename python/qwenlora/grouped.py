@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from qwenlora import cache
 from qwenlora.arena import Arena, Part
 from qwenlora.deltas import GroupDeltas, non_finite
 from qwenlora.host_arena import arena_of
-from qwenlora.layout import TILE, LowRankSide, round_up
+from qwenlora.layout import TILE, round_up
 from qwenlora.memory import is_free
 from qwenlora.plan import SlotKind
 from qwenlora.staging import Findings, Load, Loader, Staged, loads_of
@@ -28,7 +28,16 @@ if TYPE_CHECKING:
     from qwenlora.spec import ComposeOptions, LoraSpec
     from qwenlora.targets import Target
 
-__all__ = ["Built", "GroupBuilder"]
+__all__ = [
+    "STAGES",
+    "Built",
+    "GroupBuilder",
+    "Layout",
+    "PlacedGroup",
+    "factors_of",
+    "may_overflow",
+    "part_of",
+]
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Built:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """Where one LoRA's ranks lie in a group's arena."""
 
     sharing: tuple[int, ...]
@@ -56,12 +65,27 @@ class _Layout:
     factors: tuple[float, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class PlacedGroup:
+    """A group as it lies in its slots.
+
+    Attributes:
+        group: The group.
+        layouts: By LoRA, where its ranks lie.
+        differing: Slots of the group that are not in its arena.
+    """
+
+    group: Group
+    layouts: Mapping[int, Layout]
+    differing: frozenset[int]
+
+
 @dataclass
 class _Unchecked:
     """A load of which nobody knows yet whether its values stay finite."""
 
     load: Load
-    layout: _Layout
+    layout: Layout
     staged: Staged
     peak: Tensor | None
     arena: Arena
@@ -78,6 +102,7 @@ class GroupBuilder:
         sources: Their plans and files.
         fetchers: Read their tensors.
         options: How to compose.
+        placed: What was built, and how it lies in its slots.
     """
 
     groups: Sequence[Group]
@@ -85,6 +110,7 @@ class GroupBuilder:
     sources: Sequence[LoraSource]
     fetchers: Sequence[TensorFetcher]
     options: ComposeOptions
+    placed: list[PlacedGroup] = field(init=False, default_factory=list)
     _loads: list[list[Load]] = field(init=False)
     _loader: Loader = field(init=False)
     _transfers: dict[torch.device, Transfer] = field(init=False, default_factory=dict)
@@ -130,6 +156,7 @@ class GroupBuilder:
             tell(end - begun)
             staged = taken.pop(id(load), None) or self._loader.take(load)
             self._write(arena, load, staged, layouts[load.stack.lora], differing)
+        self.placed.append(PlacedGroup(group, layouts, frozenset(differing)))
         return _built(group, empty, arena, layouts.values(), differing, rank)
 
     def check(self) -> None:
@@ -167,7 +194,7 @@ class GroupBuilder:
 
     def _layouts(
         self, group: Group, first: Sequence[tuple[Load, Staged]]
-    ) -> tuple[dict[int, _Layout], int]:
+    ) -> tuple[dict[int, Layout], int]:
         packed = group.targets[0].kind is SlotKind.SVDQ
         layouts, end = {}, 0
         for load, staged in first:
@@ -177,37 +204,19 @@ class GroupBuilder:
             slot = next((i for i, zero in enumerate(findings.zero) if not zero), 0)
             sharing = findings.sharing[slot]
             starts, rank = stack.starts(sharing)
-            layouts[stack.lora] = _Layout(sharing, starts, rank, end, self._factors(stack))
+            factors = factors_of(stack, self.specs[stack.lora].strength)
+            layouts[stack.lora] = Layout(sharing, starts, rank, end, factors)
             end += round_up(rank, TILE) if packed else rank
         return layouts, end
 
-    def _factors(self, stack: Stack) -> tuple[float, ...]:
-        strength = self.specs[stack.lora].strength
-        # In float64, rounded once to float32, as numbers that hold such a value.
-        with np.errstate(over="ignore"):
-            return tuple(float(np.float32(m.scale * strength)) for m in stack.members)
-
     def _write(
-        self, arena: Arena, load: Load, staged: Staged, layout: _Layout, differing: set[int]
+        self, arena: Arena, load: Load, staged: Staged, layout: Layout, differing: set[int]
     ) -> None:
         """Write one load; slots in it that differ from the others are added to `differing`."""
         device = load.group.targets[0].device
         transfer = self._transfer(device, load)
         buffer = transfer.bring(staged, keep=self._keeps(device))
-        tensors = [block.of(buffer) for block in load.blocks]
-        sides = [block.side for block in load.blocks]
-        arena.write(
-            Part(
-                slots=load.slots,
-                members=load.stack.members,
-                downs=[t for t, side in zip(tensors, sides, strict=True) if side is _DOWN],
-                ups=[t for t, side in zip(tensors, sides, strict=True) if side is not _DOWN],
-                factors=layout.factors,
-                starts=layout.starts,
-                rank=layout.rank,
-                rank_begin=layout.rank_begin,
-            )
-        )
+        arena.write(part_of(load, buffer, layout))
         begin = load.slots.start
         differing |= {begin + at for at in staged.findings.differing(layout.sharing)}
         peak = _peak(load, buffer) if staged.findings.peak is None else None
@@ -238,7 +247,35 @@ DEVICE_RESERVE = 8 << 30
 """Device memory that must stay free beside deltas kept there: for activations and the decoder."""
 STAGES = 4
 """Loads that the staging memory holds: those in device buffers, and what packing takes beside."""
-_DOWN = LowRankSide.DOWN
+
+
+def factors_of(stack: Stack, strength: float) -> tuple[float, ...]:
+    """Each module's scale times the strength: in float64, rounded once to float32."""
+    with np.errstate(over="ignore"):
+        return tuple(float(np.float32(member.scale * strength)) for member in stack.members)
+
+
+def part_of(load: Load, buffer: Tensor, layout: Layout) -> Part:
+    """A load's tensors in a buffer, as an arena takes them."""
+    tensors = [block.of(buffer) for block in load.blocks]
+    return Part(
+        slots=load.slots,
+        members=load.stack.members,
+        downs=tensors[::2],
+        ups=tensors[1::2],
+        factors=layout.factors,
+        starts=layout.starts,
+        rank=layout.rank,
+        rank_begin=layout.rank_begin,
+    )
+
+
+def may_overflow(staged: Staged, layout: Layout, dtype: torch.dtype) -> bool:
+    """Whether values may leave a dtype's range, or do not lie in it; unknown counts as yes."""
+    peak = staged.findings.peak
+    largest = max(1.0, *(abs(factor) for factor in layout.factors))
+    # Rounding may reach the next number, but not twice the number; NaN is less than nothing.
+    return peak is None or not peak * largest < torch.finfo(dtype).max / 2
 
 
 def _peak(load: Load, buffer: Tensor) -> Tensor:
@@ -255,11 +292,8 @@ def _peak(load: Load, buffer: Tensor) -> Tensor:
 
 
 def _require_finite(entry: _Unchecked) -> None:
-    load, findings = entry.load, entry.staged.findings
-    dtype = load.group.targets[0].dtype
-    largest = max(1.0, *(abs(factor) for factor in entry.layout.factors))
-    # Rounding may reach the next number, but not twice the number; NaN is less than nothing.
-    if findings.peak is not None and findings.peak * largest < torch.finfo(dtype).max / 2:
+    load = entry.load
+    if not may_overflow(entry.staged, entry.layout, load.group.targets[0].dtype):
         return
     finite = entry.arena.finite()
     for slot, target in enumerate(load.group.targets):
@@ -271,7 +305,7 @@ def _built(
     group: Group,
     empty: Sequence[Target],
     arena: Arena,
-    layouts: Iterable[_Layout],
+    layouts: Iterable[Layout],
     differing: set[int],
     rank: int,
 ) -> Built:

@@ -21,6 +21,7 @@ from qwenlora.targets import FACTORS, Target, find_targets
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from qwenlora.rescale import Placed
     from qwenlora.state import AppliedState
 
 __all__ = ["Structure", "forget_structure", "remember_structure", "structure_of"]
@@ -37,6 +38,7 @@ class Structure:
     Attributes:
         targets: The slots by path, in module order.
         layout: Its block offload, where that is on.
+        placed: How the last composition lies in its slots, where it consists of groups alone.
     """
 
     def __init__(self, model: nn.Module, base_ranks: Mapping[str, int]) -> None:
@@ -54,6 +56,7 @@ class Structure:
             for name in _telling(target)
         ]
         self._buffers = [target.module._buffers for target in self.targets.values()]
+        self.placed: Placed | None = None
         self._results: OrderedDict[Hashable, object] = OrderedDict()
         self.look()
 

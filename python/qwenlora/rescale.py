@@ -1,0 +1,189 @@
+"""A change of strengths alone: the same deltas, scaled anew where they lie.
+
+Only `up` holds the strength, so only the LoRAs' own elements of it are written; base tensors, ranks
+and pointers stay. Everything needed is at hand before the first write, and an error writes the old
+strengths again: bit for bit what was there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from qwenlora import cache
+from qwenlora.arena import Part, write_branch_ups, write_packed_ups
+from qwenlora.branch import BRANCH_UP
+from qwenlora.grouped import STAGES, PlacedGroup, factors_of, may_overflow, part_of
+from qwenlora.layout import FRAGMENT, TILE
+from qwenlora.plan import SlotKind
+from qwenlora.staging import Staged, loads_of
+from qwenlora.targets import factor_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qwenlora.bulk import Group
+    from qwenlora.lora_set import LoraSet
+    from qwenlora.planned import Planned
+
+__all__ = ["Placed", "Rescaling", "prepare_rescaling"]
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """A composition that consists of groups alone.
+
+    Attributes:
+        planned: What was planned.
+        strengths: The LoRAs' strengths.
+        groups: How the groups lie in their slots.
+    """
+
+    planned: Planned
+    strengths: tuple[float, ...]
+    groups: Sequence[PlacedGroup]
+
+
+@dataclass(frozen=True, eq=False)
+class _Write:
+    """One load to be scaled anew in its group's arena of `up`."""
+
+    group: Group
+    arena: Tensor
+    old: Part
+    new: Part
+
+    def run(self, part: Part) -> None:
+        row = self.group.targets[0].row
+        if self.group.targets[0].kind is SlotKind.SVDQ:
+            write_packed_ups(self.arena, part, base_tiles=row.base_rank // TILE)
+        else:
+            write_branch_ups(self.arena, part, row_order=self.group.row_order)
+
+
+class Rescaling:
+    """Prepared writes."""
+
+    def __init__(self, placed: Placed, writes: Sequence[_Write]) -> None:
+        self.placed = placed
+        self._writes = writes
+
+    def make(self, tell: Callable[[int], None]) -> None:
+        """Write the new strengths; `tell` is told how many slots come next."""
+        for write in self._writes:
+            tell(len(write.new.slots))
+            write.run(write.new)
+
+    def unmake(self) -> None:
+        """Write the old strengths."""
+        for write in self._writes:
+            write.run(write.old)
+
+
+def prepare_rescaling(placed: Placed, planned: Planned, wanted: LoraSet) -> Rescaling | None:
+    """Prepare a change of strengths.
+
+    Args:
+        placed: What is in the slots, as the last composition left it.
+        planned: What is wanted, planned.
+        wanted: What is wanted.
+
+    Returns:
+        The writes; None where something else differs, where deltas would have to be read, or values
+        may leave their range.
+    """
+    if placed.planned is not planned:
+        return None
+    strengths = tuple(spec.strength for spec in wanted.specs)
+    before = placed.strengths
+    changing = {at for at, strength in enumerate(strengths) if strength != before[at]}
+    groups = [_scaled(own, strengths) for own in placed.groups]
+    writes: list[_Write] = []
+    for old, new in zip(placed.groups, groups, strict=True):
+        found = _writes(old, new, wanted, changing)
+        if found is None:
+            return None
+        writes += found
+    return Rescaling(Placed(planned, strengths, groups), writes)
+
+
+def _scaled(placed: PlacedGroup, strengths: Sequence[float]) -> PlacedGroup:
+    layouts = {
+        stack.lora: replace(
+            placed.layouts[stack.lora], factors=factors_of(stack, strengths[stack.lora])
+        )
+        for stack in placed.group.stacks
+    }
+    return replace(placed, layouts=layouts)
+
+
+def _writes(
+    old: PlacedGroup, new: PlacedGroup, wanted: LoraSet, changing: set[int]
+) -> list[_Write] | None:
+    group = old.group
+    arena = _arena_of_ups(old)
+    if arena is None:
+        return None
+    writes = []
+    for load in loads_of(group, wanted.options.staging_bytes // STAGES):
+        lora = load.stack.lora
+        if lora not in changing:
+            continue
+        key = (wanted.sources[lora].identity, load.key)
+        on_host = load.device.type == "cpu"
+        staged = cache.pieces.get(key) if on_host else cache.on_device.get((key, load.device))
+        dtype = group.targets[0].dtype
+        if not isinstance(staged, Staged) or may_overflow(staged, new.layouts[lora], dtype):
+            return None
+        parts = (part_of(load, staged.bytes, placed.layouts[lora]) for placed in (old, new))
+        writes.append(_Write(group, arena, *parts))
+    return writes
+
+
+def _arena_of_ups(placed: PlacedGroup) -> Tensor | None:
+    """The arena that the slots' `up` are views of, if they are."""
+    targets = placed.group.targets
+    packed = targets[0].kind is SlotKind.SVDQ
+    ups: dict[int, Tensor] = {}
+    for slot, target in enumerate(targets):
+        if slot not in placed.differing:
+            module = target.module
+            up = factor_of(module, "proj_up") if packed else module._buffers.get(BRANCH_UP)
+            if up is None:
+                return None
+            ups[slot] = up
+    first = next(iter(ups.values()), None)
+    begin_step = _evenly(ups, len(targets))
+    if first is None or begin_step is None:
+        return None
+    begin, step = begin_step
+    rows, rank = first.shape
+    arena = first.detach().as_strided((len(targets), rows, rank), (step, rank, 1), begin)
+    # (slots, C, R) in name -> (slots, C/16, R/16, 256)
+    return arena.view(len(targets), rows // TILE, rank // TILE, FRAGMENT) if packed else arena
+
+
+def _evenly(tensors: Mapping[int, Tensor], count: int) -> tuple[int, int] | None:
+    """Where the first of `count` slots begins in their one storage, and the step, in elements."""
+    if not tensors or (len(tensors) == 1 and count > 1):
+        return None
+    (slot_a, a), (slot_b, b) = next(iter(tensors.items())), list(tensors.items())[-1]
+    size, offset = a.numel(), int(a.storage_offset())
+    step, rest = size, 0
+    if count > 1:
+        step, rest = divmod(int(b.storage_offset()) - offset, slot_b - slot_a)
+    begin = offset - step * slot_a
+    storage = a.untyped_storage()
+    fits = (
+        rest == 0
+        and step >= size
+        and begin >= 0
+        and (begin + step * (count - 1) + size) * a.itemsize <= storage.nbytes()
+    )
+    address = storage.data_ptr()
+    even = fits and all(
+        t.numel() == size and t.data_ptr() == address + (begin + step * slot) * a.itemsize
+        for slot, t in tensors.items()
+    )
+    return (begin, step) if even else None
