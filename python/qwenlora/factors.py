@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from qwenlora.plan import Piece
 
-__all__ = ["Factors", "factors_of", "kron_factors"]
+__all__ = ["Factors", "dense_of", "factors_of", "kron_factors"]
 
 NEGLIGIBLE = 1e-12
 """Singular values below this share of the largest are rounding noise of float64."""
@@ -92,6 +92,22 @@ def factors_of(piece: Piece, tensors: Mapping[str, Tensor], device: torch.device
             return Factors(down=mid @ down, up=up)
         return Factors(down=down, up=up @ mid)
     return Factors(down=tensors["down"], up=tensors["up"])
+
+
+def dense_of(piece: Piece, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The delta of a piece that is stored as no vector, (rows, in) float32, without its scale."""
+    if piece.kind is PieceKind.DENSE:
+        return tensors["diff"].to(torch.float32)
+    if piece.adapter == "lokr":
+        w1, w2 = kron_factors(tensors)
+        return torch.kron(w1.to(torch.float32), w2.to(torch.float32))
+    if piece.adapter == "loha":
+        first, second = (
+            _wide(tensors[f"hada_w{n}_a"]) @ _wide(tensors[f"hada_w{n}_b"]) for n in "12"
+        )
+        return (first * second).to(torch.float32)
+    factors = factors_of(piece, tensors, torch.device("cpu"))
+    return factors.up.to(torch.float32) @ factors.down.to(torch.float32)
 
 
 def kron_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
