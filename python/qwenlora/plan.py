@@ -74,8 +74,10 @@ class Piece:
     """One delta that a slot carries.
 
     `scale` is the factor on the raw product without the strength; rows `row_begin` to
-    `row_begin + row_count` of the slot's logical output change. `rank_budget` is the rank that a
-    delta of higher rank is cut to, `rank_bound` what it has as it is stored; `parameter` names the tensor that a vector is added to.
+    `row_begin + row_count` of the slot's logical output change. `rank_bound` is the rank of the
+    exact pair that the stored delta equals, or the most that its shape allows; `rank_budget` the
+    rank that a delta of higher rank is cut to. `parameter` names the tensor that a vector is added
+    to.
     """
 
     kind: PieceKind

@@ -150,7 +150,7 @@ def _trimmed(best: Factors, cut: Cut) -> Joined:
 
 
 def _spectrum(best: Factors) -> tuple[Tensor, float]:
-    """Squares of the singular values (r,) float64 of a pair of orthogonal ranks; their whole sum."""
+    """Squares (r,) float64 of the singular values that a pair holds, and the sum of all squares."""
     norms = best.up.double().norm(dim=0) * best.down.double().norm(dim=1)
     energies = norms.square()
     return energies, float(energies.sum()) if best.energy is None else best.energy

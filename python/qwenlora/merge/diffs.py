@@ -49,9 +49,7 @@ def value_keys(piece: Piece, known: KnownSlot) -> list[tuple[str, tuple[int, ...
     ]
 
 
-def sum_values(
-    values: Sequence[Value], slot: SlotPlan, known: KnownSlot
-) -> dict[str, Tensor]:
+def sum_values(values: Sequence[Value], slot: SlotPlan, known: KnownSlot) -> dict[str, Tensor]:
     """The sums of the LoRAs' values in a slot.
 
     Args:

@@ -91,7 +91,7 @@ def merge_loras(
         report = job.report(output, writer.size, time.perf_counter() - started)
         if not report.modules and not report.values:
             raise NothingToApplyError("the sum of all deltas is zero: nothing is left to write")
-        writer.finish(metadata_of(report.loras, report.modules, options.cut))
+        writer.finish(job.metadata())
     return report
 
 
@@ -112,9 +112,15 @@ class _Job:
     def greatest_metadata(self) -> dict[str, str]:
         """The metadata, no entry shorter than it will be."""
         plan = self._plan
-        paths = [path for slot in plan.slots for path in plan.weights(slot)]
-        modules = [ModuleReport(path, 0, None, 0.0) for path in paths]
-        return metadata_of(self._loras(), modules, plan.options.cut)
+        bounds = plan.rank_bounds().items()
+        modules = [ModuleReport(path, rank, None, 0.0) for path, rank in bounds]
+        return metadata_of(self._loras(), modules, plan.options.cut, has_ranks=True)
+
+    def metadata(self) -> dict[str, str]:
+        """The metadata of what has been written."""
+        ranks = {module.rank for module in self._modules}
+        cut = self._plan.options.cut
+        return metadata_of(self._loras(), self._modules, cut, has_ranks=len(ranks) > 1)
 
     def write(self, slot: SlotPlan, writer: SafetensorsWriter) -> None:
         """Read, join and write all modules of a slot."""

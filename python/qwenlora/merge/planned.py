@@ -1,4 +1,4 @@
-"""What will be merged: the sources planned on the released model's slots, before a tensor is read."""
+"""What will be merged: sources planned on the released model's slots; no tensor is read."""
 
 from __future__ import annotations
 
@@ -120,16 +120,24 @@ class MergePlan:
 
     def bounds(self) -> Iterator[TensorShape]:
         """All tensors that may be written, in their order, as large as they may be."""
+        ranks = self.rank_bounds()
         for slot in self.slots:
             known = self.known[slot.path]
             out, columns = known.sides
-            for path, pieces in self.weights(slot).items():
-                rank = self._rank_bound(pieces, min(out, columns))
-                yield from pair_shapes(path, (out, rank, columns), self.dtype)
+            for path in self.weights(slot):
+                yield from pair_shapes(path, (out, ranks[path], columns), self.dtype)
             if self.options.diffs:
                 values = [piece for piece in slot.pieces if is_value(piece, slot)]
                 shapes = dict(row for piece in values for row in value_keys(piece, known))
                 yield from ((PREFIX + key, self.dtype, shape) for key, shape in shapes.items())
+
+    def rank_bounds(self) -> dict[str, int]:
+        """The most ranks that each module may have, by its path."""
+        return {
+            path: self._rank_bound(pieces, min(self.known[slot.path].sides))
+            for slot in self.slots
+            for path, pieces in self.weights(slot).items()
+        }
 
     def size_notes(self) -> Iterator[str]:
         """What is worth knowing of the result's size before it is made."""

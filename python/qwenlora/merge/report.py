@@ -17,6 +17,8 @@ __all__ = ["METADATA", "MergeReport", "ModuleReport", "metadata_of"]
 
 METADATA = "qwenlora.merge"
 """Entry of the file's metadata that says what it was made of."""
+PEFT_METADATA = "lora_adapter_metadata"
+"""Entry of the file's metadata that diffusers reads."""
 SCHEMA = 1
 """Version of the documents; fields may be added within it."""
 _NO_SHARE = 1e-30
@@ -99,15 +101,21 @@ class MergeReport:
 
 
 def metadata_of(
-    loras: Sequence[LoraReport], modules: Sequence[ModuleReport], cut: Cut | None
+    loras: Sequence[LoraReport],
+    modules: Sequence[ModuleReport],
+    cut: Cut | None,
+    *,
+    has_ranks: bool,
 ) -> dict[str, str]:
-    """What the file says of itself: nothing of the machine and the time, so that the same sources
-    give the same bytes.
+    """What the file says of itself.
+
+    There is nothing of the machine or the time in it: the same sources give the same bytes.
 
     Args:
         loras: The sources.
         modules: The modules written.
         cut: How they were truncated.
+        has_ranks: Whether each module's rank is said, as diffusers needs it where they differ.
     """
     worst = max((module.share_lost for module in modules), default=0.0)
     document: dict[str, Any] = {
@@ -127,7 +135,28 @@ def metadata_of(
         "energy_lost": _share(_share_lost(modules)),
         "energy_lost_worst": _share(worst),
     }
-    return {"format": "pt", METADATA: json.dumps(document)}
+    metadata = {"format": "pt", METADATA: json.dumps(document)}
+    if has_ranks:
+        metadata[PEFT_METADATA] = json.dumps(_peft_config(modules))
+    return metadata
+
+
+def _peft_config(modules: Sequence[ModuleReport]) -> dict[str, Any]:
+    """What diffusers makes a `LoraConfig` of.
+
+    Without it, before its PR 14409 of August 2026, it gives every module the first one's alpha,
+    which is wrong where ranks differ.
+    """
+    rank = max((module.rank for module in modules), default=1)
+    ranks = {module.path: module.rank for module in modules}
+    config = {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "target_modules": list(ranks),
+    }
+    return {f"transformer.{name}": value for name, value in config.items()}
 
 
 def _share_lost(modules: Sequence[ModuleReport]) -> float:

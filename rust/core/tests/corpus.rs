@@ -212,7 +212,11 @@ fn model_slots() -> Vec<Slot> {
         .map(|known| {
             let in_block = known.slot.path.starts_with("transformer_blocks.");
             Slot {
-                base_rank: if known.slot.kind == SlotKind::Svdq { 32 } else { 0 },
+                base_rank: if known.slot.kind == SlotKind::Svdq {
+                    32
+                } else {
+                    0
+                },
                 offloaded: in_block,
                 pattern: match known.slot.path.splitn(3, '.').collect::<Vec<_>>()[..] {
                     [group, _, name] if in_block => format!("{group}.*.{name}"),
