@@ -74,7 +74,7 @@ class SafetensorsWriter:
         """
         self._rows[key], self._end = _row(tensor.dtype, tuple(tensor.shape), self._end)
         data = tensor.contiguous().flatten().view(torch.uint8)
-        self._write(memoryview(data.numpy()))
+        self._write(data.numpy().data)
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Write the header.
