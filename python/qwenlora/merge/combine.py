@@ -139,7 +139,7 @@ def _leading(decompose: Callable[[int], Factors], cut: Cut, full: int) -> Joined
 def _trimmed(best: Factors, cut: Cut) -> Joined:
     energies, total = _spectrum(best)
     kept = cut.kept(energies, total)
-    # Rounding may leave the last rank of all a hair short of the energy asked for.
+    # All of it was asked for, or rounding leaves the last rank a hair short of enough.
     kept = best.rank if kept is None else kept
     return Joined(
         down=best.down[:kept],

@@ -34,10 +34,12 @@ class Cut:
             total: Sum of the squares of all singular values.
 
         Returns:
-            The number; None where more than `k` are needed.
+            The number; None where more than `k` are needed, or all there are.
         """
         if self.rank is not None:
             return min(self.rank, energies.numel())
-        share = 1.0 if self.energy is None else self.energy
-        enough = torch.cumsum(energies.double(), 0) >= share * total
+        if self.energy is None or self.energy == 1:
+            # The last ranks are less than what rounding makes of the sum.
+            return None
+        enough = torch.cumsum(energies.double(), 0) >= self.energy * total
         return int(enough.int().argmax()) + 1 if bool(enough.any()) else None
