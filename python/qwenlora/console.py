@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-__all__ = ["plain", "write"]
+__all__ = ["plain", "size", "write"]
 
 
 def write(text: str) -> None:
@@ -24,6 +24,15 @@ def write(text: str) -> None:
     except BrokenPipeError:
         # The reader has seen enough; what is still buffered must not raise at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def size(count: float) -> str:
+    """A number of bytes in words, as `qwenlora-keys` shows it."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
 
 
 def plain(text: str) -> str:

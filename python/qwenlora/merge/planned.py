@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qwenlora.console import size
 from qwenlora.errors import NothingToApplyError
 from qwenlora.lora_set import LoraSet
 from qwenlora.merge.diffs import is_value, value_keys
@@ -151,10 +152,11 @@ class MergePlan:
                 full |= {path: found} if found else {}
         if full:
             adapters = ", ".join(sorted(set().union(*full.values())))
-            size = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self.bounds())
+            most = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self.bounds())
+            modules = "1 module has" if len(full) == 1 else f"{len(full)} modules have"
             yield (
-                f"{len(full)} modules ({adapters}) have full rank: written exactly, the file takes"
-                f" up to {size / 1e9:.2f} GB"
+                f"{modules} full rank ({adapters}): written exactly, the file takes up to"
+                f" {size(most)}"
                 "\nhint: `--energy 0.99` or `--rank 128` makes it smaller, and says what is lost"
             )
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from qwenlora.console import plain
+from qwenlora.console import plain, size
 
 if TYPE_CHECKING:
     from qwenlora.merge.cut import Cut
@@ -19,7 +19,6 @@ __all__ = ["paint"]
 
 _WIDTH = 80
 _LABEL_WIDTH = 13
-_MIB = 1024**2
 _MAX_RANKS = 4
 """More different ranks than this are shown as a span."""
 _Row = tuple[str, str]
@@ -64,13 +63,12 @@ def _facts(report: MergeReport) -> Iterator[_Row]:
     for lora in report.loras:
         yield "  source", f"{lora.name} x {lora.strength:g}: {_modules(lora)}"
         yield from (("  note", note) for note in lora.notes)
-    size = report.size_bytes / _MIB
-    yield "  file", f"{size:.1f} MiB, {report.dtype}, in {report.seconds:.1f} s"
+    yield "  file", f"{size(report.size_bytes)}, {report.dtype}, in {report.seconds:.1f} s"
     if report.modules:
         yield "  ranks", _ranks([module.rank for module in report.modules])
     if report.values:
-        text = "deltas of biases, norms and tables: ComfyUI and qwenlora read them"
-        yield "  values", f"{len(report.values)} {text}, diffusers refuses the file"
+        text = "of biases, norms and tables: ComfyUI and qwenlora read them, diffusers refuses"
+        yield "  values", f"{len(report.values)}, {text} the file"
     if report.zero:
         yield "  zero", f"{_count(len(report.zero), 'sum')} of nothing, e.g. `{report.zero[0]}`"
     for lora in report.loras:
