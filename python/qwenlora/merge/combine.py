@@ -84,10 +84,16 @@ def _stacked(members: Sequence[Member]) -> tuple[Tensor, Tensor]:
     """All pairs side by side; members of equal `down` share its ranks."""
     pairs = [member.factors() for member in members]
     starts, down = stack_downs(same_dtype([pair.down for pair in pairs]))
-    up = torch.zeros(pairs[0].up.shape[0], down.shape[0])
-    for member, pair, start in zip(members, pairs, starts, strict=True):
-        # value x factor in float32
-        up[:, start : start + pair.rank] += pair.up.to(torch.float32) * member.factor
+    # value x factor in float32
+    scaled = [
+        pair.up.to(torch.float32) * member.factor
+        for member, pair in zip(members, pairs, strict=True)
+    ]
+    if len(set(starts)) == len(starts):
+        return down, torch.cat(scaled, dim=1)
+    up = torch.zeros(scaled[0].shape[0], down.shape[0])
+    for own, start in zip(scaled, starts, strict=True):
+        up[:, start : start + own.shape[1]] += own
     return down, up
 
 
