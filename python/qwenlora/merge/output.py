@@ -27,21 +27,26 @@ def check_output(path: Path, sources: Sequence[Path], *, force: bool) -> None:
     Raises:
         OutputError: It must not, or cannot, be written.
     """
-    if path.is_dir():
-        raise OutputError(f"`{path}` is a folder\nhint: name the file in it")
-    if not path.parent.is_dir():
-        raise OutputError(f"there is no folder `{path.parent}`\nhint: make it first")
-    if not path.exists():
-        return
-    for source in sources:
-        for file in (source, *(source / name for name in _PEFT_FILES)):
-            if file.exists() and file.samefile(path):
-                raise OutputError(
-                    f"`{path}` is one of the sources\nhint: write to another name; to replace it,"
-                    " move the result there afterwards"
-                )
-    if not force:
-        raise OutputError(f"`{path}` exists\nhint: `--force` replaces it")
+    with writing(path):
+        if path.is_dir():
+            raise OutputError(f"`{path}` is a folder\nhint: name the file in it")
+        if not path.parent.is_dir():
+            raise OutputError(f"there is no folder `{path.parent}`\nhint: make it first")
+        if not path.exists():
+            return
+        if any(_is_of(source, path) for source in sources):
+            raise OutputError(
+                f"`{path}` is one of the sources\nhint: write to another name; to replace it, move"
+                " the result there afterwards"
+            )
+        if not force:
+            raise OutputError(f"`{path}` exists\nhint: `--force` replaces it")
+
+
+def _is_of(source: Path, path: Path) -> bool:
+    """Whether a file is a source, or a file of one that is a PEFT folder, under any name."""
+    files = (source, *(source / name for name in _PEFT_FILES))
+    return any(file.exists() and file.samefile(path) for file in files)
 
 
 @contextlib.contextmanager
@@ -54,6 +59,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if isinstance(error, OutputError):
+            raise
         raise OutputError(f"cannot write `{path}`: {error.strerror or error}") from error
 
 

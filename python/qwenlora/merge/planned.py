@@ -107,7 +107,7 @@ class MergePlan:
             applied=_applied_modules(stack, wanted.specs, diffs=options.diffs),
             options=options,
             known=known,
-            dtype=options.dtype or _narrowest_dtype(stack),
+            dtype=options.dtype or _narrowest_dtype(stack, diffs=options.diffs),
         )
 
     def weights(self, slot: SlotPlan) -> dict[str, list[Piece]]:
@@ -213,12 +213,13 @@ def _applied_modules(
     return tuple(len(modules) for modules in applied)
 
 
-def _narrowest_dtype(stack: StackPlan) -> torch.dtype:
-    """The narrowest dtype of the three that holds every value as it is stored."""
+def _narrowest_dtype(stack: StackPlan, *, diffs: bool) -> torch.dtype:
+    """The narrowest dtype of the three that holds every value that is merged, as it is stored."""
     stored = {
         DTYPES[ref.dtype]
         for slot in stack.slots
         for piece in slot.pieces
+        if diffs or not is_value(piece, slot)
         for ref in piece.tensors.values()
     }
     # Every float8 value is a bfloat16 value, too.
