@@ -16,7 +16,7 @@ from qwenlora.lora_set import LoraSet
 from qwenlora.merge.diffs import is_value, value_keys
 from qwenlora.merge.known import KnownSlot, known_slots
 from qwenlora.merge.member import has_full_rank
-from qwenlora.plan import Skip, SlotPlan, plan_stack
+from qwenlora.plan import Skip, SlotPlan, plan_stack, slot_map
 from qwenlora.source import DTYPES
 from qwenlora.spec import ComposeOptions, LokrScale, LoraSpec
 
@@ -97,7 +97,9 @@ class MergePlan:
             (spec.title, source.plan, spec.strength, True)
             for spec, source in zip(wanted.specs, wanted.sources, strict=True)
         ]
-        stack = plan_stack(items, [*known.values()], max_rank=None, strict=False, options=settings)
+        stack = plan_stack(
+            items, slot_map(known.values()), max_rank=None, strict=False, options=settings
+        )
         values = () if options.diffs else tuple(_skipped_values(stack))
         return cls(
             specs=wanted.specs,
