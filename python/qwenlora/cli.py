@@ -9,11 +9,13 @@ from collections.abc import Sequence
 __all__ = ["keys_main", "main"]
 
 _USAGE = """\
-usage: qwenlora keys FILE... [options]     what LoRA files contain and what would be applied
+usage: qwenlora keys FILE... [options]  what LoRA files contain, what is applied
        qwenlora merge FILE[:STRENGTH]... -o FILE
-                                           several LoRA files, of any kind, to one plain LoRA
-       qwenlora doctor [--help]            what is installed, what cannot work, how to mend it
-       qwenlora demo [--keep DIR]          compose LoRAs into an emulated model, measure the error
+                                        several LoRA files to one plain LoRA
+       qwenlora doctor [--help]         what is installed, what cannot work, and
+                                        how to mend it
+       qwenlora demo [--keep DIR]       compose LoRAs into an emulated model and
+                                        measure the error
        qwenlora --version
 """
 _EXIT_USAGE = 64

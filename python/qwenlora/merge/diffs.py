@@ -53,7 +53,7 @@ def sum_values(values: Sequence[Value], slot: SlotPlan, known: KnownSlot) -> dic
     """The sums of the LoRAs' values in a slot.
 
     Args:
-        values: At least one.
+        values: Those of all LoRAs, in the order of the stack.
         slot: The slot's plan.
         known: The slot.
 
