@@ -102,10 +102,7 @@ def dense_of(piece: Piece, tensors: Mapping[str, Tensor]) -> Tensor:
         w1, w2 = kron_factors(tensors)
         return torch.kron(w1.to(torch.float32), w2.to(torch.float32))
     if piece.adapter == "loha":
-        first, second = (
-            _wide(tensors[f"hada_w{n}_a"]) @ _wide(tensors[f"hada_w{n}_b"]) for n in "12"
-        )
-        return (first * second).to(torch.float32)
+        return _hadamard_matrix(tensors).to(torch.float32)
     factors = factors_of(piece, tensors, torch.device("cpu"))
     return factors.up.to(torch.float32) @ factors.down.to(torch.float32)
 
@@ -128,9 +125,13 @@ def _hadamard(tensors: Mapping[str, Tensor], budget: int | None, device: torch.d
     """
     if budget is None:
         return _khatri_rao(tensors)
-    wide = {role: _wide(tensor).to(device) for role, tensor in tensors.items()}
-    delta = (wide["hada_w1_a"] @ wide["hada_w1_b"]).mul_(wide["hada_w2_a"] @ wide["hada_w2_b"])
+    delta = _hadamard_matrix({role: tensor.to(device) for role, tensor in tensors.items()})
     return _whole(delta) if budget >= min(delta.shape) else _best(delta, budget)
+
+
+def _hadamard_matrix(tensors: Mapping[str, Tensor]) -> Tensor:
+    wide = {role: _wide(tensor) for role, tensor in tensors.items()}
+    return (wide["hada_w1_a"] @ wide["hada_w1_b"]).mul_(wide["hada_w2_a"] @ wide["hada_w2_b"])
 
 
 def _khatri_rao(tensors: Mapping[str, Tensor]) -> Factors:
