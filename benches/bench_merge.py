@@ -22,7 +22,9 @@ import time
 from pathlib import Path
 
 import torch
-from bench_compose import LINEARS, write_lora
+
+from composition.files import LoraFile
+from composition.shapes import LINEARS
 
 STRENGTHS = (0.8, -0.5)
 MIB = 1024**2
@@ -53,7 +55,7 @@ def plain(folder: Path, rank: int | None, names: list[str]) -> None:
         key = f"diffusion_model.{name}"
         downs = [file[f"{key}.lora_A.weight"] for file in files]
         ups = [
-            (file[f"{key}.lora_B.weight"].float() * strength).bfloat16()
+            (file[f"{key}.lora_B.weight"].float() * (strength * scale(file, key))).bfloat16()
             for file, strength in zip(files, STRENGTHS, strict=True)
         ]
         if rank is None:
@@ -69,6 +71,10 @@ def plain(folder: Path, rank: int | None, names: list[str]) -> None:
         result[f"{key}.lora_up.weight"] = up.contiguous()
         result[f"{key}.alpha"] = torch.tensor(float(down.shape[0]))
     save_file(result, folder / "plain.safetensors")
+
+
+def scale(file: dict[str, torch.Tensor], key: str) -> float:
+    return file[f"{key}.alpha"].item() / file[f"{key}.lora_A.weight"].shape[0]
 
 
 def measured(*args: object) -> dict[str, float]:
@@ -118,9 +124,10 @@ def main() -> None:
     everything = len(modules(args.blocks))
     with tempfile.TemporaryDirectory(prefix="qwenlora-bench-") as name:
         folder = Path(name)
-        size = sum(
-            write_lora(folder / f"{n}.safetensors", args.blocks, args.rank, n) for n in (0, 1)
-        )
+        size = 0
+        for seed in range(2):
+            file = LoraFile(blocks=args.blocks, rank=args.rank, seed=seed).write(folder)
+            size += file.rename(folder / f"{seed}.safetensors").stat().st_size
         print(f"{everything} modules, two files of rank {args.rank}: {size / MIB:.0f} MiB in all")
 
         def best(kind: str, rank: int | None, count: int, repeat: int) -> dict[str, float]:
@@ -132,9 +139,9 @@ def main() -> None:
             (f"to rank {args.truncated}", args.truncated, args.dense_modules, 1),
         ):
             mine, other = best("ours", rank, everything, repeat), best("plain", rank, count, repeat)
-            scale = everything / count
-            seconds = other["seconds"] * scale
-            note = f" (from {count} modules)" if scale > 1 else ""
+            share = everything / count
+            seconds = other["seconds"] * share
+            note = f" (from {count} modules)" if share > 1 else ""
             print(f"{title}:")
             print(f"  qwenlora    {mine['seconds']:8.2f} s  {mine['mib']:7.0f} MiB")
             print(f"  plain torch {seconds:8.2f} s  {other['mib']:7.0f} MiB{note}")
