@@ -62,6 +62,20 @@ def test_keys_commands(command: str, tmp_path: Path) -> None:
     assert "transformer_blocks" in run.stdout or "APPLY" in run.stdout
 
 
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("qwenlora merge")])
+def test_merge_commands(command: str, tmp_path: Path) -> None:
+    write_lora(tmp_path / "style.safetensors", 3072, 4)
+    write_lora(tmp_path / "lightning.safetensors", 3072, 8)
+    program = Path(sys.executable).with_name("qwenlora")
+    run = subprocess.run(
+        [program, *command.split()[1:]], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    output = re.search(r"-o (\S+)", command)
+    assert output is not None
+    assert (tmp_path / output[1]).exists()
+
+
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make")])
 def test_make_verbs_exist(command: str) -> None:
     # Run whole by CI itself; running them here would recurse.
@@ -98,7 +112,7 @@ def test_install_commands(tmp_path: Path) -> None:
 
 
 def test_commands_are_all_run() -> None:
-    known = ("pip install ", "qwenlora-keys ", "make ")
+    known = ("pip install ", "qwenlora-keys ", "qwenlora merge ", "make ")
     assert all(command.startswith(known) for command in commands())
 
 

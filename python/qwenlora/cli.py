@@ -9,9 +9,13 @@ from collections.abc import Sequence
 __all__ = ["keys_main", "main"]
 
 _USAGE = """\
-usage: qwenlora keys FILE... [options]   what LoRA files contain and what would be applied
-       qwenlora doctor [--help]          what is installed, what cannot work, how to mend it
-       qwenlora demo [--keep DIR]        compose LoRAs into an emulated model and measure the error
+usage: qwenlora keys FILE... [options]  what LoRA files contain, what is applied
+       qwenlora merge FILE[:STRENGTH]... -o FILE
+                                        several LoRA files to one plain LoRA
+       qwenlora doctor [--help]         what is installed, what cannot work, and
+                                        how to mend it
+       qwenlora demo [--keep DIR]       compose LoRAs into an emulated model and
+                                        measure the error
        qwenlora --version
 """
 _EXIT_USAGE = 64
@@ -27,6 +31,10 @@ def main(args: Sequence[str] | None = None) -> int:
         from qwenlora.doctor import main as doctor
 
         return doctor(args[1:])
+    if command == "merge":
+        from qwenlora.merge import main as merge
+
+        return merge(args[1:])
     if command == "demo":
         from qwenlora.demo import main as demo
 

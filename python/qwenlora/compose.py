@@ -23,7 +23,7 @@ from qwenlora.offload import OffloadLayout, turn_on
 from qwenlora.placement import Deltas, Journal, Placer, path_units, restore_all
 from qwenlora.plan import PieceKind, Skip, StackPlan, plan_stack
 from qwenlora.planned import Planned
-from qwenlora.report import ComposeReport, LoraReport, SlotReport, SlotReports
+from qwenlora.report import THIRDED, ComposeReport, LoraReport, SlotReport, SlotReports
 from qwenlora.rescale import Placed, prepare_rescaling
 from qwenlora.slots import slot_of
 from qwenlora.source import TensorFetcher
@@ -49,11 +49,6 @@ if TYPE_CHECKING:
 __all__ = ["applied", "bring", "compose_loras", "plan_report", "reset_loras"]
 
 _log = logging.getLogger("qwenlora")
-
-_THIRDED = (
-    "its fused q, k, v are block-diagonal with an alpha of at most a third of the rank: if it seems"
-    " too weak, its converter copied alpha from one projection; use three times the strength"
-)
 
 
 def compose_loras(
@@ -425,7 +420,7 @@ def _lora_reports(
         refused = _refused(index, plan, done)
         notes = list(source.plan.notes)
         if any(index in deltas.thirded for deltas in done):
-            notes.append(_THIRDED)
+            notes.append(THIRDED)
         reports.append(
             LoraReport(
                 name=spec.title,

@@ -15,6 +15,7 @@ __all__ = [
     "NonFiniteError",
     "NothingToApplyError",
     "OtherModelError",
+    "OutputError",
     "PickleFileError",
     "QwenLoraError",
     "RankError",
@@ -74,6 +75,10 @@ class RankError(QwenLoraError, ValueError):
 
 class NonFiniteError(QwenLoraError, ArithmeticError):
     """A composed tensor would hold NaN or infinity."""
+
+
+class OutputError(QwenLoraError, OSError):
+    """A result cannot be written."""
 
 
 class UnsupportedModelError(QwenLoraError, TypeError):

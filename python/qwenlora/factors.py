@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from qwenlora.plan import Piece
 
-__all__ = ["Factors", "factors_of", "kron_factors"]
+__all__ = ["Factors", "dense_of", "factors_of", "kron_factors"]
 
 NEGLIGIBLE = 1e-12
 """Singular values below this share of the largest are rounding noise of float64."""
@@ -94,6 +94,19 @@ def factors_of(piece: Piece, tensors: Mapping[str, Tensor], device: torch.device
     return Factors(down=tensors["down"], up=tensors["up"])
 
 
+def dense_of(piece: Piece, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The delta of a piece that is stored as no vector, (rows, in) float32, without its scale."""
+    if piece.kind is PieceKind.DENSE:
+        return tensors["diff"].to(torch.float32)
+    if piece.adapter == "lokr":
+        w1, w2 = kron_factors(tensors)
+        return torch.kron(w1.to(torch.float32), w2.to(torch.float32))
+    if piece.adapter == "loha":
+        return _hadamard_matrix(tensors).to(torch.float32)
+    factors = factors_of(piece, tensors, torch.device("cpu"))
+    return factors.up.to(torch.float32) @ factors.down.to(torch.float32)
+
+
 def kron_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The two factors w1 (ol, im) and w2 (ok, il) of a LoKr; products are formed in float32."""
     return _kron_factor(tensors, "lokr_w1"), _kron_factor(tensors, "lokr_w2")
@@ -112,9 +125,13 @@ def _hadamard(tensors: Mapping[str, Tensor], budget: int | None, device: torch.d
     """
     if budget is None:
         return _khatri_rao(tensors)
-    wide = {role: _wide(tensor).to(device) for role, tensor in tensors.items()}
-    delta = (wide["hada_w1_a"] @ wide["hada_w1_b"]).mul_(wide["hada_w2_a"] @ wide["hada_w2_b"])
+    delta = _hadamard_matrix({role: tensor.to(device) for role, tensor in tensors.items()})
     return _whole(delta) if budget >= min(delta.shape) else _best(delta, budget)
+
+
+def _hadamard_matrix(tensors: Mapping[str, Tensor]) -> Tensor:
+    wide = {role: _wide(tensor) for role, tensor in tensors.items()}
+    return (wide["hada_w1_a"] @ wide["hada_w1_b"]).mul_(wide["hada_w2_a"] @ wide["hada_w2_b"])
 
 
 def _khatri_rao(tensors: Mapping[str, Tensor]) -> Factors:

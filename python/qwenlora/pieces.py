@@ -35,7 +35,12 @@ __all__ = [
     "Refusal",
     "ScaledPair",
     "fetch_pieces",
+    "is_thirded",
+    "is_zero",
+    "read_pieces",
+    "same_dtype",
     "scaled",
+    "stack_downs",
     "unpacked",
 ]
 
@@ -181,9 +186,7 @@ def fetch_pieces(
     Raises:
         NonFiniteError: A delta that must be decomposed holds NaN or infinity.
     """
-    refs = [ref for piece in pieces for ref in piece.tensors.values()]
-    stored = iter(fetcher.fetch(refs))
-    read = [(piece, {role: _matrix(next(stored)) for role in piece.tensors}) for piece in pieces]
+    read = read_pieces(pieces, fetcher)
     if slot.kind in (SlotKind.NORM, SlotKind.EMBEDDING):
         return LoraPieces(values=tuple(value_of(p, tensors, slot) for p, tensors in read))
     ranks, refused = _rank_members(read, slot, target, max_energy_lost)
@@ -201,6 +204,15 @@ def fetch_pieces(
         values=tuple(value_of(p, tensors, slot, target.row.out_features) for p, tensors in vectors),
         refused=tuple(refused),
     )
+
+
+def read_pieces(
+    pieces: Sequence[Piece], fetcher: TensorFetcher
+) -> list[tuple[Piece, dict[str, Tensor]]]:
+    """Read pieces' tensors with one call, as matrices and vectors, by role."""
+    refs = [ref for piece in pieces for ref in piece.tensors.values()]
+    stored = iter(fetcher.fetch(refs))
+    return [(piece, {role: _matrix(next(stored)) for role in piece.tensors}) for piece in pieces]
 
 
 def _matrix(tensor: Tensor) -> Tensor:
@@ -260,12 +272,12 @@ def _too_much(factors: Factors, limit: float) -> str:
 
 def _fuse(members: Sequence[tuple[Piece, Factors]], slot: SlotPlan, target: Target) -> LoraPair:
     """Join one LoRA's pairs of a slot; packed where the slot is."""
-    downs = _same_dtype([factors.down for _, factors in members])
-    ups = _same_dtype([factors.up for _, factors in members])
+    downs = same_dtype([factors.down for _, factors in members])
+    ups = same_dtype([factors.up for _, factors in members])
     pieces = [piece for piece, _ in members]
     out_features = target.row.out_features
     parts = out_features // min(piece.row_count for piece in pieces)
-    starts, down = _stack_downs(downs)
+    starts, down = stack_downs(downs)
     rank = down.shape[0]
     up = ups[0].new_zeros((out_features, rank))
     scale = torch.zeros((parts, rank), dtype=torch.float64)
@@ -279,8 +291,8 @@ def _fuse(members: Sequence[tuple[Piece, Factors]], slot: SlotPlan, target: Targ
         scale[first:last, columns] = piece.scale
     if slot.row_order is RowOrder.INTERLEAVED:
         up = interleave_modulation(up)
-    zero = _is_zero(down, up) or not bool(scale.any())
-    thirded = len(pieces) == 1 and _is_thirded(pieces[0], up)
+    zero = is_zero(down, up) or not bool(scale.any())
+    thirded = len(pieces) == 1 and is_thirded(pieces[0], up)
     pair = LoraPair(
         down,
         up,
@@ -368,7 +380,7 @@ def _packed(pair: LoraPair) -> LoraPair:
     )
 
 
-def _stack_downs(downs: Sequence[Tensor]) -> tuple[list[int], Tensor]:
+def stack_downs(downs: Sequence[Tensor]) -> tuple[list[int], Tensor]:
     """Stack the distinct downs; where each member's rank begins, and the stack (R, in)."""
     starts: list[int] = []
     distinct: list[tuple[int, Tensor]] = []
@@ -386,7 +398,8 @@ def _stack_downs(downs: Sequence[Tensor]) -> tuple[list[int], Tensor]:
     return starts, torch.cat([down for _, down in distinct])
 
 
-def _is_thirded(piece: Piece, up: Tensor) -> bool:
+def is_thirded(piece: Piece, up: Tensor) -> bool:
+    """Whether a fused pair is block-diagonal and its scale at most 1/3; see `LoraPair.thirded`."""
     out, rank = up.shape
     fused = piece.target.endswith(("to_qkv", "add_qkv_proj"))
     if not fused or rank % QKV_PARTS or piece.scale * QKV_PARTS > 1:
@@ -403,10 +416,14 @@ def _is_thirded(piece: Piece, up: Tensor) -> bool:
 def _same_bytes(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    # The first row mostly tells.
+    return all(
+        torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+        for x, y in ((a[:1], b[:1]), (a, b))
+    )
 
 
-def _same_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
+def same_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Members of one slot may be stored in different dtypes; float32 holds every 16-bit one."""
     if len({tensor.dtype for tensor in tensors}) == 1:
         return list(tensors)
@@ -414,9 +431,8 @@ def _same_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.to(wide) for tensor in tensors]
 
 
-def _is_zero(down: Tensor, up: Tensor) -> bool:
-    """Whether the product is zero: a zero half times an infinite one is not."""
-    halves = (down, up)
+def is_zero(*halves: Tensor) -> bool:
+    """Whether a product is zero: a zero factor times an infinite one is not."""
     if all(_has_value(half) for half in halves):
         return False
     extremes = torch.stack([x for half in halves for x in torch.aminmax(half.to(torch.float32))])

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qwenlora import _core
 from qwenlora.layout import RowOrder
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import os
 
     from qwenlora.spec import ComposeOptions
-    from qwenlora.targets import Target
+    from qwenlora.targets import SlotRow
 
 __all__ = [
     "Piece",
@@ -74,8 +74,10 @@ class Piece:
     """One delta that a slot carries.
 
     `scale` is the factor on the raw product without the strength; rows `row_begin` to
-    `row_begin + row_count` of the slot's logical output change. `rank_budget` is the rank that a
-    delta of higher rank is cut to; `parameter` names the tensor that a vector is added to.
+    `row_begin + row_count` of the slot's logical output change. `rank_bound` is the rank of the
+    exact pair that the stored delta equals, or the most that its shape allows; `rank_budget` the
+    rank that a delta of higher rank is cut to. `parameter` names the tensor that a vector is added
+    to.
     """
 
     kind: PieceKind
@@ -83,6 +85,7 @@ class Piece:
     lora: int
     target: str
     rank: int
+    rank_bound: int
     rank_budget: int | None
     scale: float
     row_begin: int
@@ -193,7 +196,15 @@ def _piece(row: dict[str, Any]) -> Piece:
     return Piece(kind=PieceKind(row.pop("kind")), tensors=tensors, **row)
 
 
-def slot_map(targets: Iterable[Target]) -> str:
+class HasRow(Protocol):
+    """A slot of a model, at hand or known."""
+
+    @property
+    def row(self) -> SlotRow:
+        """What planning needs to know of it."""
+
+
+def slot_map(targets: Iterable[HasRow]) -> str:
     """A model's slots as the document that plans are made for."""
     return json.dumps([vars(target.row) for target in targets])
 

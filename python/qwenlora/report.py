@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, overload
 if TYPE_CHECKING:
     from qwenlora.plan import Skip
 
-__all__ = ["NO_SLOTS", "ComposeReport", "LoraReport", "SlotReport", "SlotReports"]
+__all__ = ["NO_SLOTS", "THIRDED", "ComposeReport", "LoraReport", "SlotReport", "SlotReports"]
+
+THIRDED = (
+    "its fused q, k, v are block-diagonal with an alpha of at most a third of the rank: if it seems"
+    " too weak, its converter copied alpha from one projection; use three times the strength"
+)
+"""The note on a LoRA with `LoraPair.thirded` pairs."""
 
 
 @dataclass(frozen=True)

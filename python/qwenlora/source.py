@@ -39,7 +39,9 @@ DTYPES = {
 }
 """Torch's dtypes by their safetensors names."""
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""Their safetensors names by torch's dtypes."""
+
 _ALIGNMENT = 64
 """Tensors begin at multiples of this in a buffer: any dtype can be viewed there."""
 
@@ -288,7 +290,7 @@ def _checked_dtype(key: object, tensor: object) -> str:
         where = "on the meta device" if tensor.is_meta else f"{tensor.layout}"
         raise LoraFileError(f"`{key}` is {where}: a LoRA's tensors are dense and have values")
     try:
-        return _NAMES[tensor.dtype]
+        return NAMES[tensor.dtype]
     except KeyError:
         raise LoraFileError(f"`{key}` has dtype {tensor.dtype}, which no LoRA uses") from None
 

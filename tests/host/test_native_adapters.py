@@ -7,8 +7,14 @@ import importlib
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import qwenlora
+from qwenlora import LoraSpec
+from qwenlora.merge import known
+from qwenlora.merge.job import merge_loras
+from qwenlora.merge.planned import MergeOptions
+from qwenlora.targets import find_targets
 
 from ..test_adapters import BLOCK, CLOSE, SIZES, error, measured
 
@@ -81,3 +87,59 @@ def test_the_host_s_own_merge_gives_the_same_delta(kind, target, alpha, make_mod
     model = copy.deepcopy(base)
     qwenlora.compose_loras(model, (tensors, STRENGTH), strict=True)
     assert error(measured(model, base, target, probe), native_delta(tensors, target)) < CLOSE
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_host_reads_a_merged_file_as_its_sources(
+    kind, target, make_model, tmp_path, monkeypatch
+):
+    """What ComfyUI makes of the sum is the sum of what it makes of the parts."""
+    real = known.known_slots()
+    targets = find_targets(make_model(), {})
+    slots = {p: known.KnownSlot(t.row, real[p].parts) for p, t in targets.items()}
+    monkeypatch.setattr("qwenlora.merge.planned.known_slots", lambda: slots)
+    generator = torch.Generator().manual_seed(4)
+    columns, out = SIZES[target]
+    stem = f"diffusion_model.{target}"
+    sources = []
+    for shapes in (_shapes(kind, out, columns), _shapes("lora", out, columns)):
+        path = tmp_path / f"{len(sources)}.safetensors"
+        tensors = {
+            f"{stem}.{role}": 0.3 * torch.randn(shape, generator=generator)
+            for role, shape in shapes.items()
+        }
+        save_file(tensors | {f"{stem}.alpha": torch.tensor(2.0)}, path)
+        sources.append(LoraSpec(path, 0.5 - len(sources)))
+    merge_loras(sources, tmp_path / "merged.safetensors", MergeOptions())
+    expected = sum(
+        spec.strength / STRENGTH * native_delta(load_file(spec.source), target) for spec in sources
+    )
+    found = native_delta(load_file(tmp_path / "merged.safetensors"), target) / STRENGTH
+    assert error(found, expected) < 1e-5
+
+
+@pytest.mark.usefixtures("host")
+def test_the_host_reads_the_values_of_a_merged_file(tmp_path):
+    comfy_lora = importlib.import_module("comfy.lora")
+    norm, linear = f"{BLOCK}.attn.norm_q", "proj_out"
+    source = {
+        f"lycoris_{norm.replace('.', '_')}.w_norm": torch.randn(128),
+        f"lycoris_{linear}.diff_b": torch.randn(64),
+        f"lycoris_{linear}.lora_down.weight": torch.randn(4, 3072),
+        f"lycoris_{linear}.lora_up.weight": torch.randn(64, 4),
+    }
+    save_file(source, tmp_path / "source.safetensors")
+    spec = LoraSpec(tmp_path / "source.safetensors", 0.5)
+    merge_loras([spec], tmp_path / "merged.safetensors", MergeOptions(diffs=True))
+    keys = {f"diffusion_model.{path}": f"diffusion_model.{path}.weight" for path in (norm, linear)}
+    merged = load_file(tmp_path / "merged.safetensors")
+    loaded = comfy_lora.load_lora(dict(merged), keys, log_missing=False)
+    for path, values in (
+        (f"diffusion_model.{norm}.weight", source[f"lycoris_{norm.replace('.', '_')}.w_norm"]),
+        (f"diffusion_model.{linear}.bias", source[f"lycoris_{linear}.diff_b"]),
+    ):
+        patches = [(1.0, loaded[path], 1.0, None, None)]
+        found = comfy_lora.calculate_weight(patches, torch.zeros_like(values), path)
+        assert torch.equal(found, 0.5 * values)

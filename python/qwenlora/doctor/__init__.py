@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
+from qwenlora import console
 from qwenlora.doctor.checks import judge
 from qwenlora.doctor.document import to_json
 from qwenlora.doctor.finding import Severity
@@ -144,14 +145,8 @@ def _palette(color: str) -> Palette:
 
 
 def _write(text: str, status: Exit) -> Exit:
-    # A folder's name may hold what the console cannot show.
-    encoding = sys.stdout.encoding or "utf-8"
     try:
-        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has seen enough; what is still buffered must not raise at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.write(text)
     except OSError as error:
         _talk(f"the report cannot be written: {error.strerror or error}")
         return Exit.OUTPUT

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from enum import Enum
 
+from qwenlora.console import plain
 from qwenlora.doctor.checks.gpu import precision_of
 from qwenlora.doctor.facts import Environment, Facts, Gpu, Host, Layout, NunchakuKind, Pack
 from qwenlora.doctor.finding import Finding, Severity
@@ -40,9 +41,9 @@ def paint(facts: Facts, findings: Sequence[Finding], palette: Palette) -> str:
     lines = [_verdict(findings), ""]
     lines += _rows(_system(facts), palette)
     for environment in facts.environments:
-        lines += ["", _escape(_title(environment)), *_rows(_environment(environment), palette)]
+        lines += ["", plain(_title(environment)), *_rows(_environment(environment), palette)]
     for host in facts.hosts:
-        lines += ["", _escape(f"ComfyUI {host.root}"), *_rows(_host(host), palette)]
+        lines += ["", plain(f"ComfyUI {host.root}"), *_rows(_host(host), palette)]
     for finding in findings:
         lines += ["", *_finding(finding, facts, palette)]
     return "".join(f"{line}\n" for line in lines)
@@ -141,7 +142,7 @@ def _finding(finding: Finding, facts: Facts, palette: Palette) -> Iterator[str]:
     yield from (f"{'':9}{line}" for line in rest)
     for mend in finding.mends:
         # Whole, so that it can be copied.
-        yield f"{'':9}{_toned('$', _FAINT, palette)} {_escape(spell(mend, facts.system.shell))}"
+        yield f"{'':9}{_toned('$', _FAINT, palette)} {plain(spell(mend, facts.system.shell))}"
 
 
 def _rows(rows: Iterator[_Row], palette: Palette) -> Iterator[str]:
@@ -153,7 +154,7 @@ def _rows(rows: Iterator[_Row], palette: Palette) -> Iterator[str]:
 
 def _wrap(text: str, width: int = _WIDTH - 9) -> list[str]:
     # A path stays whole, so that it can be copied.
-    lines = textwrap.wrap(_escape(text), width, break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(plain(text), width, break_long_words=False, break_on_hyphens=False)
     return lines or [""]
 
 
@@ -163,8 +164,3 @@ def _pad(label: str, width: int) -> str:
 
 def _toned(text: str, tone: str, palette: Palette) -> str:
     return f"{tone}{text}{_PLAIN}" if palette is Palette.ANSI and text else text
-
-
-def _escape(text: str) -> str:
-    # Names of folders and versions come from files: none of them drives the terminal.
-    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split("\n")))

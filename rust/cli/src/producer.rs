@@ -44,6 +44,7 @@ use Proof::{Likely, Named, Shared};
 
 /// The first row whose signs are all there decides.
 const ROWS: &[(Proof, &[Sign])] = &[
+    (Named("qwenlora merge"), &[Metadata("qwenlora.merge", "")]),
     (Named("ai-toolkit"), &[Metadata("software", "ai-toolkit")]),
     (Named("OneTrainer"), &[MetadataStart("ot_")]),
     (

@@ -20,6 +20,7 @@ pub mod explain;
 pub mod fit;
 pub mod header;
 pub mod key;
+pub mod known;
 pub mod lookalike;
 pub mod model;
 pub mod module;

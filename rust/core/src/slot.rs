@@ -35,7 +35,7 @@ pub enum RowOrder {
 }
 
 /// One slot of the model at hand.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Slot {
     /// Its path.
     pub path: String,

@@ -138,6 +138,8 @@ pub struct Piece {
     pub target: String,
     /// Its rank, or an upper bound; 0 where it takes none.
     pub rank: u64,
+    /// Columns of the exact pair that the stored delta equals, or the most that its shape allows.
+    pub rank_bound: u64,
     /// Where the delta's own rank is higher: the rank of the optimum that stands for it.
     pub rank_budget: Option<u64>,
     /// Factor on the raw product without the strength.

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 
 use qwenlora_core::dtype::Dtype;
-use qwenlora_core::model::{self, Model, ModuleKind};
+use qwenlora_core::known;
 use qwenlora_core::plan::FilePlan;
 use qwenlora_core::role::Role;
 use qwenlora_core::slot::{Slot, SlotKind};
@@ -205,41 +205,24 @@ fn every_module_but_the_refused_is_supported() {
     }
 }
 
-/// The slots of the released model as Nunchaku quantizes it.
+/// The slots of the released model as Nunchaku quantizes it, with offload on.
 fn model_slots() -> Vec<Slot> {
-    let targets = model::table().targets().iter();
-    targets
-        .filter(|t| t.model == Model::QwenImage && t.place.parts == 1)
-        .map(|target| {
-            let in_mod = target.path.ends_with("_mod.1");
-            let (kind, out_features, in_features) = match target.kind {
-                ModuleKind::Norm { channels } => (SlotKind::Norm, channels, 1),
-                ModuleKind::Embedding { rows, dim } => (SlotKind::Embedding, dim, rows),
-                ModuleKind::Linear {
-                    out_features,
-                    in_features,
-                } => {
-                    let kind = match target.block {
-                        Some(_) if in_mod => SlotKind::Awq,
-                        Some(_) => SlotKind::Svdq,
-                        None => SlotKind::Linear,
-                    };
-                    (kind, out_features, in_features)
-                }
-            };
+    known::qwen_image_slots()
+        .into_iter()
+        .map(|known| {
+            let in_block = known.slot.path.starts_with("transformer_blocks.");
             Slot {
-                path: target.path.clone(),
-                kind,
-                in_features,
-                out_features,
-                base_rank: if kind == SlotKind::Svdq { 32 } else { 0 },
-                element_bytes: 2,
-                offloaded: target.block.is_some(),
-                pattern: match target.path.splitn(3, '.').collect::<Vec<_>>()[..] {
-                    [group, _, name] if target.block.is_some() => format!("{group}.*.{name}"),
-                    _ => target.path.clone(),
+                base_rank: if known.slot.kind == SlotKind::Svdq {
+                    32
+                } else {
+                    0
                 },
-                has_bias: matches!(target.kind, ModuleKind::Linear { .. }),
+                offloaded: in_block,
+                pattern: match known.slot.path.splitn(3, '.').collect::<Vec<_>>()[..] {
+                    [group, _, name] if in_block => format!("{group}.*.{name}"),
+                    _ => known.slot.path.clone(),
+                },
+                ..known.slot
             }
         })
         .collect()

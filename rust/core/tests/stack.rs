@@ -921,7 +921,7 @@ fn the_document_of_a_piece() {
         piece,
         serde_json::json!({
             "kind": "LowRank", "adapter": "lokr", "lora": 0, "target": MLP,
-            "rank": 128, "rank_budget": 128, "scale": 1.0,
+            "rank": 128, "rank_bound": 3072, "rank_budget": 128, "scale": 1.0,
             "row_begin": 0, "row_count": 12288, "parameter": null, "tensors": null,
         })
     );

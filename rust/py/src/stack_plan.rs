@@ -3,11 +3,19 @@
 use std::collections::HashSet;
 
 use pyo3::prelude::*;
+use qwenlora_core::known;
 use qwenlora_core::slot::Slot;
 use qwenlora_core::stack::{StackItem, StackOptions, StackPlan};
 
 use crate::error;
 use crate::file_plan::FilePlan;
+
+/// The slots of Qwen-Image as Nunchaku quantizes it, each with the modules in it, as JSON.
+#[pyfunction]
+pub(crate) fn known_slots(py: Python<'_>) -> PyResult<String> {
+    py.detach(|| serde_json::to_string(&known::qwen_image_slots()))
+        .map_err(|e| error::from_json(py, "the table of known slots", &e))
+}
 
 /// A planned stack; its documents are JSON.
 #[pyclass(frozen, module = "qwenlora._core")]

@@ -74,6 +74,7 @@ pub(super) fn place(
             lora,
             target: target.to_owned(),
             rank: execution.rank,
+            rank_bound: delta.rank_bound(),
             rank_budget: execution.rank_budget,
             scale: delta.scale,
             row_begin: place.rows.0,

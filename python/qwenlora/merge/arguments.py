@@ -1,0 +1,175 @@
+"""The arguments of `qwenlora merge`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qwenlora.spec import LokrScale
+
+__all__ = ["DTYPE_NAMES", "Arguments", "UsageError", "parse"]
+
+DTYPE_NAMES = ("bf16", "fp16", "fp32")
+"""What `--dtype` takes."""
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_SUFFIX = ".safetensors"
+
+
+class UsageError(Exception):
+    """Arguments that make no sense."""
+
+
+@dataclass
+class Arguments:
+    """What is asked for.
+
+    Attributes:
+        sources: Files and PEFT folders with their strengths.
+        output: The file to write.
+        rank: Most ranks of a module.
+        energy: Share of each module's energy to keep.
+        dtype: One of `DTYPE_NAMES`; None is the sources' own.
+        diffs: Whether deltas of biases, norms and tables are written, too.
+        lokr_scale: The factor of a LoKr whose factors are both stored whole.
+        force: Whether a file that is there is replaced.
+        is_json: Whether the report is JSON.
+        is_help: Whether the help is asked for.
+    """
+
+    sources: list[tuple[Path, float]] = field(default_factory=list)
+    output: Path | None = None
+    rank: int | None = None
+    energy: float | None = None
+    dtype: str | None = None
+    diffs: bool = False
+    lokr_scale: LokrScale = LokrScale.STANDARD
+    force: bool = False
+    is_json: bool = False
+    is_help: bool = False
+
+
+def parse(args: Sequence[str]) -> Arguments:
+    """Parse the arguments after `qwenlora merge`.
+
+    Raises:
+        UsageError: They make no sense.
+    """
+    arguments, rest = Arguments(), list(args)
+    while rest:
+        name = rest.pop(0)
+        if name == "--":
+            arguments.sources += map(_source, rest)
+            break
+        if not name.startswith("-") or name == "-":
+            arguments.sources.append(_source(name))
+            continue
+        name, has_value, value = name.partition("=") if name.startswith("--") else (name, "", "")
+        if name in _FLAGS:
+            if has_value:
+                raise UsageError(f"`{name}` takes no value: `{value}`")
+            setattr(arguments, _FLAGS[name], True)
+        elif name in _VALUES:
+            if not has_value and not rest:
+                raise UsageError(f"`{name}` needs a value")
+            attribute, read = _VALUES[name]
+            setattr(arguments, attribute, read(name, value if has_value else rest.pop(0)))
+        else:
+            raise UsageError(
+                f"unknown option: `{name}`\nhint: a file of this name is written `./{name}`"
+            )
+    if not arguments.is_help:
+        _check(arguments)
+    return arguments
+
+
+def _check(arguments: Arguments) -> None:
+    if not arguments.sources:
+        raise UsageError("no file is named")
+    if arguments.output is None:
+        raise UsageError("where to is not said\nhint: `-o merged.safetensors`")
+    if arguments.rank is not None and arguments.energy is not None:
+        raise UsageError("`--rank` and `--energy` cannot be used together")
+    if all(strength == 0 for _, strength in arguments.sources):
+        raise UsageError("every strength is 0: there is nothing to merge")
+
+
+def _source(text: str) -> tuple[Path, float]:
+    r"""A path, and the strength behind its last colon where there is one.
+
+    A colon may be the path's own, as in `C:\loras\a.safetensors`; what ends like a strength is
+    one, unless only the whole names a file.
+    """
+    head, colon, tail = text.rpartition(":")
+    if not colon or not head:
+        return Path(text), 1.0
+    if _NUMBER.fullmatch(tail):
+        if Path(text).exists() and not Path(head).exists():
+            return Path(text), 1.0
+        strength = float(tail)
+        if not math.isfinite(strength):
+            raise UsageError(f"`{tail}` is no strength: it is beyond any number")
+        return Path(head), strength
+    if Path(head).exists() and not Path(text).exists():
+        raise UsageError(
+            f"`{tail}` is no strength, in `{text}`\nhint: a strength is a number such as 0.8 or -1"
+        )
+    return Path(text), 1.0
+
+
+def _output(_: str, value: str) -> Path:
+    path = Path(value)
+    if path.suffix.lower() != _SUFFIX:
+        raise UsageError(
+            f"`{value}` does not end in {_SUFFIX}\nhint: programs tell the format by the name"
+        )
+    return path
+
+
+def _rank(name: str, value: str) -> int:
+    if not re.fullmatch("[0-9]{1,6}", value) or int(value) == 0:
+        raise UsageError(f"`{name}` is a whole number from 1: `{value}`")
+    return int(value)
+
+
+def _energy(name: str, value: str) -> float:
+    share = float(value) if _NUMBER.fullmatch(value) else 0.0
+    if not 0 < share <= 1:
+        raise UsageError(f"`{name}` is a share above 0 and at most 1, as 0.99: `{value}`")
+    return share
+
+
+def _one_of(values: Sequence[str]) -> Callable[[str, str], str]:
+    def read(name: str, value: str) -> str:
+        if value not in values:
+            *first, last = values
+            raise UsageError(f"`{name}` is {', '.join(first)} or {last}: `{value}`")
+        return value
+
+    return read
+
+
+def _lokr_scale(name: str, value: str) -> LokrScale:
+    return LokrScale(_one_of([scale.value for scale in LokrScale])(name, value))
+
+
+_FLAGS = {
+    "--diffs": "diffs",
+    "--force": "force",
+    "-f": "force",
+    "--json": "is_json",
+    "--help": "is_help",
+    "-h": "is_help",
+}
+"""Options without a value, and what they set."""
+_VALUES: dict[str, tuple[str, Callable[[str, str], object]]] = {
+    "--output": ("output", _output),
+    "-o": ("output", _output),
+    "--rank": ("rank", _rank),
+    "--energy": ("energy", _energy),
+    "--dtype": ("dtype", _one_of(DTYPE_NAMES)),
+    "--lokr-scale": ("lokr_scale", _lokr_scale),
+}
+"""Options with a value: what they set, and how the value is read."""

@@ -1,0 +1,162 @@
+"""A module's deltas to one pair: exactly, or its optimal truncation.
+
+The sum is formed in float32. Where a pair would be no smaller than the matrix, the matrix itself
+is one half of it and the identity the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from qwenlora.compress import compress, energy
+from qwenlora.factors import Factors, factors_of
+from qwenlora.merge.member import has_full_rank, is_stored_pair
+from qwenlora.pieces import same_dtype, stack_downs
+from qwenlora.plan import PieceKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qwenlora.merge.cut import Cut
+    from qwenlora.merge.member import Member
+
+__all__ = ["Joined", "combine"]
+
+_FIRST_RANK = 128
+"""Ranks that are looked at first where the rank follows from the energy; doubled until enough."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The deltas of one module as one pair.
+
+    Attributes:
+        down: (r, in), in a stored dtype or float32.
+        up: (out, r) float32, strengths and scales included.
+        energy: Squared Frobenius norm of the whole sum; None where it was not asked for.
+        energy_lost: That of what was cut off.
+    """
+
+    down: Tensor
+    up: Tensor
+    energy: float | None = None
+    energy_lost: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        """Ranks of the pair."""
+        return int(self.down.shape[0])
+
+
+def combine(members: Sequence[Member], sides: tuple[int, int], cut: Cut | None) -> Joined:
+    """Join the deltas of one module.
+
+    Args:
+        members: At least one.
+        sides: (out, in) of the module.
+        cut: What is kept; None is exact.
+
+    Raises:
+        torch.linalg.LinAlgError: A tensor holds NaN or infinity, and the sum is to be cut.
+    """
+    if cut is not None and len(members) == 1 and members[0].is_spectral:
+        return _lone(members[0], cut, min(sides))
+    if any(has_full_rank(member.piece, min(sides)) for member in members):
+        return _of_dense(members, sides, cut)
+    down, up = _stacked(members)
+    rank = down.shape[0]
+    if cut is None:
+        # A pair that is stored with more ranks than its module has stays as it is.
+        is_stored = len(members) == 1 and is_stored_pair(members[0].piece)
+        is_small = rank <= min(sides) or is_stored
+        return Joined(down, up) if is_small else _of_dense(members, sides, cut)
+    if cut.rank is not None and rank <= cut.rank:
+        return Joined(down, up, energy=energy([(down, up)]))
+    best = compress([(down, up)], rank)
+    return _trimmed(Factors(best.down, best.up), cut)
+
+
+def _stacked(members: Sequence[Member]) -> tuple[Tensor, Tensor]:
+    """All pairs side by side; members of equal `down` share its ranks."""
+    pairs = [member.factors() for member in members]
+    starts, down = stack_downs(same_dtype([pair.down for pair in pairs]))
+    # value x factor in float32
+    scaled = [
+        pair.up.to(torch.float32) * member.factor
+        for member, pair in zip(members, pairs, strict=True)
+    ]
+    if len(set(starts)) == len(starts):
+        return down, torch.cat(scaled, dim=1)
+    up = torch.zeros(scaled[0].shape[0], down.shape[0])
+    for own, start in zip(scaled, starts, strict=True):
+        up[:, start : start + own.shape[1]] += own
+    return down, up
+
+
+def _of_dense(members: Sequence[Member], sides: tuple[int, int], cut: Cut | None) -> Joined:
+    total = torch.zeros(sides)
+    for member in members:
+        total.add_(member.dense(), alpha=member.factor)
+    if cut is not None:
+        piece = replace(members[0].piece, kind=PieceKind.DENSE)
+
+        def decompose(most: int) -> Factors:
+            return factors_of(replace(piece, rank_budget=most), {"diff": total}, total.device)
+
+        return _leading(decompose, cut, min(sides))
+    out, columns = sides
+    if columns <= out:
+        return Joined(down=torch.eye(columns), up=total)
+    return Joined(down=total, up=torch.eye(out))
+
+
+def _lone(member: Member, cut: Cut, side: int) -> Joined:
+    full = min(side, member.piece.rank_bound)
+    joined = _leading(member.truncated, cut, full)
+    scale = member.factor**2
+    return Joined(
+        joined.down,
+        joined.up * member.factor,
+        energy=(joined.energy or 0.0) * scale,
+        energy_lost=joined.energy_lost * scale,
+    )
+
+
+def _leading(decompose: Callable[[int], Factors], cut: Cut, full: int) -> Joined:
+    """Decompose as far as the cut needs to see, and cut.
+
+    Args:
+        decompose: Gives the leading ranks, at most so many, in descending order.
+        cut: What is kept.
+        full: Ranks that leave nothing out.
+    """
+    most = min(full, cut.rank or _FIRST_RANK)
+    best = decompose(most)
+    while most < full and cut.kept(*_spectrum(best)) is None:
+        most = min(full, 2 * most)
+        best = decompose(most)
+    return _trimmed(best, cut)
+
+
+def _trimmed(best: Factors, cut: Cut) -> Joined:
+    energies, total = _spectrum(best)
+    kept = cut.kept(energies, total)
+    # All of it was asked for, or rounding leaves the last rank a hair short of enough.
+    kept = best.rank if kept is None else kept
+    return Joined(
+        down=best.down[:kept],
+        up=best.up[:, :kept],
+        energy=total,
+        energy_lost=max(0.0, total - float(energies[:kept].sum())),
+    )
+
+
+def _spectrum(best: Factors) -> tuple[Tensor, float]:
+    """Squares (r,) float64 of the singular values that a pair holds, and the sum of all squares."""
+    norms = best.up.double().norm(dim=0) * best.down.double().norm(dim=1)
+    energies = norms.square()
+    return energies, float(energies.sum()) if best.energy is None else best.energy

@@ -1,0 +1,76 @@
+"""Deltas of stored values: what `.diff_b` and `.diff` keys add to biases, norms and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from qwenlora.layout import RowOrder
+from qwenlora.plan import PieceKind, SlotKind
+from qwenlora.values import value_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qwenlora.merge.known import KnownSlot
+    from qwenlora.plan import Piece, SlotPlan
+
+__all__ = ["Value", "is_value", "sum_values", "value_keys"]
+
+_SUFFIXES = {"bias": "diff_b", "weight": "diff"}
+"""Ends of keys, by the parameter that the delta is added to."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A planned delta of stored values with its tensors and the strength of its LoRA."""
+
+    piece: Piece
+    tensors: dict[str, Tensor]
+    strength: float
+
+
+def is_value(piece: Piece, slot: SlotPlan) -> bool:
+    """Whether a piece changes stored values: a low-rank file has no place for it."""
+    return piece.kind is PieceKind.VECTOR or slot.kind is SlotKind.EMBEDDING
+
+
+def value_keys(piece: Piece, known: KnownSlot) -> list[tuple[str, tuple[int, ...]]]:
+    """The keys that a piece's values are written under, without a prefix, and their shapes."""
+    end = piece.row_begin + piece.row_count
+    suffix = _SUFFIXES[piece.parameter or "weight"]
+    out, columns = known.sides
+    shape = (columns, out) if known.row.kind == SlotKind.EMBEDDING.value else (out,)
+    return [
+        (f"{part}.{suffix}", shape)
+        for part, (begin, stop) in known.rows.items()
+        if piece.row_begin <= begin and stop <= end
+    ]
+
+
+def sum_values(values: Sequence[Value], slot: SlotPlan, known: KnownSlot) -> dict[str, Tensor]:
+    """The sums of the LoRAs' values in a slot.
+
+    Args:
+        values: Those of all LoRAs, in the order of the stack.
+        slot: The slot's plan.
+        known: The slot.
+
+    Returns:
+        Float64 by key, without a prefix, rows in the order of files.
+    """
+    plain = replace(slot, row_order=RowOrder.PLANAR)
+    if slot.kind in (SlotKind.SVDQ, SlotKind.AWQ):
+        # As a plain linear stores them: neither packed nor interleaved.
+        plain = replace(plain, kind=SlotKind.LINEAR)
+    sums: dict[str, Tensor] = {}
+    for value in values:
+        whole = value_of(value.piece, value.tensors, plain, known.row.out_features)
+        delta = whole.delta * value.strength
+        for key, _ in value_keys(value.piece, known):
+            part, _, _ = key.rpartition(".")
+            begin, stop = known.rows[part]
+            own = delta if len(known.parts) == 1 else delta[begin:stop]
+            sums[key] = own if key not in sums else sums[key] + own
+    return sums

@@ -1,0 +1,245 @@
+"""Merging: slot by slot read, join, round and write."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from qwenlora.errors import NonFiniteError, NothingToApplyError
+from qwenlora.merge.combine import Joined, combine
+from qwenlora.merge.diffs import Value, is_value, sum_values
+from qwenlora.merge.member import Member
+from qwenlora.merge.output import atomic_file, check_output
+from qwenlora.merge.planned import ALPHA_DTYPE, PREFIX, MergePlan, covers, pair_shapes
+from qwenlora.merge.report import MergeReport, ModuleReport, metadata_of
+from qwenlora.merge.writer import SafetensorsWriter
+from qwenlora.pieces import is_zero, read_pieces
+from qwenlora.report import THIRDED, LoraReport
+from qwenlora.source import NAMES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qwenlora.merge.planned import MergeOptions
+    from qwenlora.plan import Piece, SlotPlan
+    from qwenlora.source import TensorFetcher
+    from qwenlora.spec import LoraSpec
+
+__all__ = ["merge_loras"]
+
+Progress = Callable[[int, int], None]
+"""Called as `progress(done, all)` before each slot."""
+Note = Callable[[str], None]
+"""Called with what is worth knowing before the work begins."""
+
+
+def merge_loras(
+    specs: Sequence[LoraSpec],
+    output: Path,
+    options: MergeOptions,
+    *,
+    progress: Progress = lambda _done, _all: None,
+    note: Note = lambda _text: None,
+) -> MergeReport:
+    """Write the sum of LoRAs at their strengths as one LoRA file.
+
+    The tensors of one slot are in memory at a time.
+
+    Args:
+        specs: Files and PEFT folders with strengths; at least one is not 0.
+        output: The file to write.
+        options: How.
+        progress: Called before each slot.
+        note: Called with what is worth knowing before the work begins.
+
+    Returns:
+        What was written.
+
+    Raises:
+        LoraReadError: A source cannot be read, or changed meanwhile.
+        LoraFileError: A source is malformed.
+        OtherModelError: A source is for another model.
+        NothingToApplyError: Nothing of a source can be merged, or the sum is zero.
+        NonFiniteError: A tensor would hold NaN or infinity.
+        OutputError: The file must not, or cannot, be written.
+    """
+    started = time.perf_counter()
+    paths = [Path(spec.source) for spec in specs if not isinstance(spec.source, Mapping)]
+    check_output(output, paths, force=options.force)
+    plan = MergePlan.of(specs, options)
+    for text in plan.size_notes():
+        note(text)
+    with contextlib.ExitStack() as closing, torch.no_grad():
+        fetchers = []
+        for source in plan.sources:
+            fetchers.append(source.open())
+            closing.callback(fetchers[-1].close)
+        file = closing.enter_context(atomic_file(output))
+        job = _Job(plan, fetchers)
+        writer = SafetensorsWriter(file, output, plan.bounds(), job.greatest_metadata())
+        for done, slot in enumerate(plan.slots):
+            progress(done, len(plan.slots))
+            job.write(slot, writer)
+        for fetcher in fetchers:
+            fetcher.finish()
+        report = job.report(output, writer.size, time.perf_counter() - started)
+        if not report.modules and not report.values:
+            raise NothingToApplyError("the sum of all deltas is zero: nothing is left to write")
+        writer.finish(job.metadata())
+    return report
+
+
+class _Job:
+    """A merge under way: what has been written, and what has been found."""
+
+    def __init__(self, plan: MergePlan, fetchers: Sequence[TensorFetcher]) -> None:
+        self._plan = plan
+        self._fetchers = fetchers
+        self._modules: list[ModuleReport] = []
+        self._values: list[str] = []
+        self._zero: list[str] = []
+        self._vanished: list[str] = []
+        self._zero_deltas: dict[int, list[str]] = defaultdict(list)
+        self._with_deltas: set[int] = set()
+        self._thirded: set[int] = set()
+
+    def greatest_metadata(self) -> dict[str, str]:
+        """The metadata, no entry shorter than it will be."""
+        plan = self._plan
+        bounds = plan.rank_bounds().items()
+        modules = [ModuleReport(path, rank, None, 0.0) for path, rank in bounds]
+        return metadata_of(self._loras(), modules, plan.options.cut, has_ranks=True)
+
+    def metadata(self) -> dict[str, str]:
+        """The metadata of what has been written."""
+        ranks = {module.rank for module in self._modules}
+        cut = self._plan.options.cut
+        return metadata_of(self._loras(), self._modules, cut, has_ranks=len(ranks) > 1)
+
+    def write(self, slot: SlotPlan, writer: SafetensorsWriter) -> None:
+        """Read, join and write all modules of a slot."""
+        known = self._plan.known[slot.path]
+        read = [
+            row
+            for lora, fetcher in enumerate(self._fetchers)
+            for row in read_pieces([p for p in slot.pieces if p.lora == lora], fetcher)
+        ]
+        weights = [row for row in read if not is_value(row[0], slot)]
+        for path, rows in known.rows.items():
+            members = [self._member(*row, rows) for row in weights if covers(row[0], rows)]
+            if members:
+                self._write_pair(path, members, known.sides, writer)
+        if self._plan.options.diffs:
+            values = [
+                Value(piece, tensors, self._plan.specs[piece.lora].strength)
+                for piece, tensors in read
+                if is_value(piece, slot)
+            ]
+            self._with_deltas |= {value.piece.lora for value in values}
+            self._write_values(sum_values(values, slot, known), writer)
+
+    def report(self, output: Path, size_bytes: int, seconds: float) -> MergeReport:
+        """What has been written."""
+        return MergeReport(
+            path=str(output),
+            size_bytes=size_bytes,
+            dtype=NAMES[self._plan.dtype],
+            loras=self._loras(),
+            modules=tuple(self._modules),
+            values=tuple(self._values),
+            zero=tuple(self._zero),
+            vanished=tuple(self._vanished),
+            seconds=seconds,
+        )
+
+    def _loras(self) -> tuple[LoraReport, ...]:
+        plan = self._plan
+        return tuple(
+            LoraReport(
+                name=spec.title,
+                strength=spec.strength,
+                modules_applied=plan.applied[index],
+                skipped=tuple(skip for skip in plan.skipped if skip.lora == index),
+                notes=(*source.plan.notes, *((THIRDED,) if index in self._thirded else ())),
+                zero_slots=tuple(self._zero_deltas[index]),
+                all_zero=index not in self._with_deltas,
+            )
+            for index, (spec, source) in enumerate(zip(plan.specs, plan.sources, strict=True))
+        )
+
+    def _member(self, piece: Piece, tensors: dict[str, Tensor], rows: tuple[int, int]) -> Member:
+        strength = self._plan.specs[piece.lora].strength
+        # strength x scale in float64, rounded once to float32
+        factor = float(torch.tensor(strength * piece.scale, dtype=torch.float32))
+        member = Member(piece, tensors, factor, rows[0] - piece.row_begin, rows[1] - rows[0])
+        if member.is_thirded:
+            self._thirded.add(piece.lora)
+        return member
+
+    def _write_pair(
+        self,
+        path: str,
+        members: Sequence[Member],
+        sides: tuple[int, int],
+        writer: SafetensorsWriter,
+    ) -> None:
+        own = []
+        for member in members:
+            if member.is_zero:
+                self._zero_deltas[member.piece.lora].append(path)
+            else:
+                self._with_deltas.add(member.piece.lora)
+                own.append(member)
+        joined = self._joined(path, own, sides) if own else None
+        if joined is None or is_zero(joined.down, joined.up):
+            self._zero.append(path)
+            return
+        pair = [self._rounded(path, half, own) for half in (joined.down, joined.up)]
+        if is_zero(*pair):
+            self._vanished.append(path)
+            return
+        alpha = torch.tensor(joined.rank, dtype=ALPHA_DTYPE)
+        shapes = pair_shapes(path, (sides[0], joined.rank, sides[1]), self._plan.dtype)
+        for (key, _, _), tensor in zip(shapes, (*pair, alpha), strict=True):
+            writer.add(key, tensor)
+        self._modules.append(ModuleReport(path, joined.rank, joined.energy, joined.energy_lost))
+
+    def _joined(self, path: str, members: Sequence[Member], sides: tuple[int, int]) -> Joined:
+        try:
+            return combine(members, sides, self._plan.options.cut)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise self._not_finite(path, members) from error
+
+    def _rounded(self, path: str, tensor: Tensor, members: Sequence[Member]) -> Tensor:
+        """A tensor in the dtype of the result."""
+        # float8 casts through float32: torch has no direct cast to every half type.
+        wide = tensor.to(torch.float32) if tensor.itemsize == 1 else tensor
+        rounded = wide.to(self._plan.dtype)
+        if not bool(torch.isfinite(torch.stack(torch.aminmax(rounded))).all()):
+            raise self._not_finite(path, members)
+        return rounded
+
+    def _write_values(self, sums: Mapping[str, Tensor], writer: SafetensorsWriter) -> None:
+        for key, values in sums.items():
+            rounded = self._rounded(key, values, ())
+            if bool(rounded.any()):
+                writer.add(PREFIX + key, rounded)
+                self._values.append(key)
+            else:
+                (self._vanished if bool(values.any()) else self._zero).append(key)
+
+    def _not_finite(self, path: str, members: Sequence[Member]) -> NonFiniteError:
+        for member in members:
+            if not member.is_finite:
+                name = self._plan.specs[member.piece.lora].title
+                return NonFiniteError(f"`{path}`: a tensor of `{name}` holds NaN or infinity")
+        return NonFiniteError(
+            f"`{path}` would hold NaN or infinity in {NAMES[self._plan.dtype]}"
+            "\nhint: a strength is too high, or the dtype too narrow (`--dtype bf16`, `fp32`)"
+        )

@@ -1,0 +1,89 @@
+"""One planned piece as it bears on one module of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from qwenlora.factors import Factors, dense_of, factors_of
+from qwenlora.pieces import is_thirded, is_zero
+from qwenlora.plan import PieceKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qwenlora.plan import Piece
+
+__all__ = ["Member", "has_full_rank", "is_stored_pair"]
+
+_HOST = torch.device("cpu")
+
+
+def is_stored_pair(piece: Piece) -> bool:
+    """Whether a pair of factors is what the file holds."""
+    return piece.adapter == "lora" and piece.kind is PieceKind.LOW_RANK
+
+
+def has_full_rank(piece: Piece, side: int) -> bool:
+    """Whether a pair of its own would be no smaller than a matrix of this smaller side."""
+    return not is_stored_pair(piece) and piece.rank_bound >= side
+
+
+@dataclass(frozen=True)
+class Member:
+    """A delta of one LoRA that a module takes.
+
+    Attributes:
+        piece: What is planned.
+        tensors: Its tensors by role, as matrices.
+        factor: Strength times scale, formed in float64 and rounded once to float32.
+        row_begin: First of the piece's rows that is the module's: a fused piece has three modules'.
+        row_count: How many of them there are.
+    """
+
+    piece: Piece
+    tensors: Mapping[str, Tensor]
+    factor: float
+    row_begin: int
+    row_count: int
+
+    @property
+    def is_spectral(self) -> bool:
+        """Whether its best truncation is found from the tensors as they are stored."""
+        is_whole = self.row_count == self.piece.row_count
+        return is_whole and (self.piece.adapter == "lokr" or self.piece.kind is PieceKind.DENSE)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the delta is zero: every kind of adapter is a product of its tensors."""
+        return is_zero(*self.tensors.values())
+
+    @property
+    def is_thirded(self) -> bool:
+        """Whether its alpha may be a third of what is meant; see `LoraPair.thirded`."""
+        return "up" in self.tensors and is_thirded(self.piece, self.tensors["up"])
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no tensor holds NaN or infinity."""
+        return all(bool(t.to(torch.float32).isfinite().all()) for t in self.tensors.values())
+
+    def factors(self) -> Factors:
+        """The exact pair of the module's rows, without `factor`."""
+        exact = factors_of(replace(self.piece, rank_budget=None), self.tensors, _HOST)
+        return Factors(down=exact.down, up=exact.up[self._rows])
+
+    def truncated(self, rank: int) -> Factors:
+        """The best pair of at most `rank` ranks of a spectral member, without `factor`."""
+        return factors_of(replace(self.piece, rank_budget=rank), self.tensors, _HOST)
+
+    def dense(self) -> Tensor:
+        """The module's rows (out, in) of the delta, float32, without `factor`."""
+        return dense_of(self.piece, self.tensors)[self._rows]
+
+    @property
+    def _rows(self) -> slice:
+        return slice(self.row_begin, self.row_begin + self.row_count)

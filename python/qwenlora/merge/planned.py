@@ -1,0 +1,230 @@
+"""What will be merged: sources planned on the released model's slots; no tensor is read."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from qwenlora.console import size
+from qwenlora.errors import NothingToApplyError
+from qwenlora.lora_set import LoraSet
+from qwenlora.merge.diffs import is_value, value_keys
+from qwenlora.merge.known import KnownSlot, known_slots
+from qwenlora.merge.member import has_full_rank
+from qwenlora.plan import Skip, SlotPlan, plan_stack, slot_map
+from qwenlora.source import DTYPES
+from qwenlora.spec import ComposeOptions, LokrScale, LoraSpec
+
+if TYPE_CHECKING:
+    from qwenlora.merge.cut import Cut
+    from qwenlora.merge.writer import TensorShape
+    from qwenlora.plan import Piece, StackPlan
+    from qwenlora.source import LoraSource
+
+__all__ = ["PREFIX", "MergeOptions", "MergePlan", "pair_shapes"]
+
+PREFIX = "diffusion_model."
+"""What every key begins with."""
+ALPHA_DTYPE = torch.float32
+"""Of an alpha: it holds every rank, unlike bfloat16."""
+_DIFFS_REASON = "a delta of a bias, norm or table, which diffusers refuses in a file (`--diffs`)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """How to merge.
+
+    Attributes:
+        cut: How each module's sum is truncated; None is exact.
+        dtype: Dtype of what is written; None is the narrowest that holds all of the sources'.
+        diffs: Whether deltas of biases, norms and tables are written, too.
+        force: Whether a file that is there is replaced.
+        lokr_scale: The factor of a LoKr whose factors are both stored whole.
+    """
+
+    cut: Cut | None = None
+    dtype: torch.dtype | None = None
+    diffs: bool = False
+    force: bool = False
+    lokr_scale: LokrScale = LokrScale.STANDARD
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Sources on the slots of the released model.
+
+    Attributes:
+        specs: The LoRAs, none of strength 0.
+        sources: Their files, in the same order.
+        slots: The slots that they reach, in model order.
+        skipped: What is left out.
+        applied: How many modules of each LoRA are written.
+        options: How to merge.
+        known: The slots of the released model, by path.
+        dtype: Dtype of what is written.
+    """
+
+    specs: tuple[LoraSpec, ...]
+    sources: tuple[LoraSource, ...]
+    slots: tuple[SlotPlan, ...]
+    skipped: tuple[Skip, ...]
+    applied: tuple[int, ...]
+    options: MergeOptions
+    known: Mapping[str, KnownSlot]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, specs: Sequence[LoraSpec], options: MergeOptions) -> MergePlan:
+        """Plan a merge.
+
+        Raises:
+            LoraReadError: A source cannot be read.
+            LoraFileError: A source is malformed.
+            OtherModelError: A source is for another model.
+            NothingToApplyError: Nothing of a source can be merged.
+        """
+        settings = ComposeOptions(lokr_scale=options.lokr_scale)
+        wanted = LoraSet.of(list(specs), options=settings)
+        if not wanted.specs:
+            raise NothingToApplyError("every strength is 0: there is nothing to merge")
+        known = known_slots()
+        items = [
+            (spec.title, source.plan, spec.strength, True)
+            for spec, source in zip(wanted.specs, wanted.sources, strict=True)
+        ]
+        stack = plan_stack(
+            items, slot_map(known.values()), max_rank=None, strict=False, options=settings
+        )
+        values = () if options.diffs else tuple(_skipped_values(stack))
+        return cls(
+            specs=wanted.specs,
+            sources=wanted.sources,
+            slots=stack.slots,
+            skipped=(*stack.skipped, *values),
+            applied=_applied_modules(stack, wanted.specs, diffs=options.diffs),
+            options=options,
+            known=known,
+            dtype=options.dtype or _narrowest_dtype(stack, diffs=options.diffs),
+        )
+
+    def weights(self, slot: SlotPlan) -> dict[str, list[Piece]]:
+        """The pieces of each module of a slot that are written as pairs, by the module's path."""
+        pieces = [piece for piece in slot.pieces if not is_value(piece, slot)]
+        found = {
+            path: [piece for piece in pieces if covers(piece, rows)]
+            for path, rows in self.known[slot.path].rows.items()
+        }
+        return {path: own for path, own in found.items() if own}
+
+    def bounds(self) -> Iterator[TensorShape]:
+        """All tensors that may be written, in their order, as large as they may be."""
+        ranks = self.rank_bounds()
+        for slot in self.slots:
+            known = self.known[slot.path]
+            out, columns = known.sides
+            for path in self.weights(slot):
+                yield from pair_shapes(path, (out, ranks[path], columns), self.dtype)
+            if self.options.diffs:
+                values = [piece for piece in slot.pieces if is_value(piece, slot)]
+                shapes = dict(row for piece in values for row in value_keys(piece, known))
+                yield from ((PREFIX + key, self.dtype, shape) for key, shape in shapes.items())
+
+    def rank_bounds(self) -> dict[str, int]:
+        """The most ranks that each module may have, by its path."""
+        return {
+            path: self._rank_bound(pieces, min(self.known[slot.path].sides))
+            for slot in self.slots
+            for path, pieces in self.weights(slot).items()
+        }
+
+    def size_notes(self) -> Iterator[str]:
+        """What is worth knowing of the result's size before it is made."""
+        if self.options.cut is not None:
+            return
+        full: dict[str, set[str]] = {}
+        for slot in self.slots:
+            side = min(self.known[slot.path].sides)
+            for path, pieces in self.weights(slot).items():
+                found = {piece.adapter for piece in pieces if has_full_rank(piece, side)}
+                full |= {path: found} if found else {}
+        if full:
+            adapters = ", ".join(sorted(set().union(*full.values())))
+            most = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self.bounds())
+            modules = "1 module has" if len(full) == 1 else f"{len(full)} modules have"
+            yield (
+                f"{modules} full rank ({adapters}): written exactly, the file takes up to"
+                f" {size(most)}"
+                "\nhint: `--energy 0.99` or `--rank 128` makes it smaller, and says what is lost"
+            )
+
+    def _rank_bound(self, pieces: Sequence[Piece], side: int) -> int:
+        rank = sum(piece.rank_bound for piece in pieces)
+        if len(pieces) > 1:
+            rank = min(rank, side)
+        cut = self.options.cut
+        return rank if cut is None or cut.rank is None else min(rank, cut.rank)
+
+
+def covers(piece: Piece, rows: tuple[int, int]) -> bool:
+    """Whether a piece changes all of these rows of its slot."""
+    begin, end = rows
+    return piece.row_begin <= begin and end <= piece.row_begin + piece.row_count
+
+
+def pair_shapes(
+    path: str, sides: tuple[int, int, int], dtype: torch.dtype
+) -> tuple[TensorShape, TensorShape, TensorShape]:
+    """The tensors of a module of (out, rank, in), in the order in which they are written."""
+    out, rank, columns = sides
+    stem = PREFIX + path
+    return (
+        (f"{stem}.lora_down.weight", dtype, (rank, columns)),
+        (f"{stem}.lora_up.weight", dtype, (out, rank)),
+        (f"{stem}.alpha", ALPHA_DTYPE, ()),
+    )
+
+
+def _skipped_values(stack: StackPlan) -> Iterator[Skip]:
+    """Values that a low-rank file does not carry."""
+    for slot in stack.slots:
+        for piece in slot.pieces:
+            if is_value(piece, slot):
+                key = next(iter(piece.tensors.values())).key
+                yield Skip(piece.lora, key, "value", _DIFFS_REASON, piece.kind.value, True)
+
+
+def _applied_modules(
+    stack: StackPlan, specs: Sequence[LoraSpec], *, diffs: bool
+) -> tuple[int, ...]:
+    applied: list[set[str]] = [set() for _ in specs]
+    for slot in stack.slots:
+        for piece in slot.pieces:
+            if diffs or not is_value(piece, slot):
+                applied[piece.lora].add(piece.target)
+    for spec, modules in zip(specs, applied, strict=True):
+        if not modules:
+            raise NothingToApplyError(
+                f"nothing of `{spec.title}` can be merged: all of it are deltas of biases, norms"
+                " or tables\nhint: `--diffs` writes them; diffusers refuses such a file"
+            )
+    return tuple(len(modules) for modules in applied)
+
+
+def _narrowest_dtype(stack: StackPlan, *, diffs: bool) -> torch.dtype:
+    """The narrowest dtype of the three that holds every value that is merged, as it is stored."""
+    stored = {
+        DTYPES[ref.dtype]
+        for slot in stack.slots
+        for piece in slot.pieces
+        if diffs or not is_value(piece, slot)
+        for ref in piece.tensors.values()
+    }
+    # Every float8 value is a bfloat16 value, too.
+    halves = {torch.bfloat16 if dtype.itemsize == 1 else dtype for dtype in stored}
+    promoted = functools.reduce(torch.promote_types, halves)
+    return torch.float32 if promoted == torch.float64 else promoted
