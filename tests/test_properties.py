@@ -25,7 +25,7 @@ strengths = st.one_of(
 )
 items = st.tuples(st.integers(0, POOL_SIZE - 1), strengths)
 stacks = st.lists(items, max_size=4)
-ranks = st.sampled_from([None, None, 1, 7, 16, 24, 40])
+ranks = st.sampled_from([None, None, 1, 7, 16, 24, 40, "auto"])
 placements = st.sampled_from(list(Placement))
 
 
