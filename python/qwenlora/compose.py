@@ -74,7 +74,7 @@ def compose_loras(
         loras: One item or a list; an item is a path, a state dict, (either, strength), or a
             `LoraSpec`.
         max_rank: Most ranks that the LoRAs may add to a slot; what exceeds it, or the kernels'
-            limit of 1024 with the base, is compressed optimally and the energy lost reported.
+            limit of 1024 with the base, is compressed near the optimum and the loss reported.
             None is exact up to the kernels' limit. "auto" weighs each slot's rank against the
             error: all of it is worth 5 % of the slot's energy, half of it half as much; a slot that
             would lose more stays exact (`qwenlora.limit.AUTO_PRICE`).
@@ -192,11 +192,11 @@ def _plan(wanted: LoraSet, structure: Structure, *, strict: bool) -> Planned:
     ]
 
     def plan() -> Planned:
-        weighed = wanted.max_rank == "auto"
         # What the data will show to be enough is not known yet; the exact sum bounds it.
         most = None if wanted.max_rank == "auto" else wanted.max_rank
         stack = plan_stack(items, structure.slot_map, max_rank=most, strict=strict, options=options)
-        return Planned(stack, list(structure.targets.values()), together=not weighed)
+        targets = list(structure.targets.values())
+        return Planned(stack, targets, together=wanted.max_rank != "auto")
 
     # Strengths change no plan. File plans are compared as objects: the key keeps them alive.
     what = tuple((title, plan, modulation) for title, plan, _, modulation in items)
