@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qwenlora
-from qwenlora.compress import compress
+from qwenlora.compress import LowRankSum, decomposed
 from qwenlora.layout import MAX_RANK
 
 TARGET = "transformer_blocks.0.attn.to_out.0"
@@ -22,6 +22,10 @@ def factors(ranks, *, inputs=96, outputs=160, seed=0, dtype=torch.float32):
         )
         for index, rank in enumerate(ranks)
     ]
+
+
+def compress(pairs, rank):
+    return decomposed(LowRankSum.of(pairs)).cut(rank)
 
 
 def dense(pairs):

@@ -25,7 +25,7 @@ strengths = st.one_of(
 )
 items = st.tuples(st.integers(0, POOL_SIZE - 1), strengths)
 stacks = st.lists(items, max_size=4)
-ranks = st.sampled_from([None, None, 1, 7, 16, 24, 40])
+ranks = st.sampled_from([None, None, 1, 7, 16, 24, 40, "auto"])
 placements = st.sampled_from(list(Placement))
 
 
@@ -174,7 +174,7 @@ def test_ranks_stay_in_bounds(base, pool, probe, stack, max_rank):
             assert 16 <= total <= MAX_RANK
             added = total - base.config.rank
             assert added == (reported[path].rank_added if path in reported else 0)
-            assert max_rank is None or added <= -(-max_rank // 16) * 16
+            assert max_rank in (None, "auto") or added <= -(-max_rank // 16) * 16
     probe.output(model)
 
 

@@ -91,7 +91,7 @@ def test_a_limit_that_leaves_nothing(model, max_rank):
         qwenlora.compose_loras(model, pair(), max_rank=max_rank)
 
 
-@pytest.mark.parametrize("max_rank", [2.0, True, "auto"])
+@pytest.mark.parametrize("max_rank", [2.0, True, "all", ["auto"]])
 def test_a_limit_that_is_no_number(model, max_rank):
     with pytest.raises(TypeError, match="whole number"):
         qwenlora.compose_loras(model, pair(), max_rank=max_rank)

@@ -16,6 +16,7 @@ from qwenlora import cache
 from qwenlora.deltas import DeltaBuilder, GroupDeltas, SlotDeltas
 from qwenlora.errors import EnergyLossError, NothingToApplyError
 from qwenlora.grouped import GroupBuilder
+from qwenlora.limit import MaxRank
 from qwenlora.lock import lock_of
 from qwenlora.lora_set import LoraSet
 from qwenlora.memory import is_free
@@ -55,7 +56,7 @@ def compose_loras(
     model: nn.Module,
     loras: Item | Sequence[Item],
     *,
-    max_rank: int | None = None,
+    max_rank: MaxRank = None,
     strict: bool = False,
     options: ComposeOptions | None = None,
 ) -> ComposeReport:
@@ -69,8 +70,10 @@ def compose_loras(
         loras: One item or a list; an item is a path, a state dict, (either, strength), or a
             `LoraSpec`.
         max_rank: Most ranks that the LoRAs may add to a slot; what exceeds it, or the kernels'
-            limit of 1024 with the base, is compressed optimally and the energy lost reported.
-            None is exact up to the kernels' limit.
+            limit of 1024 with the base, is compressed near the optimum and the loss reported.
+            None is exact up to the kernels' limit. "auto" weighs each slot's rank against the
+            error: all of it is worth 5 % of the slot's energy, half of it half as much; a slot that
+            would lose more stays exact (`qwenlora.limit.AUTO_PRICE`).
         strict: Raise where a module would be left out, instead of reporting it.
         options: Everything else.
 
@@ -185,10 +188,11 @@ def _plan(wanted: LoraSet, structure: Structure, *, strict: bool) -> Planned:
     ]
 
     def plan() -> Planned:
-        stack = plan_stack(
-            items, structure.slot_map, max_rank=wanted.max_rank, strict=strict, options=options
-        )
-        return Planned(stack, list(structure.targets.values()))
+        # What the data will show to be enough is not known yet; the exact sum bounds it.
+        most = None if wanted.max_rank == "auto" else wanted.max_rank
+        stack = plan_stack(items, structure.slot_map, max_rank=most, strict=strict, options=options)
+        targets = list(structure.targets.values())
+        return Planned(stack, targets, together=wanted.max_rank != "auto")
 
     # Strengths change no plan. File plans are compared as objects: the key keeps them alive.
     what = tuple((title, plan, modulation) for title, plan, _, modulation in items)
@@ -288,7 +292,9 @@ class _Composition:
                 closing.callback(fetchers[-1].close)
             cache.pieces.turn()
             cache.on_device.turn()
-            builder = DeltaBuilder(wanted.specs, wanted.sources, fetchers, options=options)
+            builder = DeltaBuilder(
+                wanted.specs, wanted.sources, fetchers, options, max_rank=wanted.max_rank
+            )
             journal = Journal(self._model, structure, self._state)
             whole = self._is_whole(planned.plan, structure)
             units = path_units(planned, structure, self._state)
@@ -349,7 +355,7 @@ class _Composition:
             return EMPTY
         records: dict[str, SlotRecord] = {}
         reports: list[tuple[SlotReport, Mapping[str, int]]] = []
-        added = bus = 0
+        added = bus = saved = saved_bus = 0
         # Buffer blocks belong to their manager, which may be replaced at any time: not recorded.
         for deltas in done:
             targets = deltas.targets if isinstance(deltas, GroupDeltas) else (deltas.target,)
@@ -360,7 +366,10 @@ class _Composition:
             records |= dict.fromkeys(paths, SlotRecord(row.base_rank, deltas.rank_added))
             reports.append((_slot_report(deltas), {p: structure.order[p] for p in paths}))
             added += deltas.nbytes
-            bus += deltas.nbytes if row.offloaded else 0
+            saved += deltas.saved_bytes
+            if row.offloaded:
+                bus += deltas.nbytes
+                saved_bus += deltas.saved_bytes
         singles = [deltas for deltas in done if isinstance(deltas, SlotDeltas)]
         loras = _lora_reports(self._wanted, planned, singles)
         _judge_refusals(loras, strict=self._strict)
@@ -369,6 +378,8 @@ class _Composition:
             slots=SlotReports(reports),
             added_bytes=added,
             bus_bytes=bus,
+            saved_bytes=saved,
+            saved_bus_bytes=saved_bus,
             seconds=time.perf_counter() - self._started,
         )
         return AppliedState(stack=self._wanted.key, records=records, report=report)
@@ -397,12 +408,15 @@ def _slot_report(deltas: Deltas) -> SlotReport:
         rank=deltas.rank,
         rank_added=deltas.rank_added,
         energy_lost=None,
+        rank_exact=deltas.rank_added,
     )
     if isinstance(deltas, GroupDeltas):
         return report
     return replace(
         report,
         energy_lost=deltas.energy_lost,
+        energy=deltas.energy,
+        rank_exact=deltas.rank_exact,
         krons=deltas.kron_count,
         dense=deltas.dense_held,
         values=tuple(deltas.values),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -12,12 +12,9 @@ import torch
 
 from qwenlora import cache
 from qwenlora.branch import KronShape, ScaledKron
-from qwenlora.compress import compress, energy
 from qwenlora.errors import NonFiniteError
-from qwenlora.layout import RANK_MULTIPLE, LowRankSide, round_up
-from qwenlora.pack import pack_lowrank
-from qwenlora.pieces import LoraPieces, Refusal, ScaledPair, fetch_pieces, scaled, unpacked
-from qwenlora.plan import SlotKind
+from qwenlora.limit import Fitted, Limiter, MaxRank, rank_taken, sum_energy
+from qwenlora.pieces import LoraPieces, Refusal, ScaledPair, fetch_pieces, scaled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +44,8 @@ class SlotDeltas:
         dense_held: Whether the layer holds one.
         values: What is added to stored parameters, by name: float64, in storage order.
         energy_lost: Share of the sum's energy that truncation dropped; None where there was none.
+        energy: Energy of the low-rank sum, where it had to be known.
+        rank_exact: Ranks that the slot would hold for the exact sum.
         zero: Indices of LoRAs whose delta here is all zero, hence left out exactly.
         thirded: Indices of LoRAs whose alpha here may be a third of what is meant.
         refused: (LoRA, module) left out for what they would lose.
@@ -66,6 +65,8 @@ class SlotDeltas:
     refused: tuple[tuple[int, Refusal], ...] = ()
     dense_held: bool = False
     kron_count: int = 0
+    energy: float | None = None
+    rank_exact: int = 0
 
     @property
     def composed(self) -> bool:
@@ -79,6 +80,11 @@ class SlotDeltas:
         elements = sum(shape.elements for shape in self.kron_room)
         elements += row.in_features * row.out_features if self.dense_held else 0
         return elements * row.element_bytes + self.target.rank_bytes * self.rank_added
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that the exact sum would take beyond these."""
+        return self.target.rank_bytes * max(0, self.rank_exact - self.rank_added)
 
     def tensors(self) -> list[Tensor]:
         """All that will be written beside the base, for checking."""
@@ -126,6 +132,11 @@ class GroupDeltas:
         """Bytes that the slots' tensors grow by."""
         return sum(target.rank_bytes for target in self.targets) * self.rank_added
 
+    @property
+    def saved_bytes(self) -> int:
+        """None: such slots hold the exact sums."""
+        return 0
+
     def without_tensors(self) -> GroupDeltas:
         """The record of deltas that are in place."""
         return replace(self, downs=(), ups=())
@@ -140,21 +151,47 @@ class DeltaBuilder:
         sources: Sequence[LoraSource],
         fetchers: Sequence[TensorFetcher],
         options: ComposeOptions,
+        *,
+        max_rank: MaxRank,
     ) -> None:
         self._specs = specs
+        self._max_rank = max_rank
         self._sources = sources
         self._fetchers = fetchers
         self._options = options
 
-    def build(self, target: Target, plan: SlotPlan | None) -> SlotDeltas:
-        """Read and scale one slot's pieces; without a plan the slot returns to its base."""
-        if plan is None:
-            return SlotDeltas(target)
+    def build(
+        self,
+        members: Sequence[tuple[Target, SlotPlan | None]],
+        *,
+        before_slot: Callable[[], None],
+        before_batch: Callable[[int], None],
+    ) -> list[SlotDeltas]:
+        """Read, scale and bring under their limits the pieces of one path's slots.
+
+        Args:
+            members: The slots with their plans; without a plan a slot returns to its base.
+            before_slot: Called before each slot is read.
+            before_batch: Told, before sums are compressed, how many slots of the path are done.
+
+        Raises:
+            NonFiniteError: A sum that must be decomposed holds NaN or infinity.
+        """
+        limiter = Limiter(self._max_rank, before_batch)
+        sums = []
+        for target, plan in members:
+            before_slot()
+            sums.append(self._sum(target, plan, limiter))
+        return [sum_.finish(own) for sum_, own in zip(sums, limiter.finish(), strict=True)]
+
+    def _sum(self, target: Target, plan: SlotPlan | None, limiter: Limiter) -> _SlotSum:
         sum_ = _SlotSum(target)
-        for lora, pieces in _by_lora(plan):
-            own = self._pieces(lora, pieces, plan, target)
-            sum_.add(lora, own, self._specs[lora].strength)
-        return sum_.finish(plan.rank_limit)
+        if plan is not None:
+            for lora, pieces in _by_lora(plan):
+                own = self._pieces(lora, pieces, plan, target)
+                sum_.add(lora, own, self._specs[lora].strength)
+        sum_.hand_over(limiter, None if plan is None else plan.rank_limit)
+        return sum_
 
     def _pieces(
         self, lora: int, pieces: Sequence[Piece], plan: SlotPlan, target: Target
@@ -184,6 +221,7 @@ class _SlotSum:
     def __init__(self, target: Target) -> None:
         self._target = target
         self._pairs: list[ScaledPair] = []
+        self._supports: list[Tensor] = []
         self._krons: list[ScaledKron] = []
         self._dense: Tensor | None = None
         self._values: dict[str, Tensor] = {}
@@ -204,6 +242,7 @@ class _SlotSum:
         if own.pair is not None and not own.pair.zero:
             pair = scaled(own.pair, strength, dtype=target.dtype, device=target.device)
             self._pairs.append(pair)
+            self._supports.append(own.pair.scale != 0)
             if own.pair.energy_lost is not None:
                 self._cut = (self._cut or 0.0) + own.pair.energy_lost * strength**2
         self._krons += [ScaledKron.of(kron, strength, target) for kron in own.krons]
@@ -215,24 +254,30 @@ class _SlotSum:
             before = self._values.get(value.parameter)
             self._values[value.parameter] = delta if before is None else before + delta
 
-    def finish(self, rank_limit: int | None) -> SlotDeltas:
-        """The slot's deltas, their rank brought under the limit."""
-        target = self._target
-        pairs, share = _within_limit(self._pairs, rank_limit, target)
+    def hand_over(self, limiter: Limiter, rank_limit: int | None) -> None:
+        """Give the low-rank deltas away, to be brought under their limit."""
+        limiter.add(self._target, self._pairs, self._supports, rank_limit)
+        self._pairs, self._supports = [], []
+
+    def finish(self, fitted: Fitted) -> SlotDeltas:
+        """The slot's deltas, the low-rank ones as they came back."""
+        target, pairs = self._target, fitted.pairs
         # Equal shapes in one order: a slot of another block is copied into the same buffers.
         krons = tuple(sorted(self._krons, key=lambda kron: kron.shape))
         return SlotDeltas(
             target=target,
-            pairs=tuple(pairs),
+            pairs=pairs,
             rank=sum(pair.rank for pair in pairs),
-            rank_added=sum(_rank_taken(pair, target) for pair in pairs),
+            rank_added=sum(rank_taken(pair, target) for pair in pairs),
+            rank_exact=fitted.rank_exact,
             krons=krons,
             kron_room=tuple(kron.shape for kron in krons),
             kron_count=len(krons),
             dense=None if self._dense is None else self._dense.to(target.dtype),
             dense_held=self._dense is not None,
             values=self._values,
-            energy_lost=_share_lost(pairs, self._cut, share, target),
+            energy_lost=_share_lost(fitted, self._cut, target),
+            energy=fitted.energy,
             zero=tuple(self._zero),
             thirded=tuple(self._thirded),
             refused=tuple(self._refused),
@@ -246,7 +291,8 @@ def uniform(deltas: Sequence[SlotDeltas]) -> list[SlotDeltas]:
     for d in deltas:
         room |= Counter(d.kron_room)
     shapes = tuple(sorted(room.elements()))
-    return [replace(d, rank_added=rank, kron_room=shapes) for d in deltas]
+    exact = max(d.rank_exact for d in deltas)
+    return [replace(d, rank_added=rank, rank_exact=exact, kron_room=shapes) for d in deltas]
 
 
 def require_finite(built: Sequence[SlotDeltas]) -> None:
@@ -280,66 +326,19 @@ def _by_lora(plan: SlotPlan) -> Iterator[tuple[int, list[Piece]]]:
         yield lora, list(pieces)
 
 
-def _rank_taken(pair: ScaledPair, target: Target) -> int:
-    """A packed slot takes whole tiles, a side branch just the ranks."""
-    return pair.rank_padded if target.kind is SlotKind.SVDQ else pair.rank
-
-
-def _within_limit(
-    pairs: list[ScaledPair], limit: int | None, target: Target
-) -> tuple[list[ScaledPair], float | None]:
-    """Bring a slot's deltas under its limit: exactly where they fit, else optimally.
-
-    The limit counts ranks; the room they take is that of whole tiles.
-    """
-    rank = sum(pair.rank for pair in pairs)
-    taken = sum(_rank_taken(pair, target) for pair in pairs)
-    if limit is None or (rank <= limit and taken <= round_up(limit, RANK_MULTIPLE)):
-        return pairs, None
-    packed = target.kind is SlotKind.SVDQ
-    factors = _logical(pairs, target)
-    if rank <= limit:
-        # Only the padding between the LoRAs is too much: closing the gaps is exact.
-        down = torch.cat([pair[0] for pair in factors])
-        up = torch.cat([pair[1] for pair in factors], dim=1)
-        energy_lost = None
-    else:
-        # The decomposition would fail on them with a message that names nothing.
-        require_finite([SlotDeltas(target, tuple(pairs))])
-        try:
-            best = compress(factors, limit)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise NonFiniteError(f"`{target.path}`: its deltas are too large to sum") from error
-        down, up = best.down.to(target.dtype), best.up.to(target.dtype)
-        energy_lost = best.energy_lost
-    kept = down.shape[0]
-    if packed:
-        down = pack_lowrank(down, LowRankSide.DOWN)
-        up = pack_lowrank(up, LowRankSide.UP)
-    return [ScaledPair(down=down, up=up, rank=kept)], energy_lost
-
-
-def _logical(pairs: Sequence[ScaledPair], target: Target) -> list[tuple[Tensor, Tensor]]:
-    """Pairs as (down (r, in), up (out, r)), whatever the slot's layout."""
-    packed = target.kind is SlotKind.SVDQ
-    return [unpacked(pair) if packed else (pair.down, pair.up) for pair in pairs]
-
-
-def _share_lost(
-    pairs: Sequence[ScaledPair], cut: float | None, share: float | None, target: Target
-) -> float | None:
+def _share_lost(fitted: Fitted, cut: float | None, target: Target) -> float | None:
     """The share of the sum's energy that is lost in all.
 
     Args:
-        pairs: What is kept.
+        fitted: What is kept, and the share that the sum's own compression lost.
         cut: Energy cut off LoRA by LoRA, before they were summed; what several LoRAs lost over the
             same rows is taken for uncorrelated.
-        share: Share of the sum's energy that its own compression lost.
         target: The slot.
     """
+    share = fitted.energy_lost
     if cut is None:
         return share
-    kept = energy(_logical(pairs, target))
+    kept = sum_energy(fitted.pairs, target)
     summed = kept / (1 - share) if share and share < 1 else kept
     total = summed + cut
     return (total - kept) / total if total > 0 else 0.0

@@ -12,6 +12,7 @@ from qwenlora.source import LoraSource, open_source
 from qwenlora.spec import ComposeOptions, LoraSpec, as_specs
 
 if TYPE_CHECKING:
+    from qwenlora.limit import MaxRank
     from qwenlora.spec import Item
 
 __all__ = ["NO_LORAS", "LoraSet"]
@@ -27,14 +28,14 @@ class LoraSet:
     Attributes:
         specs: The LoRAs, in order; none has strength 0.
         sources: Their plans and files, in the same order.
-        max_rank: Most ranks that the LoRAs may add to a slot.
+        max_rank: Most ranks that the LoRAs may add to a slot, or "auto".
         options: How to compose.
         key: Equal exactly for sets that lead to the same tensors and report.
     """
 
     specs: tuple[LoraSpec, ...]
     sources: tuple[LoraSource, ...]
-    max_rank: int | None
+    max_rank: MaxRank
     options: ComposeOptions
     key: Hashable = field(init=False)
 
@@ -58,7 +59,7 @@ class LoraSet:
         cls,
         loras: Item | Sequence[Item] = (),
         *,
-        max_rank: int | None = None,
+        max_rank: MaxRank = None,
         options: ComposeOptions | None = None,
     ) -> LoraSet:
         """Plan a stack; see `compose_loras` for its forms.
@@ -92,10 +93,10 @@ class LoraSet:
 
 
 def _check_max_rank(max_rank: object) -> None:
-    if max_rank is None:
+    if max_rank is None or (isinstance(max_rank, str) and max_rank == "auto"):
         return
     if isinstance(max_rank, bool) or not isinstance(max_rank, int):
-        raise TypeError(f"max_rank is {max_rank!r}: it is a whole number or None")
+        raise TypeError(f'max_rank is {max_rank!r}: it is a whole number, "auto" or None')
     if max_rank < 1:
         raise RankError(f"max_rank is {max_rank}: it must be at least 1")
 

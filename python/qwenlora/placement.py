@@ -214,10 +214,12 @@ class Placer:
         return together, alone
 
     def _build_alone(self, members: Sequence[Member]) -> list[SlotDeltas]:
-        built = []
-        for target, plan in members:
-            self._tell_staged(1)
-            built.append(self._builder.build(target, plan))
+        first = self._staged
+        built = self._builder.build(
+            members,
+            before_slot=lambda: self._tell_staged(1),
+            before_batch=lambda done: self._tell("compress", min(first + done, self._total - 1)),
+        )
         require_finite(built)
         return built
 

@@ -27,12 +27,15 @@ class Planned:
         paths: Of all slots that change.
     """
 
-    def __init__(self, plan: StackPlan, targets: Sequence[Target]) -> None:
+    def __init__(
+        self, plan: StackPlan, targets: Sequence[Target], *, together: bool = True
+    ) -> None:
+        """Sort the plan's slots; without `together` all are single, as each has its own rank."""
         self.plan = plan
         self.groups: list[Group] = []
         single = dict(plan.single)
         for row in plan.alike:
-            group = group_of(row, targets)
+            group = group_of(row, targets) if together else None
             if group is not None:
                 self.groups.append(group)
                 continue

@@ -59,6 +59,8 @@ class SlotReport:
         rank_added: Ranks that the slot holds beyond the base, with padding.
         energy_lost: 1 - |kept|^2 / |sum|^2 where the sum or a part of it was truncated, else None;
             what several LoRAs each lost over the same rows is taken for uncorrelated.
+        energy: |sum|^2 where it had to be known.
+        rank_exact: Ranks that the exact sum would hold beyond the base, with padding.
         krons: Kronecker products that run beside the layer.
         dense: Whether a dense delta runs beside the layer.
         values: Names of the parameters whose values differ from the base's.
@@ -73,6 +75,8 @@ class SlotReport:
     krons: int = 0
     dense: bool = False
     values: tuple[str, ...] = ()
+    energy: float | None = None
+    rank_exact: int = 0
 
 
 class SlotReports(Sequence[SlotReport]):
@@ -144,6 +148,8 @@ class ComposeReport:
         added_bytes: Bytes that the model's tensors grew by.
         bus_bytes: Bytes that offload copies to the device more than before, in each forward.
         seconds: Time that composing took.
+        saved_bytes: Bytes that the exact sums would take beyond these.
+        saved_bus_bytes: Of these, bytes that offload would copy in each forward.
         failure: Set where a composition failed and the model was brought to the bare base.
     """
 
@@ -153,6 +159,8 @@ class ComposeReport:
     seconds: float
     failure: str | None = None
     bus_bytes: int = 0
+    saved_bytes: int = 0
+    saved_bus_bytes: int = 0
 
     @property
     def complete(self) -> bool:
@@ -163,6 +171,14 @@ class ComposeReport:
     def energy_lost(self) -> float:
         """The worst loss of any slot; 0 where nothing was compressed."""
         return max((slot.energy_lost or 0.0 for slot, _ in self.slots.counted()), default=0.0)
+
+    @property
+    def total_energy_lost(self) -> float:
+        """The share that all slots whose energy is known lost together; 0 where none is."""
+        known = [slot for slot in self.slots if slot.energy is not None]
+        energy = sum(slot.energy or 0.0 for slot in known)
+        lost = sum((slot.energy or 0.0) * (slot.energy_lost or 0.0) for slot in known)
+        return lost / energy if energy > 0 else 0.0
 
     def summary(self) -> str:
         """One line for a log."""
@@ -184,11 +200,13 @@ class ComposeReport:
         )
         if compressed:
             parts.append(f"{compressed} slots compressed, up to {self.energy_lost:.2%} energy lost")
+        if self.saved_bytes:
+            parts.append(f"{self.saved_bytes / 1e6:.1f} MB saved")
         return f"{', '.join(parts)}; {'; '.join(self._remarks())}"
 
     def text(self) -> str:
         """Several lines for a person: the summary, then each LoRA with what it lacks."""
-        lines = [self.summary()]
+        lines = [self.summary(), *self._compression()]
         for lora in self.loras:
             lines.append(f"  {lora.name} x {lora.strength:g}: {lora.modules_applied} modules")
             reasons = Counter((skip.reason, skip.matters) for skip in lora.skipped)
@@ -209,6 +227,20 @@ class ComposeReport:
             "complete": self.complete,
             "summary": self.summary(),
         }
+
+    def _compression(self) -> list[str]:
+        cut = [slot for slot in self.slots if slot.energy_lost is not None]
+        if not cut:
+            return []
+        line = (
+            f"  compressed: rank {_span(slot.rank_exact for slot in cut)} to"
+            f" {_span(slot.rank_added for slot in cut)} on {len(cut)} of {len(self.slots)} slots,"
+            f" {self.total_energy_lost:.3%} of the energy lost in all, {self.energy_lost:.3%} at"
+            f" worst; {self.saved_bytes / 1e6:.1f} MB less than exact"
+        )
+        if self.saved_bus_bytes:
+            line += f", {self.saved_bus_bytes / 1e6:.1f} MB less per forward over the bus"
+        return [line]
 
     def _remarks(self) -> list[str]:
         remarks = []

@@ -29,6 +29,7 @@ from qwenlora.targets import transformer_of
 if TYPE_CHECKING:
     from torch import nn
 
+    from qwenlora.limit import MaxRank
     from qwenlora.report import ComposeReport
     from qwenlora.spec import Item
 
@@ -55,7 +56,7 @@ class ComfyQwenImageWrapper:
 
     def __init__(self) -> None:
         self.loras: list[Item] = []
-        self.max_rank: int | None = None
+        self.max_rank: MaxRank = None
         self.options = ComposeOptions()
         self._transformer: weakref.ref[nn.Module] | None = None
         self._asked: tuple[object, ...] = ()

@@ -22,7 +22,8 @@ Source: TypeAlias = "PathLike | StateDict"
 Item: TypeAlias = "Source | tuple[Source, float] | LoraSpec"
 
 Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called as `progress(phase, done, total)` before each slot; phases are "stage" and "write".
+"""Called as `progress(phase, done, total)`: before each slot with the phases "stage" and "write",
+before each batch of sums that must be compressed with "compress".
 
 An exception that it raises cancels the composition as any other error does.
 """
@@ -120,7 +121,7 @@ class ComposeOptions:
         offload: Turn the model's block offload on before composing, where it is off. False leaves
             the choice of whoever loaded the model alone.
         threads: Threads that read a file; by default up to 16.
-        progress: Called before each slot.
+        progress: Called before each slot and before each batch that is compressed.
     """
 
     modulation: bool = True
