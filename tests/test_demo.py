@@ -96,8 +96,8 @@ def test_wrong_row_order_fails(capsys, monkeypatch):
 
 
 def test_wrong_scale_fails(capsys, monkeypatch):
-    right = grouped.factors_of
-    monkeypatch.setattr(grouped, "factors_of", lambda stack, strength: right(stack, 2 * strength))
+    right = grouped.scales_of
+    monkeypatch.setattr(grouped, "scales_of", lambda stack, strength: right(stack, 2 * strength))
     assert main([]) == 1
     screen = capsys.readouterr().out
     for kind in measure.Kind:

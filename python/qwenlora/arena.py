@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from qwenlora.layout import FRAGMENT, MODULATION_PLANES, TILE, RowOrder, round_up
-from qwenlora.targets import factor_of
+from qwenlora.targets import factors_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,7 +119,7 @@ class PackedArena:
         write_packed_ups(self._up, part, base_tiles=self._base_tiles)
 
     def _with_base(self, targets: Sequence[Target], name: str, channels: int) -> Tensor:
-        olds = [factor_of(target.module, name) for target in targets]
+        olds = factors_of([target.module for target in targets], name)
         shape = (len(targets), channels // TILE, self._rank // TILE, FRAGMENT)
         arena = self._allocate(shape, olds[0])
         self._copy_base(arena, olds)
@@ -168,13 +168,15 @@ def _even_step(tensors: Sequence[Tensor]) -> int | None:
     """Elements from each tensor to the next, where they lie evenly in one storage."""
     first, last = tensors[0], tensors[-1]
     begins = [tensor.data_ptr() for tensor in tensors]
-    if len(tensors) < 2 or any(tensor.numel() != first.numel() for tensor in tensors):
+    if len(tensors) < 2 or first.shape != last.shape:
         return None
     step = begins[1] - begins[0]
+    if step < first.nbytes or begins != [*range(begins[0], begins[-1] + 1, step)]:
+        return None
     # What lies between two tensors of one storage lies in it.
-    ends = {tensor.untyped_storage().data_ptr() for tensor in (first, last)}
-    even = step >= first.nbytes and begins == [begins[0] + step * at for at in range(len(begins))]
-    return step // first.itemsize if even and len(ends) == 1 else None
+    storage = first.untyped_storage().data_ptr()
+    alike = last.untyped_storage().data_ptr() == storage
+    return step // first.itemsize if alike else None
 
 
 def _in_tiles(part: Part) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -129,6 +130,23 @@ class Group:
     stacks: tuple[Stack, ...] = ()
     row_order: RowOrder = RowOrder.PLANAR
 
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all deltas."""
+        members = [member for stack in self.stacks for member in stack.members]
+        each = sum(member.nbytes(side) for member in members for side in LowRankSide)
+        return each * len(self.targets)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the slots are."""
+        return self.targets[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the slots' tensors."""
+        return self.targets[0].dtype
+
     def parts(self, limit_bytes: int) -> list[Group]:
         """The same in smaller groups, whose base branches take at most this much each."""
         spans = in_spans(len(self.targets), self.targets[0].base_bytes, limit_bytes)
@@ -180,8 +198,7 @@ def _member(row: Mapping[str, Any], in_features: int) -> Member:
 
 
 def in_spans(count: int, bytes_each: int, limit_bytes: int) -> Iterator[range]:
-    """Cut `count` slots into even runs of at most `limit_bytes`; at least one slot each."""
+    """Cut `count` slots into runs of at most `limit_bytes`, all but the last as long as may be."""
     most = max(1, limit_bytes // max(1, bytes_each))
-    runs = -(-count // most)
-    for run in range(runs):
-        yield range(run * count // runs, (run + 1) * count // runs)
+    for begin in range(0, count, most):
+        yield range(begin, min(begin + most, count))

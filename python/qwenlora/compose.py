@@ -321,7 +321,7 @@ class _Composition:
         if not stacks or composed != len(read_state(self._model).records):
             return None
         strengths = tuple(spec.strength for spec in self._wanted.specs)
-        return Placed(planned, strengths, stacks)
+        return Placed(planned, strengths, stacks, groups.load_bytes)
 
     def _structure(self) -> Structure:
         """The model's slots, after cleaning up what an earlier call could not."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +18,7 @@ from qwenlora.layout import TILE, round_up
 from qwenlora.memory import is_free
 from qwenlora.plan import SlotKind
 from qwenlora.staging import Findings, Load, Loader, Staged, loads_of
-from qwenlora.transfer import Transfer, transfer_to
+from qwenlora.transfer import BUFFERS, Transfer, transfer_to
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,14 +29,13 @@ if TYPE_CHECKING:
     from qwenlora.targets import Target
 
 __all__ = [
-    "STAGES",
     "Built",
     "GroupBuilder",
     "Layout",
     "PlacedGroup",
-    "factors_of",
     "may_overflow",
     "part_of",
+    "scales_of",
 ]
 
 
@@ -103,6 +102,7 @@ class GroupBuilder:
         fetchers: Read their tensors.
         options: How to compose.
         placed: What was built, and how it lies in its slots.
+        load_bytes: Most bytes of a load.
     """
 
     groups: Sequence[Group]
@@ -111,6 +111,7 @@ class GroupBuilder:
     fetchers: Sequence[TensorFetcher]
     options: ComposeOptions
     placed: list[PlacedGroup] = field(init=False, default_factory=list)
+    load_bytes: int = field(init=False)
     _loads: list[list[Load]] = field(init=False)
     _loader: Loader = field(init=False)
     _transfers: dict[torch.device, Transfer] = field(init=False, default_factory=dict)
@@ -118,11 +119,12 @@ class GroupBuilder:
     _device_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        limit = self.options.staging_bytes // STAGES
-        self._loads = [loads_of(group, limit) for group in self.groups]
-        devices = {group.targets[0].device for group in self.groups}
+        devices = {group.device for group in self.groups}
         device = next((device for device in devices if device.type == "cuda"), None)
         self._device_bytes = 0 if device is None else self._device_limit(device)
+        # Pinned memory is given out in powers of two.
+        self.load_bytes = 1 << (self.options.staging_bytes // BUFFERS).bit_length() - 1
+        self._loads = [loads_of(group, self.load_bytes) for group in self.groups]
         self._loader = Loader(
             [load for own in self._loads for load in own],
             self.sources,
@@ -171,9 +173,10 @@ class GroupBuilder:
             if entry.peak is not None:
                 by_device[entry.peak.device].append((entry.staged.findings, entry.peak))
         for own in by_device.values():
-            peaks = torch.stack([peak for _, peak in own]).tolist()
-            for (findings, _), peak in zip(own, peaks, strict=True):
-                findings.peak = peak
+            ends = torch.cat([peak.float() for _, peak in own]).abs().cpu()
+            sizes = [peak.numel() for _, peak in own]
+            for (findings, _), found in zip(own, torch.split(ends, sizes), strict=True):
+                findings.peak = float(found.amax())
         for entry in unchecked:
             _require_finite(entry)
 
@@ -185,7 +188,7 @@ class GroupBuilder:
 
     def _device_limit(self, device: torch.device) -> int:
         """Most bytes that the cache on the device may hold; 0 where this stack would not fit."""
-        total = sum(load.nbytes for own in self._loads for load in own)
+        total = sum(group.nbytes for group in self.groups)
         limit = self.options.device_cache_bytes
         if limit is None:
             more = total - cache.on_device.nbytes
@@ -204,7 +207,7 @@ class GroupBuilder:
             slot = next((i for i, zero in enumerate(findings.zero) if not zero), 0)
             sharing = findings.sharing[slot]
             starts, rank = stack.starts(sharing)
-            factors = factors_of(stack, self.specs[stack.lora].strength)
+            factors = scales_of(stack, self.specs[stack.lora].strength)
             layouts[stack.lora] = Layout(sharing, starts, rank, end, factors)
             end += round_up(rank, TILE) if packed else rank
         return layouts, end
@@ -213,7 +216,7 @@ class GroupBuilder:
         self, arena: Arena, load: Load, staged: Staged, layout: Layout, differing: set[int]
     ) -> None:
         """Write one load; slots in it that differ from the others are added to `differing`."""
-        device = load.group.targets[0].device
+        device = load.targets[0].device
         transfer = self._transfer(device, load)
         buffer = transfer.bring(staged, keep=self._keeps(device))
         arena.write(part_of(load, buffer, layout))
@@ -234,10 +237,7 @@ class GroupBuilder:
     def _transfer(self, device: torch.device, load: Load) -> Transfer:
         if device not in self._transfers:
             largest = max(
-                load.nbytes
-                for own in self._loads
-                for load in own
-                if load.group.targets[0].device == device
+                load.nbytes for own in self._loads for load in own if load.device == device
             )
             self._transfers[device] = transfer_to(device, largest)
         return self._transfers[device]
@@ -245,11 +245,9 @@ class GroupBuilder:
 
 DEVICE_RESERVE = 8 << 30
 """Device memory that must stay free beside deltas kept there: for activations and the decoder."""
-STAGES = 4
-"""Loads that the staging memory holds: those in device buffers, and what packing takes beside."""
 
 
-def factors_of(stack: Stack, strength: float) -> tuple[float, ...]:
+def scales_of(stack: Stack, strength: float) -> tuple[float, ...]:
     """Each module's scale times the strength: in float64, rounded once to float32."""
     with np.errstate(over="ignore"):
         return tuple(float(np.float32(member.scale * strength)) for member in stack.members)
@@ -279,24 +277,26 @@ def may_overflow(staged: Staged, layout: Layout, dtype: torch.dtype) -> bool:
 
 
 def _peak(load: Load, buffer: Tensor) -> Tensor:
-    """() float32: the largest magnitude of a load; NaN where there is one."""
+    """Least and greatest values of a load; NaN where there is one."""
     blocks = load.blocks
-    ends = [*(block.begin for block in blocks[1:]), load.nbytes]
-    dense = all(b.begin + b.nbytes == end for b, end in zip(blocks, ends, strict=True))
+    begins = [*(block.begin for block in blocks[1:]), load.nbytes]
+    dense = all(b.begin + b.nbytes == begin for b, begin in zip(blocks, begins, strict=True))
     if dense and len({block.dtype for block in blocks}) == 1:
         values = [buffer[: load.nbytes].view(blocks[0].dtype)]
     else:
-        values = [block.of(buffer).flatten() for block in blocks]
-    extremes = [end.float() for value in values for end in torch.aminmax(value)]
-    return torch.stack(extremes).abs().amax()
+        values = [block.of(buffer).flatten().float() for block in blocks]
+    ends: list[Tensor] = []
+    for value in values:
+        ends += [*torch.aminmax(value)]
+    return torch.stack(ends)
 
 
 def _require_finite(entry: _Unchecked) -> None:
     load = entry.load
-    if not may_overflow(entry.staged, entry.layout, load.group.targets[0].dtype):
+    if not may_overflow(entry.staged, entry.layout, load.targets[0].dtype):
         return
     finite = entry.arena.finite()
-    for slot, target in enumerate(load.group.targets):
+    for slot, target in enumerate(load.targets):
         if not finite[slot] and slot not in entry.differing:
             raise non_finite(target)
 
@@ -311,15 +311,16 @@ def _built(
 ) -> Built:
     ranks = sum(layout.rank for layout in layouts)
     downs, ups = arena.factors()
-    own = [slot for slot in range(len(group.targets)) if slot not in differing]
     count = len(group.targets)
-    alike = GroupDeltas(
-        targets=tuple(group.targets[slot] for slot in own),
-        rank=ranks,
-        rank_added=rank,
-        downs=[downs[slot] for slot in own],
-        ups=[ups[slot] for slot in own],
-    )
+    alike = GroupDeltas(group.targets, ranks, rank, downs[:count], ups[:count])
+    if differing:
+        own = [slot for slot in range(count) if slot not in differing]
+        alike = replace(
+            alike,
+            targets=tuple(group.targets[slot] for slot in own),
+            downs=[downs[slot] for slot in own],
+            ups=[ups[slot] for slot in own],
+        )
     zero = GroupDeltas(tuple(empty), 0, rank, downs[count:], ups[count:])
     return Built(
         deltas=[deltas for deltas in (alike, zero) if deltas.targets],

@@ -253,17 +253,21 @@ def path_units(planned: Planned, structure: Structure, state: AppliedState) -> l
     for target, plan in planned.single:
         if not target.row.offloaded:
             by_pattern[target.row.pattern].rest.append((target, plan))
-    leaving = [
-        structure.targets[path]
-        for path in state.records.keys() - planned.paths
-        if path in structure.targets
-    ]
-    leaving.sort(key=lambda target: structure.order[target.path])
-    groups, rest = _leaving(target for target in leaving if not target.row.offloaded)
-    units += [PathUnit(groups=[group]) for group in groups]
-    for target in rest:
-        by_pattern[target.row.pattern].rest.append((target, None))
-    return [*units, *by_pattern.values(), *_offloaded_units(planned, structure, leaving)]
+    leaving = state.records.keys() - planned.paths
+    for paths, group in structure.packed:
+        own = paths & leaving
+        leaving -= own
+        if own and group.targets[0].row.offloaded:
+            leaving |= own
+        elif own:
+            targets = tuple(target for target in group.targets if target.path in own)
+            units.append(PathUnit(groups=[group if len(own) == len(paths) else Group(targets)]))
+    others = [structure.targets[path] for path in leaving if path in structure.targets]
+    others.sort(key=lambda target: structure.order[target.path])
+    for target in others:
+        if not target.row.offloaded:
+            by_pattern[target.row.pattern].rest.append((target, None))
+    return [*units, *by_pattern.values(), *_offloaded_units(planned, structure, others)]
 
 
 def _leaving(targets: Iterable[Target]) -> tuple[list[Group], list[Target]]:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 from qwenlora import cache
 from qwenlora.arena import Part, write_branch_ups, write_packed_ups
 from qwenlora.branch import BRANCH_UP
-from qwenlora.grouped import STAGES, PlacedGroup, factors_of, may_overflow, part_of
+from qwenlora.grouped import PlacedGroup, may_overflow, part_of, scales_of
 from qwenlora.layout import FRAGMENT, TILE
 from qwenlora.plan import SlotKind
 from qwenlora.staging import Staged, loads_of
-from qwenlora.targets import factor_of
+from qwenlora.targets import factors_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,11 +38,13 @@ class Placed:
         planned: What was planned.
         strengths: The LoRAs' strengths.
         groups: How the groups lie in their slots.
+        load_bytes: Most bytes of a load.
     """
 
     planned: Planned
     strengths: tuple[float, ...]
     groups: Sequence[PlacedGroup]
+    load_bytes: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,17 +103,17 @@ def prepare_rescaling(placed: Placed, planned: Planned, wanted: LoraSet) -> Resc
     groups = [_scaled(own, strengths) for own in placed.groups]
     writes: list[_Write] = []
     for old, new in zip(placed.groups, groups, strict=True):
-        found = _writes(old, new, wanted, changing)
+        found = _writes(old, new, wanted, changing, placed.load_bytes)
         if found is None:
             return None
         writes += found
-    return Rescaling(Placed(planned, strengths, groups), writes)
+    return Rescaling(replace(placed, strengths=strengths, groups=groups), writes)
 
 
 def _scaled(placed: PlacedGroup, strengths: Sequence[float]) -> PlacedGroup:
     layouts = {
         stack.lora: replace(
-            placed.layouts[stack.lora], factors=factors_of(stack, strengths[stack.lora])
+            placed.layouts[stack.lora], factors=scales_of(stack, strengths[stack.lora])
         )
         for stack in placed.group.stacks
     }
@@ -119,14 +121,14 @@ def _scaled(placed: PlacedGroup, strengths: Sequence[float]) -> PlacedGroup:
 
 
 def _writes(
-    old: PlacedGroup, new: PlacedGroup, wanted: LoraSet, changing: set[int]
+    old: PlacedGroup, new: PlacedGroup, wanted: LoraSet, changing: set[int], load_bytes: int
 ) -> list[_Write] | None:
     group = old.group
     arena = _arena_of_ups(old)
     if arena is None:
         return None
     writes = []
-    for load in loads_of(group, wanted.options.staging_bytes // STAGES):
+    for load in loads_of(group, load_bytes):
         lora = load.stack.lora
         if lora not in changing:
             continue
@@ -145,14 +147,15 @@ def _arena_of_ups(placed: PlacedGroup) -> Tensor | None:
     """The arena that the slots' `up` are views of, if they are."""
     targets = placed.group.targets
     packed = targets[0].kind is SlotKind.SVDQ
-    ups: dict[int, Tensor] = {}
-    for slot, target in enumerate(targets):
-        if slot not in placed.differing:
-            module = target.module
-            up = factor_of(module, "proj_up") if packed else module._buffers.get(BRANCH_UP)
-            if up is None:
-                return None
-            ups[slot] = up
+    slots = [slot for slot in range(len(targets)) if slot not in placed.differing]
+    modules = [targets[slot].module for slot in slots]
+    if packed:
+        found: list[Tensor | None] = [*factors_of(modules, "proj_up")]
+    else:
+        found = [module._buffers.get(BRANCH_UP) for module in modules]
+    ups = {slot: up for slot, up in zip(slots, found, strict=True) if up is not None}
+    if len(ups) < len(slots):
+        return None
     first = next(iter(ups.values()), None)
     begin_step = _evenly(ups, len(targets))
     if first is None or begin_step is None:

@@ -27,7 +27,7 @@ from qwenlora.deltas import SlotDeltas
 from qwenlora.errors import NonFiniteError
 from qwenlora.layout import FRAGMENT, TILE
 from qwenlora.plan import SlotKind
-from qwenlora.targets import FACTORS, factor_of
+from qwenlora.targets import FACTORS, factors_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -269,7 +269,7 @@ class _PackedChange:
     old_data: list[list[Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.old = [[factor_of(module, name) for module in self.modules] for name in FACTORS]
+        self.old = [factors_of(self.modules, name) for name in FACTORS]
         self.old_data = [[parameter.data for parameter in own] for own in self.old]
 
     def make(self) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from qwenlora.plan import TensorRef
     from qwenlora.spec import LoraSpec
 
-__all__ = ["FileSource", "LoraSource", "Place", "StateDictSource", "TensorFetcher", "open_source"]
+__all__ = ["FileSource", "LoraSource", "Run", "StateDictSource", "TensorFetcher", "open_source"]
 
 DTYPES = {
     "F64": torch.float64,
@@ -46,20 +47,20 @@ _ALIGNMENT = 64
 """Tensors begin at multiples of this in a buffer: any dtype can be viewed there."""
 
 
-class Place(NamedTuple):
-    """A tensor of a source, and where it goes in a buffer.
+class Run(NamedTuple):
+    """Tensors of one size, and where they go in a buffer.
 
     Attributes:
-        number: Which tensor of the source.
-        offset: Its first byte in the file.
-        nbytes: Its size.
-        begin: Its first byte in the buffer.
+        numbers: Which tensors of the source.
+        offsets: Their first bytes in the file.
+        begins: Their first bytes in the buffer.
+        nbytes: The size of each.
     """
 
-    number: int
-    offset: int
+    numbers: Sequence[int]
+    offsets: Sequence[int]
+    begins: Sequence[int]
     nbytes: int
-    begin: int
 
 
 class TensorFetcher(Protocol):
@@ -68,13 +69,13 @@ class TensorFetcher(Protocol):
     def fetch(self, refs: Sequence[TensorRef]) -> list[torch.Tensor]:
         """Return host tensors in the file's dtype and shape, in the order of `refs`."""
 
-    def read_into(self, places: Sequence[Place], buffer: torch.Tensor, *, share: int) -> None:
+    def read_into(self, runs: Iterable[Run], buffer: torch.Tensor, *, share: int) -> None:
         """Read the bytes of tensors into a (n,) uint8 host buffer.
 
         May be called from several threads at a time, each with a buffer of its own.
 
         Args:
-            places: The tensors, and where each goes.
+            runs: The tensors, and where they go.
             buffer: Is filled; bytes between the tensors stay as they are.
             share: How many such calls share the threads that the options allow.
         """
@@ -187,9 +188,13 @@ class _FileFetcher:
             for ref, offset in zip(refs, offsets, strict=True)
         ]
 
-    def read_into(self, places: Sequence[Place], buffer: torch.Tensor, *, share: int) -> None:
+    def read_into(self, runs: Iterable[Run], buffer: torch.Tensor, *, share: int) -> None:
         """Read tensors into a buffer."""
-        ranges = [(offset, nbytes, begin) for _, offset, nbytes, begin in places]
+        ranges = [
+            place
+            for run in runs
+            for place in zip(run.offsets, repeat(run.nbytes), run.begins, strict=False)
+        ]
         self._reader.read_into(ranges, buffer.numpy(), threads=-(-self._threads // share))
 
     def finish(self) -> None:
@@ -240,13 +245,14 @@ class _StateDictFetcher:
         """Bring the tensors to the host."""
         return [self._tensors[ref.key].detach().to("cpu") for ref in refs]
 
-    def read_into(self, places: Sequence[Place], buffer: torch.Tensor, *, share: int) -> None:
+    def read_into(self, runs: Iterable[Run], buffer: torch.Tensor, *, share: int) -> None:
         """Copy tensors into a buffer."""
         keys = list(self._tensors)
-        for number, _, nbytes, begin in places:
-            tensor = self._tensors[keys[number]].detach().to("cpu")
-            flat = buffer[begin : begin + nbytes].view(tensor.dtype)
-            flat.view(tensor.shape).copy_(tensor)
+        for run in runs:
+            for number, begin in zip(run.numbers, run.begins, strict=True):
+                tensor = self._tensors[keys[number]].detach().to("cpu")
+                flat = buffer[begin : begin + run.nbytes].view(tensor.dtype)
+                flat.view(tensor.shape).copy_(tensor)
 
     def finish(self) -> None:
         """Nothing to close."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,13 +24,14 @@ import torch
 from qwenlora import cache
 from qwenlora.bulk import Group, Stack, in_spans
 from qwenlora.layout import LowRankSide, round_up
-from qwenlora.source import Place
+from qwenlora.source import Run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qwenlora.source import LoraSource, TensorFetcher
     from qwenlora.spec import ComposeOptions
+    from qwenlora.targets import Target
 
 __all__ = ["Block", "Findings", "Load", "Loader", "Staged", "loads_of"]
 
@@ -78,14 +80,14 @@ class Load:
     """One LoRA's tensors in some slots of a group.
 
     Attributes:
-        group: The group.
+        targets: The slots of its group.
         stack: The LoRA's members.
         slots: Which slots of the group.
         blocks: What lies where in its buffer.
         nbytes: Size of the buffer.
     """
 
-    group: Group
+    targets: tuple[Target, ...]
     stack: Stack
     slots: range
     blocks: tuple[Block, ...]
@@ -94,7 +96,7 @@ class Load:
     @property
     def device(self) -> torch.device:
         """Where its slots are."""
-        return self.group.targets[0].device
+        return self.targets[0].device
 
     @cached_property
     def key(self) -> Hashable:
@@ -103,16 +105,13 @@ class Load:
         shapes = tuple((block.side, block.shape, block.dtype) for block in self.blocks)
         return (tuple(first[self.slots.start : self.slots.stop]), shapes)
 
-    def places(self) -> list[Place]:
+    def runs(self) -> Iterator[Run]:
         """All tensors, and where each goes in the buffer."""
         slots = slice(self.slots.start, self.slots.stop)
-        places: list[Place] = []
         for block in self.blocks:
             own = self.stack.members[block.member].tensors[block.side]
             begins = range(block.begin, block.begin + block.nbytes, own.len_bytes)
-            rows = zip(own.indices[slots], own.offsets[slots], begins, strict=True)
-            places += [Place(number, offset, own.len_bytes, at) for number, offset, at in rows]
-        return places
+            yield Run(own.indices[slots], own.offsets[slots], begins, own.len_bytes)
 
 
 @dataclass(eq=False)
@@ -173,6 +172,16 @@ def loads_of(group: Group, limit_bytes: int) -> list[Load]:
         group: The group.
         limit_bytes: Most bytes of a load, unless one slot takes more.
     """
+    known = _LOADS.setdefault(group, {}).get(limit_bytes)
+    if known is None:
+        known = _LOADS[group][limit_bytes] = _loads_of(group, limit_bytes)
+    return known
+
+
+_LOADS: weakref.WeakKeyDictionary[Group, dict[int, list[Load]]] = weakref.WeakKeyDictionary()
+
+
+def _loads_of(group: Group, limit_bytes: int) -> list[Load]:
     spans = {stack.lora: _spans(group, stack, limit_bytes) for stack in group.stacks}
     rounds = max((len(own) for own in spans.values()), default=0)
     # The first load of every LoRA comes first: it tells which ranks are shared.
@@ -196,7 +205,7 @@ def _load(group: Group, stack: Stack, slots: range) -> Load:
             block = Block(index, side, end, (len(slots), *member.shape(side)), member.dtype)
             blocks.append(block)
             end = round_up(end + block.nbytes, _ALIGNMENT)
-    return Load(group, stack, slots, tuple(blocks), end)
+    return Load(group.targets, stack, slots, tuple(blocks), end)
 
 
 class Loader:
@@ -278,7 +287,7 @@ class Loader:
         def read() -> Staged:
             if wait is not None:
                 wait()
-            fetcher.read_into(load.places(), buffer, share=_READERS)
+            fetcher.read_into(load.runs(), buffer, share=_READERS)
             return _look(load, buffer)
 
         return self._pool.submit(read)

@@ -7,11 +7,12 @@ afterwards a look at who is where tells that everything is as it was left.
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
+from qwenlora.bulk import Group
 from qwenlora.offload import OffloadLayout, offload_of
 from qwenlora.plan import SlotKind, slot_map
 from qwenlora.slots import slot_of
@@ -19,7 +20,7 @@ from qwenlora.state import SlotRecord, check_branches, check_intact
 from qwenlora.targets import FACTORS, Target, find_targets
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from qwenlora.rescale import Placed
     from qwenlora.state import AppliedState
@@ -66,6 +67,18 @@ class Structure:
         return {path: place for place, path in enumerate(self.targets)}
 
     @cached_property
+    def packed(self) -> Sequence[tuple[frozenset[str], Group]]:
+        """Packed slots that leave their ranks together: their paths, and the slots."""
+        alike: dict[Hashable, list[Target]] = defaultdict(list)
+        for target in self.targets.values():
+            row = target.row
+            if target.kind is SlotKind.SVDQ:
+                key = (row.pattern, row.offloaded, row.base_rank, target.dtype, target.device)
+                alike[key].append(target)
+        groups = [Group(tuple(own)) for own in alike.values()]
+        return [(frozenset(t.path for t in group.targets), group) for group in groups]
+
+    @cached_property
     def slot_map(self) -> str:
         """The slots as the document that plans are made for."""
         return slot_map(self.targets.values())
@@ -91,34 +104,27 @@ class Structure:
 
     def look(self) -> None:
         """Take the slots' tensors as they are now for those that were left there."""
-        branches = [
-            (buffers, name)
-            for buffers in self._buffers
-            for name in buffers
-            if buffers[name] is not None
-        ]
+        branches = [(buffers, name) for buffers in self._buffers for name in buffers]
         self._places = self._parameters + branches
-        self._sizes = [len(buffers) for buffers in self._buffers]
-        tensors = [owner[name] for owner, name in self._places]
-        # The tensors are not kept alive: whoever moves a model replaces its buffers.
-        self._tensors = [weakref.ref(tensor) for tensor in tensors if tensor is not None]
-        self._memory = _memory(tensors)
+        self._seen = self._look_at()
 
     def is_current(self, model: nn.Module) -> bool:
         """Whether every module, and every tensor of every slot, is where it was."""
-        if self._offload != _offload_state(model) or not all(
-            tuple(modules.values()) == children for modules, children in self._children
-        ):
-            return False
-        tensors = [owner.get(name) for owner, name in self._places]
         return (
-            [len(buffers) for buffers in self._buffers] == self._sizes
-            and all(
-                tensor is not None and tensor is seen()
-                for tensor, seen in zip(tensors, self._tensors, strict=True)
-            )
-            and _memory(tensors) == self._memory
+            self._offload == _offload_state(model)
+            and all(tuple(modules.values()) == children for modules, children in self._children)
+            and self._look_at() == self._seen
         )
+
+    def _look_at(self) -> tuple[list[int], ...]:
+        """Which tensors are there, where their elements are, and how many buffers there are.
+
+        The tensors are not kept alive: whoever moves a model replaces its buffers. One that took
+        the number of one that is gone has its memory, too, or is told by that.
+        """
+        tensors = [owner.get(name) for owner, name in self._places]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        return [*map(id, tensors)], addresses, [*map(len, self._buffers)]
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gave for this key, as long as the structure stays; few are kept."""
@@ -137,11 +143,6 @@ def _telling(target: Target) -> Sequence[str]:
     parameters = target.module._parameters
     names = FACTORS if target.kind is SlotKind.SVDQ else tuple(parameters)[:1]
     return [name for name in names if parameters.get(name) is not None]
-
-
-def _memory(tensors: Iterable[Tensor | None]) -> list[tuple[int, int]]:
-    """Where tensors' elements are, and how many."""
-    return [(t.data_ptr(), t.numel()) for t in tensors if t is not None]
 
 
 def _offload_state(model: nn.Module) -> tuple[object, ...]:

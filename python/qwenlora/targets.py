@@ -6,7 +6,7 @@ share its name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ __all__ = [
     "SlotRow",
     "Target",
     "device_of",
-    "factor_of",
+    "factors_of",
     "find_targets",
     "pattern",
     "transformer_of",
@@ -83,11 +83,10 @@ class Target:
         return self.row.base_rank * self.rank_bytes
 
 
-def factor_of(module: nn.Module, name: str) -> Tensor:
-    """One of a packed layer's `FACTORS`, past `__getattr__`, which is slow a thousand times."""
-    found = module._parameters.get(name)
-    tensor: Tensor = getattr(module, name) if found is None else found
-    return tensor
+def factors_of(modules: Iterable[nn.Module], name: str) -> list[Tensor]:
+    """One of `FACTORS` of packed layers, past `__getattr__`, which is slow a thousand times."""
+    found = [(module, module._parameters.get(name)) for module in modules]
+    return [getattr(module, name) if own is None else own for module, own in found]
 
 
 def device_of(module: nn.Module) -> torch.device:
