@@ -31,9 +31,6 @@ __all__ = [
     "write_packed_ups",
 ]
 
-_LANES = (8, 4, 2, 2, 2)
-"""A fragment's axes in memory: n8, k4, n2, k2, k_pair (see `pack`)."""
-
 
 @dataclass(frozen=True)
 class Part:
@@ -200,16 +197,19 @@ def _pack_down(dest: Tensor, down: Tensor) -> None:
     slots, rank, channels = down.shape
     if down.dtype == dest.dtype and down.itemsize == 2:
         # Two channels of a pair move as one word.
-        words = down.view(torch.int32).view(slots, rank // TILE, 2, 8, channels // TILE, 2, 4)
-        fragments = dest.view(torch.int32).view(*dest.shape[:-1], *_LANES[:-1])
-        # (slots, C/16, R/16, n8, k4, n2, k2) => (slots, R/16, n2, n8, C/16, k2, k4)
-        fragments.permute(0, 2, 5, 3, 1, 6, 4).copy_(words)
-        return
+        dest, down, pair = dest.view(torch.int32), down.view(torch.int32), 1
+    else:
+        pair = 2
+    columns = channels // 2 * pair
     # (slots, R, C) -> (slots, R/16, n2, n8, C/16, k2, k4, k_pair)
-    source = down.view(slots, rank // TILE, 2, 8, channels // TILE, 2, 4, 2)
+    shape = (slots, rank // TILE, 2, 8, channels // TILE, 2, 4, pair)
+    strides = (rank * columns, TILE * columns, 8 * columns, columns, 8 * pair, 4 * pair, pair, 1)
+    source = down.as_strided(shape, strides)
     # (slots, C/16, R/16, n8, k4, n2, k2, k_pair)
     #     => (slots, R/16, n2, n8, C/16, k2, k4, k_pair)
-    _lanes(dest).permute(0, 2, 5, 3, 1, 6, 4, 7).copy_(source)
+    slot, channel_tile, rank_tile, _ = dest.stride()
+    strides = (slot, rank_tile, 2 * pair, 16 * pair, channel_tile, pair, 4 * pair, 1)
+    dest.as_strided(shape, strides).copy_(source)
 
 
 def _pack_ups(dest: Tensor, part: Part) -> None:
@@ -233,15 +233,14 @@ def _pack_up(dest: Tensor, up: Tensor, factor: float) -> None:
     """Scale and pack (slots, C, R) into fragments (slots, C/16, R/16, 256)."""
     slots, channels, rank = up.shape
     # (slots, C, R) -> (slots, C/16, n2, n8, R/16, k2, k4, k_pair)
-    source = up.view(slots, channels // TILE, 2, 8, rank // TILE, 2, 4, 2)
+    shape = (slots, channels // TILE, 2, 8, rank // TILE, 2, 4, 2)
+    strides = (channels * rank, TILE * rank, 8 * rank, rank, TILE, 8, 2, 1)
+    source = up.as_strided(shape, strides)
     # (slots, C/16, R/16, n8, k4, n2, k2, k_pair)
     #     => (slots, C/16, n2, n8, R/16, k2, k4, k_pair)
-    scaled_into(_lanes(dest).permute(0, 1, 5, 3, 2, 6, 4, 7), source, factor)
-
-
-def _lanes(fragments: Tensor) -> Tensor:
-    # (..., 256) -> (..., n8, k4, n2, k2, k_pair)
-    return fragments.view(*fragments.shape[:-1], *_LANES)
+    slot, channel_tile, rank_tile, _ = dest.stride()
+    strides = (slot, channel_tile, 4, 32, rank_tile, 2, 8, 1)
+    scaled_into(dest.as_strided(shape, strides), source, factor)
 
 
 def _joined_down(fragments: Tensor, part: Part) -> Tensor:

@@ -191,8 +191,11 @@ class GroupBuilder:
         total = sum(group.nbytes for group in self.groups)
         limit = self.options.device_cache_bytes
         if limit is None:
-            more = total - cache.on_device.nbytes
-            limit = total if is_free(device, more + DEVICE_RESERVE) else 0
+            kept = cache.on_device.nbytes
+            if is_free(device, total + DEVICE_RESERVE):
+                limit = total + kept
+            else:
+                limit = total if is_free(device, total - kept + DEVICE_RESERVE) else 0
         return limit if total <= limit else 0
 
     def _layouts(
@@ -255,7 +258,8 @@ def scales_of(stack: Stack, strength: float) -> tuple[float, ...]:
 
 def part_of(load: Load, buffer: Tensor, layout: Layout) -> Part:
     """A load's tensors in a buffer, as an arena takes them."""
-    tensors = [block.of(buffer) for block in load.blocks]
+    values = {block.dtype: buffer.view(block.dtype) for block in load.blocks}
+    tensors = [block.of(values[block.dtype]) for block in load.blocks]
     return Part(
         slots=load.slots,
         members=load.stack.members,
@@ -284,7 +288,7 @@ def _peak(load: Load, buffer: Tensor) -> Tensor:
     if dense and len({block.dtype for block in blocks}) == 1:
         values = [buffer[: load.nbytes].view(blocks[0].dtype)]
     else:
-        values = [block.of(buffer).flatten().float() for block in blocks]
+        values = [block.of(buffer.view(block.dtype)).flatten().float() for block in blocks]
     ends: list[Tensor] = []
     for value in values:
         ends += [*torch.aminmax(value)]

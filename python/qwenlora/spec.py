@@ -129,7 +129,7 @@ class ComposeOptions:
     max_energy_lost: float = 0.1
     lokr_scale: LokrScale = LokrScale.STANDARD
     placement: Placement = Placement.AUTO
-    cache_bytes: int = 1 << 30
+    cache_bytes: int = 2 << 30
     device_cache_bytes: int | None = None
     staging_bytes: int = 192 << 20
     margin_bytes: int = 512 << 20

@@ -70,9 +70,13 @@ class Block:
         """Bytes of all slots."""
         return self.shape[0] * self.shape[1] * self.shape[2] * self.dtype.itemsize
 
-    def of(self, buffer: Tensor) -> Tensor:
-        """Its tensor in a buffer."""
-        return buffer[self.begin : self.begin + self.nbytes].view(self.dtype).view(self.shape)
+    def of(self, values: Tensor) -> Tensor:
+        """Its tensor in a buffer, which is given as values of its dtype."""
+        _, rows, columns = self.shape
+        begin = self.begin // self.dtype.itemsize
+        return values.as_strided(
+            self.shape, (rows * columns, columns, 1), values.storage_offset() + begin
+        )
 
 
 @dataclass(frozen=True, eq=False)
