@@ -206,9 +206,7 @@ class GroupBuilder:
         for load, staged in first:
             stack = load.stack
             # What the first slot with a delta shares, the others share, or they are set apart.
-            findings = staged.findings
-            slot = next((i for i, zero in enumerate(findings.zero) if not zero), 0)
-            sharing = findings.sharing[slot]
+            sharing = staged.findings.first_sharing()
             starts, rank = stack.starts(sharing)
             factors = scales_of(stack, self.specs[stack.lora].strength)
             layouts[stack.lora] = Layout(sharing, starts, rank, end, factors)

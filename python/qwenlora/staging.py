@@ -8,23 +8,20 @@ to that order, so that files of any order are one strided copy per module afterw
 from __future__ import annotations
 
 import contextlib
-import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from qwenlora import cache
+from qwenlora import _core, cache
 from qwenlora.bulk import Group, Stack, in_spans
 from qwenlora.layout import LowRankSide, round_up
-from qwenlora.source import Run
+from qwenlora.source import NAMES, Run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,12 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Block", "Findings", "Load", "Loader", "Staged", "loads_of"]
 
-Words: TypeAlias = "npt.NDArray[np.uint16] | npt.NDArray[np.uint32]"
-
 _ALIGNMENT = 256
 """Blocks begin at multiples of this: any dtype can be viewed there, and copies are whole lines."""
-_PROBE_BYTES = 64
-"""Bytes of a tensor that mostly tell whether it is another's copy, or zero."""
 _AHEAD = 4
 """Loads that are being read or wait to be used."""
 _READERS = 2
@@ -123,27 +116,32 @@ class Findings:
     """What is known of a load's values.
 
     Attributes:
-        sharing: Slot by slot, for each member the index of the first one with an equal `down`.
-        zero: Slot by slot, whether the delta may be all zero.
+        slots: How many slots the load has.
+        sharing: For each member the index of the first one with an equal `down`; once where all
+            slots share alike, else slot by slot.
+        zero: Slots whose delta may be all zero.
         peak: Largest magnitude; NaN or infinity where there is one. None until it is asked for.
     """
 
-    sharing: tuple[tuple[int, ...], ...]
-    zero: tuple[bool, ...]
+    slots: int
+    sharing: Sequence[tuple[int, ...]]
+    zero: Sequence[int]
     peak: float | None = None
+
+    def sharing_of(self, slot: int) -> tuple[int, ...]:
+        """For each member of a slot the index of the first one with an equal `down`."""
+        return self.sharing[0 if len(self.sharing) == 1 else slot]
+
+    def first_sharing(self) -> tuple[int, ...]:
+        """The same of the first slot with a delta; of the first one where none has any."""
+        return self.sharing_of(next((i for i in range(self.slots) if i not in self.zero), 0))
 
     def differing(self, sharing: tuple[int, ...]) -> list[int]:
         """Slots that do not share as others do, or may have no delta."""
-        if self._alike == sharing:
+        if not self.zero and self.sharing == [sharing]:
             return []
-        found = enumerate(zip(self.sharing, self.zero, strict=True))
-        return [slot for slot, (own, zero) in found if zero or own != sharing]
-
-    @cached_property
-    def _alike(self) -> tuple[int, ...] | None:
-        """How all slots share, where they all do alike and each has a delta."""
-        alike = not any(self.zero) and len(set(self.sharing)) == 1
-        return self.sharing[0] if alike else None
+        slots = range(self.slots)
+        return [i for i in slots if i in self.zero or self.sharing_of(i) != sharing]
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,69 +312,9 @@ def _host_buffer(nbytes: int, *, pinned: bool) -> Tensor:
 
 def _look(load: Load, buffer: Tensor) -> Staged:
     """See which members share a `down`, and which slots may have no delta."""
-    words = [_words(block, buffer) for block in load.blocks]
-    downs, ups = words[::2], words[1::2]
-    zero = _all_zero(downs) | _all_zero(ups)
+    slots = len(load.slots)
+    blocks = [(b.begin, b.nbytes // slots, NAMES[b.dtype]) for b in load.blocks]
     # A device finds the peak of what is copied there in no time.
-    peak = None if load.device.type == "cuda" else _largest(load, words)
-    return Staged(buffer, Findings(_sharing(downs), tuple(zero.tolist()), peak))
-
-
-def _largest(load: Load, words: Sequence[Words]) -> float:
-    peaks = [_peak(own, block.dtype) for own, block in zip(words, load.blocks, strict=True)]
-    return max(peaks, key=lambda peak: float("inf") if math.isnan(peak) else peak)
-
-
-def _peak(words: Words, dtype: torch.dtype) -> float:
-    """The largest magnitude, found in bit patterns, whose order is that of magnitudes.
-
-    Negative numbers are the largest unsigned integers, positive ones the largest signed ones.
-    """
-    mask = (1 << (8 * words.itemsize - 1)) - 1
-    signed, unsigned = int(words.view(f"int{8 * words.itemsize}").max()), int(words.max())
-    bits = max(signed, unsigned & mask if unsigned > mask else 0)
-    integer = torch.int16 if words.itemsize == 2 else torch.int32
-    return float(torch.tensor([bits], dtype=integer).view(dtype).item())
-
-
-def _words(block: Block, buffer: Tensor) -> Words:
-    """(slots, words) of unsigned integers of the dtype's size."""
-    values = buffer[block.begin : block.begin + block.nbytes].numpy()
-    if block.dtype.itemsize == 2:
-        return values.view(np.uint16).reshape(block.shape[0], -1)
-    return values.view(np.uint32).reshape(block.shape[0], -1)
-
-
-def _sharing(downs: Sequence[Words]) -> tuple[tuple[int, ...], ...]:
-    firsts = np.tile(np.arange(len(downs)), (downs[0].shape[0], 1))  # (slots, members)
-    for later in range(1, len(downs)):
-        for earlier in reversed(range(later)):
-            firsts[_equal(downs[earlier], downs[later]), later] = earlier
-    return tuple(map(tuple, firsts.tolist()))
-
-
-def _equal(a: Words, b: Words) -> npt.NDArray[np.bool_]:
-    """Slot by slot, whether two members' factors are equal."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return np.zeros(a.shape[0], dtype=np.bool_)
-    probe = _PROBE_BYTES // a.itemsize
-    alike: npt.NDArray[np.bool_] = (a[:, :probe] == b[:, :probe]).all(axis=1)
-    for slot in np.flatnonzero(alike):
-        alike[slot] = np.array_equal(a[slot], b[slot])
-    return alike
-
-
-def _all_zero(blocks: Sequence[Words]) -> npt.NDArray[np.bool_]:
-    """Slot by slot, whether every one of these blocks is zero there."""
-    zero: npt.NDArray[np.bool_] = np.logical_and.reduce([_is_zero(words) for words in blocks])
-    return zero
-
-
-def _is_zero(words: Words) -> npt.NDArray[np.bool_]:
-    # All bits but the sign: a negative zero is zero.
-    bits = words.dtype.type((1 << (8 * words.itemsize - 1)) - 1)
-    probe = _PROBE_BYTES // words.itemsize
-    zero: npt.NDArray[np.bool_] = np.logical_not((words[:, :probe] & bits).any(axis=1))
-    for slot in np.flatnonzero(zero):
-        zero[slot] = not (words[slot] & bits).any()
-    return zero
+    measure = load.device.type != "cuda"
+    sharing, zero, peak = _core.look_at(buffer.numpy(), blocks, slots, measure=measure)
+    return Staged(buffer, Findings(slots, sharing, zero, peak))

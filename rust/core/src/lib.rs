@@ -17,6 +17,7 @@ pub mod delta;
 pub mod document;
 pub mod dtype;
 pub mod explain;
+pub mod findings;
 pub mod fit;
 pub mod header;
 pub mod key;

@@ -8,7 +8,7 @@
 mod error;
 mod identity;
 mod ranges;
-mod scalar;
+pub(crate) mod scalar;
 
 use std::fs::{self, File};
 use std::io::{self, Read};

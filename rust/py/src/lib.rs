@@ -11,6 +11,7 @@ mod bytes;
 mod cli;
 mod error;
 mod file_plan;
+mod findings;
 mod pack;
 mod reader;
 mod stack_plan;
@@ -24,6 +25,8 @@ mod _core {
     use super::cli::run_keys;
     #[pymodule_export]
     use super::file_plan::{FilePlan, file_identity};
+    #[pymodule_export]
+    use super::findings::look_at;
     #[pymodule_export]
     use super::pack::{fill_packed, fill_rows};
     #[pymodule_export]

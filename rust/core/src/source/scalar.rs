@@ -7,7 +7,7 @@ use crate::dtype::Dtype;
     clippy::cast_precision_loss,
     reason = "64-bit integers are rounded, as documented"
 )]
-pub(super) fn decode(dtype: Dtype, bytes: &[u8]) -> Option<f64> {
+pub(crate) fn decode(dtype: Dtype, bytes: &[u8]) -> Option<f64> {
     let value = match dtype {
         Dtype::Bool => f64::from(u8::from(u8::from_le_bytes(exactly(bytes)?) != 0)),
         Dtype::U8 => u8::from_le_bytes(exactly(bytes)?).into(),
