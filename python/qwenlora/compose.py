@@ -306,6 +306,7 @@ class _Composition:
                 wanted.sources,
                 fetchers,
                 options,
+                home=structure.home,
             )
             closing.callback(groups.close)
             placer = Placer(units, planned.plan, builder, groups, fetchers, options, journal)

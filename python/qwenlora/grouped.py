@@ -14,6 +14,7 @@ from qwenlora import cache
 from qwenlora.arena import Arena, Part
 from qwenlora.deltas import GroupDeltas, non_finite
 from qwenlora.host_arena import arena_of
+from qwenlora.kept_base import keep_base, kept_base
 from qwenlora.layout import TILE, round_up
 from qwenlora.memory import is_free
 from qwenlora.plan import SlotKind
@@ -101,6 +102,7 @@ class GroupBuilder:
         sources: Their plans and files.
         fetchers: Read their tensors.
         options: How to compose.
+        home: Stands for the model's structure as it is now.
         placed: What was built, and how it lies in its slots.
         load_bytes: Most bytes of a load.
     """
@@ -110,6 +112,7 @@ class GroupBuilder:
     sources: Sequence[LoraSource]
     fetchers: Sequence[TensorFetcher]
     options: ComposeOptions
+    home: object
     placed: list[PlacedGroup] = field(init=False, default_factory=list)
     load_bytes: int = field(init=False)
     _loads: list[list[Load]] = field(init=False)
@@ -141,6 +144,11 @@ class GroupBuilder:
             empty: More slots of the same path, which get as many ranks, all zero.
             tell: Is told how many slots are built next.
         """
+        bare = None if group.stacks or empty else kept_base(group, self.home)
+        if bare is not None:
+            tell(len(group.targets))
+            return Built([bare], [])
+        keep_base(group, self.home, limit_bytes=self.options.cache_bytes)
         index = next(i for i, own in enumerate(self.groups) if own is group)
         loads = self._loads[index]
         first = loads[: len(group.stacks)]

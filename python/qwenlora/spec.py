@@ -109,7 +109,8 @@ class ComposeOptions:
         lokr_scale: The factor of a LoKr whose factors are both stored whole.
         placement: How the new stack takes the old one's place.
         cache_bytes: Most bytes of deltas kept in host memory between compositions, so that a change
-            of strength reads no file; 0 keeps none.
+            of strength reads no file, and of base branches of composed slots in host memory, so
+            that a reset copies none; 0 keeps none.
         device_cache_bytes: Most bytes of deltas kept on a GPU between compositions, so that a
             change of strength copies nothing to it; 0 keeps none. None keeps a stack's where that
             leaves 8 GiB free: some drivers spill to host memory instead of failing.

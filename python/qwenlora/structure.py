@@ -40,6 +40,7 @@ class Structure:
         targets: The slots by path, in module order.
         layout: Its block offload, where that is on.
         placed: How the last composition lies in its slots, where it consists of groups alone.
+        home: Stands for this structure where something is kept for it, without keeping it alive.
     """
 
     def __init__(self, model: nn.Module, base_ranks: Mapping[str, int]) -> None:
@@ -58,6 +59,7 @@ class Structure:
         ]
         self._buffers = [target.module._buffers for target in self.targets.values()]
         self.placed: Placed | None = None
+        self.home = object()
         self._results: OrderedDict[Hashable, object] = OrderedDict()
         self.look()
 
