@@ -383,6 +383,62 @@ def test_a_sum_too_large_for_a_full_decomposition_is_near_the_optimum(monkeypatc
     assert module.share_lost < 1.02 * best_lost(expected, 16)
 
 
+@pytest.fixture
+def large_sums(monkeypatch):
+    """Sums of any number of ranks are large ones."""
+    monkeypatch.setattr("qwenlora.merge.combine.EXACT_RANK", 16)
+    monkeypatch.setattr("qwenlora.compress.EXACT_SIDE", 16)
+
+
+@pytest.mark.parametrize("cut", [Cut(rank=8), Cut(rank=24), Cut(energy=0.5), Cut(energy=0.9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("large_sums")
+def test_a_large_sum_is_near_the_optimum(cut, dtype, monkeypatch, Draft, merged):
+    """It is found by iteration; the loss stated is that of what is written."""
+    monkeypatch.setattr("qwenlora.merge.combine._FIRST_RANK", 4)
+    monkeypatch.setattr("qwenlora.merge.combine.decomposed", pytest.fail)
+    target = f"{BLOCK}.attn.to_add_out"
+    drafts = [Draft(n, dtype=dtype).add(target, rank) for n, rank in enumerate((24, 40, 17), 1)]
+    expected = sum(draft.deltas[target] for draft in drafts)
+    report, path = merged(*((draft, 1.5) for draft in drafts), cut=cut)
+    (found,), (module,) = deltas_of(path).values(), report.modules
+    lost = energy_lost(found, 1.5 * expected)
+    assert module.share_lost == pytest.approx(lost, abs=3e-6)
+    assert lost < 1.05 * best_lost(expected, module.rank) + 3e-6
+    if cut.energy is None:
+        assert module.rank == cut.rank
+    else:
+        assert lost <= 1 - cut.energy + 3e-6
+        # At most one rank in twenty, or one, more than the optimum takes.
+        fewest = next(r for r in range(81) if best_lost(expected, r) <= 1 - cut.energy)
+        assert module.rank <= max(1.05 * fewest, fewest + 1)
+
+
+@pytest.mark.usefixtures("large_sums")
+def test_a_large_sum_of_which_nearly_all_is_kept_is_decomposed(Draft, merged):
+    target = f"{BLOCK}.attn.to_add_out"
+    drafts = [Draft(n).add(target, 30) for n in (1, 2, 3)]
+    expected = sum(draft.deltas[target] for draft in drafts)
+    for share in (1.0, 0.99999):
+        _, path = merged(*((draft, 1.0) for draft in drafts), cut=Cut(energy=share))
+        (found,) = deltas_of(path).values()
+        assert energy_lost(found, expected) <= 1 - share + 1e-10
+
+
+@pytest.mark.usefixtures("large_sums")
+def test_a_large_sum_that_cancels_is_decomposed(Draft, merged):
+    """Gram matrices do not hold it."""
+    target = f"{BLOCK}.attn.to_add_out"
+    one, other = Draft(1).add(target, 30), Draft(1).add(target, 30)
+    other.tensors = {key: tensor * (1 + 2**-12) for key, tensor in other.tensors.items()}
+    expected = one.deltas[target] * (1 - (1 + 2**-12) ** 2)
+    report, path = merged((one, 1.0), (other, -1.0), cut=Cut(rank=8))
+    (found,), (module,) = deltas_of(path).values(), report.modules
+    lost = energy_lost(found, expected)
+    assert lost == pytest.approx(module.share_lost, rel=1e-3)
+    assert lost == pytest.approx(best_lost(expected, 8), rel=1e-3)
+
+
 # ---- read by others ----
 
 

@@ -1,4 +1,4 @@
-"""A module's deltas to one pair: exactly, or its optimal truncation.
+"""A module's deltas to one pair: exactly, or truncated: optimally where that costs seconds at most.
 
 The sum is formed in float32. Where a pair would be no smaller than the matrix, the matrix itself
 is one half of it and the identity the other.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwenlora.compress import compress, energy
+from qwenlora.compress import LowRankSum, Truncation, decomposed, energy, iterated
 from qwenlora.factors import Factors, factors_of
 from qwenlora.merge.member import has_full_rank, is_stored_pair
 from qwenlora.pieces import same_dtype, stack_downs
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Joined", "combine"]
 
+EXACT_RANK = 512
+"""Ranks of a sum that is decomposed exactly; 1024 take five seconds per module."""
 _FIRST_RANK = 128
 """Ranks that are looked at first where the rank follows from the energy; doubled until enough."""
 
@@ -75,9 +77,9 @@ def combine(members: Sequence[Member], sides: tuple[int, int], cut: Cut | None) 
         is_small = rank <= min(sides) or is_stored
         return Joined(down, up) if is_small else _of_dense(members, sides, cut)
     if cut.rank is not None and rank <= cut.rank:
-        return Joined(down, up, energy=energy([(down, up)]))
-    best = compress([(down, up)], rank)
-    return _trimmed(Factors(best.down, best.up), cut)
+        return Joined(down, up, energy=energy(LowRankSum.of([(down, up)])))
+    # In float32, so that no product is rounded to what the file stores.
+    return _of_sum(LowRankSum.of([(down.to(torch.float32), up)]), cut)
 
 
 def _stacked(members: Sequence[Member]) -> tuple[Tensor, Tensor]:
@@ -95,6 +97,27 @@ def _stacked(members: Sequence[Member]) -> tuple[Tensor, Tensor]:
     for own, start in zip(scaled, starts, strict=True):
         up[:, start : start + own.shape[1]] += own
     return down, up
+
+
+def _of_sum(sum_: LowRankSum, cut: Cut) -> Joined:
+    truncation = _truncation(sum_, cut)
+    kept = cut.kept(truncation.kept)
+    best = truncation.cut(truncation.kept.numel() if kept is None else kept)
+    return Joined(best.down, best.up, best.energy, best.energy_lost * best.energy)
+
+
+def _truncation(sum_: LowRankSum, cut: Cut) -> Truncation:
+    """All directions of the sum; of a large one as many as the cut needs, near the optimum."""
+    if sum_.rank > EXACT_RANK:
+        most = cut.rank or _FIRST_RANK
+        while most < sum_.most:
+            (found,) = iterated([sum_], most)
+            if found is None:
+                break
+            if cut.kept(found.kept) is not None:
+                return found
+            most *= 2
+    return decomposed(sum_)
 
 
 def _of_dense(members: Sequence[Member], sides: tuple[int, int], cut: Cut | None) -> Joined:
@@ -136,27 +159,28 @@ def _leading(decompose: Callable[[int], Factors], cut: Cut, full: int) -> Joined
     """
     most = min(full, cut.rank or _FIRST_RANK)
     best = decompose(most)
-    while most < full and cut.kept(*_spectrum(best)) is None:
+    shares, total = _spectrum(best)
+    while most < full and cut.kept(shares) is None:
         most = min(full, 2 * most)
         best = decompose(most)
-    return _trimmed(best, cut)
-
-
-def _trimmed(best: Factors, cut: Cut) -> Joined:
-    energies, total = _spectrum(best)
-    kept = cut.kept(energies, total)
+        shares, total = _spectrum(best)
+    kept = cut.kept(shares)
     # All of it was asked for, or rounding leaves the last rank a hair short of enough.
     kept = best.rank if kept is None else kept
     return Joined(
         down=best.down[:kept],
         up=best.up[:, :kept],
         energy=total,
-        energy_lost=max(0.0, total - float(energies[:kept].sum())),
+        energy_lost=max(0.0, total * (1 - float(shares[kept - 1]))),
     )
 
 
 def _spectrum(best: Factors) -> tuple[Tensor, float]:
-    """Squares (r,) float64 of the singular values that a pair holds, and the sum of all squares."""
+    """Shares (r,) float64 of the energy that the first 1, 2, ... ranks of a pair hold; all of it.
+
+    The pair's directions are orthogonal, those of its largest singular values first.
+    """
     norms = best.up.double().norm(dim=0) * best.down.double().norm(dim=1)
-    energies = norms.square()
-    return energies, float(energies.sum()) if best.energy is None else best.energy
+    held = norms.square().cumsum(0)
+    total = float(held[-1]) if best.energy is None else best.energy
+    return held / total if total > 0 else torch.ones_like(held), total

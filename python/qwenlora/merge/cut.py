@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -26,20 +24,19 @@ class Cut:
     rank: int | None = None
     energy: float | None = None
 
-    def kept(self, energies: Tensor, total: float) -> int | None:
+    def kept(self, shares: Tensor) -> int | None:
         """How many of the leading ranks are kept.
 
         Args:
-            energies: (k,) squares of the largest singular values, descending.
-            total: Sum of the squares of all singular values.
+            shares: (k,) float64: of the squared norm, what the first 1, 2, ... ranks hold.
 
         Returns:
             The number; None where more than `k` are needed, or all there are.
         """
         if self.rank is not None:
-            return min(self.rank, energies.numel())
+            return min(self.rank, shares.numel())
         if self.energy is None or self.energy == 1:
             # The last ranks are less than what rounding makes of the sum.
             return None
-        enough = torch.cumsum(energies.double(), 0) >= self.energy * total
+        enough = shares >= self.energy
         return int(enough.int().argmax()) + 1 if bool(enough.any()) else None
