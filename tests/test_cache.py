@@ -12,6 +12,7 @@ import torch
 import qwenlora
 from qwenlora import _core, cache, errors, placement
 from qwenlora.spec import ComposeOptions
+from qwenlora.staging import Staged
 
 EXACT = 2e-6
 """Relative error of float32 tensors against float64 formulas."""
@@ -63,8 +64,9 @@ def test_the_cache_holds_no_more_memory_than_it_may(limit_bytes, model, lora):
     qwenlora.compose_loras(model, lora[0], options=ComposeOptions(cache_bytes=limit_bytes))
     storages = {}
     for own in cache.pieces.values():
-        storage = own.bytes.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        for tensor in [own.bytes] if isinstance(own, Staged) else [*own.downs, *own.ups]:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
     held = sum(storages.values())
     # What the cache says it holds is what it keeps alive.
     assert 0 < held <= cache.pieces.nbytes <= limit_bytes
