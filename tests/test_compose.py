@@ -15,8 +15,8 @@ from qwenlora import _core, cache, compat, errors
 from qwenlora.branch import BRANCH_DOWN, BRANCH_UP
 from qwenlora.emulation import Precision
 from qwenlora.plan import StackPlan
-from qwenlora.staging import Staged
 from qwenlora.spec import ComposeOptions, LoraSpec
+from qwenlora.staging import Staged
 from qwenlora.targets import find_targets
 
 EXACT = 2e-6

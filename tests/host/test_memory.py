@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import qwenlora
+from qwenlora import cache
 
 PACK = Path(__file__).parents[2] / "comfy" / "qwenlora_nodes"
 MIB = 1 << 20
@@ -109,6 +110,17 @@ def test_each_clone_announces_its_own_stack(load, emulated_qwen, qwen, two):
     for model in (one, other, both, load(emulated_qwen, two[1])):
         asked, taken = announced(model, bare)
         assert asked == taken > 0
+
+
+class Kept:
+    nbytes = 10
+
+
+def test_deltas_kept_on_the_device_are_let_go_after_sampling(load, emulated_qwen, qwen, two):
+    both = load(load(emulated_qwen, two[0]), two[1])
+    cache.on_device.put("kept", Kept(), limit_bytes=100)
+    qwen.ksample(both, steps=1)
+    assert cache.on_device.nbytes == 0
 
 
 # ---- what is taken ----
