@@ -1,7 +1,7 @@
 """New tensors of one path over many slots: one allocation a factor, written for all slots at once.
 
-A slot's tensors are views of its arena. Views behave as tensors of their own: a deep copy, a move
-or a save of one takes its elements alone.
+A slot's tensors lie in its arena, and have storages of their own there: a deep copy, a move or a
+save of one takes its elements alone (see `allocation`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from qwenlora.allocation import evenly, rest_from, split
 from qwenlora.layout import FRAGMENT, MODULATION_PLANES, TILE, RowOrder, round_up
 from qwenlora.targets import factors_of
 
@@ -95,7 +96,7 @@ class PackedArena:
         """Packed (in, R) and (out, R) of every slot."""
         # (slots, C/16, R/16, 256) -> (slots, C, R) in name
         down, up = (arena.view(arena.shape[0], -1, self._rank) for arena in (self._down, self._up))
-        return down.unbind(), up.unbind()
+        return split(down), split(up)
 
     def finite(self) -> list[bool]:
         """Slot by slot, whether all that is not the base is finite."""
@@ -148,32 +149,20 @@ def _copy_base(dest: Tensor, olds: Sequence[Tensor]) -> None:
     slots, tiles, base_tiles, _ = dest.shape
     first = olds[0]
     old_tiles = first.shape[1] // TILE
-    step = _even_step(olds)
+    rest, step = None, evenly(olds)
     if step is not None:
+        begin, last = first.data_ptr(), olds[-1]
+        rest = rest_from(begin, last.data_ptr() + last.nbytes, first)
+    if step is not None and rest is not None:
         # Old tensors of one arena: (slots, C/16, R/16, 256)
         strides = (step, old_tiles * FRAGMENT, FRAGMENT, 1)
-        source = first.detach().as_strided((slots, tiles, base_tiles, FRAGMENT), strides)
+        source = rest.as_strided((slots, tiles, base_tiles, FRAGMENT), strides)
         # Words of eight bytes: kernels that walk strides move one element at a time.
         dest.view(torch.int64).copy_(source.view(torch.int64))
         return
     for slot, old in enumerate(olds):
         fragments = old.detach().view(tiles, old.shape[1] // TILE, FRAGMENT)
         dest[slot].copy_(fragments[:, :base_tiles])
-
-
-def _even_step(tensors: Sequence[Tensor]) -> int | None:
-    """Elements from each tensor to the next, where they lie evenly in one storage."""
-    first, last = tensors[0], tensors[-1]
-    begins = [tensor.data_ptr() for tensor in tensors]
-    if len(tensors) < 2 or first.shape != last.shape:
-        return None
-    step = begins[1] - begins[0]
-    if step < first.nbytes or begins != [*range(begins[0], begins[-1] + 1, step)]:
-        return None
-    # What lies between two tensors of one storage lies in it.
-    storage = first.untyped_storage().data_ptr()
-    alike = last.untyped_storage().data_ptr() == storage
-    return step // first.itemsize if alike else None
 
 
 def _in_tiles(part: Part) -> bool:
@@ -302,7 +291,7 @@ class BranchArena:
 
     def factors(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """(R, in) and (out, R) of every slot."""
-        return self._down.unbind(), self._up.unbind()
+        return split(self._down), split(self._up)
 
     def finite(self) -> list[bool]:
         """Slot by slot, whether all of it is finite."""

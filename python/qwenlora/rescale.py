@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qwenlora import cache
+from qwenlora.allocation import rest_from
 from qwenlora.arena import Part, write_branch_ups, write_packed_ups
 from qwenlora.branch import BRANCH_UP
 from qwenlora.grouped import PlacedGroup, may_overflow, part_of, scales_of
@@ -157,36 +158,27 @@ def _arena_of_ups(placed: PlacedGroup) -> Tensor | None:
     if len(ups) < len(slots):
         return None
     first = next(iter(ups.values()), None)
-    begin_step = _evenly(ups, len(targets))
-    if first is None or begin_step is None:
+    return None if first is None else _around(ups, first, len(targets), packed=packed)
+
+
+def _around(ups: Mapping[int, Tensor], first: Tensor, count: int, *, packed: bool) -> Tensor | None:
+    """All `count` slots' `up` in one tensor, where those known lie evenly in one allocation."""
+    (slot_a, a), (slot_b, b) = next(iter(ups.items())), list(ups.items())[-1]
+    step, rest = first.nbytes, 0
+    if slot_a != slot_b:
+        step, rest = divmod(b.data_ptr() - a.data_ptr(), slot_b - slot_a)
+    elif count > 1:
         return None
-    begin, step = begin_step
+    begin = a.data_ptr() - step * slot_a
+    even = rest == 0 and step >= first.nbytes and step % first.itemsize == 0
+    if not even or any(
+        up.shape != first.shape or up.data_ptr() != begin + step * slot for slot, up in ups.items()
+    ):
+        return None
+    flat = rest_from(begin, begin + step * (count - 1) + first.nbytes, first)
+    if flat is None:
+        return None
     rows, rank = first.shape
-    arena = first.detach().as_strided((len(targets), rows, rank), (step, rank, 1), begin)
+    arena = flat.as_strided((count, rows, rank), (step // first.itemsize, rank, 1))
     # (slots, C, R) in name -> (slots, C/16, R/16, 256)
-    return arena.view(len(targets), rows // TILE, rank // TILE, FRAGMENT) if packed else arena
-
-
-def _evenly(tensors: Mapping[int, Tensor], count: int) -> tuple[int, int] | None:
-    """Where the first of `count` slots begins in their one storage, and the step, in elements."""
-    if not tensors or (len(tensors) == 1 and count > 1):
-        return None
-    (slot_a, a), (slot_b, b) = next(iter(tensors.items())), list(tensors.items())[-1]
-    size, offset = a.numel(), int(a.storage_offset())
-    step, rest = size, 0
-    if count > 1:
-        step, rest = divmod(int(b.storage_offset()) - offset, slot_b - slot_a)
-    begin = offset - step * slot_a
-    storage = a.untyped_storage()
-    fits = (
-        rest == 0
-        and step >= size
-        and begin >= 0
-        and (begin + step * (count - 1) + size) * a.itemsize <= storage.nbytes()
-    )
-    address = storage.data_ptr()
-    even = fits and all(
-        t.numel() == size and t.data_ptr() == address + (begin + step * slot) * a.itemsize
-        for slot, t in tensors.items()
-    )
-    return (begin, step) if even else None
+    return arena.view(count, rows // TILE, rank // TILE, FRAGMENT) if packed else arena
