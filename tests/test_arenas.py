@@ -165,11 +165,13 @@ def test_a_pinned_block_holds_its_own_bytes(composed, stack, probe):
 
 @pytest.mark.gpu
 def test_a_model_that_leaves_the_device_leaves_no_arena(model, stack):
+    # Libraries keep workspaces.
+    before = torch.cuda.memory_allocated()
     model.to("cuda")
     qwenlora.compose_loras(model, stack, options=qwenlora.ComposeOptions(device_cache_bytes=0))
     model.to("cpu")
     gc.collect()
-    assert torch.cuda.memory_allocated() == 0
+    assert torch.cuda.memory_allocated() == before
 
 
 def test_a_block_that_leaves_takes_nothing_along(composed, probe):
