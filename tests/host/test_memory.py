@@ -170,18 +170,18 @@ class Meter:
     A bare model takes more than its own size, since allocators round up: that is in no stack.
     """
 
-    def __init__(self, model, ksample) -> None:
+    def __init__(self, model, ksample, *, composed) -> None:
         import comfy.model_management as management
 
         self._management = management
         self._device = management.get_torch_device()
         assert self._device.type == "cuda"
         self._size = model.model_size()
-        # What libraries take at their first use stays: it is no model's, either.
-        for _ in range(2):
+        # What libraries take at their first use stays: it is no model's, and no stack's, either.
+        for run in (model, composed, model):
             management.unload_all_models()
             empty = self._free()
-            assert ksample(model, steps=1).isfinite().all()
+            assert ksample(run, steps=1).isfinite().all()
         self._bare = self._free()
         taken = empty - self._bare
         _log.info("bare: %.1f MiB, takes %.1f", self._size / MIB, taken / MIB)
@@ -214,8 +214,8 @@ class TestOnTheDevice:
         return real_size()
 
     @pytest.fixture
-    def meter(self, model, qwen):
-        return Meter(model, qwen.ksample)
+    def meter(self, model, qwen, files, load):
+        return Meter(model, qwen.ksample, composed=load(model, files[1]))
 
     def test_one_stack_after_another_and_none(self, model, meter, files, load, qwen):
         first, second = (load(model, path) for path in files)
