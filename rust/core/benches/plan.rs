@@ -1,4 +1,5 @@
-//! Header and plan of a large file, beside the `safetensors` crate reading the same header.
+//! Header and plan of a large file, beside the `safetensors` crate reading the same header, and the
+//! plan of a stack of it.
 
 #![expect(clippy::unwrap_used, reason = "a bench may stop at once")]
 
@@ -9,7 +10,10 @@ use std::path::Path;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use qwenlora_core::header::Header;
+use qwenlora_core::known;
 use qwenlora_core::plan::FilePlan;
+use qwenlora_core::slot::Slot;
+use qwenlora_core::stack::{StackItem, StackOptions, StackPlan};
 
 /// The 2160 tensors of a Lightning LoRA (850 MB in bf16) as a sparse file.
 fn lightning(path: &Path) -> Vec<u8> {
@@ -71,6 +75,24 @@ fn bench(criterion: &mut Criterion) {
     });
     let plan = FilePlan::read(&path).unwrap();
     group.bench_function("file plan as JSON", |b| b.iter(|| plan.to_json().len()));
+    let slots = known::qwen_image_slots();
+    let slots: Vec<Slot> = slots.into_iter().map(|known| known.slot).collect();
+    let item = StackItem {
+        name: "lightning",
+        plan: &plan,
+        strength: 1.0,
+        modulation: true,
+    };
+    group.bench_function("stack plan", |b| {
+        b.iter(|| {
+            let plan = StackPlan::new(&[item], &slots, StackOptions::default());
+            plan.unwrap().slots.len()
+        });
+    });
+    let stack = StackPlan::new(&[item], &slots, StackOptions::default()).unwrap();
+    group.bench_function("stack plan, grouped, as JSON", |b| {
+        b.iter(|| serde_json::to_string(&stack.grouped(&slots)).unwrap().len());
+    });
     group.finish();
 }
 

@@ -84,7 +84,31 @@ impl Dtype {
 
     /// The dtype of this name. Names are exact: `bf16` is none.
     pub fn parse(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|dtype| dtype.name() == name)
+        Some(match name {
+            "BOOL" => Self::Bool,
+            "F4" => Self::F4,
+            "F6_E2M3" => Self::F6E2M3,
+            "F6_E3M2" => Self::F6E3M2,
+            "U8" => Self::U8,
+            "I8" => Self::I8,
+            "F8_E5M2" => Self::F8E5M2,
+            "F8_E4M3" => Self::F8E4M3,
+            "F8_E8M0" => Self::F8E8M0,
+            "F8_E4M3FNUZ" => Self::F8E4M3Fnuz,
+            "F8_E5M2FNUZ" => Self::F8E5M2Fnuz,
+            "I16" => Self::I16,
+            "U16" => Self::U16,
+            "F16" => Self::F16,
+            "BF16" => Self::BF16,
+            "I32" => Self::I32,
+            "U32" => Self::U32,
+            "F32" => Self::F32,
+            "C64" => Self::C64,
+            "F64" => Self::F64,
+            "I64" => Self::I64,
+            "U64" => Self::U64,
+            _ => return None,
+        })
     }
 
     /// The name in a safetensors header.

@@ -11,6 +11,7 @@
 mod error;
 mod foreign;
 mod json;
+mod plain;
 mod quoted;
 mod tensor;
 
@@ -53,12 +54,24 @@ impl Header {
                 found: Quoted::new(text),
             });
         }
-        json::check(text).map_err(|error| json_error(text, &error))?;
         let data = Data {
             start_bytes: data_start,
             len_bytes: file_len_bytes.saturating_sub(data_start),
         };
-        Self::parse(text, data)
+        // Where names repeat, the careful reading says which.
+        let plain = plain::read(text, data)
+            .filter(|plain| !repeats(plain.tensors.iter().map(TensorInfo::name)))
+            .filter(|plain| !repeats(plain.metadata.iter().flatten().map(|(key, _)| key.as_str())));
+        let (tensors, metadata) = match plain {
+            Some(plain) => (plain.tensors, plain.metadata.unwrap_or_default()),
+            None => Self::parse(text, data)?,
+        };
+        check_layout(&tensors, data)?;
+        Ok(Self {
+            tensors,
+            metadata,
+            data_start,
+        })
     }
 
     /// The tensors in the order of the header's text.
@@ -76,7 +89,9 @@ impl Header {
         self.data_start
     }
 
-    fn parse(text: &str, data: Data) -> Result<Self, HeaderError> {
+    /// Reads the text level by level, and says what is wrong with it.
+    fn parse(text: &str, data: Data) -> Result<Content, HeaderError> {
+        json::check(text).map_err(|error| json_error(text, &error))?;
         // One more than the tensors, for the metadata.
         let max = MAX_TENSORS.saturating_add(1);
         let Some(entries) = json::members(text, max) else {
@@ -110,14 +125,12 @@ impl Header {
                 tensors.push(TensorInfo::parse(name, entry, data)?);
             }
         }
-        check_layout(&tensors, data)?;
-        Ok(Self {
-            tensors,
-            metadata,
-            data_start: data.start_bytes,
-        })
+        Ok((tensors, metadata))
     }
 }
+
+/// Tensors and metadata.
+type Content = (Vec<TensorInfo>, Vec<(String, String)>);
 
 /// Reads the header's bytes, after its length has been found possible.
 fn read_bytes(reader: &mut impl Read, file_len_bytes: u64) -> Result<Vec<u8>, HeaderError> {
@@ -245,6 +258,13 @@ fn first_repeated<'a>(members: &'a [(String, &str)]) -> Option<&'a str> {
         .iter()
         .map(|(name, _)| name.as_str())
         .find(|name| !seen.insert(*name))
+}
+
+/// Whether a name stands twice.
+fn repeats<'n>(names: impl Iterator<Item = &'n str>) -> bool {
+    let mut names: Vec<&str> = names.collect();
+    names.sort_unstable();
+    names.windows(2).any(|two| matches!(two, [a, b] if a == b))
 }
 
 /// The parser's error with its place in the file and the text before it.

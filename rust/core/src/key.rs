@@ -107,8 +107,18 @@ pub enum ParsedKey<'k> {
 
 /// Parses one key.
 pub fn parse(key: &str) -> ParsedKey<'_> {
+    parse_beside(key, None)
+}
+
+/// Parses one key; `known` is another key's stem and the module that it names. A module's tensors
+/// mostly follow each other.
+pub(crate) fn parse_beside<'k>(key: &'k str, known: Option<(&str, TargetId)>) -> ParsedKey<'k> {
+    let find = |stem: &str| match known {
+        Some((known, target)) if known == stem => Some(target),
+        _ => resolve(stem),
+    };
     if let Some(cut) = suffix::cut(key)
-        && let Some(target) = resolve(cut.stem)
+        && let Some(target) = find(cut.stem)
     {
         return ParsedKey::Module {
             target,
@@ -136,12 +146,17 @@ pub struct Resolved {
 
 /// The module that a stem (prefixes and path) names.
 pub fn resolve(stem: &str) -> Option<TargetId> {
-    resolve_with_prefixes(stem).map(|resolved| resolved.target)
+    // A converter that turned the dot before its own suffix into `_`, too, left one at the end.
+    target_of(stem).or_else(|| target_of(stem.strip_suffix('_')?))
+}
+
+fn target_of(stem: &str) -> Option<TargetId> {
+    let path = without_processor(stem);
+    find_stripped(&path, &mut Vec::new())
 }
 
 /// The module that a stem names, and how the stem spells it.
 pub fn resolve_with_prefixes(stem: &str) -> Option<Resolved> {
-    // A converter that turned the dot before its own suffix into `_`, too, left one at the end.
     resolve_as_it_is(stem).or_else(|| {
         let resolved = resolve_as_it_is(stem.strip_suffix('_')?)?;
         let path = resolved.path + "_";
@@ -151,10 +166,8 @@ pub fn resolve_with_prefixes(stem: &str) -> Option<Resolved> {
 
 fn resolve_as_it_is(stem: &str) -> Option<Resolved> {
     let path = without_processor(stem);
-    let flat = path.replace('.', "_");
     let mut prefixes = Vec::new();
-    let find = |flat: &str| model::table().find_flat(flat);
-    let target = search(&path, &flat, &mut prefixes, &find)?;
+    let target = find_stripped(&path, &mut prefixes)?;
     let stripped: usize = prefixes.iter().map(|prefix| prefix.len()).sum();
     let path = path.get(stripped..)?.to_owned();
     Some(Resolved {
@@ -162,6 +175,13 @@ fn resolve_as_it_is(stem: &str) -> Option<Resolved> {
         prefixes,
         path,
     })
+}
+
+/// The module of a path; `prefixes` takes those that are stripped.
+fn find_stripped(path: &str, prefixes: &mut Vec<&'static str>) -> Option<TargetId> {
+    let flat = path.replace('.', "_");
+    let find = |flat: &str| model::table().find_flat(flat);
+    search(path, &flat, prefixes, &find)
 }
 
 /// Tries the path as it is, then without each prefix that fits; `stripped` holds those that are

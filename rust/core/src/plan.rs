@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::check::{self, ModelCheck};
 use crate::config::{self, PEFT_WEIGHTS, SourceIdentity};
-use crate::header::{MAX_NAME_BYTES, MAX_TENSORS, Quoted};
+use crate::header::{MAX_NAME_BYTES, MAX_TENSORS, Quoted, TensorInfo};
 use crate::model::{self, Model};
 use crate::module::{self, Module, ModuleError};
 use crate::notes;
@@ -127,14 +127,14 @@ impl FilePlan {
             len_bytes: tensor.len_bytes(),
         });
         let mut table = KeyTable::new(raw.collect());
-        for (index, tensor) in header.tensors().iter().enumerate() {
-            let needed = table
-                .entries()
-                .get(index)
-                .is_some_and(|e| module::is_scalar_role(e.role));
-            if needed && tensor.elements() == 1 {
-                table.set_value(index, source.read_scalar(tensor)?);
-            }
+        let entries = table.entries().iter().zip(header.tensors());
+        let (indices, scalars): (Vec<usize>, Vec<&TensorInfo>) = entries
+            .enumerate()
+            .filter(|(_, (e, tensor))| module::is_scalar_role(e.role) && tensor.elements() == 1)
+            .map(|(index, (_, tensor))| (index, tensor))
+            .unzip();
+        for (index, value) in indices.into_iter().zip(source.read_scalars(&scalars)?) {
+            table.set_value(index, value);
         }
         table.settle_duplicates(|index, original| {
             match (header.tensors().get(index), header.tensors().get(original)) {

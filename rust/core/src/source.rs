@@ -21,6 +21,11 @@ pub use ranges::{ByteRange, RangeFault};
 
 use crate::header::{Header, Quoted, TensorInfo};
 
+/// Scalars at most this far apart are read together.
+const NEAR_BYTES: u64 = 512;
+/// Most scalars that are read together: a bound of the memory that takes.
+const MAX_RUN: usize = 256;
+
 /// A file open for reading, with the identity it had when it was opened.
 #[derive(Debug)]
 pub struct SourceFile {
@@ -96,6 +101,62 @@ impl SourceFile {
             tensor: name(),
             dtype: tensor.dtype(),
         })
+    }
+
+    /// Reads the values of tensors of one element, as [`Self::read_scalar`] does; those that lie
+    /// close together with one access.
+    pub fn read_scalars(&self, tensors: &[&TensorInfo]) -> Result<Vec<f64>, SourceError> {
+        let ahead = self.read_ahead(tensors);
+        let value = |(tensor, bytes): (&&TensorInfo, Option<[u8; 8]>)| {
+            let len = usize::try_from(tensor.len_bytes()).ok();
+            let own = bytes.as_ref().and_then(|bytes| bytes.get(..len?));
+            match own.and_then(|own| scalar::decode(tensor.dtype(), own)) {
+                Some(value) => Ok(value),
+                // One by one: it says what is wrong.
+                None => self.read_scalar(tensor),
+            }
+        };
+        tensors.iter().zip(ahead).map(value).collect()
+    }
+
+    /// The bytes of tensors that lie close to others, as far as they can be read.
+    fn read_ahead(&self, tensors: &[&TensorInfo]) -> Vec<Option<[u8; 8]>> {
+        let mut found = vec![None; tensors.len()];
+        let mut order: Vec<(u64, u64, usize)> = tensors
+            .iter()
+            .enumerate()
+            .filter(|(_, tensor)| tensor.elements() == 1 && tensor.len_bytes() <= 8)
+            .map(|(at, tensor)| (tensor.offset_bytes(), tensor.len_bytes(), at))
+            .collect();
+        order.sort_unstable();
+        let mut buffer = Vec::new();
+        // Tensors do not overlap: a run grows by what lies between its neighbours.
+        for run in order.chunk_by(|a, b| b.0.saturating_sub(a.0) <= NEAR_BYTES) {
+            for part in run.chunks(MAX_RUN) {
+                let [(begin, ..), .., (last, len, _)] = *part else {
+                    continue;
+                };
+                let bytes = last.saturating_add(len).saturating_sub(begin);
+                buffer.resize(usize::try_from(bytes).unwrap_or_default(), 0);
+                if self.read_exact(&mut buffer, begin).is_err() {
+                    continue;
+                }
+                for &(offset, len, at) in part {
+                    let from = usize::try_from(offset.saturating_sub(begin)).unwrap_or(usize::MAX);
+                    let own = buffer
+                        .get(from..)
+                        .and_then(|rest| rest.get(..usize::try_from(len).ok()?));
+                    if let (Some(own), Some(slot)) = (own, found.get_mut(at)) {
+                        let mut bytes = [0; 8];
+                        for (to, byte) in bytes.iter_mut().zip(own) {
+                            *to = *byte;
+                        }
+                        *slot = Some(bytes);
+                    }
+                }
+            }
+        }
+        found
     }
 
     /// Whether two tensors agree in their first bytes, up to `limit_bytes` of them.

@@ -103,7 +103,8 @@ pub fn is_peft_embedding(key: &str) -> bool {
 fn cut_fixed(key: &str) -> Option<Cut<'_>> {
     let (suffix, role) = FIXED
         .iter()
-        .filter(|(s, _)| key.ends_with(s))
+        // The last byte tells most apart.
+        .filter(|(s, _)| s.as_bytes().last() == key.as_bytes().last() && key.ends_with(s))
         .max_by_key(|(s, _)| s.len())?;
     let stem = key.strip_suffix(suffix)?;
     let bare = matches!(role, Role::Down | Role::Up) && !suffix.ends_with(".weight");

@@ -88,8 +88,16 @@ pub struct KeyTable {
 impl KeyTable {
     /// Classifies a file's tensors.
     pub fn new(tensors: Vec<RawTensor>) -> Self {
-        let (entries, spellings): (Vec<Entry>, Vec<Spelling>) =
-            tensors.into_iter().map(classify).unzip();
+        let mut entries: Vec<Entry> = Vec::with_capacity(tensors.len());
+        let mut spellings: Vec<Spelling> = Vec::with_capacity(tensors.len());
+        for tensor in tensors {
+            let last = entries.last().zip(spellings.last());
+            let known =
+                last.and_then(|(e, s)| Some((e.tensor.key.get(..s.stem_bytes)?, e.target?)));
+            let (entry, spelling) = classify(tensor, known);
+            entries.push(entry);
+            spellings.push(spelling);
+        }
         let mut table = Self {
             entries,
             duplicates: Vec::new(),
@@ -249,7 +257,7 @@ impl KeyTable {
     }
 }
 
-fn classify(tensor: RawTensor) -> (Entry, Spelling) {
+fn classify(tensor: RawTensor, known: Option<(&str, TargetId)>) -> (Entry, Spelling) {
     let mut entry = Entry {
         tensor,
         target: None,
@@ -260,7 +268,7 @@ fn classify(tensor: RawTensor) -> (Entry, Spelling) {
         value: None,
     };
     let mut spelling = Spelling::default();
-    match key::parse(&entry.tensor.key) {
+    match key::parse_beside(&entry.tensor.key, known) {
         ParsedKey::Module {
             target,
             stem,

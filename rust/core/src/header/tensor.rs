@@ -61,7 +61,18 @@ impl TensorInfo {
 
     /// Checks the entry of tensor `name` in itself and against the length of the data.
     pub(super) fn parse(name: String, entry: &str, data: Data) -> Result<Self, HeaderError> {
-        match Fields::parse(&name, entry).and_then(|fields| fields.check(data)) {
+        match Fields::parse(&name, entry) {
+            Ok(fields) => Self::checked(name, fields, data),
+            Err(fault) => Err(HeaderError::Tensor {
+                tensor: Quoted::new(&name),
+                fault,
+            }),
+        }
+    }
+
+    /// Checks the fields of tensor `name` against each other and the length of the data.
+    pub(super) fn checked(name: String, fields: Fields, data: Data) -> Result<Self, HeaderError> {
+        match fields.check(data) {
             Ok((fields, elements)) => Ok(Self {
                 name,
                 dtype: fields.dtype,
@@ -81,11 +92,11 @@ impl TensorInfo {
 
 /// A tensor's entry as written: each field has its type, but they need not fit each other.
 #[derive(Debug)]
-struct Fields {
-    dtype: Dtype,
-    shape: Box<[u64]>,
-    begin: u64,
-    end: u64,
+pub(super) struct Fields {
+    pub(super) dtype: Dtype,
+    pub(super) shape: Box<[u64]>,
+    pub(super) begin: u64,
+    pub(super) end: u64,
 }
 
 impl Fields {

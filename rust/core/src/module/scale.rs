@@ -172,14 +172,14 @@ fn ratio(alpha: f64, rank: u64) -> f64 {
 }
 
 fn scalar(entry: &Entry) -> Result<f64, ModuleError> {
-    let key = Quoted::new(&entry.tensor.key);
+    let key = || Quoted::new(&entry.tensor.key);
     match entry.value {
         Some(value) if value.is_finite() => Ok(value),
-        Some(value) => Err(ModuleError::NonFiniteScale { key, value }),
+        Some(value) => Err(ModuleError::NonFiniteScale { key: key(), value }),
         None => {
             let (elements, shape) = (entry.elements(), entry.tensor.shape.clone());
             Err(ModuleError::NotAScalar {
-                key,
+                key: key(),
                 elements,
                 shape,
             })

@@ -60,9 +60,11 @@ const METHODS: [PeftMethod; 32] = [
 
 /// The method that a segment of a key names.
 pub(crate) fn of_segment(segment: &str) -> Option<&'static PeftMethod> {
-    METHODS
-        .iter()
-        .find(|method| segment.starts_with(method.segment))
+    // The first byte tells most apart.
+    let first = segment.as_bytes().first();
+    METHODS.iter().find(|method| {
+        method.segment.as_bytes().first() == first && segment.starts_with(method.segment)
+    })
 }
 
 /// The method that a key names.

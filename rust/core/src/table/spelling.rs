@@ -3,7 +3,7 @@
 //! Halves and alpha belong together only under one spelling of their module: the alpha of one
 //! spelling says nothing about the pair of another, into which it may be folded already.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 
 use super::{Entry, KeyTable};
 use crate::model::TargetId;
@@ -113,13 +113,16 @@ fn place(entry: &Entry) -> (Role, Option<Role>) {
 impl KeyTable {
     /// Leaves each module one adapter under one spelling.
     pub(super) fn keep_one_adapter(&mut self, spellings: &[Spelling]) {
-        let mut modules: BTreeMap<TargetId, Vec<usize>> = BTreeMap::new();
-        for (index, entry) in self.entries.iter().enumerate() {
-            if let Some(target) = entry.target {
-                modules.entry(target).or_default().push(index);
+        let entries = self.entries.iter().enumerate();
+        let mut members: Vec<(TargetId, usize)> = entries
+            .filter_map(|(index, entry)| Some((entry.target?, index)))
+            .collect();
+        members.sort_unstable();
+        for module in members.chunk_by(|a, b| a.0 == b.0) {
+            let members: Vec<usize> = module.iter().map(|(_, index)| *index).collect();
+            if self.is_one_adapter(&members, spellings) {
+                continue;
             }
-        }
-        for members in modules.into_values() {
             let stem = self.kept_stem(&members, spellings);
             let (kept, others): (Vec<usize>, Vec<usize>) = members
                 .into_iter()
@@ -127,6 +130,26 @@ impl KeyTable {
             let kept = self.drop_second_adapters(kept, spellings);
             self.drop_duplicates(&kept, &others);
         }
+    }
+
+    /// Whether nothing is to be dropped: few tensors, of one spelling and name, in places of their
+    /// own. So it is in almost all files.
+    fn is_one_adapter(&self, members: &[usize], spellings: &[Spelling]) -> bool {
+        const FEW: usize = 8;
+        let own = |&index: &usize| {
+            let spelling = (self.stem(index, spellings)?, &spellings.get(index)?.slot);
+            Some((spelling, place(self.entries.get(index)?)))
+        };
+        let Some(first) = members.first().and_then(own) else {
+            return false;
+        };
+        members.len() <= FEW
+            && members.iter().enumerate().all(|(at, index)| {
+                own(index).is_some_and(|(spelling, place)| {
+                    let mut earlier = members.iter().take(at).filter_map(own);
+                    spelling == first.0 && earlier.all(|(_, other)| other != place)
+                })
+            })
     }
 
     fn stem(&self, index: usize, spellings: &[Spelling]) -> Option<&str> {
