@@ -10,6 +10,7 @@ import numpy.typing as npt
 __all__ = [
     "FilePlan",
     "PlannedStack",
+    "SlotMap",
     "TensorReader",
     "__version__",
     "file_identity",
@@ -79,6 +80,11 @@ class PlannedStack:
     def added_bytes(self) -> int: ...
 
 @final
+class SlotMap:
+    def __new__(cls, json: str) -> SlotMap: ...
+    def __len__(self) -> int: ...
+
+@final
 class TensorReader:
     def __new__(cls, path: str | os.PathLike[str]) -> TensorReader: ...
     @property
@@ -97,6 +103,6 @@ def look_at(
     buffer: _Bytes, blocks: Sequence[tuple[int, int, str]], slots: int, *, measure: bool
 ) -> tuple[list[tuple[int, ...]], list[int], float | None]: ...
 def plan_stack(
-    items: Sequence[tuple[str, FilePlan, float, bool]], slots: str, options: str
+    items: Sequence[tuple[str, FilePlan, float, bool]], slots: SlotMap, options: str
 ) -> PlannedStack: ...
 def run_keys(args: Sequence[str]) -> int: ...

@@ -204,14 +204,14 @@ class HasRow(Protocol):
         """What planning needs to know of it."""
 
 
-def slot_map(targets: Iterable[HasRow]) -> str:
-    """A model's slots as the document that plans are made for."""
-    return json.dumps([vars(target.row) for target in targets])
+def slot_map(targets: Iterable[HasRow]) -> _core.SlotMap:
+    """A model's slots as what plans are made for."""
+    return _core.SlotMap(json.dumps([vars(target.row) for target in targets]))
 
 
 def plan_stack(
     items: Sequence[tuple[str, _core.FilePlan, float, bool]],
-    slots: str,
+    slots: _core.SlotMap,
     *,
     max_rank: int | None,
     strict: bool,

@@ -22,6 +22,7 @@ from qwenlora.targets import FACTORS, Target, find_targets
 if TYPE_CHECKING:
     from torch import nn
 
+    from qwenlora import _core
     from qwenlora.rescale import Placed
     from qwenlora.state import AppliedState
 
@@ -81,8 +82,8 @@ class Structure:
         return [(frozenset(t.path for t in group.targets), group) for group in groups]
 
     @cached_property
-    def slot_map(self) -> str:
-        """The slots as the document that plans are made for."""
+    def slot_map(self) -> _core.SlotMap:
+        """The slots as what plans are made for."""
         return slot_map(self.targets.values())
 
     @cached_property

@@ -76,7 +76,19 @@ fn bench(criterion: &mut Criterion) {
     let plan = FilePlan::read(&path).unwrap();
     group.bench_function("file plan as JSON", |b| b.iter(|| plan.to_json().len()));
     let slots = known::qwen_image_slots();
-    let slots: Vec<Slot> = slots.into_iter().map(|known| known.slot).collect();
+    // As in a model at hand: the blocks' slots are alike.
+    let pattern = |path: &str| {
+        let segments = path.split('.');
+        let starred = segments.map(|s| if s.parse::<u32>().is_ok() { "*" } else { s });
+        starred.collect::<Vec<_>>().join(".")
+    };
+    let slots: Vec<Slot> = slots
+        .into_iter()
+        .map(|known| Slot {
+            pattern: pattern(&known.slot.path),
+            ..known.slot
+        })
+        .collect();
     let item = StackItem {
         name: "lightning",
         plan: &plan,

@@ -32,7 +32,7 @@ mod _core {
     #[pymodule_export]
     use super::reader::TensorReader;
     #[pymodule_export]
-    use super::stack_plan::{PlannedStack, known_slots, plan_stack};
+    use super::stack_plan::{PlannedStack, SlotMap, known_slots, plan_stack};
 
     #[allow(non_upper_case_globals, reason = "Python's name")]
     #[pymodule_export]

@@ -1,6 +1,7 @@
 //! `plan_stack`: file plans and the slots of a model to a StackPlan.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use pyo3::prelude::*;
 use qwenlora_core::known;
@@ -17,11 +18,35 @@ pub(crate) fn known_slots(py: Python<'_>) -> PyResult<String> {
         .map_err(|e| error::from_json(py, "the table of known slots", &e))
 }
 
+/// The slots of a model, in model order: plans are made for them.
+#[pyclass(frozen, module = "qwenlora._core")]
+pub(crate) struct SlotMap {
+    slots: Arc<[Slot]>,
+}
+
+#[pymethods]
+impl SlotMap {
+    /// Takes the slots as JSON.
+    #[new]
+    fn new(py: Python<'_>, json: &str) -> PyResult<Self> {
+        let slots = py.detach(|| serde_json::from_str::<Vec<Slot>>(json));
+        let slots = slots.map_err(|e| error::from_json(py, "the slot map", &e))?;
+        Ok(Self {
+            slots: slots.into(),
+        })
+    }
+
+    /// How many there are.
+    fn __len__(&self) -> usize {
+        self.slots.len()
+    }
+}
+
 /// A planned stack; its documents are JSON.
 #[pyclass(frozen, module = "qwenlora._core")]
 pub(crate) struct PlannedStack {
     plan: StackPlan,
-    slots: Vec<Slot>,
+    slots: Arc<[Slot]>,
 }
 
 #[pymethods]
@@ -63,16 +88,16 @@ impl PlannedStack {
     }
 }
 
-/// Plans a stack of `(name, plan, strength, modulation)` onto the slots of a model, which are JSON.
+/// Plans a stack of `(name, plan, strength, modulation)` onto the slots of a model; the options are
+/// JSON.
 #[pyfunction]
 pub(crate) fn plan_stack(
     py: Python<'_>,
     items: Vec<(String, PyRef<'_, FilePlan>, f64, bool)>,
-    slots: &str,
+    slots: PyRef<'_, SlotMap>,
     options: &str,
 ) -> PyResult<PlannedStack> {
-    let slots: Vec<Slot> =
-        serde_json::from_str(slots).map_err(|e| error::from_json(py, "the slot map", &e))?;
+    let slots = Arc::clone(&slots.slots);
     let options: StackOptions =
         serde_json::from_str(options).map_err(|e| error::from_json(py, "the options", &e))?;
     let stack: Vec<StackItem<'_>> = items

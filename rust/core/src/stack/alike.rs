@@ -97,19 +97,16 @@ impl StackPlan {
     /// # Arguments
     /// `slots` is the slot map that the plan was made for.
     pub fn grouped<'p>(&'p self, slots: &[Slot]) -> Grouped<'p> {
-        let by_path: HashMap<&str, (usize, &Slot)> = slots
-            .iter()
-            .enumerate()
-            .map(|(index, slot)| (slot.path.as_str(), (index, slot)))
-            .collect();
+        // Both are in model order.
+        let mut rest = slots.iter().enumerate();
         let mut places: HashMap<SlotKey<'_>, usize> = HashMap::new();
         let mut found = Grouped {
             alike: Vec::new(),
             single: Vec::new(),
         };
         for plan in &self.slots {
-            let Some(&(index, slot)) = by_path.get(plan.path.as_str()) else {
-                continue;
+            let Some((index, slot)) = rest.find(|(_, slot)| slot.path == plan.path) else {
+                break;
             };
             let Some(key) = slot_key(plan, slot) else {
                 found.single.push((index, plan));

@@ -131,13 +131,12 @@ pub(super) fn added_bytes(all: &[Slot], planned: &[Planned<'_>], groups: &[RankG
         .iter()
         .flat_map(|group| group.slots.iter().map(move |path| (path.as_str(), group)))
         .collect();
-    let planned: HashMap<&str, &SlotPlan> = planned
-        .iter()
-        .map(|planned| (planned.slot.path.as_str(), &planned.plan))
-        .collect();
+    // Both are in model order.
+    let mut planned = planned.iter().peekable();
     all.iter().fold(0, |bytes, slot| {
         let group = grouped.get(slot.path.as_str());
-        let plan = planned.get(slot.path.as_str());
+        let own = planned.next_if(|planned| planned.slot.path == slot.path);
+        let plan = own.map(|planned| &planned.plan);
         let rank = group
             .map(|group| group.rank)
             .or(plan.map(|plan| plan.rank))
