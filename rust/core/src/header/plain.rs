@@ -219,3 +219,67 @@ impl<'de, const MAX: usize> Visitor<'de> for CountsVisitor<MAX> {
         Ok(Counts(counts))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Header;
+    use super::*;
+
+    const DATA: Data = Data {
+        start_bytes: 100,
+        len_bytes: 8,
+    };
+
+    #[test]
+    fn what_tools_write_is_read_as_the_careful_reading_reads_it() {
+        for text in [
+            "{}",
+            r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#,
+            r#"{ "\u0061" : {"data_offsets":[0,8],"shape":[],"dtype":"F\u00364"} }  "#,
+            r#"{"b":{"dtype":"BF16","shape":[2,1],"data_offsets":[4,8]},
+                "__metadata__":{"format":"pt","n":"\n"},
+                "a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}"#,
+        ] {
+            let plain = read(text, DATA).expect("plain");
+            let careful = Header::parse(text, DATA).expect("well-formed");
+            let metadata = plain.metadata.unwrap_or_default();
+            assert_eq!((plain.tensors, metadata), careful, "{text}");
+        }
+    }
+
+    #[test]
+    fn whatever_is_unusual_is_left_to_the_careful_reading() {
+        let entry = |fields: &str| format!(r#"{{"a":{{{fields}}}}}"#);
+        let good = r#""dtype":"F32","shape":[2],"data_offsets":[0,8]"#;
+        assert!(read(&entry(good), DATA).is_some());
+        for fields in [
+            r#""dtype":"f32","shape":[2],"data_offsets":[0,8]"#.to_owned(),
+            r#""dtype":1,"shape":[2],"data_offsets":[0,8]"#.to_owned(),
+            r#""dtype":"F32","shape":[2.0],"data_offsets":[0,8]"#.to_owned(),
+            r#""dtype":"F32","shape":[-0],"data_offsets":[0,0]"#.to_owned(),
+            r#""dtype":"F32","shape":[2],"data_offsets":[0,8,8]"#.to_owned(),
+            r#""dtype":"F32","shape":[2],"data_offsets":[0]"#.to_owned(),
+            r#""dtype":"F32","shape":[2],"data_offsets":[8,0]"#.to_owned(),
+            r#""dtype":"F32","shape":[2],"data_offsets":[0,4]"#.to_owned(),
+            r#""dtype":"F32","shape":[4],"data_offsets":[0,16]"#.to_owned(),
+            r#""dtype":"F32","shape":[1,1,1,1,1,1,1,1,2],"data_offsets":[0,8]"#.to_owned(),
+            r#""dtype":"F32","data_offsets":[0,8]"#.to_owned(),
+            format!(r#"{good},"shape":[2]"#),
+            format!(r#"{good},"more":null"#),
+        ] {
+            assert_eq!(read(&entry(&fields), DATA), None, "{fields}");
+        }
+        let long = format!(r#"{{"{}":{{{good}}}}}"#, "x".repeat(MAX_NAME_BYTES + 1));
+        for text in [
+            "[]",
+            "{} x",
+            r#"{"a":[]}"#,
+            r#"{"__metadata__":null}"#,
+            r#"{"__metadata__":{"a":1}}"#,
+            r#"{"__metadata__":{},"__metadata__":{}}"#,
+            &long,
+        ] {
+            assert_eq!(read(text, DATA), None, "{text}");
+        }
+    }
+}
