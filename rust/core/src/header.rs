@@ -261,10 +261,9 @@ fn first_repeated<'a>(members: &'a [(String, &str)]) -> Option<&'a str> {
 }
 
 /// Whether a name stands twice.
-fn repeats<'n>(names: impl Iterator<Item = &'n str>) -> bool {
-    let mut names: Vec<&str> = names.collect();
-    names.sort_unstable();
-    names.windows(2).any(|two| matches!(two, [a, b] if a == b))
+fn repeats<'n>(mut names: impl Iterator<Item = &'n str>) -> bool {
+    let mut seen = HashSet::with_capacity(names.size_hint().0);
+    names.any(|name| !seen.insert(name))
 }
 
 /// The parser's error with its place in the file and the text before it.

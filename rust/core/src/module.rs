@@ -5,7 +5,7 @@ mod rank;
 mod refusal;
 mod scale;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use crate::adapter::Adapter;
 use crate::delta::Delta;
@@ -99,13 +99,13 @@ pub enum ModuleError {
 /// Groups a table's entries, in order of each module's first tensor.
 pub fn group(table: &KeyTable, config: Option<&AdapterConfig>) -> Result<Vec<Module>, ModuleError> {
     let mut order: Vec<TargetId> = Vec::new();
-    let mut members: HashMap<TargetId, Vec<usize>> = HashMap::new();
+    let mut members: Vec<Vec<usize>> = vec![Vec::new(); model::table().targets().len()];
     for (index, entry) in table.entries().iter().enumerate() {
-        if let Some(target) = entry.target {
-            let tensors = members.entry(target).or_insert_with(|| {
+        let Some(target) = entry.target else { continue };
+        if let Some(tensors) = members.get_mut(target) {
+            if tensors.is_empty() {
                 order.push(target);
-                Vec::new()
-            });
+            }
             tensors.push(index);
         }
     }
@@ -114,11 +114,11 @@ pub fn group(table: &KeyTable, config: Option<&AdapterConfig>) -> Result<Vec<Mod
     order
         .into_iter()
         .map(|target| {
-            let tensors = members.remove(&target).unwrap_or_default();
+            let tensors = members.get_mut(target).map(std::mem::take);
             Parts {
                 entries: table.entries(),
                 target,
-                tensors,
+                tensors: tensors.unwrap_or_default(),
                 beside_unknown: beside_unknown.contains(&target),
             }
             .module(config)

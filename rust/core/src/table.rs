@@ -5,7 +5,7 @@
 
 mod spelling;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 
 use crate::dtype::Dtype;
 use crate::key::{self, Foreign, ParsedKey};
@@ -163,21 +163,21 @@ impl KeyTable {
     /// A fused module beside all of its parts is the same delta written twice; beside some of them
     /// it says more than they do.
     fn prefer_split(&mut self) {
-        let mut extents: BTreeMap<TargetId, Extent> = BTreeMap::new();
+        let targets = model::table().targets();
+        let mut extents = vec![Extent::default(); targets.len()];
         for entry in &self.entries {
-            if let Some(target) = entry.target {
-                extents.entry(target).or_default().add(entry.role);
+            if let Some(extent) = entry.target.and_then(|target| extents.get_mut(target)) {
+                extent.add(entry.role);
             }
         }
-        let is_whole = |target: &TargetId| extents.get(target).is_some_and(|e| e.is_whole());
+        let is_whole = |target: &TargetId| extents.get(*target).is_some_and(|e| e.is_whole());
         let mut fused: HashSet<TargetId> = HashSet::new();
         let mut parts: HashSet<TargetId> = HashSet::new();
-        for target in extents.keys() {
-            let split = &model::table().target(*target).split;
-            if !split.is_empty() && split.iter().all(is_whole) {
-                fused.insert(*target);
-            } else if is_whole(target) {
-                parts.extend(split);
+        for (id, target) in targets.iter().enumerate().filter(|(_, t)| t.is_fused()) {
+            if target.split.iter().all(is_whole) {
+                fused.insert(id);
+            } else if is_whole(&id) {
+                parts.extend(&target.split);
             }
         }
         for entry in &mut self.entries {
@@ -195,6 +195,9 @@ impl KeyTable {
     /// On a model of another size than the released ones only the halves tell: they do not fit
     /// together as a pair, and have the same number of columns.
     fn mark_packed(&mut self, spellings: &[Spelling]) {
+        if !spellings.iter().any(|spelling| spelling.bare) {
+            return;
+        }
         let ups: HashMap<TargetId, (u64, u64)> = self
             .entries
             .iter()
@@ -236,8 +239,10 @@ impl KeyTable {
         let with_up = self.modules_with(Role::Up);
         for entry in self.entries.iter_mut().filter(|e| e.role == Role::Down) {
             let Some(target) = entry.target else { continue };
-            let weight = model::table().target(target).kind.weight_shape();
-            if !with_up.contains(&target) && entry.tensor.shape == weight {
+            if with_up.contains(&target) {
+                continue;
+            }
+            if entry.tensor.shape == model::table().target(target).kind.weight_shape() {
                 entry.role = Role::Diff;
             }
         }
