@@ -393,6 +393,40 @@ fn small_floats_are_exact() {
 }
 
 #[test]
+fn scalars_read_together_are_those_read_alone() {
+    let values: Vec<[u8; 8]> = (0..700_u32).map(|at| f64::from(at).to_le_bytes()).collect();
+    let mut cases: Vec<(Dtype, &[u8])> = Vec::new();
+    for (at, value) in values.iter().enumerate() {
+        match at % 3 {
+            0 => cases.push((Dtype::F64, value)),
+            1 => cases.push((Dtype::U16, &value[6..])),
+            _ => cases.push((Dtype::U8, &value[7..])),
+        }
+    }
+    let (_folder, path) = folder_with(&scalar_file(&cases));
+    let source = SourceFile::open(&path).unwrap();
+    let tensors = tensors_of(&source);
+    let alone = |tensor: &TensorInfo| source.read_scalar(tensor).unwrap();
+    // In any order, and with gaps where tensors are left out.
+    let all: Vec<&TensorInfo> = tensors.iter().collect();
+    let some: Vec<&TensorInfo> = tensors.iter().rev().step_by(170).collect();
+    for chosen in [all, some, Vec::new()] {
+        let expected: Vec<f64> = chosen.iter().map(|tensor| alone(tensor)).collect();
+        assert_eq!(source.read_scalars(&chosen).unwrap(), expected);
+    }
+
+    // What cannot be read together is told as it is alone.
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_len(source.identity().size_bytes() - 3).unwrap();
+    let own: Vec<&TensorInfo> = tensors.iter().collect();
+    let together = source.read_scalars(&own).unwrap_err();
+    let first = tensors
+        .iter()
+        .find_map(|tensor| source.read_scalar(tensor).err());
+    assert_eq!(together.to_string(), first.unwrap().to_string());
+}
+
+#[test]
 fn what_is_no_number_is_refused() {
     let header = r#"{"pair":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"complex":{"dtype":"C64","shape":[1],"data_offsets":[8,16]},"none":{"dtype":"F32","shape":[1,0],"data_offsets":[16,16]}}"#;
     let file = [
