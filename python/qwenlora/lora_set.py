@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from qwenlora.spec import Item
 
 __all__ = ["NO_LORAS", "LoraSet"]
+
+
+_READERS = 8
+"""Files that are planned at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +78,7 @@ class LoraSet:
         _check_max_rank(max_rank)
         options = options or ComposeOptions()
         specs = as_specs(loras)
-        sources = tuple(open_source(s, cache.plans, threads=options.threads) for s in specs)
-        return cls(specs, sources, max_rank, options)
+        return cls(specs, _opened(specs, options), max_rank, options)
 
     def extended(self, loras: Item | Sequence[Item]) -> LoraSet:
         """The set with more LoRAs at its end; this one stays as it is."""
@@ -90,6 +94,18 @@ class LoraSet:
     def __deepcopy__(self, memo: dict[int, Any]) -> LoraSet:
         # Immutable throughout: hosts copy the options that it travels in.
         return self
+
+
+def _opened(specs: Sequence[LoraSpec], options: ComposeOptions) -> tuple[LoraSource, ...]:
+    """Plan every LoRA, files side by side; what fails first in the stack's order is raised."""
+
+    def opened(spec: LoraSpec) -> LoraSource:
+        return open_source(spec, cache.plans, threads=options.threads)
+
+    if len(specs) < 2:
+        return tuple(map(opened, specs))
+    with ThreadPoolExecutor(min(len(specs), _READERS), "qwenlora-plan") as pool:
+        return tuple(pool.map(opened, specs))
 
 
 def _check_max_rank(max_rank: object) -> None:
