@@ -126,7 +126,7 @@ class GroupBuilder:
         device = next((device for device in devices if device.type == "cuda"), None)
         self._device_bytes = 0 if device is None else self._device_limit(device)
         # Pinned memory is given out in powers of two.
-        self.load_bytes = 1 << (self.options.staging_bytes // BUFFERS).bit_length() - 1
+        self.load_bytes = 1 << max(1, self.options.staging_bytes // BUFFERS).bit_length() - 1
         self._loads = [loads_of(group, self.load_bytes) for group in self.groups]
         self._loader = Loader(
             [load for own in self._loads for load in own],
@@ -259,7 +259,7 @@ DEVICE_RESERVE = 8 << 30
 def scales_of(stack: Stack, strength: float) -> tuple[float, ...]:
     """Each module's scale times the strength: in float64, rounded once to float32."""
     with np.errstate(over="ignore"):
-        return tuple(float(np.float32(member.scale * strength)) for member in stack.members)
+        return tuple(float(np.float32(member.scale * strength + 0.0)) for member in stack.members)
 
 
 def part_of(load: Load, buffer: Tensor, layout: Layout) -> Part:

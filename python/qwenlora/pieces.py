@@ -328,7 +328,8 @@ def scaled(
         dtype: The slot's dtype.
         device: The slot's device.
     """
-    factor = (pair.scale * strength).to(torch.float32)
+    # No zero is negative: where a rank has no values, all ways of composing leave the same bits.
+    factor = (pair.scale * strength + 0.0).to(torch.float32)
     up = pair.up.to(device).to(torch.float32)
     factor = factor.to(device)
     if pair.packed:
