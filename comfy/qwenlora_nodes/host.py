@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import comfy.model_management
 import comfy.utils
 import folder_paths
-from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.patcher_extension import WrappersMP
 
-from qwenlora import ComfyQwenImageWrapper, LoraSet, cache
+from qwenlora import ComfyQwenImageWrapper, LoraSet
 from qwenlora.errors import LoraNotFoundError, UnsupportedModelError
 from qwenlora.lock import lock_of
 from qwenlora.runtime import OPTIONS_KEY
@@ -149,9 +149,6 @@ def with_set(
     # Graphs that were compiled before the first LoRA do not run the hook on the transformer.
     clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, _KEY)
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, _reconcile)
-    # What the host does next may need all of the device.
-    clone.remove_callbacks_with_key(CallbacksMP.ON_CLEANUP, _KEY)
-    clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, _KEY, _let_device_memory_go)
     # The hook serves the branches without a set, which have no wrapper.
     ComfyQwenImageWrapper.of(transformer)
     return clone
@@ -179,12 +176,6 @@ def _composed_bytes(transformer: nn.Module) -> int:
             f.nbytes // f.shape[1] * record.rank_added for f in factors if f is not None
         )
     return composed
-
-
-def _let_device_memory_go(model: ModelPatcher) -> None:
-    """After sampling: deltas kept on the device are kept in host memory, too."""
-    del model
-    cache.on_device.clear()
 
 
 def _reconcile(executor: Any, *args: Any, **kwargs: Any) -> Any:

@@ -233,11 +233,13 @@ class GroupBuilder:
         differing |= {begin + at for at in staged.findings.differing(layout.sharing)}
         peak = _peak(load, buffer) if staged.findings.peak is None else None
         self._unchecked.append(_Unchecked(load, layout, staged, peak, arena, differing))
-        self._loader.release(load, staged, transfer.used())
         key = self._loader.key(load)
+        kept = False
         if key is not None and staged.on_host and self._keeps(device):
-            kept = Staged(buffer, staged.findings)
-            cache.on_device.put((key, device), kept, limit_bytes=self._device_bytes)
+            on_device = Staged(buffer, staged.findings)
+            limit = self._device_bytes
+            kept = cache.on_device.put((key, device), on_device, limit_bytes=limit)
+        self._loader.release(load, staged, transfer.used(), keep=not kept)
 
     def _keeps(self, device: torch.device) -> bool:
         """Whether what goes to this device stays there."""

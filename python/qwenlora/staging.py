@@ -34,7 +34,7 @@ __all__ = ["Block", "Findings", "Load", "Loader", "Staged", "loads_of"]
 
 _ALIGNMENT = 256
 """Blocks begin at multiples of this: any dtype can be viewed there, and copies are whole lines."""
-_AHEAD = 4
+_AHEAD = 3
 """Loads that are being read or wait to be used."""
 _READERS = 2
 """Loads that are read at a time: one fills the gaps that the other's last reads leave."""
@@ -241,17 +241,20 @@ class Loader:
         self._read_ahead()
         return staged
 
-    def release(self, load: Load, staged: Staged, wait: Callable[[], object] | None) -> None:
+    def release(
+        self, load: Load, staged: Staged, wait: Callable[[], object] | None, *, keep: bool
+    ) -> None:
         """Keep a load that has been used, where the cache has room, or reuse its buffer.
 
         Args:
             load: What it is.
             staged: Its tensors.
             wait: Returns when the buffer is no longer read from.
+            keep: Whether it is not kept elsewhere.
         """
         if not staged.on_host:
             return
-        key = self.key(load)
+        key = self.key(load) if keep else None
         if key is None or not cache.pieces.put(key, staged, limit_bytes=self._cache_bytes):
             self._used.append((staged.bytes, wait))
 
@@ -284,22 +287,30 @@ class Loader:
 
     def _begin(self, load: Load) -> Future[Staged]:
         fetcher = self._fetchers[load.stack.lora]
-        buffer, wait = self._buffer(load.nbytes)
+        used = self._take_used(load.nbytes)
 
         def read() -> Staged:
-            if wait is not None:
-                wait()
+            if used is None:
+                # New pinned memory takes its time: other work goes on beside it.
+                with torch.inference_mode(False):
+                    buffer = _host_buffer(load.nbytes, pinned=self._pinned)
+            else:
+                buffer, wait = used
+                if wait is not None:
+                    wait()
             fetcher.read_into(load.runs(), buffer, share=_READERS)
             return _look(load, buffer)
 
         return self._pool.submit(read)
 
-    def _buffer(self, nbytes: int) -> tuple[Tensor, Callable[[], object] | None]:
-        for index, (used, wait) in enumerate(self._used):
-            if used.nbytes == nbytes:
+    def _take_used(self, nbytes: int) -> tuple[Tensor, Callable[[], object] | None] | None:
+        """A buffer of just this size that has been used."""
+        for index, (buffer, _) in enumerate(self._used):
+            if buffer.nbytes == nbytes:
+                used = self._used[index]
                 del self._used[index]
-                return used, wait
-        return _host_buffer(nbytes, pinned=self._pinned), None
+                return used
+        return None
 
 
 def _host_buffer(nbytes: int, *, pinned: bool) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 
 import qwenlora
-from qwenlora import cache
 
 PACK = Path(__file__).parents[2] / "comfy" / "qwenlora_nodes"
 MIB = 1 << 20
@@ -112,15 +111,10 @@ def test_each_clone_announces_its_own_stack(load, emulated_qwen, qwen, two):
         assert asked == taken > 0
 
 
-class Kept:
-    nbytes = 10
-
-
-def test_deltas_kept_on_the_device_are_let_go_after_sampling(load, emulated_qwen, qwen, two):
-    both = load(load(emulated_qwen, two[0]), two[1])
-    cache.on_device.put("kept", Kept(), limit_bytes=100)
-    qwen.ksample(both, steps=1)
-    assert cache.on_device.nbytes == 0
+def test_nothing_is_kept_on_the_device_that_the_host_does_not_know_of(load, emulated_qwen, two):
+    model = load(load(emulated_qwen, two[0]), two[1])
+    wanted = model.model_options["transformer_options"]["qwenlora"]
+    assert wanted.options.device_cache_bytes == 0
 
 
 # ---- what is taken ----
