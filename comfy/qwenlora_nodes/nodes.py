@@ -44,9 +44,6 @@ _OFFLOAD_TIP = (
 )
 _SAVE_TIP = "Without effect: nothing needs to be saved for a LoRA to load fast."
 
-# The host plans its device's memory without what we would keep there beside the model.
-_OPTIONS = ComposeOptions(progress=host.progress, device_cache_bytes=0)
-
 
 @dataclass(frozen=True)
 class Request:
@@ -84,7 +81,9 @@ def extend_model(model: ModelPatcher, request: Request) -> tuple[ModelPatcher, s
         return model, "no LoRA is active here: the model is passed on as it is"
     transformer = host.transformer_of(model)
     host.warn_of_patches(model)
-    before = host.set_of(model) or LoraSet.of(options=_OPTIONS)
+    # The host plans its device's memory without what we would keep there beside the model.
+    options = ComposeOptions(progress=host.progress, device_cache_bytes=0)
+    before = host.set_of(model) or LoraSet.of(options=options)
     wanted = before.extended(
         [
             LoraSpec(host.lora_path(row.name), row.strength, modulation=request.modulation)
