@@ -34,15 +34,19 @@ from qwenlora.state import (
     AppliedState,
     SlotRecord,
     Unmakeable,
-    check_branches,
-    check_intact,
     read_state,
     write_default,
     write_state,
 )
 from qwenlora.steps import forget_steps
-from qwenlora.structure import Structure, forget_structure, remember_structure, structure_of
-from qwenlora.targets import Target, find_targets, transformer_of
+from qwenlora.structure import (
+    Structure,
+    forget_structure,
+    found_structure,
+    remember_structure,
+    structure_of,
+)
+from qwenlora.targets import Target, transformer_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -137,7 +141,8 @@ def applied(model: nn.Module) -> ComposeReport:
     model = transformer_of(model)
     with lock_of(model):
         state = read_state(model)
-        _checked_targets(model, state)
+        # What is remembered was looked at before.
+        found_structure(model, state)
         return state.report
 
 
@@ -202,15 +207,6 @@ def _plan(wanted: LoraSet, structure: Structure, *, strict: bool) -> Planned:
 
 def _takes_modulation(spec: LoraSpec, options: ComposeOptions) -> bool:
     return options.modulation and spec.modulation
-
-
-def _checked_targets(model: nn.Module, state: AppliedState) -> dict[str, Target]:
-    targets = find_targets(model, state.base_ranks)
-    if not state.in_flight:
-        in_place = {p: slot_of(targets[p]).rank_added() for p in state.records if p in targets}
-        check_intact(state, in_place)
-        check_branches({path: targets[path].module for path in in_place})
-    return targets
 
 
 class _Composition:

@@ -26,7 +26,13 @@ if TYPE_CHECKING:
     from qwenlora.rescale import Placed
     from qwenlora.state import AppliedState
 
-__all__ = ["Structure", "forget_structure", "remember_structure", "structure_of"]
+__all__ = [
+    "Structure",
+    "forget_structure",
+    "found_structure",
+    "remember_structure",
+    "structure_of",
+]
 
 _MAX_REMEMBERED = 8
 """Results that are remembered with a structure: sets that a host alternates between."""
@@ -171,6 +177,18 @@ def structure_of(model: nn.Module, state: AppliedState) -> Structure:
     if known is not None and known.is_current(model):
         return known
     _KNOWN.pop(model, None)
+    found = found_structure(model, state)
+    _KNOWN[model] = found
+    return found
+
+
+def found_structure(model: nn.Module, state: AppliedState) -> Structure:
+    """The transformer's slots, found anew and checked against what is recorded of them.
+
+    Raises:
+        UnsupportedModelError: The model has no slots.
+        ModelStateError: Something else changed its slots.
+    """
     found = Structure(model, state.base_ranks)
     if not state.in_flight:
         in_place = {
@@ -180,7 +198,6 @@ def structure_of(model: nn.Module, state: AppliedState) -> Structure:
         }
         check_intact(state, in_place)
         check_branches({path: found.targets[path].module for path in in_place})
-    _KNOWN[model] = found
     return found
 
 
