@@ -44,6 +44,9 @@ _OFFLOAD_TIP = (
 )
 _SAVE_TIP = "Without effect: nothing needs to be saved for a LoRA to load fast."
 
+_PINNED_BYTES = 1 << 30
+"""Most bytes of deltas that are kept in host memory, pinned where the model is on a GPU."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -81,8 +84,11 @@ def extend_model(model: ModelPatcher, request: Request) -> tuple[ModelPatcher, s
         return model, "no LoRA is active here: the model is passed on as it is"
     transformer = host.transformer_of(model)
     host.warn_of_patches(model)
-    # The host plans its device's memory without what we would keep there beside the model.
-    options = ComposeOptions(progress=host.progress, device_cache_bytes=0)
+    # The host plans its device's memory without what we would keep there beside the model, and an
+    # offloaded model leaves little host memory to pin.
+    options = ComposeOptions(
+        progress=host.progress, device_cache_bytes=0, cache_bytes=_PINNED_BYTES
+    )
     before = host.set_of(model) or LoraSet.of(options=options)
     wanted = before.extended(
         [
