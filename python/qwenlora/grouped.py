@@ -225,7 +225,7 @@ class GroupBuilder:
         self, arena: Arena, load: Load, staged: Staged, layout: Layout, differing: set[int]
     ) -> None:
         """Write one load; slots in it that differ from the others are added to `differing`."""
-        device = load.targets[0].device
+        device = load.device
         transfer = self._transfer(device, load)
         buffer = transfer.bring(staged, keep=self._keeps(device))
         arena.write(part_of(load, buffer, layout))

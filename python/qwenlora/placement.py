@@ -7,7 +7,7 @@ says what is true at every moment, so that a later call finds the base whatever 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -256,10 +256,8 @@ def path_units(planned: Planned, structure: Structure, state: AppliedState) -> l
     leaving = state.records.keys() - planned.paths
     for paths, group in structure.packed:
         own = paths & leaving
-        leaving -= own
-        if own and group.targets[0].row.offloaded:
-            leaving |= own
-        elif own:
+        if own and not group.targets[0].row.offloaded:
+            leaving -= own
             targets = tuple(target for target in group.targets if target.path in own)
             units.append(PathUnit(groups=[group if len(own) == len(paths) else Group(targets)]))
     others = [structure.targets[path] for path in leaving if path in structure.targets]
@@ -268,19 +266,6 @@ def path_units(planned: Planned, structure: Structure, state: AppliedState) -> l
         if not target.row.offloaded:
             by_pattern[target.row.pattern].rest.append((target, None))
     return [*units, *by_pattern.values(), *_offloaded_units(planned, structure, others)]
-
-
-def _leaving(targets: Iterable[Target]) -> tuple[list[Group], list[Target]]:
-    """Packed slots that return to their base together, and other slots."""
-    alike: dict[Hashable, list[Target]] = defaultdict(list)
-    rest = []
-    for target in targets:
-        row = target.row
-        if target.kind is SlotKind.SVDQ:
-            alike[(row.pattern, row.base_rank, target.dtype, target.device)].append(target)
-        else:
-            rest.append(target)
-    return [Group(tuple(own)) for own in alike.values()], rest
 
 
 def _offloaded_units(
@@ -299,26 +284,29 @@ def _offloaded_units(
     units = []
     for pattern, targets in members.items():
         groups, single = planned.offloaded.get(pattern, ([], []))
-        unit = _offloaded_unit(targets, groups, single, planned.plan.some)
+        if groups or single:
+            unit = _offloaded_unit(targets, groups, single, planned.plan.some)
+        else:
+            unit = _leaving_unit(targets, structure)
         unit.twins = structure.layout.twins(targets[0])
         units.append(unit)
     return units
+
+
+def _leaving_unit(targets: Sequence[Target], structure: Structure) -> PathUnit:
+    """All slots of a path that go through the buffers, returning to their base."""
+    own = {target.path for target in targets}
+    groups = [group for paths, group in structure.packed if paths <= own]
+    return PathUnit(groups, [(t, None) for t in targets if t.kind is not SlotKind.SVDQ])
 
 
 def _offloaded_unit(
     targets: Sequence[Target], groups: Sequence[Group], single: Sequence[Member], some: Plans
 ) -> PathUnit:
     """All slots of a path that go through the buffers."""
-    if not groups and not single:
-        return PathUnit(*_all_leaving(targets))
     if len(groups) == 1 and not single:
         own = {id(target) for target in groups[0].targets}
         return PathUnit(list(groups), [(t, None) for t in targets if id(t) not in own])
     # One rank for all of them: known only when every slot's own is.
     plans = some(target.path for target in targets)
     return PathUnit(rest=[(target, plans.get(target.path)) for target in targets])
-
-
-def _all_leaving(targets: Sequence[Target]) -> tuple[list[Group], list[Member]]:
-    groups, rest = _leaving(targets)
-    return groups, [(target, None) for target in rest]
