@@ -116,7 +116,7 @@ def test_damaged_base_fails(capsys, monkeypatch):
 
     monkeypatch.setattr(arena.PackedArena, "_with_base", with_base)
     # A base that was kept would take the damaged one's place.
-    monkeypatch.setattr(grouped, "kept_base", lambda group, home: None)
+    monkeypatch.setattr(grouped.GroupBuilder, "_kept", lambda self, group: None)
     assert main([]) == 1
     screen = capsys.readouterr().out
     assert "mlp (svdq) is off by" in screen

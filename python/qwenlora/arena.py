@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from qwenlora.allocation import evenly, rest_from, split
+from qwenlora.bulk import in_spans
 from qwenlora.layout import FRAGMENT, MODULATION_PLANES, TILE, RowOrder, round_up
 from qwenlora.targets import factors_of
 
@@ -31,6 +32,10 @@ __all__ = [
     "write_branch_ups",
     "write_packed_ups",
 ]
+
+
+_APART_BYTES = 64 << 20
+"""Tensors that lie apart are copied about this much at a time."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class PackedArena:
     def _allocate(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         return torch.empty(shape, dtype=like.dtype, device=like.device)
 
-    def _copy_base(self, arena: Tensor, olds: Sequence[Tensor]) -> None:
+    def _copy_base(self, arena: Tensor, olds: list[Tensor]) -> None:
         _copy_base(arena[:, :, : self._base_tiles], olds)
 
 
@@ -144,7 +149,7 @@ def _tiles_of(part: Part, arena: Tensor, base_tiles: int) -> Tensor:
     return arena[part.span, :, begin : begin + round_up(part.rank, TILE) // TILE]
 
 
-def _copy_base(dest: Tensor, olds: Sequence[Tensor]) -> None:
+def _copy_base(dest: Tensor, olds: list[Tensor]) -> None:
     """Copy the base's fragments (slots, C/16, base/16, 256) out of each slot's old tensor."""
     slots, tiles, base_tiles, _ = dest.shape
     first = olds[0]
@@ -160,9 +165,21 @@ def _copy_base(dest: Tensor, olds: Sequence[Tensor]) -> None:
         # Words of eight bytes: kernels that walk strides move one element at a time.
         dest.view(torch.int64).copy_(source.view(torch.int64))
         return
+    if all(old.shape == first.shape for old in olds) and old_tiles == base_tiles:
+        _copy_apart(dest, olds)
+        return
     for slot, old in enumerate(olds):
         fragments = old.detach().view(tiles, old.shape[1] // TILE, FRAGMENT)
         dest[slot].copy_(fragments[:, :base_tiles])
+
+
+def _copy_apart(dest: Tensor, olds: list[Tensor]) -> None:
+    """Copy whole tensors (C, base) that lie apart: many to one buffer, and from there at once."""
+    for span in in_spans(len(olds), olds[0].nbytes, _APART_BYTES):
+        own = slice(span.start, span.stop)
+        # (slots*C, base) in name -> (slots, C/16, base/16, 256)
+        joined = torch.cat(olds[own]).view(dest[own].shape)
+        dest[own].view(torch.int64).copy_(joined.view(torch.int64))
 
 
 def _in_tiles(part: Part) -> bool:

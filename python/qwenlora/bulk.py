@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from qwenlora.layout import LowRankSide, RowOrder
+from qwenlora.plan import SlotKind
 from qwenlora.source import DTYPES
 
 if TYPE_CHECKING:
@@ -138,6 +139,11 @@ class Group:
         return each * len(self.targets)
 
     @property
+    def packed(self) -> bool:
+        """Whether deltas join packed low-rank branches; they run beside the layers otherwise."""
+        return self.targets[0].kind is SlotKind.SVDQ
+
+    @property
     def device(self) -> torch.device:
         """Where the slots are."""
         return self.targets[0].device
@@ -198,7 +204,8 @@ def _member(row: Mapping[str, Any], in_features: int) -> Member:
 
 
 def in_spans(count: int, bytes_each: int, limit_bytes: int) -> Iterator[range]:
-    """Cut `count` slots into runs of at most `limit_bytes`, all but the last as long as may be."""
+    """Cut `count` slots into runs of at most `limit_bytes`: few, and of nearly one length."""
     most = max(1, limit_bytes // max(1, bytes_each))
-    for begin in range(0, count, most):
-        yield range(begin, min(begin + most, count))
+    runs = -(-count // most)
+    for run in range(runs):
+        yield range(count * run // runs, count * (run + 1) // runs)

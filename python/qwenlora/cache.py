@@ -1,12 +1,13 @@
-"""What is kept between compositions: file plans and strength-free deltas.
+"""What is kept between compositions: file plans, strength-free deltas, and models' own shelves.
 
-Both are bounded and dropped oldest first. Neither steers a result: cached deltas are the tensors
-that reading the file again would give.
+All are bounded and dropped oldest first. None steers a result: cached deltas are the tensors that
+reading the file again would give.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Protocol
@@ -14,7 +15,18 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from qwenlora import _core
 
-__all__ = ["PieceCache", "PlanCache", "clear_cache", "on_device", "pieces", "plans"]
+__all__ = [
+    "PieceCache",
+    "PlanCache",
+    "Shelf",
+    "clear_cache",
+    "clear_devices",
+    "on_device",
+    "pieces",
+    "plans",
+    "register",
+    "shelved_bytes",
+]
 
 _MAX_PLANS = 64
 
@@ -56,6 +68,19 @@ class Kept(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes that it holds."""
+
+
+class Shelf(Protocol):
+    """What one model keeps of its own."""
+
+    def nbytes(self, *, on_host: bool) -> int:
+        """Bytes held, on the host or on devices."""
+
+    def clear_devices(self) -> None:
+        """Drop what is on devices."""
+
+    def clear(self) -> None:
+        """Drop all."""
 
 
 class PieceCache:
@@ -115,6 +140,12 @@ class PieceCache:
             self._bytes += deltas.nbytes
             return True
 
+    def fit(self, limit_bytes: int) -> None:
+        """Drop the oldest until no more than this is held."""
+        with self._lock:
+            while self._kept and self._bytes > limit_bytes:
+                self._drop(next(iter(self._kept)))
+
     def clear(self) -> None:
         """Drop all deltas."""
         with self._lock:
@@ -135,8 +166,32 @@ on_device = PieceCache()
 """The same on devices, where much memory is free."""
 
 
+_SHELVES: weakref.WeakSet[Shelf] = weakref.WeakSet()
+
+
+def register(shelf: Shelf) -> None:
+    """Know of more that is kept, for as long as it lives."""
+    _SHELVES.add(shelf)
+
+
+def shelved_bytes(*, on_host: bool) -> int:
+    """Bytes that all models' shelves hold, on the host or on devices."""
+    return sum(shelf.nbytes(on_host=on_host) for shelf in list(_SHELVES))
+
+
+def clear_devices() -> bool:
+    """Drop what is kept on devices; whether there was anything."""
+    held = on_device.nbytes + shelved_bytes(on_host=False)
+    on_device.clear()
+    for shelf in list(_SHELVES):
+        shelf.clear_devices()
+    return held > 0
+
+
 def clear_cache() -> None:
-    """Drop all cached file plans and deltas; composed models stay as they are."""
+    """Drop all that is kept: file plans, deltas, sets that were left; models stay as they are."""
     plans.clear()
     pieces.clear()
     on_device.clear()
+    for shelf in list(_SHELVES):
+        shelf.clear()

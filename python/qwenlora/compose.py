@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from qwenlora import cache
 from qwenlora.deltas import DeltaBuilder, GroupDeltas, SlotDeltas
 from qwenlora.errors import EnergyLossError, NothingToApplyError
 from qwenlora.grouped import GroupBuilder
+from qwenlora.kept import KeptGroup, Room, groups_left
 from qwenlora.limit import MaxRank
 from qwenlora.lock import lock_of
 from qwenlora.lora_set import LoraSet
@@ -288,11 +289,18 @@ class _Composition:
                 closing.callback(fetchers[-1].close)
             cache.pieces.turn()
             cache.on_device.turn()
+            structure.kept.watch(None)
+            entering = structure.kept.take(wanted.key)
+            whole = self._is_whole(planned.plan, structure, entering.values())
+            leaving = self._leaving(planned, structure, entering.values()) if whole else []
+            kept_bytes = cache.shelved_bytes(on_host=True)
+            kept_bytes += sum(own.nbytes for own in leaving if own.on_host)
+            options = replace(options, cache_bytes=max(0, options.cache_bytes - kept_bytes))
+            cache.pieces.fit(options.cache_bytes)
             builder = DeltaBuilder(
                 wanted.specs, wanted.sources, fetchers, options, max_rank=wanted.max_rank
             )
             journal = Journal(self._model, structure, self._state)
-            whole = self._is_whole(planned.plan, structure)
             units = path_units(planned, structure, self._state)
             if not whole:
                 units = [part for unit in units for part in unit.parts(options.staging_bytes)]
@@ -302,14 +310,32 @@ class _Composition:
                 wanted.sources,
                 fetchers,
                 options,
-                home=structure.home,
+                kept=entering,
             )
             closing.callback(groups.close)
-            placer = Placer(units, planned.plan, builder, groups, fetchers, options, journal)
+            placer = Placer(
+                units, planned.plan, builder, groups, fetchers, options, journal, leaving=leaving
+            )
             place = placer.whole if whole else placer.by_path
             place(lambda done: self._state_of(planned, structure, done))
+            structure.kept.put(self._state.stack, leaving)
+            structure.kept.watch(structure.first_factor())
         structure.placed = self._placed(planned, groups) if whole else None
         remember_structure(self._model, structure)
+
+    def _leaving(
+        self, planned: Planned, structure: Structure, entering: Collection[KeptGroup]
+    ) -> list[KeptGroup]:
+        """What the slots hold now, as far as there is room to keep it."""
+        options, state = self._wanted.options, self._state
+        room = Room(
+            cache_bytes=options.cache_bytes,
+            device_bytes=options.device_cache_bytes,
+            deltas=sum(group.nbytes for group in planned.groups),
+            needed=_needed(planned.plan, structure, entering),
+        )
+        left = groups_left(structure, state, planned.paths | state.records.keys())
+        return room.choose(left, structure.kept)
 
     def _placed(self, planned: Planned, groups: GroupBuilder) -> Placed | None:
         """How the groups lie in their slots, where they are all that there is."""
@@ -330,19 +356,18 @@ class _Composition:
             write_state(self._model, EMPTY)
         return structure_of(self._model, self._state)
 
-    def _is_whole(self, plan: StackPlan, structure: Structure) -> bool:
+    def _is_whole(
+        self, plan: StackPlan, structure: Structure, entering: Collection[KeptGroup]
+    ) -> bool:
         placement = self._wanted.options.placement
         if placement is not Placement.AUTO:
             return placement is Placement.WHOLE
         device = next(iter(structure.targets.values())).device
         if device.type != "cuda":
             return True
-        # A new slot holds a second copy of its base until the old tensors are let go.
-        needed = plan.added_bytes + structure.base_bytes + self._wanted.options.margin_bytes
-        if not is_free(device, needed) and cache.on_device.nbytes:
-            # Deltas that are kept there yield first.
-            cache.on_device.clear()
-        return is_free(device, needed)
+        needed = _needed(plan, structure, entering) + self._wanted.options.margin_bytes
+        # What is kept there yields first.
+        return is_free(device, needed) or (cache.clear_devices() and is_free(device, needed))
 
     def _state_of(
         self, planned: Planned, structure: Structure, done: Sequence[Deltas]
@@ -380,6 +405,15 @@ class _Composition:
             seconds=time.perf_counter() - self._started,
         )
         return AppliedState(stack=self._wanted.key, records=records, report=report)
+
+
+def _needed(plan: StackPlan, structure: Structure, entering: Collection[KeptGroup]) -> int:
+    """Device memory that composing takes, beyond what is there already.
+
+    A new slot holds a second copy of its base until the old tensors are let go.
+    """
+    there = sum(kept.nbytes for kept in entering if not kept.on_host)
+    return max(0, plan.added_bytes + structure.base_bytes - there)
 
 
 def _fits(layout: OffloadLayout | None, targets: Mapping[str, Target]) -> bool:

@@ -14,9 +14,8 @@ from qwenlora import cache
 from qwenlora.arena import Arena, Part
 from qwenlora.deltas import GroupDeltas, non_finite
 from qwenlora.host_arena import arena_of
-from qwenlora.kept_base import keep_base, kept_base
 from qwenlora.layout import TILE, round_up
-from qwenlora.memory import is_free
+from qwenlora.memory import DEVICE_RESERVE, is_free
 from qwenlora.plan import SlotKind
 from qwenlora.staging import Findings, Load, Loader, Staged, loads_of
 from qwenlora.transfer import BUFFERS, Transfer, transfer_to
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qwenlora.bulk import Group, Stack
+    from qwenlora.kept import KeptGroup
     from qwenlora.source import LoraSource, TensorFetcher
     from qwenlora.spec import ComposeOptions, LoraSpec
     from qwenlora.targets import Target
@@ -102,7 +102,7 @@ class GroupBuilder:
         sources: Their plans and files.
         fetchers: Read their tensors.
         options: How to compose.
-        home: Stands for the model's structure as it is now.
+        kept: What some of the groups held under this very set, by their first paths.
         placed: What was built, and how it lies in its slots.
         load_bytes: Most bytes of a load.
     """
@@ -112,7 +112,7 @@ class GroupBuilder:
     sources: Sequence[LoraSource]
     fetchers: Sequence[TensorFetcher]
     options: ComposeOptions
-    home: object
+    kept: Mapping[str, KeptGroup] = field(default_factory=dict)
     placed: list[PlacedGroup] = field(init=False, default_factory=list)
     load_bytes: int = field(init=False)
     _loads: list[list[Load]] = field(init=False)
@@ -127,7 +127,9 @@ class GroupBuilder:
         self._device_bytes = 0 if device is None else self._device_limit(device)
         # Pinned memory is given out in powers of two.
         self.load_bytes = 1 << max(1, self.options.staging_bytes // BUFFERS).bit_length() - 1
-        self._loads = [loads_of(group, self.load_bytes) for group in self.groups]
+        self._loads = [
+            [] if self._kept(group) else loads_of(group, self.load_bytes) for group in self.groups
+        ]
         self._loader = Loader(
             [load for own in self._loads for load in own],
             self.sources,
@@ -135,6 +137,7 @@ class GroupBuilder:
             self.options,
             pinned=device is not None,
         )
+        self._loader.begin()
 
     def build(self, group: Group, *, empty: Sequence[Target], tell: Callable[[int], None]) -> Built:
         """Build one group.
@@ -144,11 +147,9 @@ class GroupBuilder:
             empty: More slots of the same path, which get as many ranks, all zero.
             tell: Is told how many slots are built next.
         """
-        bare = None if group.stacks or empty else kept_base(group, self.home)
-        if bare is not None:
-            tell(len(group.targets))
-            return Built([bare], [])
-        keep_base(group, self.home, limit_bytes=self.options.cache_bytes)
+        kept = None if empty else self._kept(group)
+        if kept is not None:
+            return self._built_before(kept, tell)
         index = next(i for i, own in enumerate(self.groups) if own is group)
         loads = self._loads[index]
         first = loads[: len(group.stacks)]
@@ -193,6 +194,16 @@ class GroupBuilder:
         self._loader.close()
         for transfer in self._transfers.values():
             transfer.close()
+
+    def _kept(self, group: Group) -> KeptGroup | None:
+        kept = self.kept.get(group.targets[0].path)
+        return kept if kept is not None and kept.of(group) else None
+
+    def _built_before(self, kept: KeptGroup, tell: Callable[[int], None]) -> Built:
+        tell(len(kept.group.targets))
+        if kept.placed is not None:
+            self.placed.append(kept.placed)
+        return Built([kept.deltas], [])
 
     def _device_limit(self, device: torch.device) -> int:
         """Most bytes that the cache on the device may hold; 0 where this stack would not fit."""
@@ -252,10 +263,6 @@ class GroupBuilder:
             )
             self._transfers[device] = transfer_to(device, largest)
         return self._transfers[device]
-
-
-DEVICE_RESERVE = 8 << 30
-"""Device memory that must stay free beside deltas kept there: for activations and the decoder."""
 
 
 def scales_of(stack: Stack, strength: float) -> tuple[float, ...]:

@@ -86,7 +86,7 @@ class HostPackedArena(PackedArena):
         raw = np.empty(math.prod(shape) * like.itemsize, dtype=np.uint8)
         return torch.from_numpy(raw).view(like.dtype).view(shape)
 
-    def _copy_base(self, arena: Tensor, olds: Sequence[Tensor]) -> None:
+    def _copy_base(self, arena: Tensor, olds: list[Tensor]) -> None:
         added = arena.shape[2] - self._base_tiles
         recipes = []
         for slot, old in enumerate(olds):

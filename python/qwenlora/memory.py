@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["free_bytes", "is_free"]
+__all__ = ["DEVICE_RESERVE", "free_bytes", "is_free"]
+
+DEVICE_RESERVE = 8 << 30
+"""Device memory that must stay free beside what is cached there: for activations and the decoder.
+"""
 
 
 def is_free(device: torch.device, nbytes: int) -> bool:

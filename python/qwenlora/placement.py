@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qwenlora.grouped import GroupBuilder
+    from qwenlora.kept import KeptGroup
     from qwenlora.plan import SlotPlan, StackPlan
     from qwenlora.planned import Planned, Plans
     from qwenlora.source import TensorFetcher
@@ -127,8 +128,11 @@ class Placer:
         fetchers: Sequence[TensorFetcher],
         options: ComposeOptions,
         journal: Journal,
+        *,
+        leaving: Iterable[KeptGroup] = (),
     ) -> None:
         self._units = units
+        self._leaving = {own.group.targets[0].path: own for own in leaving}
         self._plan = plan
         self._journal = journal
         self._builder = builder
@@ -187,12 +191,18 @@ class Placer:
             rank = max([*ranks, *(deltas.rank_added for deltas in alone)])
             alone = uniform([*alone, *(SlotDeltas(twin, rank_added=rank) for twin in unit.twins)])
         prepared: list[tuple[Change, Deltas]] = [
-            (prepare_group(deltas), deltas.without_tensors()) for deltas in together
+            (prepare_group(deltas, self._left_by(deltas)), deltas.without_tensors())
+            for deltas in together
         ]
         prepared += [
             (slot_of(deltas.target).prepare(deltas), deltas.without_tensors()) for deltas in alone
         ]
         return prepared
+
+    def _left_by(self, deltas: GroupDeltas) -> GroupDeltas | None:
+        """What these very slots hold now, where that will be kept."""
+        left = self._leaving.get(deltas.targets[0].path)
+        return left.deltas if left is not None and left.deltas.targets == deltas.targets else None
 
     def _build(self, unit: PathUnit) -> tuple[list[GroupDeltas], list[SlotDeltas]]:
         together: list[GroupDeltas] = []

@@ -88,13 +88,20 @@ class Slot(Protocol):
         """Put the base in place, even where the device has no memory left."""
 
 
-def prepare_group(deltas: GroupDeltas) -> Change:
-    """What puts the joined tensors of many slots in place."""
+def prepare_group(deltas: GroupDeltas, left: GroupDeltas | None = None) -> Change:
+    """What puts the joined tensors of many slots in place.
+
+    Args:
+        deltas: The tensors.
+        left: What the same packed slots hold now, where that is known.
+    """
     targets = deltas.targets
     changes: list[Change] = []
     if targets[0].kind is SlotKind.SVDQ:
         modules = [target.module for target in targets]
-        changes.append(_PackedChange(modules, (deltas.downs, deltas.ups)))
+        change = _PackedChange(modules, (deltas.downs, deltas.ups))
+        change.prepare(None if left is None else (left.downs, left.ups))
+        changes.append(change)
         changes += [
             SideBranchSlot(target).prepare(SlotDeltas(target))
             for target in targets
@@ -205,13 +212,15 @@ class PackedSlot:
     def _change(self, pairs: Sequence[ScaledPair], rank_added: int) -> _PackedChange:
         down: Tensor = self._module.proj_down
         up: Tensor = self._module.proj_up
-        return _PackedChange(
+        change = _PackedChange(
             modules=[self._module],
             new=(
                 [self._joined(down, [pair.down for pair in pairs], rank_added)],
                 [self._joined(up, [pair.up for pair in pairs], rank_added)],
             ),
         )
+        change.prepare()
+        return change
 
     def is_base(self) -> bool:
         """Whether both factors have the base's rank."""
@@ -266,11 +275,14 @@ class _PackedChange:
     modules: Sequence[nn.Module]
     new: tuple[Sequence[Tensor], Sequence[Tensor]]
     old: list[list[Tensor]] = field(init=False)
-    old_data: list[list[Tensor]] = field(init=False)
+    old_data: Sequence[Sequence[Tensor]] = field(init=False)
 
-    def __post_init__(self) -> None:
+    def prepare(self, left: Sequence[Sequence[Tensor]] | None = None) -> None:
+        """See what is in place, unless it is known: every layer's down, and every layer's up."""
         self.old = [factors_of(self.modules, name) for name in FACTORS]
-        self.old_data = [[parameter.data for parameter in own] for own in self.old]
+        if left is None:
+            left = [[parameter.data for parameter in own] for own in self.old]
+        self.old_data = left
 
     def make(self) -> None:
         for name, old, new in zip(FACTORS, self.old, self.new, strict=True):

@@ -110,10 +110,12 @@ class ComposeOptions:
         placement: How the new stack takes the old one's place.
         cache_bytes: Most bytes of deltas kept in host memory between compositions, so that a change
             of strength reads no file, and of base branches of composed slots in host memory, so
-            that a reset copies none; 0 keeps none.
-        device_cache_bytes: Most bytes of deltas kept on a GPU between compositions, so that a
-            change of strength copies nothing to it; 0 keeps none. None keeps a stack's where that
-            leaves 8 GiB free: some drivers spill to host memory instead of failing.
+            that a reset copies none; 0 keeps none. The default holds a LoRA of rank 64 and base
+            branches of rank 128.
+        device_cache_bytes: Most bytes kept on a GPU between compositions: deltas, so that a change
+            of strength copies nothing to it, and slots' tensors of sets that were left, so that a
+            return to them, or to the base, moves pointers; 0 keeps none. None keeps what leaves 8
+            GiB free: some drivers spill to host memory instead of failing.
         staging_bytes: Device memory that deltas go through on their way into slots; less of it
             takes longer.
         margin_bytes: Device memory that composing beside the old stack must leave free, or AUTO
@@ -130,7 +132,7 @@ class ComposeOptions:
     max_energy_lost: float = 0.1
     lokr_scale: LokrScale = LokrScale.STANDARD
     placement: Placement = Placement.AUTO
-    cache_bytes: int = 2 << 30
+    cache_bytes: int = 5 << 29
     device_cache_bytes: int | None = None
     staging_bytes: int = 192 << 20
     margin_bytes: int = 512 << 20

@@ -223,6 +223,7 @@ class Loader:
         pinned: bool,
     ) -> None:
         self._waiting = deque(loads)
+        self._largest = max((load.nbytes for load in loads), default=0)
         self._begun: deque[tuple[Load, Future[Staged] | Staged]] = deque()
         self._sources = sources
         self._fetchers = fetchers
@@ -230,6 +231,10 @@ class Loader:
         self._cache_bytes = options.cache_bytes
         self._used: deque[tuple[Tensor, Callable[[], object] | None]] = deque()
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="qwenlora-read")
+
+    def begin(self) -> None:
+        """Begin to read."""
+        self._read_ahead()
 
     def take(self, load: Load) -> Staged:
         """The next load, read; raises what reading it raised."""
@@ -256,7 +261,8 @@ class Loader:
             return
         key = self.key(load) if keep else None
         if key is None or not cache.pieces.put(key, staged, limit_bytes=self._cache_bytes):
-            self._used.append((staged.bytes, wait))
+            whole = staged.bytes._base
+            self._used.append((staged.bytes if whole is None else whole, wait))
 
     def key(self, load: Load) -> Hashable | None:
         """What a load is among all LoRAs; None where reading it again costs nothing."""
@@ -292,10 +298,10 @@ class Loader:
         def read() -> Staged:
             if used is None:
                 # New pinned memory takes its time: other work goes on beside it.
-                with torch.inference_mode(False):
-                    buffer = _host_buffer(load.nbytes, pinned=self._pinned)
+                buffer = self._new_buffer(load.nbytes)
             else:
                 buffer, wait = used
+                buffer = buffer[: load.nbytes]
                 if wait is not None:
                     wait()
             fetcher.read_into(load.runs(), buffer, share=_READERS)
@@ -303,10 +309,17 @@ class Loader:
 
         return self._pool.submit(read)
 
+    def _new_buffer(self, nbytes: int) -> Tensor:
+        with torch.inference_mode(False):
+            if self._pinned and self._largest <= 2 * nbytes:
+                # One size for all: pinned memory is given out in powers of two anyway.
+                return _host_buffer(self._largest, pinned=True)[:nbytes]
+            return _host_buffer(nbytes, pinned=self._pinned)
+
     def _take_used(self, nbytes: int) -> tuple[Tensor, Callable[[], object] | None] | None:
-        """A buffer of just this size that has been used."""
+        """A buffer that has been used, of this size or not much larger."""
         for index, (buffer, _) in enumerate(self._used):
-            if buffer.nbytes == nbytes:
+            if nbytes <= buffer.nbytes <= 2 * nbytes:
                 used = self._used[index]
                 del self._used[index]
                 return used

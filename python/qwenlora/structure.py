@@ -13,14 +13,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 from qwenlora.bulk import Group
+from qwenlora.kept import KeptSets
 from qwenlora.offload import OffloadLayout, offload_of
 from qwenlora.plan import SlotKind, slot_map
 from qwenlora.slots import slot_of
 from qwenlora.state import SlotRecord, check_branches, check_intact
-from qwenlora.targets import FACTORS, Target, find_targets
+from qwenlora.targets import FACTORS, Target, factors_of, find_targets
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from qwenlora import _core
     from qwenlora.rescale import Placed
@@ -47,7 +48,7 @@ class Structure:
         targets: The slots by path, in module order.
         layout: Its block offload, where that is on.
         placed: How the last composition lies in its slots, where it consists of groups alone.
-        home: Stands for this structure where something is kept for it, without keeping it alive.
+        kept: Sets that were left.
     """
 
     def __init__(self, model: nn.Module, base_ranks: Mapping[str, int]) -> None:
@@ -66,7 +67,7 @@ class Structure:
         ]
         self._buffers = [target.module._buffers for target in self.targets.values()]
         self.placed: Placed | None = None
-        self.home = object()
+        self.kept = KeptSets()
         self._results: OrderedDict[Hashable, object] = OrderedDict()
         self.look()
 
@@ -86,6 +87,13 @@ class Structure:
                 alike[key].append(target)
         groups = [Group(tuple(own)) for own in alike.values()]
         return [(frozenset(t.path for t in group.targets), group) for group in groups]
+
+    def first_factor(self) -> Tensor | None:
+        """A tensor of the first packed slot, as it is now."""
+        packed = (t.module for t in self.targets.values() if t.kind is SlotKind.SVDQ)
+        return next(
+            (factor for module in packed for factor in factors_of([module], FACTORS[0])), None
+        )
 
     @cached_property
     def slot_map(self) -> _core.SlotMap:

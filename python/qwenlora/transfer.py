@@ -92,12 +92,21 @@ class DeviceTransfer:
                 self._buffers, self._free = [b for b, _ in made], [e for _, e in made]
             buffer, free = self._buffers[self._turn][: staged.nbytes], self._free[self._turn]
         self._copied = _event()
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(free)
-            buffer.copy_(staged.bytes, non_blocking=True)
-            self._copied.record(self._stream)
+        self._stream.wait_event(free)
+        self._copy(buffer, staged.bytes)
+        self._copied.record(self._stream)
         self._current.wait_event(self._copied)
         return buffer
+
+    def _copy(self, buffer: Tensor, source: Tensor) -> None:
+        # The context manager of streams asks the driver what devices there are, each time.
+        device = torch.cuda.current_device()
+        torch.cuda.set_stream(self._stream)
+        try:
+            buffer.copy_(source, non_blocking=True)
+        finally:
+            torch.cuda.set_stream(self._current)
+            torch.cuda.set_device(device)
 
     def used(self) -> Callable[[], object] | None:
         """A buffer of the ring is free when what is queued now is done."""

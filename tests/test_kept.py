@@ -1,0 +1,234 @@
+"""Sets that were left: a return moves pointers, within bounds, and never to anything stale."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+import qwenlora
+from qwenlora import cache, kept
+
+BLOCKS = 4
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model(num_layers=BLOCKS, dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def loras(Draft, tmp_path):
+    """Two LoRAs of every linear, and one of two blocks alone."""
+
+    def make(name, **more):
+        draft = Draft.full(rank=16, dtype=torch.bfloat16, **more)
+        return draft.save(tmp_path / f"{name}.safetensors")
+
+    return [
+        make("a", seed=1, blocks=BLOCKS),
+        make("b", seed=2, blocks=BLOCKS),
+        make("part", seed=3, blocks=2),
+    ]
+
+
+def packed(model):
+    return [
+        tensor
+        for module in model.modules()
+        for tensor in (getattr(module, "proj_down", None), getattr(module, "proj_up", None))
+        if tensor is not None
+    ]
+
+
+def places(model):
+    return [tensor.data_ptr() for tensor in packed(model)]
+
+
+def base_bytes(model):
+    return sum(tensor.nbytes for tensor in packed(model))
+
+
+# ---- the base in host memory ----
+
+
+def test_a_reset_puts_the_very_base_back(model, loras, probe):
+    base, before = places(model), probe.snapshot(model)
+    for lora in (loras[0], loras[2]):
+        qwenlora.compose_loras(model, lora)
+        assert cache.shelved_bytes(on_host=True) > 0
+        qwenlora.reset_loras(model)
+        assert places(model) == base
+        assert cache.shelved_bytes(on_host=True) == 0
+    assert probe.snapshot(model).differences(before) == []
+
+
+def test_the_base_stays_over_several_sets(model, loras):
+    base, size = places(model), base_bytes(model)
+    for lora in loras[:2]:
+        qwenlora.compose_loras(model, lora)
+        assert cache.shelved_bytes(on_host=True) == size
+    qwenlora.reset_loras(model)
+    assert places(model) == base
+
+
+@pytest.mark.parametrize("change", ["clear", "cast", "delete"])
+def test_nothing_outlives_what_it_is_of(change, make_model, loras, probe):
+    # A fixture's model would be kept alive by the fixture.
+    model = make_model(num_layers=BLOCKS, dtype=torch.bfloat16)
+    base = places(model)
+    before = probe.snapshot(model)
+    qwenlora.compose_loras(model, loras[0])
+    if change == "clear":
+        qwenlora.clear_cache()
+        qwenlora.reset_loras(model)
+        assert places(model) != base
+        assert probe.snapshot(model).differences(before) == []
+    elif change == "cast":
+        # Every tensor is another one: the model was moved.
+        model.to(torch.float64)
+    else:
+        del model
+        gc.collect()
+    assert cache.shelved_bytes(on_host=True) == 0
+
+
+def test_deltas_come_first(model, loras):
+    """The base takes what a stack's deltas leave of the cache."""
+    qwenlora.compose_loras(model, loras[0])
+    deltas = cache.pieces.nbytes
+    base = cache.shelved_bytes(on_host=True)
+    for limit in (0, deltas, deltas + base // 2, deltas + base):
+        qwenlora.reset_loras(model)
+        qwenlora.clear_cache()
+        qwenlora.compose_loras(model, loras[0], options=qwenlora.ComposeOptions(cache_bytes=limit))
+        found = cache.shelved_bytes(on_host=True)
+        assert found <= max(0, limit - deltas)
+        assert cache.pieces.nbytes + found <= limit
+        assert (found > 0) == (limit > deltas)
+    assert found == base
+
+
+def test_a_base_of_other_slots_is_not_mistaken(model, loras, probe):
+    """Part of a path leaves its base, then all of it; then all return at once."""
+    before = probe.snapshot(model)
+    qwenlora.compose_loras(model, loras[2])
+    qwenlora.compose_loras(model, loras[0])
+    qwenlora.reset_loras(model)
+    assert probe.snapshot(model).differences(before) == []
+
+
+def test_a_failed_composition_keeps_what_is_true(model, loras, probe, monkeypatch):
+    before = probe.snapshot(model)
+    qwenlora.compose_loras(model, loras[0])
+    composed = probe.snapshot(model)
+
+    class Stop(Exception):
+        pass
+
+    def stop(phase, done, total):
+        if phase == "write" and done > total // 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        qwenlora.compose_loras(model, [], options=qwenlora.ComposeOptions(progress=stop))
+    assert probe.snapshot(model).differences(composed) == []
+    qwenlora.reset_loras(model)
+    assert probe.snapshot(model).differences(before) == []
+
+
+# ---- composed sets on a device ----
+
+
+@pytest.fixture
+def on_device(model):
+    """A model on a device."""
+    return model.to("cuda")
+
+
+ROOM = qwenlora.ComposeOptions(device_cache_bytes=1 << 30)
+
+
+@pytest.mark.gpu
+def test_a_switch_moves_pointers(on_device, loras, probe):
+    model, (a, b, part) = on_device, loras
+    states = {}
+    for stack in ([], [a], [(b, 0.5)], [a, b], [part]):
+        qwenlora.clear_cache()
+        qwenlora.compose_loras(model, stack, options=ROOM)
+        states[str(stack)] = probe.snapshot(model)
+    qwenlora.reset_loras(model)
+    qwenlora.clear_cache()
+    seen = {}
+    for stack in ([], [a], [(b, 0.5)], [a], [], [a, b], [part], [a], [a, b], [(b, 0.5)], []):
+        report = qwenlora.compose_loras(model, stack, options=ROOM)
+        assert probe.snapshot(model).differences(states[str(stack)]) == []
+        assert qwenlora.applied(model) == report
+        if str(stack) in seen and stack != [part]:
+            assert places(model) == seen[str(stack)], stack
+        seen[str(stack)] = places(model)
+
+
+@pytest.mark.gpu
+def test_a_strength_changes_after_a_return(on_device, loras, probe):
+    model, (a, b, _) = on_device, loras
+    qwenlora.compose_loras(model, (a, 0.25), options=ROOM)
+    expected = probe.snapshot(model)
+    qwenlora.clear_cache()
+    for stack in ([(a, 1.0)], [b], [(a, 1.0)], [(a, 0.25)]):
+        qwenlora.compose_loras(model, stack, options=ROOM)
+    assert probe.snapshot(model).differences(expected) == []
+    # What was left at full strength is not what is in place by now.
+    qwenlora.compose_loras(model, b, options=ROOM)
+    qwenlora.compose_loras(model, (a, 0.25), options=ROOM)
+    assert probe.snapshot(model).differences(expected) == []
+
+
+@pytest.mark.gpu
+def test_no_more_than_allowed(on_device, loras):
+    model, (a, b, _) = on_device, loras
+    none = qwenlora.ComposeOptions(device_cache_bytes=0)
+    for stack in ([a], [b], []):
+        qwenlora.compose_loras(model, stack, options=none)
+        assert cache.shelved_bytes(on_host=False) == 0
+    qwenlora.compose_loras(model, a, options=ROOM)
+    base = cache.shelved_bytes(on_host=False)
+    limit = cache.on_device.nbytes + base
+    little = qwenlora.ComposeOptions(device_cache_bytes=limit)
+    for turn in range(6):
+        qwenlora.compose_loras(model, [(b, 0.5), a][turn % 2], options=little)
+        held = cache.shelved_bytes(on_host=False) + cache.on_device.nbytes
+        assert held <= limit
+
+
+@pytest.mark.gpu
+def test_few_sets_are_kept(on_device, loras):
+    model, (a, *_) = on_device, loras
+    sizes = []
+    for rank in range(1, 9):
+        qwenlora.compose_loras(model, a, max_rank=2 * rank, options=ROOM)
+        sizes.append(cache.shelved_bytes(on_host=False))
+    assert len(kept_sets(model)) <= kept._MAX_SETS
+    assert sizes[-1] <= sizes[3] * 2
+
+
+def kept_sets(model):
+    from qwenlora import structure
+
+    return structure._KNOWN[model].kept._sets
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("leave", ["move", "delete"])
+def test_a_model_that_leaves_takes_its_sets_along(leave, make_model, loras):
+    model, (a, b, _) = make_model(num_layers=BLOCKS, dtype=torch.bfloat16).to("cuda"), loras
+    for stack in (a, b):
+        qwenlora.compose_loras(model, stack, options=ROOM)
+    assert cache.shelved_bytes(on_host=False) > 0
+    if leave == "move":
+        model.to("cpu")
+    else:
+        del model
+    gc.collect()
+    assert cache.shelved_bytes(on_host=False) == 0
