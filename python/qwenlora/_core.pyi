@@ -1,17 +1,19 @@
 """Rust core of qwenlora."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor, nn
 
 __all__ = [
     "FilePlan",
     "PlannedStack",
     "SlotMap",
     "TensorReader",
+    "Watch",
     "__version__",
     "file_identity",
     "fill_packed",
@@ -94,6 +96,17 @@ class TensorReader:
     ) -> None: ...
     def verify_unchanged(self) -> None: ...
     def close(self) -> None: ...
+
+@final
+class Watch:
+    def __new__(
+        cls,
+        children: Sequence[Mapping[str, nn.Module | None]],
+        parameters: Sequence[tuple[dict[str, nn.Parameter | None], str]],
+        buffers: Sequence[dict[str, Tensor | None]],
+    ) -> Watch: ...
+    def look(self) -> None: ...
+    def is_unchanged(self) -> bool: ...
 
 def fill_packed(recipes: Sequence[_PackedRecipe], *, threads: int) -> None: ...
 def fill_rows(recipes: Sequence[_RowsRecipe], *, threads: int) -> None: ...

@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
+from qwenlora import _core
 from qwenlora.bulk import Group
 from qwenlora.kept import KeptSets
 from qwenlora.offload import OffloadLayout, offload_of
@@ -23,7 +24,6 @@ from qwenlora.targets import FACTORS, Target, factors_of, find_targets
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from qwenlora import _core
     from qwenlora.rescale import Placed
     from qwenlora.state import AppliedState
 
@@ -55,21 +55,15 @@ class Structure:
         self.layout: OffloadLayout | None = offload_of(model)
         self.targets: dict[str, Target] = find_targets(model, base_ranks)
         self._offload = _offload_state(model)
-        self._children = [
-            (module._modules, tuple(module._modules.values()))
-            for module in model.modules()
-            if module._modules
-        ]
-        self._parameters = [
-            (target.module._parameters, name)
-            for target in self.targets.values()
-            for name in _telling(target)
-        ]
-        self._buffers = [target.module._buffers for target in self.targets.values()]
+        own = self.targets.values()
+        self._watch = _core.Watch(
+            [module._modules for module in model.modules() if module._modules],
+            [(t.module._parameters, name) for t in own for name in _telling(t)],
+            [target.module._buffers for target in own],
+        )
         self.placed: Placed | None = None
         self.kept = KeptSets()
         self._results: OrderedDict[Hashable, object] = OrderedDict()
-        self.look()
 
     @cached_property
     def order(self) -> Mapping[str, int]:
@@ -121,27 +115,15 @@ class Structure:
 
     def look(self) -> None:
         """Take the slots' tensors as they are now for those that were left there."""
-        branches = [(buffers, name) for buffers in self._buffers for name in buffers]
-        self._places = self._parameters + branches
-        self._seen = self._look_at()
+        self._watch.look()
 
     def is_current(self, model: nn.Module) -> bool:
-        """Whether every module, and every tensor of every slot, is where it was."""
-        return (
-            self._offload == _offload_state(model)
-            and all(tuple(modules.values()) == children for modules, children in self._children)
-            and self._look_at() == self._seen
-        )
+        """Whether every module, and every tensor of every slot, is where it was.
 
-    def _look_at(self) -> tuple[list[int], ...]:
-        """Which tensors are there, where their elements are, and how many buffers there are.
-
-        The tensors are not kept alive: whoever moves a model replaces its buffers. One that took
-        the number of one that is gone has its memory, too, or is told by that.
+        The tensors are not kept alive: whoever moves a model replaces its buffers. Told are the
+        tensors themselves, where their elements are, and how many buffers there are.
         """
-        tensors = [owner.get(name) for owner, name in self._places]
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        return [*map(id, tensors)], addresses, [*map(len, self._buffers)]
+        return self._offload == _offload_state(model) and self._watch.is_unchanged()
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gave for this key, as long as the structure stays; few are kept."""

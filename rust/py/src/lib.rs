@@ -15,6 +15,7 @@ mod findings;
 mod pack;
 mod reader;
 mod stack_plan;
+mod watch;
 
 use pyo3::prelude::*;
 
@@ -33,6 +34,8 @@ mod _core {
     use super::reader::TensorReader;
     #[pymodule_export]
     use super::stack_plan::{PlannedStack, SlotMap, known_slots, plan_stack};
+    #[pymodule_export]
+    use super::watch::Watch;
 
     #[allow(non_upper_case_globals, reason = "Python's name")]
     #[pymodule_export]
