@@ -11,7 +11,6 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qwenlora import cache
@@ -41,16 +40,20 @@ class KeptGroup:
         group: The slots.
         deltas: Their packed factors, as they were in place.
         placed: How the LoRAs lie in them; None for the base.
+        parameters: The layers' downs and ups, whose tensors these are.
     """
 
     group: Group
     deltas: GroupDeltas
     placed: PlacedGroup | None
+    parameters: Sequence[Sequence[Tensor]]
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(tensor.nbytes for tensor in (*self.deltas.downs, *self.deltas.ups))
+        first = self.group.targets[0]
+        each = first.base_bytes + first.rank_bytes * self.deltas.rank_added
+        return each * len(self.group.targets)
 
     def of(self, group: Group) -> bool:
         """Whether these are the slots of this group."""
@@ -194,7 +197,8 @@ class Room:
 
 def _kept(group: Group, placed: PlacedGroup | None, rank_added: int) -> KeptGroup:
     modules = [target.module for target in group.targets]
-    downs, ups = ([tensor.data for tensor in factors_of(modules, name)] for name in FACTORS)
+    parameters = [factors_of(modules, name) for name in FACTORS]
+    downs, ups = ([parameter.data for parameter in own] for own in parameters)
     ranks = 0 if placed is None else sum(layout.rank for layout in placed.layouts.values())
     deltas = GroupDeltas(group.targets, ranks, rank_added, downs, ups)
-    return KeptGroup(group, deltas, placed)
+    return KeptGroup(group, deltas, placed, parameters)

@@ -199,10 +199,10 @@ class Placer:
         ]
         return prepared
 
-    def _left_by(self, deltas: GroupDeltas) -> GroupDeltas | None:
+    def _left_by(self, deltas: GroupDeltas) -> KeptGroup | None:
         """What these very slots hold now, where that will be kept."""
         left = self._leaving.get(deltas.targets[0].path)
-        return left.deltas if left is not None and left.deltas.targets == deltas.targets else None
+        return left if left is not None and left.group.targets == deltas.targets else None
 
     def _build(self, unit: PathUnit) -> tuple[list[GroupDeltas], list[SlotDeltas]]:
         together: list[GroupDeltas] = []

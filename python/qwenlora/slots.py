@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from qwenlora.deltas import GroupDeltas
+    from qwenlora.kept import KeptGroup
     from qwenlora.pieces import ScaledPair
     from qwenlora.targets import Target
 
@@ -88,7 +89,7 @@ class Slot(Protocol):
         """Put the base in place, even where the device has no memory left."""
 
 
-def prepare_group(deltas: GroupDeltas, left: GroupDeltas | None = None) -> Change:
+def prepare_group(deltas: GroupDeltas, left: KeptGroup | None = None) -> Change:
     """What puts the joined tensors of many slots in place.
 
     Args:
@@ -100,7 +101,7 @@ def prepare_group(deltas: GroupDeltas, left: GroupDeltas | None = None) -> Chang
     if targets[0].kind is SlotKind.SVDQ:
         modules = [target.module for target in targets]
         change = _PackedChange(modules, (deltas.downs, deltas.ups))
-        change.prepare(None if left is None else (left.downs, left.ups))
+        change.prepare(left)
         changes.append(change)
         changes += [
             SideBranchSlot(target).prepare(SlotDeltas(target))
@@ -274,15 +275,17 @@ class _PackedChange:
 
     modules: Sequence[nn.Module]
     new: tuple[Sequence[Tensor], Sequence[Tensor]]
-    old: list[list[Tensor]] = field(init=False)
+    old: Sequence[Sequence[Tensor]] = field(init=False)
     old_data: Sequence[Sequence[Tensor]] = field(init=False)
 
-    def prepare(self, left: Sequence[Sequence[Tensor]] | None = None) -> None:
-        """See what is in place, unless it is known: every layer's down, and every layer's up."""
+    def prepare(self, left: KeptGroup | None = None) -> None:
+        """See what is in place, unless it is known."""
+        if left is not None:
+            self.old = left.parameters
+            self.old_data = (left.deltas.downs, left.deltas.ups)
+            return
         self.old = [factors_of(self.modules, name) for name in FACTORS]
-        if left is None:
-            left = [[parameter.data for parameter in own] for own in self.old]
-        self.old_data = left
+        self.old_data = [[parameter.data for parameter in own] for own in self.old]
 
     def make(self) -> None:
         for name, old, new in zip(FACTORS, self.old, self.new, strict=True):
