@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qwenlora import cache
@@ -98,7 +98,8 @@ class KeptSets:
 
     def put(self, key: Hashable, groups: Iterable[KeptGroup]) -> None:
         """Keep what a set's slots held; the oldest sets are dropped past a few."""
-        kept = {own.group.targets[0].path: own for own in groups}
+        # The parameters hold what is in place now.
+        kept = {own.group.targets[0].path: replace(own, parameters=()) for own in groups}
         if kept:
             self._sets[key] = self._sets.pop(key, {}) | kept
         while len(self._sets) > _MAX_SETS:
