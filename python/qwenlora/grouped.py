@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,6 @@ from qwenlora.deltas import GroupDeltas, non_finite
 from qwenlora.host_arena import arena_of
 from qwenlora.layout import TILE, round_up
 from qwenlora.memory import DEVICE_RESERVE, is_free
-from qwenlora.plan import SlotKind
 from qwenlora.staging import Findings, Load, Loader, Staged, loads_of
 from qwenlora.transfer import BUFFERS, Transfer, transfer_to
 
@@ -80,6 +79,23 @@ class PlacedGroup:
     differing: frozenset[int]
 
 
+@dataclass(frozen=True, eq=False)
+class _Laid:
+    """New tensors of a group.
+
+    Attributes:
+        layouts: By LoRA, where its ranks lie.
+        rank: Ranks that each slot will hold beyond its base.
+        arena: All slots' tensors.
+        factors: Every slot's `down`, and every slot's `up`.
+    """
+
+    layouts: Mapping[int, Layout]
+    rank: int
+    arena: Arena
+    factors: tuple[Sequence[Tensor], Sequence[Tensor]]
+
+
 @dataclass
 class _Unchecked:
     """A load of which nobody knows yet whether its values stay finite."""
@@ -120,6 +136,7 @@ class GroupBuilder:
     _transfers: dict[torch.device, Transfer] = field(init=False, default_factory=dict)
     _unchecked: list[_Unchecked] = field(init=False, default_factory=list)
     _device_bytes: int = field(init=False)
+    _sharing: dict[tuple[int, int], tuple[int, ...]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         devices = {group.device for group in self.groups}
@@ -152,13 +169,10 @@ class GroupBuilder:
             return self._built_before(kept, tell)
         index = next(i for i, own in enumerate(self.groups) if own is group)
         loads = self._loads[index]
-        first = loads[: len(group.stacks)]
-        taken = {id(load): self._loader.take(load) for load in first}
-        layouts, rank = self._layouts(group, [(load, taken[id(load)]) for load in first])
         targets = (*group.targets, *empty)
-        arena = arena_of(targets, rank, row_order=group.row_order, threads=self.options.threads)
+        laid, taken = self._begin(group, targets, loads[: len(group.stacks)])
         if empty:
-            arena.clear()
+            laid.arena.clear()
         differing: set[int] = set()
         if not loads:
             tell(len(targets))
@@ -166,9 +180,25 @@ class GroupBuilder:
             begun, end = (len(targets) * at // len(loads) for at in (done, done + 1))
             tell(end - begun)
             staged = taken.pop(id(load), None) or self._loader.take(load)
-            self._write(arena, load, staged, layouts[load.stack.lora], differing)
-        self.placed.append(PlacedGroup(group, layouts, frozenset(differing)))
-        return _built(group, empty, arena, layouts.values(), differing, rank)
+            self._write(laid.arena, load, staged, laid.layouts[load.stack.lora], differing)
+        self.placed.append(PlacedGroup(group, laid.layouts, frozenset(differing)))
+        return _built(group, empty, laid, differing)
+
+    def _begin(
+        self, group: Group, targets: Sequence[Target], first: Sequence[Load]
+    ) -> tuple[_Laid, dict[int, Staged]]:
+        """Allocate for the targets, and take the first load of each LoRA, by `id`."""
+        # Made while they are being read: it fits where modules share as they did before.
+        expected = {load.stack.lora: self._expected(load.stack) for load in first}
+        laid = self._laid(group, targets, expected)
+        taken = {id(load): self._loader.take(load) for load in first}
+        # What the first slot with a delta shares, the others share, or they are set apart.
+        sharing = {load.stack.lora: taken[id(load)].findings.first_sharing() for load in first}
+        if sharing != expected:
+            del laid
+            laid = self._laid(group, targets, sharing)
+            self._sharing |= {(lora, len(own)): own for lora, own in sharing.items()}
+        return laid, taken
 
     def check(self) -> None:
         """Check everything built since the last time, with one device synchronisation.
@@ -217,19 +247,29 @@ class GroupBuilder:
                 limit = total if is_free(device, total - kept + DEVICE_RESERVE) else 0
         return limit if total <= limit else 0
 
+    def _expected(self, stack: Stack) -> tuple[int, ...]:
+        """What modules share: what as many of the same LoRA did last, or nothing."""
+        count = len(stack.members)
+        return self._sharing.get((stack.lora, count), tuple(range(count)))
+
+    def _laid(
+        self, group: Group, targets: Sequence[Target], sharing: Mapping[int, tuple[int, ...]]
+    ) -> _Laid:
+        layouts, rank = self._layouts(group, sharing)
+        arena = arena_of(targets, rank, row_order=group.row_order, threads=self.options.threads)
+        return _Laid(layouts, rank, arena, arena.factors())
+
     def _layouts(
-        self, group: Group, first: Sequence[tuple[Load, Staged]]
+        self, group: Group, sharing: Mapping[int, tuple[int, ...]]
     ) -> tuple[dict[int, Layout], int]:
-        packed = group.targets[0].kind is SlotKind.SVDQ
+        """Where each LoRA's ranks lie, and the ranks of all; `sharing` is by LoRA."""
         layouts, end = {}, 0
-        for load, staged in first:
-            stack = load.stack
-            # What the first slot with a delta shares, the others share, or they are set apart.
-            sharing = staged.findings.first_sharing()
-            starts, rank = stack.starts(sharing)
+        for stack in group.stacks:
+            own = sharing[stack.lora]
+            starts, rank = stack.starts(own)
             factors = scales_of(stack, self.specs[stack.lora].strength)
-            layouts[stack.lora] = Layout(sharing, starts, rank, end, factors)
-            end += round_up(rank, TILE) if packed else rank
+            layouts[stack.lora] = Layout(own, starts, rank, end, factors)
+            end += round_up(rank, TILE) if group.packed else rank
         return layouts, end
 
     def _write(
@@ -320,17 +360,10 @@ def _require_finite(entry: _Unchecked) -> None:
             raise non_finite(target)
 
 
-def _built(
-    group: Group,
-    empty: Sequence[Target],
-    arena: Arena,
-    layouts: Iterable[Layout],
-    differing: set[int],
-    rank: int,
-) -> Built:
-    ranks = sum(layout.rank for layout in layouts)
-    downs, ups = arena.factors()
-    count = len(group.targets)
+def _built(group: Group, empty: Sequence[Target], laid: _Laid, differing: set[int]) -> Built:
+    ranks = sum(layout.rank for layout in laid.layouts.values())
+    downs, ups = laid.factors
+    count, rank = len(group.targets), laid.rank
     alike = GroupDeltas(group.targets, ranks, rank, downs[:count], ups[:count])
     if differing:
         own = [slot for slot in range(count) if slot not in differing]
