@@ -8,6 +8,7 @@ to that order, so that files of any order are one strided copy per module afterw
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -230,6 +231,7 @@ class Loader:
         self._pinned = pinned
         self._cache_bytes = options.cache_bytes
         self._used: deque[tuple[Tensor, Callable[[], object] | None]] = deque()
+        self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="qwenlora-read")
 
     def begin(self) -> None:
@@ -262,7 +264,8 @@ class Loader:
         key = self.key(load) if keep else None
         if key is None or not cache.pieces.put(key, staged, limit_bytes=self._cache_bytes):
             whole = staged.bytes._base
-            self._used.append((staged.bytes if whole is None else whole, wait))
+            with self._lock:
+                self._used.append((staged.bytes if whole is None else whole, wait))
 
     def key(self, load: Load) -> Hashable | None:
         """What a load is among all LoRAs; None where reading it again costs nothing."""
@@ -293,21 +296,24 @@ class Loader:
 
     def _begin(self, load: Load) -> Future[Staged]:
         fetcher = self._fetchers[load.stack.lora]
-        used = self._take_used(load.nbytes)
 
         def read() -> Staged:
-            if used is None:
-                # New pinned memory takes its time: other work goes on beside it.
-                buffer = self._new_buffer(load.nbytes)
-            else:
-                buffer, wait = used
-                buffer = buffer[: load.nbytes]
-                if wait is not None:
-                    wait()
+            buffer = self._buffer(load.nbytes)
             fetcher.read_into(load.runs(), buffer, share=_READERS)
             return _look(load, buffer)
 
         return self._pool.submit(read)
+
+    def _buffer(self, nbytes: int) -> Tensor:
+        """Memory to read into, as late as can be: by then another load's may be free."""
+        used = self._take_used(nbytes)
+        if used is None:
+            # New pinned memory takes its time: other work goes on beside it.
+            return self._new_buffer(nbytes)
+        buffer, wait = used
+        if wait is not None:
+            wait()
+        return buffer[:nbytes]
 
     def _new_buffer(self, nbytes: int) -> Tensor:
         with torch.inference_mode(False):
@@ -318,11 +324,12 @@ class Loader:
 
     def _take_used(self, nbytes: int) -> tuple[Tensor, Callable[[], object] | None] | None:
         """A buffer that has been used, of this size or not much larger."""
-        for index, (buffer, _) in enumerate(self._used):
-            if nbytes <= buffer.nbytes <= 2 * nbytes:
-                used = self._used[index]
-                del self._used[index]
-                return used
+        with self._lock:
+            for index, (buffer, _) in enumerate(self._used):
+                if nbytes <= buffer.nbytes <= 2 * nbytes:
+                    used = self._used[index]
+                    del self._used[index]
+                    return used
         return None
 
 
