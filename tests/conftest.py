@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -387,7 +388,8 @@ class Reads:
 @pytest.fixture
 def reads(monkeypatch):
     counted = Reads()
-    plan, reader = _core.FilePlan, _core.TensorReader
+    plan, reader, readers = _core.FilePlan, _core.TensorReader, _core.Readers
+    lock = threading.Lock()
 
     class CountingPlan:
         from_tensors = plan.from_tensors
@@ -407,7 +409,8 @@ def reads(monkeypatch):
             return getattr(self._reader, name)
 
         def read_into(self, ranges, dest, *, threads):
-            counted.tensors += len(ranges)
+            with lock:
+                counted.tensors += len(ranges)
             return self._reader.read_into(ranges, dest, threads=threads)
 
         def close(self):
@@ -415,6 +418,19 @@ def reads(monkeypatch):
             self._closed = True
             self._reader.close()
 
+    class CountingReaders:
+        def __init__(self, *, threads):
+            self._readers = readers(threads=threads)
+
+        def read(self, file, runs, dest):
+            with lock:
+                counted.tensors += sum(len(offsets) for offsets, *_ in runs)
+            return self._readers.read(file._reader, runs, dest)
+
+        def close(self):
+            self._readers.close()
+
     monkeypatch.setattr(_core, "FilePlan", CountingPlan)
     monkeypatch.setattr(_core, "TensorReader", CountingReader)
+    monkeypatch.setattr(_core, "Readers", CountingReaders)
     return counted

@@ -101,7 +101,7 @@ def test_a_file_that_changes_meanwhile(
     if previous:
         qwenlora.compose_loras(model, Draft.full(seed=9).save(tmp_path / "previous.safetensors"))
     before, addresses = probe.snapshot(model), probe.addresses(model)
-    reader = _core.TensorReader
+    reader, readers = _core.TensorReader, _core.Readers
 
     def changed():
         os.utime(path, ns=(1, 1))
@@ -119,7 +119,17 @@ def test_a_file_that_changes_meanwhile(
             changed()
             return self._reader.read_into(ranges, dest, threads=threads)
 
+    class ChangingReaders:
+        def __init__(self, *, threads):
+            self._readers = readers(threads=threads)
+            self.close = self._readers.close
+
+        def read(self, file, runs, dest):
+            changed()
+            return self._readers.read(file._reader, runs, dest)
+
     monkeypatch.setattr(_core, "TensorReader", ChangingReader)
+    monkeypatch.setattr(_core, "Readers", ChangingReaders)
     with pytest.raises(errors.LoraReadError, match="changed") as caught:
         qwenlora.compose_loras(model, path)
     assert isinstance(caught.value, OSError)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 __all__ = [
     "FilePlan",
     "PlannedStack",
+    "Readers",
+    "Reading",
     "SlotMap",
     "TensorReader",
     "Watch",
@@ -96,6 +98,21 @@ class TensorReader:
     ) -> None: ...
     def verify_unchanged(self) -> None: ...
     def close(self) -> None: ...
+
+@final
+class Readers:
+    def __new__(cls, *, threads: int) -> Readers: ...
+    def read(
+        self,
+        file: TensorReader,
+        runs: Sequence[tuple[Sequence[int], int, int]],
+        dest: npt.NDArray[np.uint8],
+    ) -> Reading: ...
+    def close(self) -> None: ...
+
+@final
+class Reading:
+    def wait(self) -> None: ...
 
 @final
 class Watch:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -19,7 +18,15 @@ if TYPE_CHECKING:
     from qwenlora.plan import TensorRef
     from qwenlora.spec import LoraSpec
 
-__all__ = ["FileSource", "LoraSource", "Run", "StateDictSource", "TensorFetcher", "open_source"]
+__all__ = [
+    "FileSource",
+    "LoraSource",
+    "Reading",
+    "Run",
+    "StateDictSource",
+    "TensorFetcher",
+    "open_source",
+]
 
 DTYPES = {
     "F64": torch.float64,
@@ -48,19 +55,26 @@ _ALIGNMENT = 64
 
 
 class Run(NamedTuple):
-    """Tensors of one size, and where they go in a buffer.
+    """Tensors of one size, and where they go in a buffer, one behind the other.
 
     Attributes:
         numbers: Which tensors of the source.
         offsets: Their first bytes in the file.
-        begins: Their first bytes in the buffer.
         nbytes: The size of each.
+        begin: The first one's first byte in the buffer.
     """
 
     numbers: Sequence[int]
     offsets: Sequence[int]
-    begins: Sequence[int]
     nbytes: int
+    begin: int
+
+
+class Reading(Protocol):
+    """A buffer that is being filled."""
+
+    def wait(self) -> None:
+        """Return when it is filled; raise what reading came upon."""
 
 
 class TensorFetcher(Protocol):
@@ -69,15 +83,18 @@ class TensorFetcher(Protocol):
     def fetch(self, refs: Sequence[TensorRef]) -> list[torch.Tensor]:
         """Return host tensors in the file's dtype and shape, in the order of `refs`."""
 
-    def read_into(self, runs: Iterable[Run], buffer: torch.Tensor, *, share: int) -> None:
-        """Read the bytes of tensors into a (n,) uint8 host buffer.
+    def read_into(
+        self, runs: Iterable[Run], buffer: torch.Tensor, readers: _core.Readers
+    ) -> Reading:
+        """Begin to read the bytes of tensors into a (n,) uint8 host buffer.
 
         May be called from several threads at a time, each with a buffer of its own.
 
         Args:
             runs: The tensors, and where they go.
-            buffer: Is filled; bytes between the tensors stay as they are.
-            share: How many such calls share the threads that the options allow.
+            buffer: Is filled; bytes between the tensors stay as they are. Nobody may touch it
+                before the reading is done.
+            readers: Threads that read files.
         """
 
     def finish(self) -> None:
@@ -188,14 +205,12 @@ class _FileFetcher:
             for ref, offset in zip(refs, offsets, strict=True)
         ]
 
-    def read_into(self, runs: Iterable[Run], buffer: torch.Tensor, *, share: int) -> None:
-        """Read tensors into a buffer."""
-        ranges = [
-            place
-            for run in runs
-            for place in zip(run.offsets, repeat(run.nbytes), run.begins, strict=False)
-        ]
-        self._reader.read_into(ranges, buffer.numpy(), threads=-(-self._threads // share))
+    def read_into(
+        self, runs: Iterable[Run], buffer: torch.Tensor, readers: _core.Readers
+    ) -> Reading:
+        """Begin to read tensors into a buffer."""
+        own = [(run.offsets, run.nbytes, run.begin) for run in runs]
+        return readers.read(self._reader, own, buffer.numpy())
 
     def finish(self) -> None:
         """Check the file's identity again, and close it."""
@@ -237,6 +252,13 @@ class StateDictSource:
         return _StateDictFetcher(self._tensors)
 
 
+class _Read:
+    """A buffer that is filled already."""
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+
 class _StateDictFetcher:
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors
@@ -245,14 +267,19 @@ class _StateDictFetcher:
         """Bring the tensors to the host."""
         return [self._tensors[ref.key].detach().to("cpu") for ref in refs]
 
-    def read_into(self, runs: Iterable[Run], buffer: torch.Tensor, *, share: int) -> None:
-        """Copy tensors into a buffer."""
+    def read_into(
+        self, runs: Iterable[Run], buffer: torch.Tensor, readers: _core.Readers
+    ) -> Reading:
+        """Copy tensors into a buffer, at once."""
         keys = list(self._tensors)
         for run in runs:
-            for number, begin in zip(run.numbers, run.begins, strict=True):
+            begin = run.begin
+            for number in run.numbers:
                 tensor = self._tensors[keys[number]].detach().to("cpu")
                 flat = buffer[begin : begin + run.nbytes].view(tensor.dtype)
                 flat.view(tensor.shape).copy_(tensor)
+                begin += run.nbytes
+        return _Read()
 
     def finish(self) -> None:
         """Nothing to close."""

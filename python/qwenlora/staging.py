@@ -8,14 +8,15 @@ to that order, so that files of any order are one strided copy per module afterw
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -27,18 +28,18 @@ from qwenlora.source import NAMES, Run
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qwenlora.source import LoraSource, TensorFetcher
+    from qwenlora.source import LoraSource, Reading, TensorFetcher
     from qwenlora.spec import ComposeOptions
     from qwenlora.targets import Target
 
-__all__ = ["Block", "Findings", "Load", "Loader", "Staged", "loads_of"]
+__all__ = ["Block", "Copied", "Findings", "Load", "Loader", "Staged", "loads_of"]
 
 _ALIGNMENT = 256
 """Blocks begin at multiples of this: any dtype can be viewed there, and copies are whole lines."""
 _AHEAD = 3
 """Loads that are being read or wait to be used."""
-_READERS = 2
-"""Loads that are read at a time: one fills the gaps that the other's last reads leave."""
+_STARTERS = 2
+"""Threads that make buffers and copy tensors in memory; files are read by Rust's."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,7 @@ class Load:
         slots = slice(self.slots.start, self.slots.stop)
         for block in self.blocks:
             own = self.stack.members[block.member].tensors[block.side]
-            begins = range(block.begin, block.begin + block.nbytes, own.len_bytes)
-            yield Run(own.indices[slots], own.offsets[slots], begins, own.len_bytes)
+            yield Run(own.indices[slots], own.offsets[slots], own.len_bytes, block.begin)
 
 
 @dataclass(eq=False)
@@ -211,6 +211,16 @@ def _load(group: Group, stack: Stack, slots: range) -> Load:
     return Load(group.targets, stack, slots, tuple(blocks), end)
 
 
+class Copied(Protocol):
+    """A buffer's contents have left it: what `torch.cuda.Event` says."""
+
+    def query(self) -> bool:
+        """Whether they have."""
+
+    def synchronize(self) -> None:
+        """Wait until they have."""
+
+
 class Loader:
     """Reads loads ahead of their use, in order, within bounds of memory."""
 
@@ -225,14 +235,16 @@ class Loader:
     ) -> None:
         self._waiting = deque(loads)
         self._largest = max((load.nbytes for load in loads), default=0)
-        self._begun: deque[tuple[Load, Future[Staged] | Staged]] = deque()
+        self._begun: deque[tuple[Load, Callable[[], Staged]]] = deque()
         self._sources = sources
         self._fetchers = fetchers
         self._pinned = pinned
         self._cache_bytes = options.cache_bytes
-        self._used: deque[tuple[Tensor, Callable[[], object] | None]] = deque()
+        self._threads = options.threads or min(16, os.cpu_count() or 1)
+        self._readers: _core.Readers | None = None
+        self._used: deque[tuple[Tensor, Copied | None]] = deque()
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="qwenlora-read")
+        self._pool = ThreadPoolExecutor(_STARTERS, thread_name_prefix="qwenlora-read")
 
     def begin(self) -> None:
         """Begin to read."""
@@ -241,22 +253,20 @@ class Loader:
     def take(self, load: Load) -> Staged:
         """The next load, read; raises what reading it raised."""
         self._read_ahead()
-        expected, found = self._begun.popleft()
+        expected, finish = self._begun.popleft()
         if expected is not load:
             raise RuntimeError("loads are taken in the order in which they were announced")
-        staged = found if isinstance(found, Staged) else found.result()
+        staged = finish()
         self._read_ahead()
         return staged
 
-    def release(
-        self, load: Load, staged: Staged, wait: Callable[[], object] | None, *, keep: bool
-    ) -> None:
+    def release(self, load: Load, staged: Staged, copied: Copied | None, *, keep: bool) -> None:
         """Keep a load that has been used, where the cache has room, or reuse its buffer.
 
         Args:
             load: What it is.
             staged: Its tensors.
-            wait: Returns when the buffer is no longer read from.
+            copied: When the buffer is no longer read from; None where it is free already.
             keep: Whether it is not kept elsewhere.
         """
         if not staged.on_host:
@@ -265,7 +275,7 @@ class Loader:
         if key is None or not cache.pieces.put(key, staged, limit_bytes=self._cache_bytes):
             whole = staged.bytes._base
             with self._lock:
-                self._used.append((staged.bytes if whole is None else whole, wait))
+                self._used.append((staged.bytes if whole is None else whole, copied))
 
     def key(self, load: Load) -> Hashable | None:
         """What a load is among all LoRAs; None where reading it again costs nothing."""
@@ -276,16 +286,20 @@ class Loader:
         """Stop reading; what is being read is waited for, since it writes into buffers of ours."""
         self._waiting.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._readers is not None:
+            self._readers.close()
         self._begun.clear()
         while self._used:
-            _, wait = self._used.popleft()
-            if wait is not None:
-                wait()
+            _, copied = self._used.popleft()
+            if copied is not None:
+                copied.synchronize()
 
     def _read_ahead(self) -> None:
         while self._waiting and len(self._begun) < _AHEAD:
             load = self._waiting.popleft()
-            self._begun.append((load, self._kept(load) or self._begin(load)))
+            kept = self._kept(load)
+            finish = self._begin(load) if kept is None else partial(_given, kept)
+            self._begun.append((load, finish))
 
     def _kept(self, load: Load) -> Staged | None:
         key = self.key(load)
@@ -294,43 +308,60 @@ class Loader:
         found = cache.on_device.get((key, load.device)) or cache.pieces.get(key)
         return found if isinstance(found, Staged) else None
 
-    def _begin(self, load: Load) -> Future[Staged]:
+    def _begin(self, load: Load) -> Callable[[], Staged]:
+        """Begin to read a load; returns what waits for it."""
+        self._readers = readers = self._readers or _core.Readers(threads=self._threads)
         fetcher = self._fetchers[load.stack.lora]
 
-        def read() -> Staged:
-            buffer = self._buffer(load.nbytes)
-            fetcher.read_into(load.runs(), buffer, share=_READERS)
-            return _look(load, buffer)
+        def start(buffer: Tensor) -> tuple[Tensor, Reading]:
+            return buffer, fetcher.read_into(load.runs(), buffer, readers)
 
-        return self._pool.submit(read)
+        # Tensors in memory are copied by whoever starts.
+        in_file = self._sources[load.stack.lora].cacheable
+        ready = self._take_used(load.nbytes, at_once=True) if in_file else None
+        if ready is not None:
+            return partial(_finish, load, *start(ready))
+        # New pinned memory takes its time: other work goes on beside it.
+        started = self._pool.submit(lambda: start(self._buffer(load.nbytes)))
+        return lambda: _finish(load, *started.result())
 
     def _buffer(self, nbytes: int) -> Tensor:
-        """Memory to read into, as late as can be: by then another load's may be free."""
-        used = self._take_used(nbytes)
-        if used is None:
-            # New pinned memory takes its time: other work goes on beside it.
-            return self._new_buffer(nbytes)
-        buffer, wait = used
-        if wait is not None:
-            wait()
-        return buffer[:nbytes]
-
-    def _new_buffer(self, nbytes: int) -> Tensor:
+        used = self._take_used(nbytes, at_once=False)
+        if used is not None:
+            return used
         with torch.inference_mode(False):
             if self._pinned and self._largest <= 2 * nbytes:
                 # One size for all: pinned memory is given out in powers of two anyway.
                 return _host_buffer(self._largest, pinned=True)[:nbytes]
             return _host_buffer(nbytes, pinned=self._pinned)
 
-    def _take_used(self, nbytes: int) -> tuple[Tensor, Callable[[], object] | None] | None:
-        """A buffer that has been used, of this size or not much larger."""
+    def _take_used(self, nbytes: int, *, at_once: bool) -> Tensor | None:
+        """A buffer that has been used, of this size or not much larger.
+
+        Args:
+            nbytes: Bytes that are needed.
+            at_once: Take only one that is free now; else wait until it is.
+        """
         with self._lock:
-            for index, (buffer, _) in enumerate(self._used):
-                if nbytes <= buffer.nbytes <= 2 * nbytes:
-                    used = self._used[index]
+            for index, (buffer, copied) in enumerate(self._used):
+                free = copied is None or copied.query()
+                if nbytes <= buffer.nbytes <= 2 * nbytes and (free or not at_once):
                     del self._used[index]
-                    return used
-        return None
+                    break
+            else:
+                return None
+        if copied is not None:
+            copied.synchronize()
+        return buffer[:nbytes]
+
+
+def _given(staged: Staged) -> Staged:
+    return staged
+
+
+def _finish(load: Load, buffer: Tensor, reading: Reading) -> Staged:
+    reading.wait()
+    return _look(load, buffer)
 
 
 def _host_buffer(nbytes: int, *, pinned: bool) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -10,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qwenlora.staging import Staged
+    from qwenlora.staging import Copied, Staged
 
 __all__ = ["DeviceTransfer", "HostTransfer", "Transfer", "transfer_to"]
 
@@ -29,11 +28,11 @@ class Transfer(Protocol):
             keep: Whether they are wanted beyond the next load but one.
         """
 
-    def used(self) -> Callable[[], object] | None:
+    def used(self) -> Copied | None:
         """All work on the load that was brought last has been queued.
 
         Returns:
-            What waits until its host buffer is read no more; None where it is free already.
+            When its host buffer is read no more; None where it is free already.
         """
 
     def close(self) -> None:
@@ -108,12 +107,12 @@ class DeviceTransfer:
             torch.cuda.set_stream(self._current)
             torch.cuda.set_device(device)
 
-    def used(self) -> Callable[[], object] | None:
+    def used(self) -> Copied | None:
         """A buffer of the ring is free when what is queued now is done."""
         if self._in_ring:
             self._free[self._turn].record(self._current)
             self._turn = (self._turn + 1) % len(self._buffers)
-        return None if self._copied is None else self._copied.synchronize
+        return self._copied
 
     def close(self) -> None:
         """What the buffers' memory is given to next runs after the last copy into it."""

@@ -8,6 +8,7 @@
 mod error;
 mod identity;
 mod ranges;
+mod readers;
 pub(crate) mod scalar;
 
 use std::fs::{self, File};
@@ -18,8 +19,10 @@ use std::path::{Path, PathBuf};
 pub use error::SourceError;
 pub use identity::FileIdentity;
 pub use ranges::{ByteRange, RangeFault};
+pub use readers::{Readers, Reading};
 
 use crate::header::{Header, Quoted, TensorInfo};
+use ranges::Piece;
 
 /// Scalars at most this far apart are read together.
 const NEAR_BYTES: u64 = 512;
@@ -186,14 +189,19 @@ impl SourceFile {
         dest: &mut [u8],
         threads: NonZeroUsize,
     ) -> Result<(), SourceError> {
-        let pieces = ranges::cut(ranges, self.identity.size_bytes(), dest).map_err(|source| {
-            SourceError::Range {
-                path: self.path.clone(),
-                source,
-            }
-        })?;
-        ranges::read(pieces, threads, |piece, offset_bytes| {
+        ranges::read(self.cut(ranges, dest)?, threads, |piece, offset_bytes| {
             self.read_exact(piece, offset_bytes)
+        })
+    }
+
+    fn cut<'a>(
+        &self,
+        ranges: &[ByteRange],
+        dest: &'a mut [u8],
+    ) -> Result<Vec<Piece<'a>>, SourceError> {
+        ranges::cut(ranges, self.identity.size_bytes(), dest).map_err(|source| SourceError::Range {
+            path: self.path.clone(),
+            source,
         })
     }
 

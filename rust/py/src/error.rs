@@ -39,6 +39,7 @@ fn source_class(error: &SourceError) -> &'static str {
         | SourceError::NotAFile { .. }
         | SourceError::Ended { .. }
         | SourceError::Changed { .. }
+        | SourceError::Stopped { .. }
         | SourceError::NotAScalar { .. }
         | SourceError::NoNumber { .. }
         | SourceError::Range { .. } => "LoraReadError",

@@ -31,7 +31,7 @@ mod _core {
     #[pymodule_export]
     use super::pack::{fill_packed, fill_rows};
     #[pymodule_export]
-    use super::reader::TensorReader;
+    use super::reader::{Readers, Reading, TensorReader};
     #[pymodule_export]
     use super::stack_plan::{PlannedStack, SlotMap, known_slots, plan_stack};
     #[pymodule_export]

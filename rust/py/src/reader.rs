@@ -1,18 +1,25 @@
-//! `TensorReader`: a file's bytes into a buffer that Python owns.
+//! `TensorReader` and `Readers`: a file's bytes into buffers that Python owns.
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::slice;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use numpy::{PyArray1, PyArrayMethods};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use qwenlora_core::config::{self, SourceIdentity};
 use qwenlora_core::plan::PlanError;
-use qwenlora_core::source::{ByteRange, SourceFile};
+use qwenlora_core::source::{
+    ByteRange, Readers as CoreReaders, Reading as CoreReading, SourceFile,
+};
 
 use crate::error;
 use crate::file_plan::{SourceTuple, source_tuple};
+
+/// How long a wait goes on before it is asked whether the user wants to stop.
+const SIGNALS: Duration = Duration::from_millis(50);
 
 /// An open file whose identity is checked before and after reading.
 #[pyclass(frozen, module = "qwenlora._core")]
@@ -97,4 +104,117 @@ impl TensorReader {
     fn close(&self) {
         *self.source.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
+}
+
+/// Tensors of one size: where each begins in the file, how many bytes it has, and where the first
+/// one goes in the buffer; the others follow it.
+type Run = (Vec<u64>, u64, usize);
+
+/// Threads that read one buffer after another, in the order in which that was asked for.
+#[pyclass(frozen, module = "qwenlora._core")]
+pub(crate) struct Readers {
+    readers: Mutex<Option<CoreReaders>>,
+}
+
+#[pymethods]
+impl Readers {
+    /// Starts up to `threads` threads.
+    #[new]
+    #[pyo3(signature = (*, threads))]
+    fn new(threads: NonZeroUsize) -> Self {
+        Self {
+            readers: Mutex::new(Some(CoreReaders::new(threads))),
+        }
+    }
+
+    /// Begins to read tensors into `dest`, whose bytes between them stay as they are.
+    ///
+    /// Nobody may touch `dest` until `Reading.wait` has returned or raised, or the reading is gone.
+    fn read(
+        &self,
+        file: &TensorReader,
+        runs: Vec<Run>,
+        dest: Bound<'_, PyArray1<u8>>,
+    ) -> PyResult<Reading> {
+        let py = dest.py();
+        let guard = self.readers.lock().unwrap_or_else(PoisonError::into_inner);
+        let readers = guard
+            .as_ref()
+            .ok_or_else(|| PyValueError::new_err("the readers are closed"))?;
+        let ranges = ranges_of(&runs)?;
+        let bytes = lent(&dest)?;
+        let reading = readers.read(&file.source()?, &ranges, bytes);
+        Ok(Reading {
+            reading: reading.map_err(|e| error::from_source(py, &e))?,
+            _dest: dest.unbind(),
+        })
+    }
+
+    /// Stops reading, and waits until no thread writes to any buffer.
+    fn close(&self, py: Python<'_>) {
+        let mut guard = self.readers.lock().unwrap_or_else(PoisonError::into_inner);
+        let readers = guard.take();
+        drop(guard);
+        py.detach(|| drop(readers));
+    }
+}
+
+/// A buffer that is being filled; it is kept alive, and no thread writes to it when this is gone.
+#[pyclass(frozen, module = "qwenlora._core")]
+pub(crate) struct Reading {
+    reading: CoreReading,
+    // Dropped after the reading, in the order of fields.
+    _dest: Py<PyArray1<u8>>,
+}
+
+#[pymethods]
+impl Reading {
+    /// Waits until the buffer is filled; raises what reading it came upon.
+    fn wait(&self, py: Python<'_>) -> PyResult<()> {
+        loop {
+            let waited = py.detach(|| self.reading.wait(SIGNALS));
+            if waited.map_err(|e| error::from_source(py, &e))? {
+                return Ok(());
+            }
+            py.check_signals()?;
+        }
+    }
+}
+
+fn ranges_of(runs: &[Run]) -> PyResult<Vec<ByteRange>> {
+    let mut ranges = Vec::with_capacity(runs.iter().map(|(offsets, ..)| offsets.len()).sum());
+    for (offsets, len_bytes, begin) in runs {
+        let mut dest_offset = Some(*begin);
+        for &offset_bytes in offsets {
+            let here = dest_offset.ok_or_else(|| PyValueError::new_err("a run is too long"))?;
+            ranges.push(ByteRange {
+                offset_bytes,
+                len_bytes: *len_bytes,
+                dest_offset: here,
+            });
+            let size = usize::try_from(*len_bytes).ok();
+            dest_offset = size.and_then(|size| here.checked_add(size));
+        }
+    }
+    Ok(ranges)
+}
+
+/// The array's memory, for threads that write to it after the call has returned.
+#[expect(
+    unsafe_code,
+    reason = "the one place where bytes are lent beyond a call"
+)]
+fn lent(dest: &Bound<'_, PyArray1<u8>>) -> PyResult<&'static mut [u8]> {
+    let mut dest = dest
+        .try_readwrite()
+        .map_err(|e| PyValueError::new_err(format!("the buffer cannot be written: {e}")))?;
+    let bytes = dest
+        .as_slice_mut()
+        .map_err(|e| PyValueError::new_err(format!("the buffer is not contiguous: {e}")))?;
+    let (begin, len) = (bytes.as_mut_ptr(), bytes.len());
+    // SAFETY: `begin` and `len` are those of a slice. `Reading` keeps the array, and with it the
+    // memory, until the slice is gone: dropping it waits until no thread holds a part of it, and a
+    // reading that is never dropped never lets go of the array. Callers do not touch the memory
+    // meanwhile, as `TensorReader.read_into` asks of them for one call.
+    Ok(unsafe { slice::from_raw_parts_mut(begin, len) })
 }

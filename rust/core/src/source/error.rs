@@ -64,6 +64,12 @@ pub enum SourceError {
         /// Which parts of its identity, from what to what.
         changes: String,
     },
+    /// Whoever read it was told to stop.
+    #[error("{}: reading was stopped", Quoted::path(.path))]
+    Stopped {
+        /// The file.
+        path: PathBuf,
+    },
     /// A value was asked of a tensor that does not have one element.
     #[error("{}: tensor {tensor} is not a single value: shape {shape:?}", Quoted::path(.path))]
     NotAScalar {

@@ -67,6 +67,16 @@ pub(super) struct Piece<'a> {
     dest: &'a mut [u8],
 }
 
+impl Piece<'_> {
+    /// Reads its bytes.
+    pub(super) fn read<E>(
+        self,
+        read_exact: impl FnOnce(&mut [u8], u64) -> Result<(), E>,
+    ) -> Result<(), E> {
+        read_exact(self.dest, self.offset_bytes)
+    }
+}
+
 /// A checked range: its end in the file and in the destination fit their types.
 #[derive(Debug, Clone, Copy)]
 struct Span {
@@ -171,7 +181,5 @@ pub(super) fn read<E: Send>(
     threads: NonZeroUsize,
     read_exact: impl Fn(&mut [u8], u64) -> Result<(), E> + Sync,
 ) -> Result<(), E> {
-    queue::drain(pieces, threads, |piece| {
-        read_exact(piece.dest, piece.offset_bytes)
-    })
+    queue::drain(pieces, threads, |piece| piece.read(&read_exact))
 }

@@ -1,0 +1,251 @@
+//! Threads that read on while somebody else uses what was read: one buffer after another, without
+//! a pause in between.
+
+use std::collections::VecDeque;
+use std::mem;
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use super::ranges::{ByteRange, Piece};
+use super::{SourceError, SourceFile};
+
+/// Threads that read ranges of files into buffers, in the order in which that was asked for.
+///
+/// Dropped, they finish the reads they are in, and begin no more.
+#[derive(Debug)]
+pub struct Readers {
+    queue: Arc<Queue>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// A buffer that is being filled.
+///
+/// Dropped, it waits until no thread writes to the buffer any more.
+#[derive(Debug)]
+pub struct Reading {
+    job: Arc<Job>,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: Mutex<Waiting>,
+    more: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    tasks: VecDeque<Task>,
+    closed: bool,
+}
+
+#[derive(Debug)]
+struct Task {
+    piece: Piece<'static>,
+    job: Arc<Job>,
+}
+
+/// What is known of one buffer.
+#[derive(Debug)]
+struct Job {
+    source: Arc<SourceFile>,
+    progress: Mutex<Progress>,
+    done: Condvar,
+}
+
+#[derive(Debug)]
+struct Progress {
+    left: usize,
+    cancelled: bool,
+    failure: Option<SourceError>,
+}
+
+impl Readers {
+    /// Starts up to `threads` threads; where the system gives none, reading happens when asked for.
+    pub fn new(threads: NonZeroUsize) -> Self {
+        let queue = Arc::new(Queue::default());
+        let start = |_| {
+            let own = Arc::clone(&queue);
+            let named = thread::Builder::new().name("qwenlora-read".to_owned());
+            named.spawn(move || own.work()).ok()
+        };
+        let threads = (0..threads.get()).map_while(start).collect();
+        Self { queue, threads }
+    }
+
+    /// Begins to fill parts of `dest` with parts of a file.
+    ///
+    /// All ranges are checked before, as [`SourceFile::read_ranges`] does. `dest` must not be used
+    /// until [`Reading::wait`] has returned, or the reading is dropped.
+    pub fn read(
+        &self,
+        source: &Arc<SourceFile>,
+        ranges: &[ByteRange],
+        dest: &'static mut [u8],
+    ) -> Result<Reading, SourceError> {
+        let pieces = source.cut(ranges, dest)?;
+        let job = Arc::new(Job::new(Arc::clone(source), pieces.len()));
+        let tasks = pieces.into_iter().map(|piece| Task {
+            piece,
+            job: Arc::clone(&job),
+        });
+        if self.threads.is_empty() {
+            tasks.for_each(Task::run);
+        } else {
+            locked(&self.queue.waiting).tasks.extend(tasks);
+            self.queue.more.notify_all();
+        }
+        Ok(Reading { job })
+    }
+}
+
+impl Drop for Readers {
+    fn drop(&mut self) {
+        let mut waiting = locked(&self.queue.waiting);
+        waiting.closed = true;
+        for Task { job, .. } in waiting.tasks.drain(..) {
+            job.finish(End::Cancelled);
+        }
+        drop(waiting);
+        self.queue.more.notify_all();
+        for thread in self.threads.drain(..) {
+            // A reader that panicked has told so; its buffer never counts as read.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Reading {
+    /// Waits for at most this long; whether the buffer is filled.
+    ///
+    /// An error is told once. Readers that were dropped before they had filled it are an error.
+    pub fn wait(&self, timeout: Duration) -> Result<bool, SourceError> {
+        let progress = locked(&self.job.progress);
+        let unfinished = |progress: &mut Progress| progress.left > 0;
+        let waited = self
+            .job
+            .done
+            .wait_timeout_while(progress, timeout, unfinished);
+        let (mut progress, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if progress.left > 0 {
+            return Ok(false);
+        }
+        match progress.failure.take() {
+            Some(error) => Err(error),
+            None if progress.cancelled => Err(SourceError::Stopped {
+                path: self.job.source.path().to_owned(),
+            }),
+            None => Ok(true),
+        }
+    }
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        self.job.cancel();
+        let progress = locked(&self.job.progress);
+        let done = self
+            .job
+            .done
+            .wait_while(progress, |progress| progress.left > 0);
+        drop(done);
+    }
+}
+
+impl Queue {
+    fn work(&self) {
+        while let Some(task) = self.next() {
+            task.run();
+        }
+    }
+
+    fn next(&self) -> Option<Task> {
+        let waiting = locked(&self.waiting);
+        let idle = |waiting: &mut Waiting| waiting.tasks.is_empty() && !waiting.closed;
+        let waited = self.more.wait_while(waiting, idle);
+        waited
+            .unwrap_or_else(PoisonError::into_inner)
+            .tasks
+            .pop_front()
+    }
+}
+
+impl Task {
+    fn run(self) {
+        let Self { piece, job } = self;
+        let mut step = Step {
+            job: &job,
+            end: End::Cancelled,
+        };
+        if job.goes_on() {
+            step.end = match piece.read(|dest, begin| job.source.read_exact(dest, begin)) {
+                Ok(()) => End::Read,
+                Err(error) => End::Failed(error),
+            };
+        }
+    }
+}
+
+/// How a piece ended.
+#[derive(Debug)]
+enum End {
+    Read,
+    Cancelled,
+    Failed(SourceError),
+}
+
+/// A piece in work: counted when it is done, even by a panic.
+struct Step<'j> {
+    job: &'j Job,
+    end: End,
+}
+
+impl Drop for Step<'_> {
+    fn drop(&mut self) {
+        self.job.finish(mem::replace(&mut self.end, End::Cancelled));
+    }
+}
+
+impl Job {
+    fn new(source: Arc<SourceFile>, pieces: usize) -> Self {
+        let progress = Progress {
+            left: pieces,
+            cancelled: false,
+            failure: None,
+        };
+        Self {
+            source,
+            progress: Mutex::new(progress),
+            done: Condvar::new(),
+        }
+    }
+
+    fn goes_on(&self) -> bool {
+        let progress = locked(&self.progress);
+        !progress.cancelled && progress.failure.is_none()
+    }
+
+    fn cancel(&self) {
+        locked(&self.progress).cancelled = true;
+    }
+
+    fn finish(&self, end: End) {
+        let mut progress = locked(&self.progress);
+        progress.left = progress.left.saturating_sub(1);
+        match end {
+            End::Read => {}
+            End::Cancelled => progress.cancelled = true,
+            End::Failed(error) => {
+                progress.failure.get_or_insert(error);
+            }
+        }
+        if progress.left == 0 {
+            self.done.notify_all();
+        }
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
