@@ -256,6 +256,10 @@ impl Delta {
 
     /// Whether a tensor is one of its own.
     pub fn holds(&self, index: usize) -> bool {
-        self.tensors().iter().any(|(_, own)| *own == index)
+        match self.form {
+            // Of nearly all files; the others take a list.
+            Form::Pair { down, up, .. } => [down.index, up.index].contains(&index),
+            _ => self.tensors().iter().any(|(_, own)| *own == index),
+        }
     }
 }

@@ -13,6 +13,7 @@ mod foreign;
 mod json;
 mod plain;
 mod quoted;
+mod repeats;
 mod tensor;
 
 use std::collections::HashSet;
@@ -20,6 +21,7 @@ use std::io::Read;
 
 pub use error::{HeaderError, TensorFault};
 pub use quoted::{Quoted, is_deceptive};
+use repeats::repeats;
 use tensor::Data;
 pub use tensor::{MAX_NAME_BYTES, MAX_RANK, TensorInfo};
 
@@ -60,8 +62,12 @@ impl Header {
         };
         // Where names repeat, the careful reading says which.
         let plain = plain::read(text, data)
-            .filter(|plain| !repeats(plain.tensors.iter().map(TensorInfo::name)))
-            .filter(|plain| !repeats(plain.metadata.iter().flatten().map(|(key, _)| key.as_str())));
+            .filter(|plain| !repeats(&plain.tensors, TensorInfo::name))
+            .filter(|plain| {
+                !repeats(plain.metadata.as_deref().unwrap_or_default(), |(key, _)| {
+                    key
+                })
+            });
         let (tensors, metadata) = match plain {
             Some(plain) => (plain.tensors, plain.metadata.unwrap_or_default()),
             None => Self::parse(text, data)?,
@@ -82,6 +88,11 @@ impl Header {
     /// The entries of `__metadata__` in the order of the header's text; empty without it.
     pub fn metadata(&self) -> &[(String, String)] {
         &self.metadata
+    }
+
+    /// The tensors and the metadata, to be kept without the header.
+    pub(crate) fn into_parts(self) -> (Vec<TensorInfo>, Vec<(String, String)>) {
+        (self.tensors, self.metadata)
     }
 
     /// Where the data of the tensors begins, counted in bytes from the start of the file.
@@ -258,12 +269,6 @@ fn first_repeated<'a>(members: &'a [(String, &str)]) -> Option<&'a str> {
         .iter()
         .map(|(name, _)| name.as_str())
         .find(|name| !seen.insert(*name))
-}
-
-/// Whether a name stands twice.
-fn repeats<'n>(mut names: impl Iterator<Item = &'n str>) -> bool {
-    let mut seen = HashSet::with_capacity(names.size_hint().0);
-    names.any(|name| !seen.insert(name))
 }
 
 /// The parser's error with its place in the file and the text before it.

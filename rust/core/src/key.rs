@@ -5,7 +5,7 @@
 
 use std::borrow::Cow;
 
-use crate::model::{self, BLOCK_GROUPS, TargetId};
+use crate::model::{self, BLOCK_GROUPS, TargetId, strip_flat};
 use crate::role::Role;
 use crate::suffix;
 
@@ -179,31 +179,26 @@ fn resolve_as_it_is(stem: &str) -> Option<Resolved> {
 
 /// The module of a path; `prefixes` takes those that are stripped.
 fn find_stripped(path: &str, prefixes: &mut Vec<&'static str>) -> Option<TargetId> {
-    let flat = path.replace('.', "_");
-    let find = |flat: &str| model::table().find_flat(flat);
-    search(path, &flat, prefixes, &find)
+    search(path, prefixes, &|path| model::table().find(path))
 }
 
 /// Tries the path as it is, then without each prefix that fits; `stripped` holds those that are
 /// gone, at most [`MAX_PREFIXES`].
 fn search<T>(
     path: &str,
-    flat: &str,
     stripped: &mut Vec<&'static str>,
     find: &impl Fn(&str) -> Option<T>,
 ) -> Option<T> {
-    if let Some(found) = find(flat) {
+    if let Some(found) = find(path) {
         return Some(found);
     }
     if stripped.len() >= MAX_PREFIXES {
         return None;
     }
     PREFIXES.iter().find_map(|prefix| {
-        // Both have the same length: flattening replaces byte by byte.
         let rest = path.strip_prefix(prefix)?;
-        let flat_rest = flat.get(prefix.len()..)?;
         stripped.push(prefix);
-        let found = search(rest, flat_rest, stripped, find);
+        let found = search(rest, stripped, find);
         if found.is_none() {
             stripped.pop();
         }
@@ -261,21 +256,20 @@ fn block_out_of_range(key: &str) -> bool {
         return false;
     };
     let path = without_processor(cut.stem);
-    let flat = path.replace('.', "_");
-    let in_another_block = |flat: &str| {
+    let in_another_block = |path: &str| {
         BLOCK_GROUPS.iter().find_map(|(group, count)| {
-            let rest = flat.strip_prefix(group)?.strip_prefix('_')?;
+            let rest = strip_flat(strip_flat(path, group)?, "_")?;
             let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
             let (number, rest) = rest.split_at_checked(digits)?;
             let beyond = number
                 .parse::<u32>()
                 .map_or(!number.is_empty(), |n| n >= *count);
             beyond
-                .then(|| model::table().find_flat(&format!("{group}_0{rest}")))
+                .then(|| model::table().find(&format!("{group}_0{rest}")))
                 .flatten()
         })
     };
-    search(&path, &flat, &mut Vec::new(), &in_another_block).is_some()
+    search(&path, &mut Vec::new(), &in_another_block).is_some()
 }
 
 /// The module whose path a leading part of the key is.

@@ -4,7 +4,6 @@
 //! A spelling is looked up with `.` and `_` made the same, so dotted, flat and over-dotted names
 //! are all one entry and no name is ever guessed from its underscores.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::sync::LazyLock;
 
@@ -116,8 +115,22 @@ impl Target {
 /// All targets of all models.
 pub struct ModelTable {
     targets: Vec<Target>,
-    by_spelling: HashMap<String, TargetId>,
-    longest_bytes: usize,
+    blocks: Vec<Blocks>,
+    /// Flattened paths of the modules outside of blocks.
+    top: Vec<(String, TargetId)>,
+}
+
+/// The blocks of one kind: each has the same modules, one block's after another's.
+struct Blocks {
+    /// Flattened path of the blocks, with the `_` before their numbers.
+    prefix: String,
+    count: u32,
+    /// The first target of the first block.
+    first: TargetId,
+    /// How many targets a block has.
+    stride: usize,
+    /// Flattened spellings of a block's modules, and which of its targets each is.
+    names: Vec<(String, usize)>,
 }
 
 impl ModelTable {
@@ -134,35 +147,55 @@ impl ModelTable {
         &self.targets
     }
 
-    /// Looks up a path whose dots have been turned into underscores.
-    pub fn find_flat(&self, flat: &str) -> Option<TargetId> {
-        // Nothing is hashed that is longer than any spelling: names in files may be long.
-        if flat.len() > self.longest_bytes {
-            return None;
-        }
-        self.by_spelling.get(flat).copied()
+    /// Looks up a path; its dots may have been turned into underscores, or its underscores into
+    /// dots.
+    pub fn find(&self, path: &str) -> Option<TargetId> {
+        let in_blocks = self.blocks.iter().find_map(|blocks| blocks.find(path));
+        in_blocks.or_else(|| find_name(&self.top, path))
     }
 
     /// Number of spellings.
     pub fn spelling_count(&self) -> usize {
-        self.by_spelling.len()
+        let in_blocks = |blocks: &Blocks| blocks.count as usize * blocks.names.len();
+        self.blocks.iter().map(in_blocks).sum::<usize>() + self.top.len()
     }
+}
 
-    fn add(&mut self, target: Target) -> TargetId {
-        let id = self.targets.len();
-        self.alias(&target.path.clone(), id);
-        self.targets.push(target);
-        id
+impl Blocks {
+    fn find(&self, path: &str) -> Option<TargetId> {
+        let rest = strip_flat(path, &self.prefix)?;
+        let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+        let (number, rest) = rest.split_at_checked(digits)?;
+        // Numbers are written in one way.
+        let is_padded = number.len() > 1 && number.starts_with('0');
+        let block: u32 = number.parse().ok().filter(|_| !is_padded)?;
+        let name = strip_flat(rest, "_").filter(|_| block < self.count)?;
+        let place = find_name(&self.names, name)?;
+        Some(self.first + block as usize * self.stride + place)
     }
+}
 
-    fn alias(&mut self, path: &str, id: TargetId) {
-        self.longest_bytes = self.longest_bytes.max(path.len());
-        let earlier = self.by_spelling.insert(path.replace('.', "_"), id);
-        debug_assert!(
-            earlier.is_none_or(|e| e == id),
-            "two targets spelled {path}"
-        );
-    }
+fn find_name<T: Copy>(names: &[(String, T)], name: &str) -> Option<T> {
+    let found = names.iter().find(|(own, _)| is_flat_of(own, name));
+    found.map(|(_, value)| *value)
+}
+
+/// Whether `flat` is `path` with its dots turned into underscores.
+fn is_flat_of(flat: &str, path: &str) -> bool {
+    // No early end: lengths tell most apart, and so compilers compare many bytes at a time.
+    flat.len() == path.len()
+        && flat
+            .bytes()
+            .zip(path.bytes())
+            .fold(true, |alike, (own, byte)| {
+                alike & (own == if byte == b'.' { b'_' } else { byte })
+            })
+}
+
+/// What follows `prefix`, in which `_` stands for a dot, too.
+pub(crate) fn strip_flat<'p>(path: &'p str, prefix: &str) -> Option<&'p str> {
+    let (begin, rest) = path.split_at_checked(prefix.len())?;
+    is_flat_of(prefix, begin).then_some(rest)
 }
 
 /// The one table of known modules.
@@ -283,8 +316,8 @@ struct BlockRows {
 fn build() -> ModelTable {
     let mut table = ModelTable {
         targets: Vec::new(),
-        by_spelling: HashMap::new(),
-        longest_bytes: 0,
+        blocks: Vec::new(),
+        top: Vec::new(),
     };
     let qwen = BlockRows {
         model: Model::QwenImage,
@@ -311,82 +344,103 @@ fn build() -> ModelTable {
             "context_refiner" => &z_plain,
             _ => &z_modulated,
         };
+        table
+            .blocks
+            .push(rows.blocks(prefix, count, table.targets.len()));
         for block in 0..count {
-            add_block(&mut table, rows, prefix, block);
+            rows.add_block(&mut table.targets, prefix, block);
         }
     }
     add_qwen_top(&mut table);
     table
 }
 
-fn add_block(table: &mut ModelTable, rows: &BlockRows, prefix: &str, block: u32) {
-    let full = |name: &str| format!("{prefix}.{block}.{name}");
-    for &(name, out_features, in_features) in &rows.linears {
-        let place = rows
-            .fused
-            .iter()
-            .find_map(|(slot, parts)| {
+impl BlockRows {
+    /// The modules of a block in the order of its targets.
+    fn names(&self) -> impl Iterator<Item = &'static str> {
+        let linears = self.linears.iter().map(|(name, ..)| *name);
+        let norms = self.norms.iter().map(|(name, _)| *name);
+        linears
+            .chain(norms)
+            .chain(self.fused.iter().map(|(name, _)| *name))
+    }
+
+    /// Which of a block's targets a module is.
+    fn place_of(&self, name: &str) -> Option<usize> {
+        self.names().position(|own| own == name)
+    }
+
+    /// How the modules of all blocks are found; `first` is the first target.
+    fn blocks(&self, prefix: &str, count: u32, first: TargetId) -> Blocks {
+        let own = self.names().map(|name| (name, name));
+        let spelled = own.chain(self.aliases.iter().copied());
+        let names = spelled.filter_map(|(spelling, name)| {
+            let place = self.place_of(name)?;
+            Some((spelling.replace('.', "_"), place))
+        });
+        Blocks {
+            prefix: format!("{prefix}_"),
+            count,
+            first,
+            stride: self.names().count(),
+            names: names.collect(),
+        }
+    }
+
+    fn add_block(&self, targets: &mut Vec<Target>, prefix: &str, block: u32) {
+        let first = targets.len();
+        let path = format!("{prefix}.{block}.");
+        let full = |name: &str| [path.as_str(), name].concat();
+        let mut add = |name: &str, kind, place: Option<SlotPlace>, split| {
+            let path = full(name);
+            targets.push(Target {
+                place: place.unwrap_or_else(|| whole(path.clone())),
+                path,
+                model: self.model,
+                kind,
+                block: Some(block),
+                split,
+            });
+        };
+        for &(name, out_features, in_features) in &self.linears {
+            let kind = ModuleKind::Linear {
+                out_features,
+                in_features,
+            };
+            let place = self.fused.iter().find_map(|(slot, parts)| {
                 let part = parts.iter().position(|p| *p == name)?;
                 Some(SlotPlace {
                     slot: full(slot),
                     part,
                     parts: parts.len(),
                 })
-            })
-            .unwrap_or_else(|| whole(full(name)));
-        table.add(Target {
-            path: full(name),
-            model: rows.model,
-            kind: ModuleKind::Linear {
-                out_features,
-                in_features,
-            },
-            block: Some(block),
-            place,
-            split: Vec::new(),
-        });
-    }
-    for &(name, channels) in rows.norms {
-        table.add(Target {
-            path: full(name),
-            model: rows.model,
-            kind: ModuleKind::Norm { channels },
-            block: Some(block),
-            place: whole(full(name)),
-            split: Vec::new(),
-        });
-    }
-    for (name, parts) in rows.fused {
-        let split: Vec<TargetId> = parts
-            .iter()
-            .filter_map(|p| table.find_flat(&full(p).replace('.', "_")))
-            .collect();
-        let (mut rows_total, mut columns) = (0, 0);
-        for &part in &split {
-            if let ModuleKind::Linear {
-                out_features,
-                in_features,
-            } = table.target(part).kind
-            {
-                rows_total += out_features;
-                columns = in_features;
-            }
+            });
+            add(name, kind, place, Vec::new());
         }
-        table.add(Target {
-            path: full(name),
-            model: rows.model,
-            kind: ModuleKind::Linear {
-                out_features: rows_total,
-                in_features: columns,
-            },
-            block: Some(block),
-            place: whole(full(name)),
-            split,
-        });
+        for &(name, channels) in self.norms {
+            add(name, ModuleKind::Norm { channels }, None, Vec::new());
+        }
+        for (name, parts) in self.fused {
+            let places = parts.iter().filter_map(|part| self.place_of(part));
+            let split = places.map(|place| first + place).collect();
+            add(name, self.fused_kind(parts), None, split);
+        }
     }
-    for (alias, name) in rows.aliases {
-        if let Some(id) = table.find_flat(&full(name).replace('.', "_")) {
-            table.alias(&full(alias), id);
+
+    /// The linear whose rows are those of its parts.
+    fn fused_kind(&self, parts: &[&str]) -> ModuleKind {
+        let own = self
+            .linears
+            .iter()
+            .filter(|(name, ..)| parts.contains(name));
+        let (mut out_features, mut in_features) = (0, 0);
+        for (_, rows, columns) in own {
+            out_features += rows;
+            in_features = *columns;
+        }
+        ModuleKind::Linear {
+            out_features,
+            in_features,
         }
     }
 }
@@ -401,7 +455,10 @@ fn whole(slot: String) -> SlotPlace {
 
 fn add_qwen_top(table: &mut ModelTable) {
     let mut add = |path: &str, kind: ModuleKind| {
-        table.add(Target {
+        table
+            .top
+            .push((path.replace('.', "_"), table.targets.len()));
+        table.targets.push(Target {
             path: path.to_owned(),
             model: Model::QwenImage,
             kind,
@@ -454,9 +511,59 @@ mod tests {
     }
 
     #[test]
+    fn every_target_is_found_by_every_spelling_and_nothing_else_is() {
+        for (id, target) in table().targets().iter().enumerate() {
+            let flat = target.path.replace('.', "_");
+            for spelling in [&target.path, &flat, &flat.replace('_', ".")] {
+                assert_eq!(table().find(spelling), Some(id), "{spelling}");
+            }
+            for other in [format!("{flat}_"), format!("x{flat}"), format!("_{flat}")] {
+                assert_eq!(table().find(&other), None, "{other}");
+            }
+        }
+        for (alias, path) in [
+            (
+                "transformer_blocks.59.attn.to_out",
+                "transformer_blocks.59.attn.to_out.0",
+            ),
+            (
+                "transformer.blocks_0.attn.to_added_qkv",
+                "transformer_blocks.0.attn.add_qkv_proj",
+            ),
+            ("layers_29_attention_out", "layers.29.attention.to_out.0"),
+            (
+                "context_refiner.1.attention.qkv",
+                "context_refiner.1.attention.to_qkv",
+            ),
+        ] {
+            assert_eq!(table().find(alias), table().find(path), "{alias}");
+            assert!(table().find(path).is_some(), "{path}");
+        }
+        for other in [
+            "",
+            "transformer_blocks",
+            "transformer_blocks.",
+            "transformer_blocks.3",
+            "transformer_blocks.3.",
+            "transformer_blocks..attn.to_q",
+            "transformer_blocks.03.attn.to_q",
+            "transformer_blocks.00.attn.to_q",
+            "transformer_blocks.+3.attn.to_q",
+            "transformer_blocks.60.attn.to_q",
+            "transformer_blocks.4294967296.attn.to_q",
+            "transformer_blocks.3-attn.to_q",
+            "context_refiner.0.adaLN_modulation.0",
+            "transformer_blocks.3.attn.to_\u{e9}",
+            "transformer_block\u{e9}",
+        ] {
+            assert_eq!(table().find(other), None, "{other}");
+        }
+    }
+
+    #[test]
     fn fused_parts_know_their_place() {
         let id = table()
-            .find_flat("transformer_blocks_7_attn_add_k_proj")
+            .find("transformer_blocks_7_attn_add_k_proj")
             .unwrap();
         let place = &table().target(id).place;
         assert_eq!(
@@ -464,7 +571,7 @@ mod tests {
             ("transformer_blocks.7.attn.add_qkv_proj", 1, 3)
         );
         let fused = table()
-            .find_flat("transformer_blocks_7_attn_to_added_qkv")
+            .find("transformer_blocks_7_attn_to_added_qkv")
             .unwrap();
         assert_eq!(table().target(fused).kind.weight_shape(), [9216, 3072]);
     }

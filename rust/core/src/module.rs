@@ -12,7 +12,7 @@ use crate::delta::Delta;
 use crate::header::Quoted;
 use crate::model::{self, ModuleKind, TargetId};
 use crate::peft::{self, AdapterConfig};
-use crate::role::Role;
+use crate::role::{Role, Roles};
 use crate::table::{Entry, KeyTable};
 pub use scale::{Scale, ScaleSource};
 
@@ -115,10 +115,17 @@ pub fn group(table: &KeyTable, config: Option<&AdapterConfig>) -> Result<Vec<Mod
         .into_iter()
         .map(|target| {
             let tensors = members.get_mut(target).map(std::mem::take);
+            let tensors = tensors.unwrap_or_default();
+            let mut roles = Roles::default();
+            let own = tensors
+                .iter()
+                .filter_map(|&index| table.entries().get(index));
+            own.for_each(|entry| roles.add(entry.role));
             Parts {
                 entries: table.entries(),
                 target,
-                tensors: tensors.unwrap_or_default(),
+                tensors,
+                roles,
                 beside_unknown: beside_unknown.contains(&target),
             }
             .module(config)
@@ -131,12 +138,17 @@ struct Parts<'t> {
     entries: &'t [Entry],
     target: TargetId,
     tensors: Vec<usize>,
+    /// What they are.
+    roles: Roles,
     /// Whether the file has tensors of unknown kind under the module's name.
     beside_unknown: bool,
 }
 
 impl Parts<'_> {
     fn find(&self, role: Role) -> Option<(usize, &Entry)> {
+        if !self.roles.has(role) {
+            return None;
+        }
         self.tensors
             .iter()
             .filter_map(|&i| Some((i, self.entries.get(i)?)))
@@ -144,7 +156,7 @@ impl Parts<'_> {
     }
 
     fn has(&self, role: Role) -> bool {
-        self.find(role).is_some()
+        self.roles.has(role)
     }
 
     fn kind(&self) -> ModuleKind {

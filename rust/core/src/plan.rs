@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::check::{self, ModelCheck};
 use crate::config::{self, PEFT_WEIGHTS, SourceIdentity};
-use crate::header::{MAX_NAME_BYTES, MAX_TENSORS, Quoted, TensorInfo};
+use crate::header::{MAX_NAME_BYTES, MAX_TENSORS, Quoted};
 use crate::model::{self, Model};
 use crate::module::{self, Module, ModuleError};
 use crate::notes;
@@ -115,32 +115,23 @@ impl FilePlan {
     pub fn read(path: &Path) -> Result<Self, PlanError> {
         let file_path = config::weights_path(path)?;
         let source = SourceFile::open(&file_path)?;
-        let header = source.read_header()?;
-        let metadata = header.metadata().to_vec();
+        let (tensors, metadata) = source.read_header()?.into_parts();
         let origin = Quoted::path(&file_path);
         let (config, config_identity) = config::config_of(&file_path, &metadata, &origin)?;
-        let raw = header.tensors().iter().map(|tensor| RawTensor {
-            key: tensor.name().to_owned(),
-            dtype: tensor.dtype(),
-            shape: tensor.shape().to_vec(),
-            offset_bytes: tensor.offset_bytes(),
-            len_bytes: tensor.len_bytes(),
-        });
-        let mut table = KeyTable::new(raw.collect());
-        let entries = table.entries().iter().zip(header.tensors());
-        let (indices, scalars): (Vec<usize>, Vec<&TensorInfo>) = entries
+        let mut table = KeyTable::new(tensors.into_iter().map(RawTensor::from).collect());
+        let (indices, scalars): (Vec<usize>, Vec<&RawTensor>) = table
+            .entries()
+            .iter()
             .enumerate()
-            .filter(|(_, (e, tensor))| module::is_scalar_role(e.role) && tensor.elements() == 1)
-            .map(|(index, (_, tensor))| (index, tensor))
+            .filter(|(_, entry)| module::is_scalar_role(entry.role) && entry.elements() == 1)
+            .map(|(index, entry)| (index, &entry.tensor))
             .unzip();
-        for (index, value) in indices.into_iter().zip(source.read_scalars(&scalars)?) {
+        let values = source.read_scalars(&scalars)?;
+        for (index, value) in indices.into_iter().zip(values) {
             table.set_value(index, value);
         }
-        table.settle_duplicates(|index, original| {
-            match (header.tensors().get(index), header.tensors().get(original)) {
-                (Some(a), Some(b)) => source.begin_alike(a, b, COMPARED_BYTES),
-                _ => Ok(false),
-            }
+        table.settle_duplicates(|(_, tensor), (_, original)| {
+            source.begin_alike(tensor, original, COMPARED_BYTES)
         })?;
         source.verify_unchanged()?;
         let mut plan = Self::build(&origin, table, metadata, config.as_ref())?;
@@ -184,7 +175,7 @@ impl FilePlan {
             }
         }
         let value = |index: usize| scalars.get(index).copied().flatten();
-        let Ok(()) = table.settle_duplicates(|index, original| {
+        let Ok(()) = table.settle_duplicates(|(index, _), (original, _)| {
             Ok::<_, Infallible>(value(index) == value(original))
         });
         let mut plan = Self::build(&origin, table, metadata, config.as_ref())?;

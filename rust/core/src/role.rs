@@ -9,6 +9,9 @@ macro_rules! roles {
         pub enum Role { $($(#[$doc])* $variant,)* }
 
         impl Role {
+            /// Every role.
+            pub const ALL: &[Self] = &[$(Self::$variant,)*];
+
             /// The name in reports and in JSON.
             pub fn name(self) -> &'static str {
                 match self { $(Self::$variant => $name,)* }
@@ -135,6 +138,24 @@ impl Role {
                 | Self::HadaT2
                 | Self::Diff
         )
+    }
+}
+
+/// A set of roles.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Roles(u64);
+
+const _: () = assert!(Role::ALL.len() <= 64, "each has a bit of its own");
+
+impl Roles {
+    /// Takes a role in.
+    pub(crate) fn add(&mut self, role: Role) {
+        self.0 |= 1 << role as u32;
+    }
+
+    /// Whether a role is one of them.
+    pub(crate) fn has(self, role: Role) -> bool {
+        self.0 & (1 << role as u32) != 0
     }
 }
 

@@ -21,6 +21,7 @@ pub use identity::FileIdentity;
 pub use ranges::{ByteRange, RangeFault};
 pub use readers::{Readers, Reading};
 
+use crate::dtype::Dtype;
 use crate::header::{Header, Quoted, TensorInfo};
 use ranges::Piece;
 
@@ -28,6 +29,48 @@ use ranges::Piece;
 const NEAR_BYTES: u64 = 512;
 /// Most scalars that are read together: a bound of the memory that takes.
 const MAX_RUN: usize = 256;
+
+/// A tensor whose bytes lie in a file.
+pub trait Stored {
+    /// Its name in the file.
+    fn name(&self) -> &str;
+    /// The type of its elements.
+    fn dtype(&self) -> Dtype;
+    /// Its dimensions.
+    fn shape(&self) -> &[u64];
+    /// Number of its elements.
+    fn elements(&self) -> u64;
+    /// Where its bytes begin in the file.
+    fn offset_bytes(&self) -> u64;
+    /// How many there are.
+    fn len_bytes(&self) -> u64;
+}
+
+impl Stored for TensorInfo {
+    fn name(&self) -> &str {
+        self.name()
+    }
+
+    fn dtype(&self) -> Dtype {
+        self.dtype()
+    }
+
+    fn shape(&self) -> &[u64] {
+        self.shape()
+    }
+
+    fn elements(&self) -> u64 {
+        self.elements()
+    }
+
+    fn offset_bytes(&self) -> u64 {
+        self.offset_bytes()
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.len_bytes()
+    }
+}
 
 /// A file open for reading, with the identity it had when it was opened.
 #[derive(Debug)]
@@ -80,7 +123,7 @@ impl SourceFile {
     /// Reads the value of a tensor of one element, whatever its shape's rank.
     ///
     /// Exact, except that 64-bit integers beyond 2^53 are rounded to the nearest `f64`.
-    pub fn read_scalar(&self, tensor: &TensorInfo) -> Result<f64, SourceError> {
+    pub fn read_scalar(&self, tensor: &impl Stored) -> Result<f64, SourceError> {
         let name = || Quoted::new(tensor.name());
         if tensor.elements() != 1 {
             let shape = tensor.shape().into();
@@ -108,22 +151,23 @@ impl SourceFile {
 
     /// Reads the values of tensors of one element, as [`Self::read_scalar`] does; those that lie
     /// close together with one access.
-    pub fn read_scalars(&self, tensors: &[&TensorInfo]) -> Result<Vec<f64>, SourceError> {
+    pub fn read_scalars(&self, tensors: &[&impl Stored]) -> Result<Vec<f64>, SourceError> {
         let ahead = self.read_ahead(tensors);
-        let value = |(tensor, bytes): (&&TensorInfo, Option<[u8; 8]>)| {
+        let pairs = tensors.iter().zip(ahead);
+        let values = pairs.map(|(tensor, bytes)| {
             let len = usize::try_from(tensor.len_bytes()).ok();
             let own = bytes.as_ref().and_then(|bytes| bytes.get(..len?));
             match own.and_then(|own| scalar::decode(tensor.dtype(), own)) {
                 Some(value) => Ok(value),
                 // One by one: it says what is wrong.
-                None => self.read_scalar(tensor),
+                None => self.read_scalar(*tensor),
             }
-        };
-        tensors.iter().zip(ahead).map(value).collect()
+        });
+        values.collect()
     }
 
     /// The bytes of tensors that lie close to others, as far as they can be read.
-    fn read_ahead(&self, tensors: &[&TensorInfo]) -> Vec<Option<[u8; 8]>> {
+    fn read_ahead(&self, tensors: &[&impl Stored]) -> Vec<Option<[u8; 8]>> {
         let mut found = vec![None; tensors.len()];
         let mut order: Vec<(u64, u64, usize)> = tensors
             .iter()
@@ -165,17 +209,17 @@ impl SourceFile {
     /// Whether two tensors agree in their first bytes, up to `limit_bytes` of them.
     pub fn begin_alike(
         &self,
-        a: &TensorInfo,
-        b: &TensorInfo,
+        a: &impl Stored,
+        b: &impl Stored,
         limit_bytes: usize,
     ) -> Result<bool, SourceError> {
-        let start = |tensor: &TensorInfo| {
-            let len = usize::try_from(tensor.len_bytes()).unwrap_or(usize::MAX);
+        let start = |offset_bytes: u64, len_bytes: u64| {
+            let len = usize::try_from(len_bytes).unwrap_or(usize::MAX);
             let mut bytes = vec![0; len.min(limit_bytes)];
-            self.read_exact(&mut bytes, tensor.offset_bytes())?;
+            self.read_exact(&mut bytes, offset_bytes)?;
             Ok(bytes)
         };
-        Ok(start(a)? == start(b)?)
+        Ok(start(a.offset_bytes(), a.len_bytes())? == start(b.offset_bytes(), b.len_bytes())?)
     }
 
     /// Fills parts of `dest` with parts of the file, by up to `threads` parallel readers.

@@ -73,6 +73,37 @@ const FIXED: &[(&str, Role)] = &[
     (".weight", Role::Ia3),
 ];
 
+/// What the last bytes of a key are compared with: equal in them are few of [`FIXED`].
+#[derive(Clone, Copy)]
+struct Tail {
+    bytes: u64,
+    mask: u64,
+}
+
+impl Tail {
+    /// The last 8 bytes of a text, or all of it.
+    const fn of(text: &str) -> Self {
+        let text = text.as_bytes();
+        let (mut tail, mut at) = (Self { bytes: 0, mask: 0 }, 0);
+        while at < text.len() && at < 8 {
+            tail.bytes |= (text[text.len() - 1 - at] as u64) << (56 - 8 * at);
+            tail.mask |= 0xff << (56 - 8 * at);
+            at += 1;
+        }
+        tail
+    }
+}
+
+/// The tails of [`FIXED`].
+const TAILS: [Tail; FIXED.len()] = {
+    let (mut tails, mut at) = ([Tail { bytes: 0, mask: 0 }; FIXED.len()], 0);
+    while at < FIXED.len() {
+        tails[at] = Tail::of(FIXED[at].0);
+        at += 1;
+    }
+    tails
+};
+
 /// Cuts `key`, or `None` where no suffix of the grammar ends it.
 pub fn cut(key: &str) -> Option<Cut<'_>> {
     cut_named(key)
@@ -101,10 +132,13 @@ pub fn is_peft_embedding(key: &str) -> bool {
 }
 
 fn cut_fixed(key: &str) -> Option<Cut<'_>> {
+    let end = Tail::of(key);
     let (suffix, role) = FIXED
         .iter()
-        // The last byte tells most apart.
-        .filter(|(s, _)| s.as_bytes().last() == key.as_bytes().last() && key.ends_with(s))
+        .zip(TAILS)
+        .filter(|(_, tail)| tail.bytes == end.bytes & tail.mask)
+        .map(|(fixed, _)| fixed)
+        .filter(|(s, _)| key.ends_with(s))
         .max_by_key(|(s, _)| s.len())?;
     let stem = key.strip_suffix(suffix)?;
     let bare = matches!(role, Role::Down | Role::Up) && !suffix.ends_with(".weight");
@@ -162,25 +196,23 @@ fn named_segment(segment: &str) -> Option<(Role, Storage)> {
 /// The forms with adapter names: the first role segment fixes the role, what lies between it and
 /// the last segment are names, whatever they are.
 fn cut_named(key: &str) -> Option<Cut<'_>> {
-    let mut start = 0;
-    for segment in key.split('.') {
-        if start > 0 {
-            let stem = key.get(..start - 1)?;
-            if let Some((role, storage)) = named_segment(segment) {
-                let tail = key.get(start + segment.len()..)?;
-                return finish_named(stem, segment, (role, storage), tail);
-            }
-            if method::of_segment(segment).is_some() {
-                return Some(Cut {
-                    stem,
-                    role: Role::PeftOnly,
-                    slot: "",
-                    scales: None,
-                    bare: false,
-                });
-            }
+    let dots = key.bytes().enumerate().filter(|(_, byte)| *byte == b'.');
+    let mut dots = dots.map(|(at, _)| at).peekable();
+    while let Some(dot) = dots.next() {
+        let end = dots.peek().copied().unwrap_or(key.len());
+        let (stem, segment) = (key.get(..dot)?, key.get(dot + 1..end)?);
+        if let Some(named) = named_segment(segment) {
+            return finish_named(stem, segment, named, key.get(end..)?);
         }
-        start += segment.len() + 1;
+        if method::of_segment(segment).is_some() {
+            return Some(Cut {
+                stem,
+                role: Role::PeftOnly,
+                slot: "",
+                scales: None,
+                bare: false,
+            });
+        }
     }
     None
 }

@@ -8,10 +8,12 @@ mod spelling;
 use std::collections::{HashMap, HashSet};
 
 use crate::dtype::Dtype;
+use crate::header::TensorInfo;
 use crate::key::{self, Foreign, ParsedKey};
 use crate::model::{self, ModuleKind, TargetId};
 use crate::reason::Reason;
 use crate::role::Role;
+use crate::source::Stored;
 use spelling::{Extent, Spelling};
 
 /// A tensor as a file or a state dict lists it.
@@ -27,6 +29,49 @@ pub struct RawTensor {
     pub offset_bytes: u64,
     /// How many bytes it has.
     pub len_bytes: u64,
+}
+
+impl From<TensorInfo> for RawTensor {
+    fn from(info: TensorInfo) -> Self {
+        let (dtype, offset_bytes) = (info.dtype(), info.offset_bytes());
+        let len_bytes = info.len_bytes();
+        let (key, shape) = info.into_name_and_shape();
+        Self {
+            key,
+            dtype,
+            shape,
+            offset_bytes,
+            len_bytes,
+        }
+    }
+}
+
+impl Stored for RawTensor {
+    fn name(&self) -> &str {
+        &self.key
+    }
+
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[u64] {
+        &self.shape
+    }
+
+    /// Saturating.
+    fn elements(&self) -> u64 {
+        let sides = self.shape.iter();
+        sides.fold(1u64, |product, side| product.saturating_mul(*side))
+    }
+
+    fn offset_bytes(&self) -> u64 {
+        self.offset_bytes
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
 }
 
 /// A classified tensor.
@@ -70,10 +115,7 @@ impl Entry {
 
     /// Number of elements, saturating.
     pub fn elements(&self) -> u64 {
-        self.tensor
-            .shape
-            .iter()
-            .fold(1u64, |product, d| product.saturating_mul(*d))
+        self.tensor.elements()
     }
 }
 
@@ -142,19 +184,25 @@ impl KeyTable {
         }
     }
 
-    fn modules_with(&self, role: Role) -> HashSet<TargetId> {
-        self.entries
-            .iter()
-            .filter(|e| e.role == role)
-            .filter_map(|e| e.target)
-            .collect()
+    /// For each module, whether it has a tensor of a role.
+    fn modules_with(&self, role: Role) -> Vec<bool> {
+        let mut with = vec![false; model::table().targets().len()];
+        for entry in self.entries.iter().filter(|e| e.role == role) {
+            if let Some(own) = entry.target.and_then(|target| with.get_mut(target)) {
+                *own = true;
+            }
+        }
+        with
     }
 
     /// `.weight` is IA3's only beside `.on_input`.
     fn settle_plain_weights(&mut self) {
         let ia3 = self.modules_with(Role::Ia3OnInput);
         for entry in self.entries.iter_mut().filter(|e| e.role == Role::Ia3) {
-            if entry.target.is_some_and(|target| !ia3.contains(&target)) {
+            if entry
+                .target
+                .is_some_and(|target| ia3.get(target) != Some(&true))
+            {
                 entry.ignore(Reason::Foreign(Foreign::PlainWeight));
             }
         }
@@ -239,7 +287,7 @@ impl KeyTable {
         let with_up = self.modules_with(Role::Up);
         for entry in self.entries.iter_mut().filter(|e| e.role == Role::Down) {
             let Some(target) = entry.target else { continue };
-            if with_up.contains(&target) {
+            if with_up.get(target) == Some(&true) {
                 continue;
             }
             if entry.tensor.shape == model::table().target(target).kind.weight_shape() {

@@ -59,6 +59,11 @@ impl TensorInfo {
         self.elements
     }
 
+    /// The name and the shape, to be kept without the rest.
+    pub(crate) fn into_name_and_shape(self) -> (String, Vec<u64>) {
+        (self.name, self.shape.into_vec())
+    }
+
     /// Checks the entry of tensor `name` in itself and against the length of the data.
     pub(super) fn parse(name: String, entry: &str, data: Data) -> Result<Self, HeaderError> {
         match Fields::parse(&name, entry) {

@@ -97,7 +97,8 @@ impl Parts<'_> {
             Adapter::Lora | Adapter::Dora => {
                 let (down, up) = (self.matrix(Role::Down)?, self.matrix(Role::Up)?);
                 let product = (up.0, down.1);
-                Some(if self.is_peft_embedding() {
+                let is_embedding = matches!(self.kind(), ModuleKind::Embedding { .. });
+                Some(if is_embedding && self.is_peft_embedding() {
                     product
                 } else {
                     turned(product)

@@ -5,10 +5,10 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::{Entry, KeyTable};
-use crate::model::TargetId;
+use super::{Entry, KeyTable, RawTensor};
+use crate::model::{self, TargetId};
 use crate::reason::Reason;
-use crate::role::Role;
+use crate::role::{Role, Roles};
 
 /// How a tensor's key spells its module.
 #[derive(Debug, Default)]
@@ -113,16 +113,17 @@ fn place(entry: &Entry) -> (Role, Option<Role>) {
 impl KeyTable {
     /// Leaves each module one adapter under one spelling.
     pub(super) fn keep_one_adapter(&mut self, spellings: &[Spelling]) {
+        let Some(unclear) = self.unclear_modules(spellings) else {
+            return;
+        };
         let entries = self.entries.iter().enumerate();
         let mut members: Vec<(TargetId, usize)> = entries
             .filter_map(|(index, entry)| Some((entry.target?, index)))
+            .filter(|(target, _)| unclear.contains(target))
             .collect();
         members.sort_unstable();
         for module in members.chunk_by(|a, b| a.0 == b.0) {
             let members: Vec<usize> = module.iter().map(|(_, index)| *index).collect();
-            if self.is_one_adapter(&members, spellings) {
-                continue;
-            }
             let stem = self.kept_stem(&members, spellings);
             let (kept, others): (Vec<usize>, Vec<usize>) = members
                 .into_iter()
@@ -132,24 +133,42 @@ impl KeyTable {
         }
     }
 
-    /// Whether nothing is to be dropped: few tensors, of one spelling and name, in places of their
-    /// own. So it is in almost all files.
-    fn is_one_adapter(&self, members: &[usize], spellings: &[Spelling]) -> bool {
-        const FEW: usize = 8;
-        let own = |&index: &usize| {
-            let spelling = (self.stem(index, spellings)?, &spellings.get(index)?.slot);
-            Some((spelling, place(self.entries.get(index)?)))
-        };
-        let Some(first) = members.first().and_then(own) else {
-            return false;
-        };
-        members.len() <= FEW
-            && members.iter().enumerate().all(|(at, index)| {
-                own(index).is_some_and(|(spelling, place)| {
-                    let mut earlier = members.iter().take(at).filter_map(own);
-                    spelling == first.0 && earlier.all(|(_, other)| other != place)
-                })
-            })
+    /// The modules whose tensors are not all of one spelling and name, in places of their own; none
+    /// in almost all files. A module that is here by mistake loses nothing.
+    fn unclear_modules(&self, spellings: &[Spelling]) -> Option<HashSet<TargetId>> {
+        #[derive(Clone, Default)]
+        struct Seen {
+            first: Option<usize>,
+            roles: Roles,
+        }
+        let mut seen = vec![Seen::default(); model::table().targets().len()];
+        let mut unclear = HashSet::new();
+        // In the order of the file: names that are compared are read one after the other.
+        for (index, entry) in self.entries.iter().enumerate() {
+            let Some(target) = entry.target else { continue };
+            let Some(module) = seen.get_mut(target) else {
+                continue;
+            };
+            let first = *module.first.get_or_insert(index);
+            let is_clear = entry.scales.is_none()
+                && !module.roles.has(entry.role)
+                && self.are_spelled_alike(first, index, spellings);
+            module.roles.add(entry.role);
+            if !is_clear {
+                unclear.insert(target);
+            }
+        }
+        (!unclear.is_empty()).then_some(unclear)
+    }
+
+    /// Whether two tensors name their module, and their adapter, alike.
+    fn are_spelled_alike(&self, a: usize, b: usize, spellings: &[Spelling]) -> bool {
+        let slot = |index: usize| spellings.get(index).map_or("", |s| s.slot.as_str());
+        // The C library takes its time to find that two empty strings are equal.
+        let are_nameless = slot(a).is_empty() && slot(b).is_empty();
+        a == b
+            || ((are_nameless || slot(a) == slot(b))
+                && self.stem(a, spellings) == self.stem(b, spellings))
     }
 
     fn stem(&self, index: usize, spellings: &[Spelling]) -> Option<&str> {
@@ -256,10 +275,10 @@ impl KeyTable {
 
     /// Tells duplicates whose content differs from those that say the same twice.
     ///
-    /// `same` compares the content of two tensors of one dtype and shape, by their indices.
+    /// `same` compares the content of two tensors of one dtype and shape, told with their indices.
     pub(crate) fn settle_duplicates<E>(
         &mut self,
-        mut same: impl FnMut(usize, usize) -> Result<bool, E>,
+        mut same: impl FnMut((usize, &RawTensor), (usize, &RawTensor)) -> Result<bool, E>,
     ) -> Result<(), E> {
         for (index, original) in std::mem::take(&mut self.duplicates) {
             let (Some(entry), Some(first)) = (self.entries.get(index), self.entries.get(original))
@@ -268,7 +287,8 @@ impl KeyTable {
             };
             let alike = entry.tensor.dtype == first.tensor.dtype
                 && entry.tensor.shape == first.tensor.shape;
-            if !(alike && same(index, original)?) {
+            let (own, other) = ((index, &entry.tensor), (original, &first.tensor));
+            if !(alike && same(own, other)?) {
                 self.ignore_as(index, original, Reason::UnequalDuplicate);
             }
         }
