@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -473,7 +472,7 @@ def _offloaded(find):
     def found(model, base_ranks):
         targets = find(model, base_ranks)
         return {
-            path: replace(t, row=replace(t.row, offloaded=path.startswith("transformer_blocks.")))
+            path: t._replace(row=t.row._replace(offloaded=path.startswith("transformer_blocks.")))
             for path, t in targets.items()
         }
 
@@ -485,14 +484,12 @@ def test_offloaded_slots_are_planned_in_groups(make_model, Draft):
     draft = Draft(1).add("transformer_blocks.0.attn.to_q", 20)
     draft.add("transformer_blocks.2.attn.to_k", 40).add("transformer_blocks.1.txt_mod.1", 5)
     draft.add("proj_out", 3)
-    rows = [vars(t.row) for t in _offloaded(find_targets)(model, {}).values()]
+    rows = [t.row for t in _offloaded(find_targets)(model, {}).values()]
     tensors = [(k, "F32", list(t.shape), t.nbytes) for k, t in draft.tensors.items()]
     plan = _core.FilePlan.from_tensors("x", tensors, scalars=[None] * len(tensors), metadata=[])
     options = {"max_rank": None, "strict": False, "truncated_rank": 256}
     options["lokr_scale"] = "standard"
-    core = _core.plan_stack(
-        [("x", plan, 1.0, True)], _core.SlotMap(json.dumps(rows)), json.dumps(options)
-    )
+    core = _core.plan_stack([("x", plan, 1.0, True)], _core.SlotMap(rows), json.dumps(options))
     stack = StackPlan(core)
     groups = {group.pattern: group for group in stack.groups}
     assert {name: group.rank for name, group in groups.items()} == {

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from qwenlora.targets import SlotRow
+
 __all__ = [
     "FilePlan",
     "PlannedStack",
@@ -85,7 +87,7 @@ class PlannedStack:
 
 @final
 class SlotMap:
-    def __new__(cls, json: str) -> SlotMap: ...
+    def __new__(cls, rows: Sequence[SlotRow]) -> SlotMap: ...
     def __len__(self) -> int: ...
 
 @final

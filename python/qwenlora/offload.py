@@ -74,9 +74,10 @@ class OffloadLayout:
 
     def holds(self, path: str) -> bool:
         """Whether the module at this path is in a block that goes through a buffer."""
+        if not path.startswith(self._prefix):
+            return False
         number, _, rest = path.removeprefix(self._prefix).partition(".")
-        inside = path.startswith(self._prefix) and bool(rest) and number.isdigit()
-        return inside and int(number) >= self._first
+        return bool(rest) and number.isdigit() and int(number) >= self._first
 
     def twins(self, target: Target) -> list[Target]:
         """The slots of both buffer blocks that this offloaded slot is copied into."""

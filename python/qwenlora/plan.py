@@ -206,7 +206,7 @@ class HasRow(Protocol):
 
 def slot_map(targets: Iterable[HasRow]) -> _core.SlotMap:
     """A model's slots as what plans are made for."""
-    return _core.SlotMap(json.dumps([vars(target.row) for target in targets]))
+    return _core.SlotMap([target.row for target in targets])
 
 
 def plan_stack(

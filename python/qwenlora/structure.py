@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,7 +19,7 @@ from qwenlora.offload import OffloadLayout, offload_of
 from qwenlora.plan import SlotKind, slot_map
 from qwenlora.slots import slot_of
 from qwenlora.state import SlotRecord, check_branches, check_intact
-from qwenlora.targets import FACTORS, Target, factors_of, find_targets
+from qwenlora.targets import FACTORS, Target, factors_of, find_targets, modules_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,12 +53,13 @@ class Structure:
 
     def __init__(self, model: nn.Module, base_ranks: Mapping[str, int]) -> None:
         self.layout: OffloadLayout | None = offload_of(model)
-        self.targets: dict[str, Target] = find_targets(model, base_ranks)
+        modules = modules_of(model)
+        self.targets: dict[str, Target] = find_targets(model, base_ranks, modules=modules)
         self._offload = _offload_state(model)
         own = self.targets.values()
         self._watch = _core.Watch(
-            [module._modules for module in model.modules() if module._modules],
-            [(t.module._parameters, name) for t in own for name in _telling(t)],
+            [module._modules for _, module in modules if module._modules],
+            list(_telling(own)),
             [target.module._buffers for target in own],
         )
         self.placed: Placed | None = None
@@ -102,7 +103,9 @@ class Structure:
     @cached_property
     def bare_records(self) -> Mapping[str, SlotRecord]:
         """Every slot as it is without deltas."""
-        return {path: SlotRecord(t.row.base_rank, 0) for path, t in self.targets.items()}
+        ranks = {path: target.row.base_rank for path, target in self.targets.items()}
+        records = {rank: SlotRecord(rank, 0) for rank in {*ranks.values()}}
+        return {path: records[rank] for path, rank in ranks.items()}
 
     @cached_property
     def base_bytes(self) -> int:
@@ -137,11 +140,14 @@ class Structure:
         return result
 
 
-def _telling(target: Target) -> Sequence[str]:
+def _telling(targets: Iterable[Target]) -> Iterator[tuple[dict[str, nn.Parameter | None], str]]:
     """The parameters that tell whether a slot is as it was: those we change, and where it is."""
-    parameters = target.module._parameters
-    names = FACTORS if target.kind is SlotKind.SVDQ else tuple(parameters)[:1]
-    return [name for name in names if parameters.get(name) is not None]
+    packed = SlotKind.SVDQ
+    for target in targets:
+        parameters = target.module._parameters
+        for name in FACTORS if target.kind is packed else [*parameters][:1]:
+            if parameters.get(name) is not None:
+                yield parameters, name
 
 
 def _offload_state(model: nn.Module) -> tuple[object, ...]:

@@ -6,9 +6,9 @@ share its name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,8 @@ from qwenlora.plan import SlotKind
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from qwenlora.offload import OffloadLayout
+
 __all__ = [
     "FACTORS",
     "SlotRow",
@@ -27,6 +29,7 @@ __all__ = [
     "device_of",
     "factors_of",
     "find_targets",
+    "modules_of",
     "pattern",
     "transformer_of",
 ]
@@ -36,10 +39,18 @@ FACTORS = ("proj_down", "proj_up")
 PACKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """Dtypes of a low-rank branch: the kernels' two, and the exact emulation's."""
 
+_TELLING = (*FACTORS, "qweight", "wscales", "wzeros", "weight", "bias")
+"""Tensors that tell what a layer is."""
+_HOST = torch.device("cpu")
+_META = torch.device("meta")
+_Facts = tuple[SlotKind, torch.dtype, int, int, int]
+"""Kind, dtype, inputs, outputs and base rank of a slot."""
+_NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
+"""A block's number: a whole segment of a path."""
 
-@dataclass(frozen=True)
-class SlotRow:
-    """What planning needs to know of a slot; JSON-able."""
+
+class SlotRow(NamedTuple):
+    """What planning needs to know of a slot; plain data, which Rust takes by these names."""
 
     path: str
     kind: str
@@ -52,8 +63,7 @@ class SlotRow:
     has_bias: bool
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """A slot of the model at hand; `device` is where it was when it was found."""
 
     module: nn.Module
@@ -69,8 +79,8 @@ class Target:
 
     def twin(self, module: nn.Module, path: str) -> Target:
         """The same slot of another block."""
-        row = replace(self.row, path=path)
-        return replace(self, module=module, device=device_of(module), row=row)
+        row = self.row._replace(path=path)
+        return self._replace(module=module, device=device_of(module), row=row)
 
     @property
     def rank_bytes(self) -> int:
@@ -85,32 +95,57 @@ class Target:
 
 def factors_of(modules: Iterable[nn.Module], name: str) -> list[Tensor]:
     """One of `FACTORS` of packed layers, past `__getattr__`, which is slow a thousand times."""
-    found = [(module, module._parameters.get(name)) for module in modules]
-    return [getattr(module, name) if own is None else own for module, own in found]
+    return [
+        getattr(module, name) if (own := module._parameters.get(name)) is None else own
+        for module in modules
+    ]
 
 
 def device_of(module: nn.Module) -> torch.device:
     """The device that a layer's own tensors are on."""
-    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-        return tensor.device
-    return torch.device("cpu")
+    for tensors in (module._parameters, module._buffers):
+        for tensor in tensors.values():
+            if tensor is not None:
+                return tensor.device
+    return _HOST
 
 
 def pattern(path: str) -> str:
     """The path with its block's number replaced by `*`."""
-    segments = path.split(".")
-    block = next((i for i, segment in enumerate(segments) if segment.isdigit()), None)
-    if block is not None:
-        segments[block] = "*"
-    return ".".join(segments)
+    return _NUMBER.sub("*", path, count=1)
 
 
-def find_targets(model: nn.Module, base_ranks: Mapping[str, int]) -> dict[str, Target]:
+def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What `named_modules` gives, in half the time."""
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[nn.Module] = set()
+
+    def visit(path: str, module: nn.Module) -> None:
+        seen.add(module)
+        found.append((path, module))
+        children = module._modules
+        if children:
+            prefix = f"{path}." if path else ""
+            for name, child in children.items():
+                if child is not None and child not in seen:
+                    visit(prefix + name, child)
+
+    visit("", model)
+    return found
+
+
+def find_targets(
+    model: nn.Module,
+    base_ranks: Mapping[str, int],
+    *,
+    modules: Iterable[tuple[str, nn.Module]] | None = None,
+) -> dict[str, Target]:
     """Find every layer that can carry a delta.
 
     Args:
         model: The transformer.
         base_ranks: Base rank of the slots that are composed now; the others' is their whole rank.
+        modules: What `modules_of` gave for it, where that is at hand.
 
     Returns:
         Targets by path, in module order.
@@ -121,14 +156,10 @@ def find_targets(model: nn.Module, base_ranks: Mapping[str, int]) -> dict[str, T
         ModelStateError: A packed layer's tensors contradict each other.
     """
     layout = offload_of(model)
-    targets: dict[str, Target] = {}
-    for path, module in model.named_modules():
-        target = _target(path, module, base_ranks.get(path))
-        if target is not None:
-            if layout is not None and layout.holds(path):
-                target = replace(target, row=replace(target.row, offloaded=True))
-            targets[path] = target
-    packed = [target for target in targets.values() if target.kind is SlotKind.SVDQ]
+    modules = modules_of(model) if modules is None else modules
+    targets = {target.row.path: target for target in _found(modules, base_ranks, layout)}
+    svdq = SlotKind.SVDQ
+    packed = [target for target in targets.values() if target.kind is svdq]
     _require_own_factors(packed)
     _require_the_transformer(packed)
     if not packed:
@@ -154,17 +185,21 @@ def transformer_of(model: object) -> nn.Module:
     return inner if isinstance(inner, torch.nn.Module) else model
 
 
-def _require_own_factors(packed: list[Target]) -> None:
+def _require_own_factors(packed: Sequence[Target]) -> None:
     """Two layers over one parameter could not differ: each would carry the other's deltas."""
+    modules = [target.module for target in packed]
+    factors = {name: factors_of(modules, name) for name in FACTORS}
+    if len({id(factor) for own in factors.values() for factor in own}) == 2 * len(packed):
+        return
     owners: dict[int, str] = {}
-    for target in packed:
-        for name in ("proj_down", "proj_up"):
-            other = owners.setdefault(id(getattr(target.module, name)), target.path)
+    for index, target in enumerate(packed):
+        for name, own in factors.items():
+            other = owners.setdefault(id(own[index]), target.path)
             if other != target.path:
                 raise UnsupportedModelError(f"`{target.path}` and `{other}` share one {name}")
 
 
-def _require_the_transformer(packed: list[Target]) -> None:
+def _require_the_transformer(packed: Sequence[Target]) -> None:
     """State belongs to the transformer: a module around it would have none."""
     for target in packed:
         outer, found, _ = target.path.partition("transformer_blocks.")
@@ -174,103 +209,140 @@ def _require_the_transformer(packed: list[Target]) -> None:
             )
 
 
-def _target(path: str, module: nn.Module, base_rank: int | None) -> Target | None:
-    if _has_tensors(module, "proj_down", "proj_up", "qweight"):
-        return _svdq(path, module, base_rank)
-    if _has_tensors(module, "qweight", "wscales", "wzeros"):
-        return _awq(path, module)
+def _found(
+    modules: Iterable[tuple[str, nn.Module]],
+    base_ranks: Mapping[str, int],
+    layout: OffloadLayout | None,
+) -> Iterator[Target]:
+    """The slots among modules; raises as `find_targets` does."""
+    kinds: dict[type[nn.Module], bool] = {}
+    for path, module in modules:
+        kind = type(module)
+        plain = kinds.get(kind)
+        if plain is None:
+            plain = kinds[kind] = _is_plain(kind)
+        tensors = _tensors(module) if plain else _asked_tensors(module)
+        facts = _facts(path, module, tensors, base_ranks) if tensors else None
+        if facts is not None:
+            offloaded = layout is not None and layout.holds(path)
+            yield _target(path, module, facts, tensors, offloaded)
+
+
+def _is_plain(kind: type[nn.Module]) -> bool:
+    """Whether modules of this class keep their tensors where `nn.Module` does."""
+    return (
+        kind.__getattr__ is torch.nn.Module.__getattr__
+        and kind.__getattribute__ is object.__getattribute__
+        and all(vars(base).keys().isdisjoint(_TELLING) for base in kind.__mro__)
+    )
+
+
+def _asked_tensors(module: nn.Module) -> Mapping[str, object]:
+    return {name: getattr(module, name, None) for name in _TELLING}
+
+
+def _tensors(module: nn.Module) -> Mapping[str, object]:
+    """A layer's tensors by name, past `__getattr__`, which is slow for what is not there."""
+    own, parameters, buffers = module.__dict__, module._parameters, module._buffers
+    if not own.keys().isdisjoint(_TELLING):
+        return {**buffers, **parameters, **own}
+    return {**buffers, **parameters} if buffers else parameters
+
+
+def _facts(
+    path: str, module: nn.Module, tensors: Mapping[str, object], base_ranks: Mapping[str, int]
+) -> _Facts | None:
+    if "qweight" in tensors:
+        if _has_tensors(tensors, "proj_down", "proj_up", "qweight"):
+            return _svdq(path, tensors, base_ranks.get(path))
+        if _has_tensors(tensors, "qweight", "wscales", "wzeros"):
+            return _awq(module, tensors)
     if isinstance(module, torch.nn.Linear):
-        weight = module.weight
-        # A weight stored below 16 bits is cast by its owner; the branch then runs in bfloat16.
-        dtype = weight.dtype if weight.dtype in PACKED_DTYPES else torch.bfloat16
-        sizes = (module.in_features, module.out_features)
-        return _make(path, module, SlotKind.LINEAR, dtype, sizes, 0)
-    return _table(path, module)
+        return _linear(module)
+    return _table(module, tensors)
 
 
-def _table(path: str, module: nn.Module) -> Target | None:
+def _target(
+    path: str, module: nn.Module, facts: _Facts, tensors: Mapping[str, object], offloaded: bool
+) -> Target:
+    kind, dtype, inputs, outputs, base_rank = facts
+    device = device_of(module)
+    if device == _META:
+        raise ModelStateError(f"`{path}` is on the meta device: load its weights first")
+    biased = isinstance(tensors.get("bias"), torch.Tensor)
+    name, size, alike = kind.value, dtype.itemsize, pattern(path)
+    row = SlotRow(path, name, inputs, outputs, base_rank, size, offloaded, alike, biased)
+    return Target(module, kind, dtype, device, row)
+
+
+def _has_tensors(tensors: Mapping[str, object], *names: str) -> bool:
+    for name in names:
+        if not isinstance(tensors.get(name), torch.Tensor):
+            return False
+    return True
+
+
+def _linear(module: nn.Linear) -> _Facts:
+    # A weight stored below 16 bits is cast by its owner; the branch then runs in bfloat16.
+    stored = module.weight.dtype
+    dtype = stored if stored in PACKED_DTYPES else torch.bfloat16
+    return SlotKind.LINEAR, dtype, module.in_features, module.out_features, 0
+
+
+def _table(module: nn.Module, tensors: Mapping[str, object]) -> _Facts | None:
     """A layer of which only stored values change: a norm with a weight, or an embedding."""
-    weight = getattr(module, "weight", None)
+    weight = tensors.get("weight")
     if not isinstance(weight, torch.Tensor) or weight.dtype not in PACKED_DTYPES:
         return None
     if isinstance(module, torch.nn.Embedding):
-        sizes = (weight.shape[0], weight.shape[1])
-        return _make(path, module, SlotKind.EMBEDDING, weight.dtype, sizes, 0)
+        return SlotKind.EMBEDDING, weight.dtype, weight.shape[0], weight.shape[1], 0
     if weight.ndim == 1:
-        return _make(path, module, SlotKind.NORM, weight.dtype, (1, weight.shape[0]), 0)
+        return SlotKind.NORM, weight.dtype, 1, weight.shape[0], 0
     return None
 
 
-def _has_tensors(module: nn.Module, *names: str) -> bool:
-    return all(isinstance(getattr(module, name, None), torch.Tensor) for name in names)
-
-
-def _svdq(path: str, module: Any, base_rank: int | None) -> Target:
-    down: Tensor = module.proj_down
-    up: Tensor = module.proj_up
-    for name, tensor in (("proj_down", down), ("proj_up", up)):
-        _require_packed(f"{path}.{name}", tensor)
-    if down.shape[1] != up.shape[1] or down.dtype != up.dtype or down.device != up.device:
+def _svdq(path: str, tensors: Mapping[str, Any], base_rank: int | None) -> _Facts:
+    down: Tensor = tensors["proj_down"]
+    up: Tensor = tensors["proj_up"]
+    inputs, ranks = _packed_shape(path, "proj_down", down)
+    outputs, up_ranks = _packed_shape(path, "proj_up", up)
+    if ranks != up_ranks or down.dtype != up.dtype or down.device != up.device:
         raise ModelStateError(
             f"`{path}`: proj_down is {_show(down)} and proj_up {_show(up)}\nhint: reload the model"
         )
-    rank = down.shape[1] if base_rank is None else base_rank
-    if not 0 < rank <= down.shape[1]:
+    rank = ranks if base_rank is None else base_rank
+    if not 0 < rank <= ranks:
         raise ModelStateError(
-            f"`{path}` has rank {down.shape[1]}, less than the {rank} of its base: something else"
+            f"`{path}` has rank {ranks}, less than the {rank} of its base: something else"
             " changed it\nhint: reload the model"
         )
-    return _make(path, module, SlotKind.SVDQ, down.dtype, (down.shape[0], up.shape[0]), rank)
+    return SlotKind.SVDQ, down.dtype, inputs, outputs, rank
 
 
-def _require_packed(name: str, tensor: Tensor) -> None:
-    """Check what the kernels assume and do not check: they would abort or return garbage."""
+def _packed_shape(path: str, name: str, tensor: Tensor) -> Sequence[int]:
+    """(channels, rank), checked: the kernels assume it, and would abort or return garbage."""
+    shape = tensor.shape
     fits = (
-        tensor.ndim == 2
-        and tensor.shape[0] % TILE == 0
-        and tensor.shape[1] % RANK_MULTIPLE == 0
-        and tensor.shape[1] > 0
+        len(shape) == 2
+        and shape[0] % TILE == 0
+        and shape[1] % RANK_MULTIPLE == 0
+        and shape[1] > 0
         and tensor.dtype in PACKED_DTYPES
         and tensor.is_contiguous()
         and not tensor.is_meta
     )
     if not fits:
         raise ModelStateError(
-            f"`{name}` is {_show(tensor)}: expected a contiguous (channels, rank) of multiples of"
-            f" {TILE} in float16 or bfloat16"
+            f"`{path}.{name}` is {_show(tensor)}: expected a contiguous (channels, rank) of"
+            f" multiples of {TILE} in float16 or bfloat16"
         )
+    return shape
 
 
-def _awq(path: str, module: Any) -> Target:
-    scales: Tensor = module.wscales
+def _awq(module: Any, tensors: Mapping[str, Any]) -> _Facts:
+    scales: Tensor = tensors["wscales"]
     dtype = scales.dtype if scales.dtype in PACKED_DTYPES else torch.bfloat16
-    sizes = (int(module.in_features), int(module.out_features))
-    return _make(path, module, SlotKind.AWQ, dtype, sizes, 0)
-
-
-def _make(
-    path: str,
-    module: nn.Module,
-    kind: SlotKind,
-    dtype: torch.dtype,
-    sizes: tuple[int, int],
-    base_rank: int,
-) -> Target:
-    row = SlotRow(
-        path=path,
-        kind=kind.value,
-        in_features=sizes[0],
-        out_features=sizes[1],
-        base_rank=base_rank,
-        element_bytes=dtype.itemsize,
-        offloaded=False,
-        pattern=pattern(path),
-        has_bias=isinstance(getattr(module, "bias", None), torch.Tensor),
-    )
-    target = Target(module=module, kind=kind, dtype=dtype, device=device_of(module), row=row)
-    if target.device.type == "meta":
-        raise ModelStateError(f"`{path}` is on the meta device: load its weights first")
-    return target
+    return SlotKind.AWQ, dtype, int(module.in_features), int(module.out_features), 0
 
 
 def _show(tensor: Tensor) -> str:

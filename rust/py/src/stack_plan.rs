@@ -18,6 +18,37 @@ pub(crate) fn known_slots(py: Python<'_>) -> PyResult<String> {
         .map_err(|e| error::from_json(py, "the table of known slots", &e))
 }
 
+/// A slot as Python knows it: the attributes of `targets.SlotRow`.
+#[derive(FromPyObject)]
+struct Row {
+    path: String,
+    kind: String,
+    in_features: u64,
+    out_features: u64,
+    base_rank: u64,
+    element_bytes: u64,
+    offloaded: bool,
+    pattern: String,
+    has_bias: bool,
+}
+
+impl Row {
+    fn slot(self, py: Python<'_>) -> PyResult<Slot> {
+        let kind = serde_json::from_value(self.kind.into());
+        Ok(Slot {
+            kind: kind.map_err(|e| error::from_json(py, "the kind of a slot", &e))?,
+            path: self.path,
+            in_features: self.in_features,
+            out_features: self.out_features,
+            base_rank: self.base_rank,
+            element_bytes: self.element_bytes,
+            offloaded: self.offloaded,
+            pattern: self.pattern,
+            has_bias: self.has_bias,
+        })
+    }
+}
+
 /// The slots of a model, in model order: plans are made for them.
 #[pyclass(frozen, module = "qwenlora._core")]
 pub(crate) struct SlotMap {
@@ -26,13 +57,12 @@ pub(crate) struct SlotMap {
 
 #[pymethods]
 impl SlotMap {
-    /// Takes the slots as JSON.
+    /// Takes the slots' rows.
     #[new]
-    fn new(py: Python<'_>, json: &str) -> PyResult<Self> {
-        let slots = py.detach(|| serde_json::from_str::<Vec<Slot>>(json));
-        let slots = slots.map_err(|e| error::from_json(py, "the slot map", &e))?;
+    fn new(py: Python<'_>, rows: Vec<Row>) -> PyResult<Self> {
+        let slots = rows.into_iter().map(|row| row.slot(py));
         Ok(Self {
-            slots: slots.into(),
+            slots: slots.collect::<PyResult<_>>()?,
         })
     }
 
