@@ -154,7 +154,8 @@ def groups_left(
         if own and paths.isdisjoint(state.records):
             targets = tuple(target for target in group.targets if target.path in own)
             left.append(_kept(group if own == paths else Group(targets), None, 0))
-    return left
+    # Inference tensors can be put back in inference mode only.
+    return [own for own in left if not any(t.is_inference() for t in own.deltas.downs)]
 
 
 @dataclass(frozen=True)
