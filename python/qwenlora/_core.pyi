@@ -31,6 +31,15 @@ __all__ = [
 _Identity: TypeAlias = tuple[int, int, int, int]
 _SourceIdentity: TypeAlias = tuple[_Identity, _Identity | None]
 
+# (bytes of each, where each begins, which tensor each is)
+_AlikeTensor: TypeAlias = tuple[int, memoryview, memoryview]
+# (rank, scale, row_begin, row_count, dtype, down, up)
+_AlikeMember: TypeAlias = tuple[int, float, int, int, str, _AlikeTensor, _AlikeTensor]
+# (slots, row order, [(lora, members), ...])
+_AlikeSlots: TypeAlias = tuple[
+    tuple[int, ...], str, tuple[tuple[int, tuple[_AlikeMember, ...]], ...]
+]
+
 _Bytes: TypeAlias = npt.NDArray[np.uint8]
 # ("fragments", source, source_tiles, first, count)
 _Fragments: TypeAlias = tuple[Literal["fragments"], _Bytes, int, int, int]
@@ -77,7 +86,7 @@ class FilePlan:
 @final
 class PlannedStack:
     def to_json(self) -> str: ...
-    def grouped_json(self) -> str: ...
+    def grouped(self) -> tuple[list[_AlikeSlots], str | None]: ...
     def slots_json(self, paths: set[str]) -> str: ...
     def skipped_json(self) -> str: ...
     @property

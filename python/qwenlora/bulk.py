@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -20,6 +20,7 @@ from qwenlora.plan import SlotKind
 from qwenlora.source import DTYPES
 
 if TYPE_CHECKING:
+    from qwenlora.plan import AlikeMember, AlikeSlots
     from qwenlora.targets import Target
 
 __all__ = ["Group", "Located", "Member", "Stack", "group_of", "in_spans"]
@@ -166,40 +167,36 @@ class Group:
         ]
 
 
-def group_of(row: Mapping[str, Any], targets: Sequence[Target]) -> Group | None:
+def group_of(alike: AlikeSlots, targets: Sequence[Target]) -> Group | None:
     """A group as Rust tells it; None where its slots differ in what Rust does not know.
 
     Args:
-        row: One of `StackPlan.alike`.
-        targets: The slots that were planned for, in order.
+        alike: The slots.
+        targets: All slots that were planned for, in order.
     """
-    own = tuple(targets[index] for index in row["slots"])
-    if len({(target.dtype, target.device) for target in own}) > 1:
+    own = tuple(map(targets.__getitem__, alike.slots))
+    first = own[0]
+    dtype, device = first.dtype, first.device
+    if any(target.dtype != dtype or target.device != device for target in own):
         return None
-    columns = own[0].row.in_features
+    columns = first.row.in_features
     stacks = tuple(
-        Stack(stack["lora"], tuple(_member(member, columns) for member in stack["members"]))
-        for stack in row["stacks"]
+        Stack(lora, tuple(_member(member, columns) for member in members))
+        for lora, members in alike.stacks
     )
-    return Group(own, stacks, RowOrder(row["row_order"]))
+    return Group(own, stacks, RowOrder(alike.row_order))
 
 
-def _member(row: Mapping[str, Any], in_features: int) -> Member:
+def _member(row: AlikeMember, in_features: int) -> Member:
+    rank, scale, row_begin, row_count, dtype, down, up = row
     return Member(
-        rank=row["rank"],
-        scale=row["scale"],
-        row_begin=row["row_begin"],
-        row_count=row["row_count"],
-        dtype=DTYPES[row["dtype"]],
+        rank=rank,
+        scale=scale,
+        row_begin=row_begin,
+        row_count=row_count,
+        dtype=DTYPES[dtype],
         in_features=in_features,
-        tensors={
-            side: Located(
-                row[side.value]["len_bytes"],
-                row[side.value]["offsets_bytes"],
-                row[side.value]["indices"],
-            )
-            for side in LowRankSide
-        },
+        tensors={LowRankSide.DOWN: Located(*down), LowRankSide.UP: Located(*up)},
     )
 
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from qwenlora import _core
 from qwenlora.layout import RowOrder
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from qwenlora.targets import SlotRow
 
 __all__ = [
+    "AlikeMember",
+    "AlikeSlots",
     "Piece",
     "PieceKind",
     "RankGroup",
@@ -133,13 +135,36 @@ class Skip:
     matters: bool
 
 
+AlikeTensor: TypeAlias = "tuple[int, Sequence[int], Sequence[int]]"
+"""The same tensor of a module in every slot of a group: the bytes of each, where each begins in the
+file, and which tensor of the file each is."""
+
+AlikeMember: TypeAlias = "tuple[int, float, int, int, str, AlikeTensor, AlikeTensor]"
+"""A module of one LoRA in every slot of a group: rank, scale, first row, rows, dtype, `down` and
+`up`."""
+
+
+class AlikeSlots(NamedTuple):
+    """Slots of one path that get deltas of the same shapes and scales.
+
+    Attributes:
+        slots: Indices of the targets.
+        row_order: Order of their output rows.
+        stacks: In the order of the stack, each LoRA's index and its modules by rows.
+    """
+
+    slots: Sequence[int]
+    row_order: str
+    stacks: Sequence[tuple[int, Sequence[AlikeMember]]]
+
+
 class StackPlan:
     """What will be done to the model at hand.
 
     Slots that are alike are told together; each slot's own plan is made when it is asked for.
 
     Attributes:
-        alike: Groups of slots, as Rust tells them: indices of targets, and what each LoRA brings.
+        alike: Groups of slots.
         single: Plans of the slots that are in no group, by index of the target.
         applied_modules: Modules applied, LoRA by LoRA.
         added_bytes: Upper bound of the bytes that the stack adds to the model.
@@ -147,9 +172,11 @@ class StackPlan:
 
     def __init__(self, core: _core.PlannedStack) -> None:
         self._core = core
-        grouped = json.loads(core.grouped_json())
-        self.alike: list[dict[str, Any]] = grouped["alike"]
-        self.single = {index: _slot_plan(row) for index, row in grouped["single"]}
+        rows, single = core.grouped()
+        self.alike = tuple(AlikeSlots(*row) for row in rows)
+        self.single = {
+            index: _slot_plan(row) for index, row in (json.loads(single) if single else ())
+        }
         self.applied_modules = tuple(core.applied_modules)
         self.added_bytes = core.added_bytes
 

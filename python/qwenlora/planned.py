@@ -24,7 +24,6 @@ class Planned:
         plan: The plan.
         groups: Slots that are alike.
         single: The other slots, with their plans.
-        paths: Of all slots that change.
     """
 
     def __init__(
@@ -34,17 +33,20 @@ class Planned:
         self.plan = plan
         self.groups: list[Group] = []
         single = dict(plan.single)
-        for row in plan.alike:
-            group = group_of(row, targets) if together else None
+        for alike in plan.alike:
+            group = group_of(alike, targets) if together else None
             if group is not None:
                 self.groups.append(group)
                 continue
-            plans = plan.some(targets[index].path for index in row["slots"])
-            single |= {index: plans[targets[index].path] for index in row["slots"]}
+            plans = plan.some(targets[index].path for index in alike.slots)
+            single |= {index: plans[targets[index].path] for index in alike.slots}
         self.single = [(targets[index], single[index]) for index in sorted(single)]
-        self.paths = frozenset(
-            target.path for group in self.groups for target in group.targets
-        ) | frozenset(target.path for target, _ in self.single)
+
+    @cached_property
+    def paths(self) -> frozenset[str]:
+        """Of all slots that change."""
+        grouped = [target.row.path for group in self.groups for target in group.targets]
+        return frozenset(grouped).union(target.row.path for target, _ in self.single)
 
     @cached_property
     def held(self) -> Mapping[int, int]:

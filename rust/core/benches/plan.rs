@@ -13,7 +13,7 @@ use qwenlora_core::header::Header;
 use qwenlora_core::known;
 use qwenlora_core::plan::FilePlan;
 use qwenlora_core::slot::Slot;
-use qwenlora_core::stack::{StackItem, StackOptions, StackPlan};
+use qwenlora_core::stack::{PlacedStack, SlotIndex, StackItem, StackOptions};
 
 /// The 2160 tensors of a Lightning LoRA (850 MB in bf16) as a sparse file.
 fn lightning(path: &Path) -> Vec<u8> {
@@ -95,15 +95,15 @@ fn bench(criterion: &mut Criterion) {
         strength: 1.0,
         modulation: true,
     };
-    group.bench_function("stack plan", |b| {
-        b.iter(|| {
-            let plan = StackPlan::new(&[item], &slots, StackOptions::default());
-            plan.unwrap().slots.len()
-        });
+    let index = SlotIndex::new(&slots);
+    let place = || PlacedStack::new(&[item], &slots, &index, StackOptions::default()).unwrap();
+    group.bench_function("stack plan", |b| b.iter(|| place().added_bytes));
+    let stack = place();
+    group.bench_function("stack plan, grouped", |b| {
+        b.iter(|| stack.grouped(&[&plan], &slots, &index).alike.len());
     });
-    let stack = StackPlan::new(&[item], &slots, StackOptions::default()).unwrap();
-    group.bench_function("stack plan, grouped, as JSON", |b| {
-        b.iter(|| serde_json::to_string(&stack.grouped(&slots)).unwrap().len());
+    group.bench_function("stack plan, told as JSON", |b| {
+        b.iter(|| stack.told(&[&plan], &slots).to_json().len());
     });
     group.finish();
 }

@@ -5,10 +5,12 @@
 mod alike;
 mod branch;
 mod group;
+mod index;
 mod piece;
+mod placed;
 mod planner;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
@@ -18,7 +20,9 @@ use crate::plan::FilePlan;
 use crate::slot::{self, RowOrder, Slot, SlotKind};
 pub use alike::{AlikeMember, AlikeSlots, AlikeStack, AlikeTensor, Grouped};
 pub use branch::{KronBuffer, KronShape};
+pub use index::SlotIndex;
 pub use piece::MAX_KRON_RANK;
+pub use placed::PlacedStack;
 use planner::Planner;
 
 /// One LoRA of a stack.
@@ -271,11 +275,15 @@ pub enum StackError {
     },
 }
 
-impl StackPlan {
+impl PlacedStack {
     /// Plans a stack onto a model.
+    ///
+    /// # Arguments
+    /// `index` is of `slots`.
     pub fn new(
         items: &[StackItem<'_>],
         slots: &[Slot],
+        index: &SlotIndex,
         options: StackOptions,
     ) -> Result<Self, StackError> {
         for (option, limit) in [
@@ -286,29 +294,32 @@ impl StackPlan {
                 return Err(StackError::RankLimit { option });
             }
         }
-        let by_path: HashMap<&str, usize> = slots
-            .iter()
-            .enumerate()
-            .map(|(i, s)| (s.path.as_str(), i))
-            .collect();
         let mut planner = Planner {
             slots,
-            by_path,
+            index,
             options,
-            pieces: slots.iter().map(|_| Vec::new()).collect(),
+            placed: Vec::new(),
             skipped: Vec::new(),
         };
-        let loras = items.iter().map(|item| LoraRow {
-            name: item.name.to_owned(),
-            strength: item.strength,
-        });
-        let loras = loras.collect();
         let applied_modules = items
             .iter()
             .enumerate()
             .map(|(lora, item)| planner.add(lora, item))
             .collect::<Result<_, _>>()?;
-        planner.finish(loras, applied_modules)
+        planner.finish(items, applied_modules)
+    }
+}
+
+impl StackPlan {
+    /// Plans a stack onto a model, and tells all of it.
+    pub fn new(
+        items: &[StackItem<'_>],
+        slots: &[Slot],
+        options: StackOptions,
+    ) -> Result<Self, StackError> {
+        let plans: Vec<&FilePlan> = items.iter().map(|item| item.plan).collect();
+        let placed = PlacedStack::new(items, slots, &SlotIndex::new(slots), options)?;
+        Ok(placed.told(&plans, slots))
     }
 
     /// The document as JSON.

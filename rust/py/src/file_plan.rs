@@ -1,6 +1,7 @@
 //! `FilePlan`: a frozen view of one file's plan.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -47,7 +48,14 @@ pub(crate) fn file_identity(py: Python<'_>, path: PathBuf) -> PyResult<SourceTup
 /// One file, understood without a model.
 #[pyclass(frozen, module = "qwenlora._core")]
 pub(crate) struct FilePlan {
-    pub(crate) core: CorePlan,
+    pub(crate) core: Arc<CorePlan>,
+}
+
+impl From<CorePlan> for FilePlan {
+    fn from(core: CorePlan) -> Self {
+        let core = Arc::new(core);
+        Self { core }
+    }
 }
 
 #[pymethods]
@@ -56,8 +64,7 @@ impl FilePlan {
     #[staticmethod]
     fn read(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
         let core = py.detach(|| CorePlan::read(&path));
-        core.map(|core| Self { core })
-            .map_err(|e| error::from_plan(py, &e))
+        core.map(Self::from).map_err(|e| error::from_plan(py, &e))
     }
 
     /// Plans tensors in memory.
@@ -86,8 +93,7 @@ impl FilePlan {
             })
             .collect::<PyResult<Vec<_>>>()?;
         let core = CorePlan::from_tensors(origin, raw, &scalars, metadata);
-        core.map(|core| Self { core })
-            .map_err(|e| error::from_plan(py, &e))
+        core.map(Self::from).map_err(|e| error::from_plan(py, &e))
     }
 
     /// The plan as one line of JSON.

@@ -4,9 +4,14 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyMemoryView, PyTuple};
 use qwenlora_core::known;
-use qwenlora_core::slot::Slot;
-use qwenlora_core::stack::{StackItem, StackOptions, StackPlan};
+use qwenlora_core::plan::FilePlan as CorePlan;
+use qwenlora_core::slot::{RowOrder, Slot};
+use qwenlora_core::stack::{
+    AlikeMember, AlikeSlots, AlikeStack, AlikeTensor, PlacedStack, SlotIndex, StackItem,
+    StackOptions,
+};
 
 use crate::error;
 use crate::file_plan::FilePlan;
@@ -52,7 +57,12 @@ impl Row {
 /// The slots of a model, in model order: plans are made for them.
 #[pyclass(frozen, module = "qwenlora._core")]
 pub(crate) struct SlotMap {
-    slots: Arc<[Slot]>,
+    map: Arc<Map>,
+}
+
+struct Map {
+    slots: Vec<Slot>,
+    index: SlotIndex,
 }
 
 #[pymethods]
@@ -61,60 +71,140 @@ impl SlotMap {
     #[new]
     fn new(py: Python<'_>, rows: Vec<Row>) -> PyResult<Self> {
         let slots = rows.into_iter().map(|row| row.slot(py));
-        Ok(Self {
-            slots: slots.collect::<PyResult<_>>()?,
-        })
+        let slots = slots.collect::<PyResult<Vec<_>>>()?;
+        let map = py.detach(|| {
+            let index = SlotIndex::new(&slots);
+            Arc::new(Map { slots, index })
+        });
+        Ok(Self { map })
     }
 
     /// How many there are.
     fn __len__(&self) -> usize {
-        self.slots.len()
+        self.map.slots.len()
     }
 }
 
 /// A planned stack; its documents are JSON.
 #[pyclass(frozen, module = "qwenlora._core")]
 pub(crate) struct PlannedStack {
-    plan: StackPlan,
-    slots: Arc<[Slot]>,
+    stack: PlacedStack,
+    plans: Vec<Arc<CorePlan>>,
+    map: Arc<Map>,
+}
+
+impl PlannedStack {
+    fn plans(&self) -> Vec<&CorePlan> {
+        self.plans.iter().map(Arc::as_ref).collect()
+    }
 }
 
 #[pymethods]
 impl PlannedStack {
     /// The whole plan.
     fn to_json(&self, py: Python<'_>) -> String {
-        py.detach(|| self.plan.to_json())
+        py.detach(|| self.stack.told(&self.plans(), &self.map.slots).to_json())
     }
 
-    /// The slots, those that are alike together: far shorter, where trainers treat all blocks alike.
-    fn grouped_json(&self, py: Python<'_>) -> String {
-        // Strings and numbers always serialise.
-        py.detach(|| serde_json::to_string(&self.plan.grouped(&self.slots)).unwrap_or_default())
+    /// The slots that are alike, together: `(slots, row order, [(lora, [(rank, scale, row begin,
+    /// row count, dtype, down, up), ...]), ...])`, `down` and `up` as `(bytes, offsets, indices)`;
+    /// and the plans of the other slots by index as JSON, nothing where there are none.
+    fn grouped<'py>(
+        &self,
+        py: Python<'py>,
+    ) -> PyResult<(Vec<Bound<'py, PyTuple>>, Option<String>)> {
+        let map = &self.map;
+        let (grouped, single) = py.detach(|| {
+            let found = self.stack.grouped(&self.plans(), &map.slots, &map.index);
+            let single = (!found.single.is_empty())
+                // Strings and numbers always serialise.
+                .then(|| serde_json::to_string(&found.single).unwrap_or_default());
+            (found.alike, single)
+        });
+        let alike = grouped.iter().map(|slots| alike_slots(py, slots));
+        Ok((alike.collect::<PyResult<_>>()?, single))
     }
 
     /// The plans of some slots, in model order.
     fn slots_json(&self, py: Python<'_>, paths: HashSet<String>) -> String {
         py.detach(|| {
-            let own = self.plan.slots.iter().filter(|s| paths.contains(&s.path));
-            serde_json::to_string(&own.collect::<Vec<_>>()).unwrap_or_default()
+            let is_chosen = |slot: &Slot| paths.contains(&slot.path);
+            let plans = self
+                .stack
+                .slot_plans(&self.plans(), &self.map.slots, is_chosen);
+            serde_json::to_string(&plans).unwrap_or_default()
         })
     }
 
     /// What is left out.
     fn skipped_json(&self, py: Python<'_>) -> String {
-        py.detach(|| serde_json::to_string(&self.plan.skipped).unwrap_or_default())
+        py.detach(|| serde_json::to_string(&self.stack.skipped).unwrap_or_default())
     }
 
     /// Modules applied, LoRA by LoRA.
     #[getter]
     fn applied_modules(&self) -> Vec<usize> {
-        self.plan.applied_modules.clone()
+        self.stack.applied_modules.clone()
     }
 
     /// Upper bound of the bytes that the stack adds to the model.
     #[getter]
     fn added_bytes(&self) -> u64 {
-        self.plan.added_bytes
+        self.stack.added_bytes
+    }
+}
+
+fn alike_slots<'py>(py: Python<'py>, slots: &AlikeSlots) -> PyResult<Bound<'py, PyTuple>> {
+    let indices = PyTuple::new(py, &slots.slots)?;
+    let stacks = slots.stacks.iter().map(|stack| alike_stack(py, stack));
+    let stacks = PyTuple::new(py, stacks.collect::<PyResult<Vec<_>>>()?)?;
+    (indices, row_order(slots.row_order), stacks).into_pyobject(py)
+}
+
+fn alike_stack<'py>(py: Python<'py>, stack: &AlikeStack) -> PyResult<Bound<'py, PyTuple>> {
+    let members = stack.members.iter().map(|member| alike_member(py, member));
+    let members = PyTuple::new(py, members.collect::<PyResult<Vec<_>>>()?)?;
+    (stack.lora, members).into_pyobject(py)
+}
+
+fn alike_member<'py>(py: Python<'py>, member: &AlikeMember) -> PyResult<Bound<'py, PyTuple>> {
+    let (down, up) = (
+        alike_tensor(py, &member.down)?,
+        alike_tensor(py, &member.up)?,
+    );
+    (
+        member.rank,
+        member.scale,
+        member.row_begin,
+        member.row_count,
+        member.dtype,
+        down,
+        up,
+    )
+        .into_pyobject(py)
+}
+
+fn alike_tensor<'py>(py: Python<'py>, tensor: &AlikeTensor) -> PyResult<Bound<'py, PyTuple>> {
+    let offsets = numbers(py, &tensor.offsets_bytes)?;
+    let indices = numbers(py, &tensor.indices)?;
+    (tensor.len_bytes, offsets, indices).into_pyobject(py)
+}
+
+/// Numbers as a view of bytes: thousands of them are objects only where they are looked at.
+fn numbers<'py>(py: Python<'py>, numbers: &[u64]) -> PyResult<Bound<'py, PyAny>> {
+    let bytes = PyBytes::new_with(py, 8 * numbers.len(), |into| {
+        for (to, number) in into.as_chunks_mut::<8>().0.iter_mut().zip(numbers) {
+            *to = number.to_ne_bytes();
+        }
+        Ok(())
+    })?;
+    PyMemoryView::from(&bytes)?.call_method1(pyo3::intern!(py, "cast"), (pyo3::intern!(py, "Q"),))
+}
+
+fn row_order(order: RowOrder) -> &'static str {
+    match order {
+        RowOrder::Planar => "planar",
+        RowOrder::Interleaved => "interleaved",
     }
 }
 
@@ -127,7 +217,7 @@ pub(crate) fn plan_stack(
     slots: PyRef<'_, SlotMap>,
     options: &str,
 ) -> PyResult<PlannedStack> {
-    let slots = Arc::clone(&slots.slots);
+    let map = Arc::clone(&slots.map);
     let options: StackOptions =
         serde_json::from_str(options).map_err(|e| error::from_json(py, "the options", &e))?;
     let stack: Vec<StackItem<'_>> = items
@@ -139,7 +229,9 @@ pub(crate) fn plan_stack(
             modulation: *modulation,
         })
         .collect();
-    py.detach(|| StackPlan::new(&stack, &slots, options))
-        .map(|plan| PlannedStack { plan, slots })
+    let plans = items.iter().map(|(_, plan, ..)| Arc::clone(&plan.core));
+    let plans = plans.collect();
+    py.detach(|| PlacedStack::new(&stack, &map.slots, &map.index, options))
+        .map(|stack| PlannedStack { stack, plans, map })
         .map_err(|e| error::from_stack(py, &e))
 }

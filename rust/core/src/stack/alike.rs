@@ -1,30 +1,33 @@
 //! Slots that are alike: one path over all blocks, with the same `LoRAs` of the same ranks and
 //! scales in each. They are composed together, so they are told together.
 
-use std::collections::HashMap;
-
-use serde::Serialize;
-
-use super::{Piece, SlotPlan, StackPlan};
+use super::SlotPlan;
+use super::index::SlotIndex;
+use super::placed::{Placed, PlacedSlot, PlacedStack};
 use crate::adapter::{Adapter, PieceKind};
-use crate::slot::{RowOrder, Slot, SlotKind, pad_rank};
+use crate::delta::{Factor, Form, WeightOrder};
+use crate::dtype::Dtype;
+use crate::model;
+use crate::plan::FilePlan;
+use crate::slot::{RowOrder, Slot, pad_rank};
+use crate::table::Entry;
 
 /// Dtypes that are packed as they are; others are converted slot by slot.
-const DTYPES: [&str; 3] = ["BF16", "F16", "F32"];
+const DTYPES: [Dtype; 3] = [Dtype::BF16, Dtype::F16, Dtype::F32];
 
 /// The same tensor of a module in every slot of a group.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AlikeTensor {
     /// Bytes of each.
     pub len_bytes: u64,
     /// Where each begins in the file, slot by slot.
     pub offsets_bytes: Vec<u64>,
     /// Which tensor of the file each is.
-    pub indices: Vec<usize>,
+    pub indices: Vec<u64>,
 }
 
 /// A module of one LoRA in every slot of a group.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct AlikeMember {
     /// Its rank.
     pub rank: u64,
@@ -43,7 +46,7 @@ pub struct AlikeMember {
 }
 
 /// What one LoRA brings to every slot of a group.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct AlikeStack {
     /// Index of the LoRA.
     pub lora: usize,
@@ -52,7 +55,7 @@ pub struct AlikeStack {
 }
 
 /// Slots of one path that get deltas of the same shapes and scales.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct AlikeSlots {
     /// Indices in the slot map that was planned for.
     pub slots: Vec<usize>,
@@ -63,175 +66,216 @@ pub struct AlikeSlots {
 }
 
 /// The slots of a plan, those that are alike together.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Grouped<'p> {
+#[derive(Debug, Clone, PartialEq)]
+pub struct Grouped {
     /// Groups, in the order of their first slots.
     pub alike: Vec<AlikeSlots>,
     /// Index in the slot map and plan of each slot that is in none: another adapter than plain
     /// LoRA, or ranks that may exceed the limit.
-    pub single: Vec<(usize, &'p SlotPlan)>,
+    pub single: Vec<(usize, SlotPlan)>,
 }
 
-/// Equal for slots that can be composed together.
-#[derive(PartialEq, Eq, Hash)]
-struct SlotKey<'s> {
-    pattern: &'s str,
-    offloaded: bool,
-    kind: SlotKind,
-    sizes: [u64; 4],
-    pieces: Vec<PieceKey>,
+/// A pair that can be composed together with others.
+#[derive(Clone, Copy)]
+struct Pair<'p> {
+    placed: Placed,
+    dtype: Dtype,
+    down: (usize, &'p Entry),
+    up: (usize, &'p Entry),
 }
 
-#[derive(PartialEq, Eq, Hash)]
-struct PieceKey {
-    lora: usize,
-    rank: u64,
-    scale_bits: u64,
-    rows: (u64, u64),
-    dtype: &'static str,
-}
-
-impl StackPlan {
-    /// Sorts the slots into groups.
-    ///
-    /// # Arguments
-    /// `slots` is the slot map that the plan was made for.
-    pub fn grouped<'p>(&'p self, slots: &[Slot]) -> Grouped<'p> {
-        // Both are in model order.
-        let mut rest = slots.iter().enumerate();
-        let mut places: HashMap<SlotKey<'_>, usize> = HashMap::new();
-        let mut found = Grouped {
-            alike: Vec::new(),
-            single: Vec::new(),
-        };
-        for plan in &self.slots {
-            let Some((index, slot)) = rest.find(|(_, slot)| slot.path == plan.path) else {
-                break;
-            };
-            let Some(key) = slot_key(plan, slot) else {
-                found.single.push((index, plan));
-                continue;
-            };
-            let at = *places.entry(key).or_insert_with(|| {
-                found.alike.push(begin(plan));
-                found.alike.len() - 1
-            });
-            if let Some(group) = found.alike.get_mut(at) {
-                group.slots.push(index);
-                extend(group, plan);
-            }
-        }
-        found
+impl Pair<'_> {
+    /// Whether another one, in another slot of the same path, is composed as this one is.
+    fn is_like(&self, other: &Self) -> bool {
+        let (own, its) = (&self.placed, &other.placed);
+        own.lora == its.lora
+            && own.rank == its.rank
+            && own.scale.to_bits() == its.scale.to_bits()
+            && own.rows == its.rows
+            && self.dtype == other.dtype
     }
 }
 
-fn slot_key<'s>(plan: &SlotPlan, slot: &'s Slot) -> Option<SlotKey<'s>> {
-    let pieces = plan.pieces.iter().map(|piece| piece_key(piece, plan, slot));
-    let pieces = pieces.collect::<Option<Vec<_>>>()?;
-    has_room(plan).then_some(SlotKey {
-        pattern: &slot.pattern,
-        offloaded: slot.offloaded,
-        kind: slot.kind,
-        sizes: [
-            slot.in_features,
-            slot.out_features,
-            slot.base_rank,
-            slot.element_bytes,
-        ],
-        pieces,
-    })
+/// A group while it is being found.
+struct Group<'p> {
+    /// Its first slot, and the pairs of that.
+    first: &'p Slot,
+    pairs: Vec<Pair<'p>>,
+    alike: AlikeSlots,
 }
 
-fn piece_key(piece: &Piece, plan: &SlotPlan, slot: &Slot) -> Option<PieceKey> {
-    let (down, up) = (piece.tensors.get("down")?, piece.tensors.get("up")?);
-    let is_plain = piece.kind == PieceKind::LowRank
-        && piece.adapter == Adapter::Lora
-        && piece.tensors.len() == 2
-        && piece.scale.is_finite()
-        && piece.scale != 0.0;
+impl Group<'_> {
+    fn takes(&self, slot: &Slot, pairs: &[Pair<'_>]) -> bool {
+        let own = self.first;
+        own.offloaded == slot.offloaded
+            && own.kind == slot.kind
+            && own.in_features == slot.in_features
+            && own.out_features == slot.out_features
+            && own.base_rank == slot.base_rank
+            && own.element_bytes == slot.element_bytes
+            && self.pairs.len() == pairs.len()
+            && self.pairs.iter().zip(pairs).all(|(a, b)| a.is_like(b))
+    }
+
+    fn add(&mut self, slot: usize, pairs: &[Pair<'_>]) {
+        self.alike.slots.push(slot);
+        let members = self
+            .alike
+            .stacks
+            .iter_mut()
+            .flat_map(|s| s.members.iter_mut());
+        for (member, pair) in members.zip(pairs) {
+            member.down.add(pair.down);
+            member.up.add(pair.up);
+        }
+    }
+}
+
+impl AlikeTensor {
+    fn add(&mut self, (index, entry): (usize, &Entry)) {
+        self.offsets_bytes.push(entry.tensor.offset_bytes);
+        self.indices.push(index as u64);
+    }
+}
+
+impl PlacedStack {
+    /// Sorts the slots into groups.
+    ///
+    /// # Arguments
+    /// As everywhere here the plans and slots that the stack was made of; `index` is of the slots.
+    pub fn grouped(&self, plans: &[&FilePlan], slots: &[Slot], index: &SlotIndex) -> Grouped {
+        let mut groups: Vec<Group<'_>> = Vec::new();
+        let mut of_pattern: Vec<Vec<usize>> = vec![Vec::new(); index.pattern_count()];
+        let mut single = Vec::new();
+        let mut pairs = Vec::new();
+        for placed in &self.slots {
+            let Some(slot) = slots.get(placed.slot) else {
+                continue;
+            };
+            let known = index
+                .pattern_of(placed.slot)
+                .and_then(|at| of_pattern.get_mut(at));
+            let own = self.deltas_of(placed);
+            let (Some(known), true) = (known, find_pairs(own, placed, plans, slot, &mut pairs))
+            else {
+                single.push((placed.slot, self.slot_plan(placed, plans, slot)));
+                continue;
+            };
+            let fitting = known.iter().copied().find(|&at| {
+                let group = groups.get(at);
+                group.is_some_and(|group| group.takes(slot, &pairs))
+            });
+            let at = fitting.unwrap_or_else(|| {
+                known.push(groups.len());
+                groups.push(Group {
+                    first: slot,
+                    pairs: pairs.clone(),
+                    alike: begin(placed, &pairs),
+                });
+                groups.len() - 1
+            });
+            if let Some(group) = groups.get_mut(at) {
+                group.add(placed.slot, &pairs);
+            }
+        }
+        let alike = groups.into_iter().map(|group| group.alike).collect();
+        Grouped { alike, single }
+    }
+}
+
+/// The pairs of a slot; whether all that it gets are such, and fit as they are.
+fn find_pairs<'p>(
+    own: &[Placed],
+    placed: &PlacedSlot,
+    plans: &[&'p FilePlan],
+    slot: &Slot,
+    into: &mut Vec<Pair<'p>>,
+) -> bool {
+    into.clear();
+    into.extend(
+        own.iter()
+            .map_while(|own| pair_of(own, placed, plans, slot)),
+    );
+    into.len() == own.len() && has_room(placed, own)
+}
+
+fn pair_of<'p>(
+    own: &Placed,
+    placed: &PlacedSlot,
+    plans: &[&'p FilePlan],
+    slot: &Slot,
+) -> Option<Pair<'p>> {
+    let (module, delta) = own.origin(plans)?;
+    let Form::Pair { down, up, order } = delta.form else {
+        return None;
+    };
+    let entries = plans.get(own.lora)?.table.entries();
+    let entry = |factor: Factor| Some((factor.index, entries.get(factor.index)?));
+    let pair = Pair {
+        placed: *own,
+        dtype: entry(down)?.1.tensor.dtype,
+        down: entry(down)?,
+        up: entry(up)?,
+    };
+    let is_plain = own.kind == PieceKind::LowRank
+        && delta.adapter == Adapter::Lora
+        && order == WeightOrder::OutIn
+        && own.scale.is_finite()
+        && own.scale != 0.0;
     // One delta for the rows of q, k and v may have an alpha that is a third of what is meant:
     // that is looked for slot by slot.
-    let is_fused = piece.target.ends_with("to_qkv") || piece.target.ends_with("add_qkv_proj");
-    let is_whole = piece.row_count == slot.out_features;
-    let fits = down.dtype == up.dtype
-        && DTYPES.contains(&down.dtype)
-        && as_matrix(&down.shape) == Some((piece.rank, slot.in_features))
-        && as_matrix(&up.shape) == Some((piece.row_count, piece.rank))
-        && (plan.row_order == RowOrder::Planar || is_whole);
-    (is_plain && !is_fused && fits).then_some(PieceKey {
-        lora: piece.lora,
-        rank: piece.rank,
-        scale_bits: piece.scale.to_bits(),
-        rows: (piece.row_begin, piece.row_count),
-        dtype: down.dtype,
-    })
-}
-
-/// A shape as (rows, columns); what tools store as a 1x1 convolution is a matrix.
-fn as_matrix(shape: &[u64]) -> Option<(u64, u64)> {
-    let (rows, rest) = shape.split_first()?;
-    let columns = rest
-        .iter()
-        .try_fold(1u64, |product, side| product.checked_mul(*side))?;
-    Some((*rows, columns))
+    let is_fused = model::table().target(module.target).is_fused();
+    let is_whole = own.rows.1 == slot.out_features;
+    let fits = pair.up.1.tensor.dtype == pair.dtype
+        && DTYPES.contains(&pair.dtype)
+        && (down.rows, down.columns) == (own.rank, slot.in_features)
+        && (up.rows, up.columns) == (own.rows.1, own.rank)
+        && (placed.row_order == RowOrder::Planar || is_whole);
+    (is_plain && !is_fused && fits).then_some(pair)
 }
 
 /// Whether all ranks fit as they are, even where no two modules share any.
-fn has_room(plan: &SlotPlan) -> bool {
-    let Some(limit) = plan.rank_limit else {
+fn has_room(placed: &PlacedSlot, own: &[Placed]) -> bool {
+    let Some(limit) = placed.rank_limit else {
         return true;
     };
-    let ranks = plan
-        .pieces
+    let ranks = own
         .chunk_by(|a, b| a.lora == b.lora)
-        .map(|own| own.iter().map(|piece| piece.rank).sum::<u64>());
+        .map(|own| own.iter().map(|placed| placed.rank).sum::<u64>());
     let (exact, padded) = ranks.fold((0, 0), |(exact, padded), rank: u64| {
         (exact + rank, padded + pad_rank(rank))
     });
     exact <= limit && padded <= pad_rank(limit)
 }
 
-fn begin(plan: &SlotPlan) -> AlikeSlots {
-    let stack = |own: &[Piece]| AlikeStack {
-        lora: own.first().map_or(0, |piece| piece.lora),
+fn begin(placed: &PlacedSlot, pairs: &[Pair<'_>]) -> AlikeSlots {
+    let stack = |own: &[Pair<'_>]| AlikeStack {
+        lora: own.first().map_or(0, |pair| pair.placed.lora),
         members: own.iter().map(member).collect(),
     };
     AlikeSlots {
         slots: Vec::new(),
-        row_order: plan.row_order,
-        stacks: plan
-            .pieces
-            .chunk_by(|a, b| a.lora == b.lora)
+        row_order: placed.row_order,
+        stacks: pairs
+            .chunk_by(|a, b| a.placed.lora == b.placed.lora)
             .map(stack)
             .collect(),
     }
 }
 
-fn member(piece: &Piece) -> AlikeMember {
-    let tensor = |role| AlikeTensor {
-        len_bytes: piece.tensors.get(role).map_or(0, |t| t.len_bytes),
+fn member(pair: &Pair<'_>) -> AlikeMember {
+    let tensor = |(_, entry): (usize, &Entry)| AlikeTensor {
+        len_bytes: entry.tensor.len_bytes,
         offsets_bytes: Vec::new(),
         indices: Vec::new(),
     };
     AlikeMember {
-        rank: piece.rank,
-        scale: piece.scale,
-        row_begin: piece.row_begin,
-        row_count: piece.row_count,
-        dtype: piece.tensors.get("down").map_or("", |t| t.dtype),
-        down: tensor("down"),
-        up: tensor("up"),
-    }
-}
-
-fn extend(group: &mut AlikeSlots, plan: &SlotPlan) {
-    let members = group.stacks.iter_mut().flat_map(|s| s.members.iter_mut());
-    for (member, piece) in members.zip(&plan.pieces) {
-        for (role, own) in [("down", &mut member.down), ("up", &mut member.up)] {
-            if let Some(tensor) = piece.tensors.get(role) {
-                own.offsets_bytes.push(tensor.offset_bytes);
-                own.indices.push(tensor.index);
-            }
-        }
+        rank: pair.placed.rank,
+        scale: pair.placed.scale,
+        row_begin: pair.placed.rows.0,
+        row_count: pair.placed.rows.1,
+        dtype: pair.dtype.name(),
+        down: tensor(pair.down),
+        up: tensor(pair.up),
     }
 }

@@ -1,11 +1,10 @@
 //! How a delta is executed in a slot.
 
-use super::branch::Branch;
-use super::{Piece, SkipKind, StackOptions, TensorRef};
+use super::placed::{Placed, Takes};
+use super::{SkipKind, StackOptions};
 use crate::adapter::PieceKind;
 use crate::delta::{Delta, Form, Parameter};
 use crate::slot::{Slot, SlotKind, pad_rank};
-use crate::table::Entry;
 
 /// A Kronecker product of at most this rank is executed as rank: up to there, ranks in a branch
 /// that is computed anyway cost less than the launches of a side branch of their own. Beyond, the
@@ -17,31 +16,18 @@ pub const MAX_KRON_RANK: u64 = 128;
 /// as a matrix where it has to be cut: that is the smaller problem.
 const HADAMARD_SHARE: u64 = 2;
 
-/// A piece, with what it takes beside ranks.
-pub(super) struct Placed {
-    pub(super) piece: Piece,
-    pub(super) branch: Branch,
-}
-
-impl Placed {
-    /// Pieces of a slot in an order that no order of keys changes.
-    pub(super) fn order(&self) -> (usize, u64, PieceKind, Option<&str>) {
-        let piece = &self.piece;
-        let key = piece.tensors.values().next().map(|t| t.key.as_str());
-        (piece.lora, piece.row_begin, piece.kind, key)
-    }
-}
-
 /// How a delta is executed, with the ranks that it takes.
 struct Execution {
     kind: PieceKind,
     rank: u64,
     rank_budget: Option<u64>,
-    branch: Branch,
+    takes: Takes,
 }
 
 /// Where a delta goes.
 pub(super) struct Place<'s> {
+    /// The slot's place in the map.
+    pub(super) at: usize,
     pub(super) slot: &'s Slot,
     /// First of the slot's rows, and how many.
     pub(super) rows: (u64, u64),
@@ -49,40 +35,34 @@ pub(super) struct Place<'s> {
     pub(super) rank_limit: Option<u64>,
 }
 
+/// Where a delta comes from: indices of the LoRA, of the module in its file, of the delta in that.
+#[derive(Clone, Copy)]
+pub(super) struct Origin {
+    pub(super) lora: usize,
+    pub(super) module: usize,
+    pub(super) delta: usize,
+}
+
 /// Makes a delta a piece of its slot, or says why the slot cannot carry it.
 pub(super) fn place(
     delta: &Delta,
     place: &Place<'_>,
-    entries: &[Entry],
-    (lora, target): (usize, &str),
+    origin: Origin,
     options: StackOptions,
 ) -> Result<Placed, (SkipKind, String)> {
     check_kind(delta, place)?;
     let execution = execution(delta, place, options);
-    let tensors = delta
-        .tensors()
-        .into_iter()
-        .filter_map(|(name, index)| Some((name, tensor_ref(index, entries.get(index)?))));
-    let parameter = match delta.form {
-        Form::Vector { parameter, .. } => Some(parameter),
-        _ => None,
-    };
     Ok(Placed {
-        piece: Piece {
-            kind: execution.kind,
-            adapter: delta.adapter,
-            lora,
-            target: target.to_owned(),
-            rank: execution.rank,
-            rank_bound: delta.rank_bound(),
-            rank_budget: execution.rank_budget,
-            scale: delta.scale,
-            row_begin: place.rows.0,
-            row_count: place.rows.1,
-            parameter,
-            tensors: tensors.collect(),
-        },
-        branch: execution.branch,
+        slot: place.at,
+        lora: origin.lora,
+        module: origin.module,
+        delta: origin.delta,
+        kind: execution.kind,
+        rank: execution.rank,
+        rank_budget: execution.rank_budget,
+        scale: delta.scale,
+        rows: place.rows,
+        takes: execution.takes,
     })
 }
 
@@ -124,13 +104,13 @@ fn execution(delta: &Delta, place: &Place<'_>, options: StackOptions) -> Executi
         kind: PieceKind::LowRank,
         rank,
         rank_budget,
-        branch: Branch::None,
+        takes: Takes::Ranks,
     };
     let beside = |kind| Execution {
         kind,
         rank: 0,
         rank_budget: None,
-        branch: Branch::of(delta, place.rows, slot.in_features),
+        takes: Takes::Branch,
     };
     match delta.form {
         Form::Pair { .. } | Form::Tucker { .. } | Form::Packed { .. } => of_rank(bound, None),
@@ -161,17 +141,9 @@ fn execution(delta: &Delta, place: &Place<'_>, options: StackOptions) -> Executi
 }
 
 /// Ranks of one LoRA's pieces in a slot, padded as the kernels need it.
-pub(super) fn padded_rank<'p>(pieces: impl Iterator<Item = &'p Piece>) -> u64 {
-    pad_rank(pieces.fold(0, |sum, piece| sum.saturating_add(piece.rank)))
-}
-
-fn tensor_ref(index: usize, entry: &Entry) -> TensorRef {
-    TensorRef {
-        index,
-        key: entry.tensor.key.clone(),
-        dtype: entry.tensor.dtype.name(),
-        shape: entry.tensor.shape.clone(),
-        offset_bytes: entry.tensor.offset_bytes,
-        len_bytes: entry.tensor.len_bytes,
-    }
+pub(super) fn padded_rank(own: &[Placed]) -> u64 {
+    pad_rank(
+        own.iter()
+            .fold(0, |sum, placed| sum.saturating_add(placed.rank)),
+    )
 }

@@ -1,18 +1,18 @@
 //! The work of planning a stack: every module finds its slot or a reason.
 
-use std::collections::HashMap;
-
-use super::group::{self, Planned};
-use super::piece::{self, Place, Placed};
-use super::{LokrScale, LoraRow, Skip, SkipKind, StackError, StackItem, StackOptions, StackPlan};
+use super::group::{self, Summed};
+use super::index::SlotIndex;
+use super::piece::{self, Origin, Place};
+use super::placed::{self, Placed, PlacedStack};
+use super::{LokrScale, LoraRow, Skip, SkipKind, StackError, StackItem, StackOptions};
 use crate::adapter::PieceKind;
 use crate::check::ModelCheck;
 use crate::delta::Delta;
-use crate::document;
 use crate::fit;
 use crate::key::Foreign;
 use crate::model::{self, Model, Target};
 use crate::module::{Fault, Module, ScaleSource};
+use crate::plan::FilePlan;
 use crate::reason::Reason;
 use crate::slot::{self, MODULATION_PLANES, Slot, SlotKind};
 use crate::table::{Entry, KeyTable};
@@ -20,14 +20,13 @@ use crate::table::{Entry, KeyTable};
 /// A stack while it is being planned.
 pub(super) struct Planner<'s> {
     pub(super) slots: &'s [Slot],
-    pub(super) by_path: HashMap<&'s str, usize>,
+    pub(super) index: &'s SlotIndex,
     pub(super) options: StackOptions,
-    /// The pieces of each slot.
-    pub(super) pieces: Vec<Vec<Placed>>,
+    pub(super) placed: Vec<Placed>,
     pub(super) skipped: Vec<Skip>,
 }
 
-impl Planner<'_> {
+impl<'s> Planner<'s> {
     /// Plans one LoRA; the number of its modules that are applied.
     pub(super) fn add(&mut self, lora: usize, item: &StackItem<'_>) -> Result<usize, StackError> {
         let refuse = |reason: String| StackError::OtherModel {
@@ -46,8 +45,8 @@ impl Planner<'_> {
         }
         let first_skip = self.skipped.len();
         let mut applied = 0;
-        for module in &item.plan.modules {
-            match self.place(lora, item, module) {
+        for (at, module) in item.plan.modules.iter().enumerate() {
+            match self.place((lora, at), item, module) {
                 Ok(()) => {
                     applied += 1;
                     self.skip_parts(lora, module, item.plan.table.entries());
@@ -98,7 +97,12 @@ impl Planner<'_> {
     ///
     /// A module whose weight delta has no place is left out whole; what stands beside that delta
     /// is left out by itself.
-    fn place(&mut self, lora: usize, item: &StackItem<'_>, module: &Module) -> Result<(), Skip> {
+    fn place(
+        &mut self,
+        (lora, module_at): (usize, usize),
+        item: &StackItem<'_>,
+        module: &Module,
+    ) -> Result<(), Skip> {
         let target = model::table().target(module.target);
         let entries = item.plan.table.entries();
         let skip = |kind, reason: String| Skip {
@@ -116,7 +120,7 @@ impl Planner<'_> {
             Some(Fault::Broken(text)) => return Err(skip(SkipKind::Broken, text.clone())),
             None => {}
         }
-        let Some((index, slot)) = self.slot_of(target) else {
+        let Some((at, slot)) = self.slot_of(module) else {
             return Err(skip(
                 SkipKind::Missing,
                 "the model has no such module".to_owned(),
@@ -124,25 +128,28 @@ impl Planner<'_> {
         };
         check_modulation(slot, item).map_err(|(kind, text)| skip(kind, text))?;
         let place = Place {
+            at,
             slot,
             rows: rows_in(target, slot),
             rank_limit: group::rank_limit(slot, self.options.max_rank),
         };
-        let mut pieces = Vec::new();
-        let mut beside = Vec::new();
         for (at, delta) in module.deltas.iter().enumerate() {
             let scale = self.scale(delta, module, item);
             let scaled = Delta { scale, ..*delta };
-            match self.piece(&scaled, &place, entries, (lora, target)) {
-                Ok(placed) => pieces.push(placed),
+            let origin = Origin {
+                lora,
+                module: module_at,
+                delta: at,
+            };
+            match self.piece(&scaled, &place, origin) {
+                Ok(placed) => self.placed.push(placed),
                 Err((kind, text)) if at == 0 => return Err(skip(kind, text)),
-                Err((kind, text)) => beside.extend(skip_beside(lora, delta, entries, kind, text)),
+                Err((kind, text)) => {
+                    let beside = skip_beside(lora, delta, entries, kind, text);
+                    self.skipped.extend(beside);
+                }
             }
         }
-        if let Some(slot) = self.pieces.get_mut(index) {
-            slot.extend(pieces);
-        }
-        self.skipped.extend(beside);
         Ok(())
     }
 
@@ -151,8 +158,7 @@ impl Planner<'_> {
         &self,
         delta: &Delta,
         place: &Place<'_>,
-        entries: &[Entry],
-        (lora, target): (usize, &Target),
+        origin: Origin,
     ) -> Result<Placed, (SkipKind, String)> {
         if !delta.scale.is_finite() {
             let text = format!("gives a scale of {}: it must be finite", delta.scale);
@@ -163,7 +169,7 @@ impl Planner<'_> {
         if let Some(text) = fit::misfit_of(delta, sides, "the model") {
             return Err((SkipKind::Shape, text));
         }
-        piece::place(delta, place, entries, (lora, &target.path), self.options)
+        piece::place(delta, place, origin, self.options)
     }
 
     /// The scale of a delta, with the caller's rule for LoKr files that say nothing of it.
@@ -175,13 +181,10 @@ impl Planner<'_> {
         delta.scale * network.unwrap_or(1.0)
     }
 
-    /// The slot that computes a target: the fused one where the model has it, else its own.
-    fn slot_of(&self, target: &Target) -> Option<(usize, &Slot)> {
-        let index = self
-            .by_path
-            .get(target.place.slot.as_str())
-            .or_else(|| self.by_path.get(target.path.as_str()))?;
-        self.slots.get(*index).map(|slot| (*index, slot))
+    /// The slot that computes a module.
+    fn slot_of(&self, module: &Module) -> Option<(usize, &'s Slot)> {
+        let at = self.index.slot_of(module.target)?;
+        Some((at, self.slots.get(at)?))
     }
 
     fn skip_parts(&mut self, lora: usize, module: &Module, entries: &[Entry]) {
@@ -221,27 +224,37 @@ impl Planner<'_> {
         }
     }
 
-    /// The plan of all that was added.
+    /// All that was added, slot by slot.
     pub(super) fn finish(
-        self,
-        loras: Vec<LoraRow>,
+        mut self,
+        items: &[StackItem<'_>],
         applied_modules: Vec<usize>,
-    ) -> Result<StackPlan, StackError> {
+    ) -> Result<PlacedStack, StackError> {
+        let plans: Vec<&FilePlan> = items.iter().map(|item| item.plan).collect();
+        placed::sort(&mut self.placed, &plans);
         let mut slots = Vec::new();
-        for (slot, mut placed) in self.slots.iter().zip(self.pieces) {
-            // By rows, not by the order of keys: the same LoRA gives the same tensors from a file
-            // and from a state dict.
-            placed.sort_by(|a, b| a.order().cmp(&b.order()));
-            if !placed.is_empty() {
-                slots.push(Planned::new(slot, placed, self.options.max_rank)?);
-            }
+        let mut begin = 0;
+        for own in self.placed.chunk_by(|a, b| a.slot == b.slot) {
+            let end = begin + own.len();
+            slots.push(Summed::new(
+                self.slots,
+                own,
+                begin..end,
+                &plans,
+                self.options,
+            )?);
+            begin = end;
         }
-        let groups = group::form(self.slots, &mut slots);
+        let groups = group::form(self.slots, self.index, &mut slots);
         let added_bytes = group::added_bytes(self.slots, &slots, &groups);
-        Ok(StackPlan {
-            schema: document::SCHEMA,
-            loras,
-            slots: slots.into_iter().map(|planned| planned.plan).collect(),
+        let loras = items.iter().map(|item| LoraRow {
+            name: item.name.to_owned(),
+            strength: item.strength,
+        });
+        Ok(PlacedStack {
+            loras: loras.collect(),
+            placed: self.placed,
+            slots: slots.into_iter().map(|summed| summed.slot).collect(),
             groups,
             skipped: self.skipped,
             applied_modules,
