@@ -7,7 +7,9 @@ import gc
 import os
 import pickle
 import sys
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ import torch
 from torch import nn
 
 import qwenlora
-from qwenlora import errors
+from qwenlora import errors, lora_set
+from qwenlora.lora_set import LoraSet
 
 BLOCK = "transformer_blocks.0"
 KEY = f"{BLOCK}.attn.to_q"
@@ -161,3 +164,74 @@ def test_a_modulation_lora_with_modulation_off_is_no_error(model):
     )
     assert report.slots == ()
     assert [skip.reason for skip in report.loras[0].skipped] == ["modulation layers are turned off"]
+
+
+def test_files_are_planned_side_by_side_and_state_dicts_here(lora, Draft, tmp_path, monkeypatch):
+    """Each file once, at most eight at a time; a state dict on the thread that asks."""
+    paths = [Draft(seed).add(KEY, 4).save(tmp_path / f"{seed}.safetensors") for seed in range(10)]
+    asking, seen, pools = threading.get_ident(), {}, []
+
+    def watching(spec, plans, *, threads):
+        what = "state dict" if isinstance(spec.source, dict) else spec.source
+        seen.setdefault(what, []).append(threading.get_ident())
+        return open_source(spec, plans, threads=threads)
+
+    class CountingPool(ThreadPoolExecutor):
+        def __init__(self, workers, prefix):
+            pools.append(workers)
+            super().__init__(workers, prefix)
+
+    open_source = lora_set.open_source
+    monkeypatch.setattr(lora_set, "open_source", watching)
+    monkeypatch.setattr(lora_set, "ThreadPoolExecutor", CountingPool)
+    stack = [*paths[:5], pair(), *paths[5:], (paths[0], 0.5)]
+    qwenlora.clear_cache()
+    found = LoraSet.of(stack)
+    assert pools == [8]
+    assert seen["state dict"] == [asking]
+    assert all(len(seen[path]) == 1 and asking not in seen[path] for path in paths)
+    assert [source.plan for source in found.sources[:5]] == [
+        LoraSet.of(path).sources[0].plan for path in paths[:5]
+    ]
+    assert found.sources[-1].plan is found.sources[0].plan
+    # Known files, one unknown file, and one file alone take no thread.
+    assert LoraSet.of(stack).key == LoraSet.of(found.specs).key
+    Draft(99).add(KEY, 4).save(paths[3])
+    LoraSet.of(stack)
+    qwenlora.clear_cache()
+    LoraSet.of([paths[0], pair(), (paths[0], 0.5)])
+    assert pools == [8]
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["new", "known"])
+def test_the_first_lora_that_fails_is_told(Draft, tmp_path, monkeypatch, known):
+    good = [Draft(seed).add(KEY, 4).save(tmp_path / f"{seed}.safetensors") for seed in range(3)]
+    bad = []
+    for number in range(2):
+        bad.append(tmp_path / f"bad{number}.safetensors")
+        bad[-1].write_bytes(b"\xff" * (8 + number))
+    late = threading.Event()
+
+    def slow(spec, plans, *, threads):
+        if spec.source == bad[0]:
+            # The other one has failed long before.
+            assert late.wait(10)
+        try:
+            return open_source(spec, plans, threads=threads)
+        finally:
+            if spec.source == bad[1]:
+                late.set()
+
+    open_source = lora_set.open_source
+    monkeypatch.setattr(lora_set, "open_source", slow)
+    qwenlora.clear_cache()
+    if known:
+        LoraSet.of(good)
+    with pytest.raises(errors.LoraFileError, match="bad0"):
+        LoraSet.of([good[0], bad[0], good[1], bad[1], good[2]])
+    with pytest.raises(errors.LoraReadError, match="missing"):
+        LoraSet.of([good[0], tmp_path / "missing.safetensors", bad[1]])
+    with pytest.raises(errors.LoraFileError, match="printable"):
+        LoraSet.of([good[0], {"a\nb": torch.ones(1)}, bad[1], good[1]])
+    with pytest.raises(errors.LoraFileError, match="bad1"):
+        LoraSet.of([good[0], bad[1], {"a\nb": torch.ones(1)}, good[1]])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenlora import cache
 from qwenlora.errors import RankError
-from qwenlora.source import LoraSource, open_source
+from qwenlora.source import LoraSource, known_source, open_source
 from qwenlora.spec import ComposeOptions, LoraSpec, as_specs
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ __all__ = ["NO_LORAS", "LoraSet"]
 
 
 _READERS = 8
-"""Files that are planned at a time."""
+"""Most files that are planned at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,10 +103,38 @@ def _opened(specs: Sequence[LoraSpec], options: ComposeOptions) -> tuple[LoraSou
     def opened(spec: LoraSpec) -> LoraSource:
         return open_source(spec, cache.plans, threads=options.threads)
 
-    if len(specs) < 2:
+    files = {path: spec for spec in specs if (path := _path_of(spec)) is not None}
+    if len(files) < 2:
         return tuple(map(opened, specs))
-    with ThreadPoolExecutor(min(len(specs), _READERS), "qwenlora-plan") as pool:
-        return tuple(pool.map(opened, specs))
+    known: dict[Path | None, LoraSource] = {
+        path: source
+        for path, spec in files.items()
+        if (source := known_source(spec, cache.plans, threads=options.threads)) is not None
+    }
+
+    def source_of(spec: LoraSpec) -> LoraSource:
+        path = _path_of(spec)
+        if path in opening:
+            return opening[path].result()
+        return known[path] if path in known else opened(spec)
+
+    opening: dict[Path | None, Future[LoraSource]] = {}
+    unread = [path for path in files if path not in known]
+    # A thread is worth its start only where another file is read meanwhile.
+    if len(unread) < 2:
+        return tuple(map(source_of, specs))
+    with ThreadPoolExecutor(min(len(unread), _READERS), "qwenlora-plan") as pool:
+        opening.update((path, pool.submit(opened, files[path])) for path in unread)
+        try:
+            # State dicts stay on this thread.
+            return tuple(map(source_of, specs))
+        finally:
+            for future in opening.values():
+                future.cancel()
+
+
+def _path_of(spec: LoraSpec) -> Path | None:
+    return None if isinstance(spec.source, Mapping) else Path(spec.source)
 
 
 def _check_max_rank(max_rank: object) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "Run",
     "StateDictSource",
     "TensorFetcher",
+    "known_source",
     "open_source",
 ]
 
@@ -132,7 +133,25 @@ def open_source(spec: LoraSpec, plans: _PlanCache, *, threads: int | None) -> Lo
     """
     if isinstance(spec.source, Mapping):
         return StateDictSource(spec.source, spec.title)
-    return FileSource(Path(spec.source), plans, threads=threads)
+    path = Path(spec.source)
+    plan = plans.get(str(path), _core.file_identity(path))
+    if plan is None:
+        plan = _core.FilePlan.read(path)
+        plans.put(str(path), plan)
+    return FileSource(path, plan, threads=threads)
+
+
+def known_source(spec: LoraSpec, plans: _PlanCache, *, threads: int | None) -> LoraSource | None:
+    """The file that a spec names, where its plan is kept; None for what `open_source` must read."""
+    if isinstance(spec.source, Mapping):
+        return None
+    path = Path(spec.source)
+    try:
+        plan = plans.get(str(path), _core.file_identity(path))
+    except (LoraReadError, LoraFileError):
+        # Whoever opens it says so in its turn.
+        return None
+    return None if plan is None else FileSource(path, plan, threads=threads)
 
 
 class _PlanCache(Protocol):
@@ -146,14 +165,9 @@ class FileSource:
 
     cacheable = True
 
-    def __init__(self, path: Path, plans: _PlanCache, *, threads: int | None) -> None:
+    def __init__(self, path: Path, plan: _core.FilePlan, *, threads: int | None) -> None:
         self.path = path
         self._threads = threads or min(16, os.cpu_count() or 1)
-        current = _core.file_identity(path)
-        plan = plans.get(str(path), current)
-        if plan is None:
-            plan = _core.FilePlan.read(path)
-            plans.put(str(path), plan)
         self._plan = plan
 
     @property
