@@ -1,4 +1,4 @@
-"""The bench of composition runs, measures every action, and writes files as their library does."""
+"""The benches of composition and of rank run, measure all they name, and write right files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import qwenlora
@@ -121,3 +123,83 @@ def test_a_peer_without_its_sources_is_refused(tmp_path: Path) -> None:
     run = subprocess.run([*TINY, "--peer", tmp_path], capture_output=True, text=True, check=False)
     assert run.returncode != 0
     assert "nunchaku_code/lora_qwen.py" in run.stderr
+
+
+class TestRank:
+    """The bench of rank, on emulated layers."""
+
+    BLOCKS, RANKS, ADDED = 2, [32, 48, 96], [0, 16, 48]
+    COMMAND = (
+        *(sys.executable, BENCHES / "bench_rank.py", "--device", "cpu", "--repeat", "3"),
+        *("--blocks", str(BLOCKS), "--added", *map(str, ADDED)),
+    )
+
+    def run(self, tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
+        path = tmp_path / "found.json"
+        subprocess.run(
+            [*self.COMMAND, *arguments, "--json", path],
+            check=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return rows
+
+    @pytest.mark.slow
+    def test_every_layer_of_a_forward_is_measured(self, tmp_path: Path) -> None:
+        ranks = ["--ranks", *map(str, self.RANKS), "--width", "128", "--tokens", "20", "3"]
+        rows = self.run(tmp_path, "--only", "resident", "--emulated", *ranks)
+        assert all("emulation" in row["engine"] for row in rows)
+        steps = ["to_qkv", "to_out.0", "img_mlp", "add_qkv_proj", "to_add_out", "txt_mlp"]
+        *alone, forward = rows
+        assert [row["step"] for row in alone] == steps
+        assert [row["tokens"] for row in alone] == [20] * 3 + [3] * 3
+        for row in rows:
+            assert row["ranks"] == self.RANKS
+            assert min(row["median_s"]) > 0
+        sums = zip(*(row["median_s"] for row in alone), strict=True)
+        assert forward["median_s"] == pytest.approx([60 * sum(times) for times in sums])
+        slopes = sum(row["line"]["seconds_per_rank"] for row in alone)
+        assert forward["line"]["seconds_per_rank"] == pytest.approx(60 * slopes)
+        assert forward["linears"] == 480
+        fused = sum(r["line"]["seconds_per_rank"] for r in alone if "qkv" in r["step"])
+        assert forward["seconds_per_trained_rank"] == pytest.approx(60 * (slopes + 2 * fused))
+
+    @pytest.mark.slow
+    def test_every_added_rank_is_copied(self, tmp_path: Path) -> None:
+        skipped, row = self.run(tmp_path)
+        assert "Nunchaku" in skipped["skipped"]
+        # 2 bytes of every input and output channel of the 8 linears; one block is resident.
+        width = 3072
+        per_rank = 2 * (self.BLOCKS - 1) * 2 * (4 * width + 2 * width + 2 * 5 * width)
+        assert row["bytes_per_rank"] == pytest.approx(per_rank)
+        points = row["points"]
+        assert [point["rank"] for point in points] == self.ADDED
+        assert [point["bus_bytes"] for point in points] == [per_rank * r for r in self.ADDED]
+        base = points[0]["copied_bytes"]
+        assert [point["copied_bytes"] - base for point in points] == [
+            point["bus_bytes"] for point in points
+        ]
+
+    def test_the_line_is_the_least_squares_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.syspath_prepend(str(BENCHES))
+        from bench_rank import Line
+
+        line = Line.through([32, 64, 128], [5.0, 7.0, 8.0])
+        slope, start = np.polyfit([32, 64, 128], [5.0, 7.0, 8.0], 1)
+        assert (line.slope, line.start) == pytest.approx((slope, start))
+        assert line.largest_deviation == pytest.approx(abs(start + 64 * slope - 7) / 7)
+
+    def test_layers_take_the_shapes_of_any_rank(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.syspath_prepend(str(BENCHES))
+        from bench_rank import Layer, emulated
+
+        layer = Layer(emulated(), 128, 256, highest=96, device="cpu")
+        x = torch.randn(2, 5, 128).bfloat16()
+        outputs = []
+        for rank in (32, 96, 32):
+            layer.set_rank(rank)
+            assert layer.module.proj_down.shape == (128, rank)
+            assert layer.module.proj_up.shape == (256, rank)
+            outputs.append(layer.module(x))
+        assert torch.equal(outputs[0], outputs[2])
+        assert not torch.equal(outputs[0], outputs[1])

@@ -62,7 +62,7 @@ def _rows(
 
 def _forward_rows(model: nn.Module, files: Files, meter: Meter) -> Iterator[dict[str, Any]]:
     """What a forward takes for copying blocks alone: where nothing hides it, it is the time."""
-    forward = Action(lambda: _copy_all(model))
+    forward = Action(lambda: copy_blocks(model))
     qwenlora.reset_loras(model)
     base = meter.time(forward)
     report = qwenlora.compose_loras(model, (files.first, 0.8))
@@ -76,7 +76,8 @@ def _forward_rows(model: nn.Module, files: Files, meter: Meter) -> Iterator[dict
     } | composed.document()
 
 
-def _copy_all(model: nn.Module) -> None:
+def copy_blocks(model: nn.Module) -> None:
+    """The block copies of one forward, queued; no block runs."""
     manager = model.offload_manager
     manager.initialize()
     for index in range(len(manager.blocks)):
@@ -103,7 +104,7 @@ def _theirs(
     engine.compose(model, [(files.first, 0.8)])
     row = {"engine": engine.name, "action": "block copies, composed"}
     try:
-        yield row | meter.time(Action(lambda: _copy_all(model))).document()
+        yield row | meter.time(Action(lambda: copy_blocks(model))).document()
     except RuntimeError as error:
         yield row | {"skipped": f"fails: {str(error).splitlines()[0]}"}
     model.offload_manager.current_block_idx = 0
