@@ -123,7 +123,8 @@ class ComposeOptions:
             memory instead of failing.
         offload: Turn the model's block offload on before composing, where it is off. False leaves
             the choice of whoever loaded the model alone.
-        threads: Threads that read a file; by default up to 16.
+        threads: Threads that read files and fill host memory; by default up to 16, and as many as
+            leave a quarter of the cores to the interpreter where they read.
         progress: Called before each slot and before each batch that is compressed.
     """
 

@@ -240,7 +240,7 @@ class Loader:
         self._fetchers = fetchers
         self._pinned = pinned
         self._cache_bytes = options.cache_bytes
-        self._threads = options.threads or min(16, os.cpu_count() or 1)
+        self._threads = options.threads or _readers_for(os.cpu_count() or 1)
         self._readers: _core.Readers | None = None
         self._used: deque[tuple[Tensor, Copied | None]] = deque()
         self._lock = threading.Lock()
@@ -353,6 +353,11 @@ class Loader:
         if copied is not None:
             copied.synchronize()
         return buffer[:nbytes]
+
+
+def _readers_for(cores: int) -> int:
+    """How many threads read: they leave cores to the interpreter, which is as busy meanwhile."""
+    return min(16, -(-cores * 3 // 4))
 
 
 def _given(staged: Staged) -> Staged:
