@@ -2,9 +2,10 @@
 
     python benches/bench_pack.py [--slots N] [--repeat K] [--threads T ...] [--json FILE]
 
-Factors have the real sizes of Qwen-Image, base rank 128, random bits in bfloat16. Every row fills
+Factors have the real sizes of Qwen-Image, base rank 128, normal values in bfloat16. Every row fills
 the same memory; GB/s count what is read and what is written. "fresh" allocates the destination
-anew each time, as a first composition does.
+anew each time, as a first composition does. "scaled" multiplies each `up` by one factor, looked up
+in a table while it is packed or formed before; a `down` is never scaled.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from qwenlora.pack import pack_lowrank
 BASE_RANK = 128
 DTYPE = torch.bfloat16
 QKV_PARTS = 3
+FACTOR = 0.4
 
 
 class Factor(NamedTuple):
@@ -60,8 +62,13 @@ def raw(tensor: Tensor) -> npt.NDArray[np.uint8]:
     return tensor.view(torch.uint8).numpy()
 
 
-def bits(*shape: int) -> Tensor:
-    return torch.randint(-(2**15), 2**15, shape, dtype=torch.int16).view(DTYPE)
+def table_of(factor: float) -> npt.NDArray[np.uint8]:
+    every = torch.from_numpy(np.arange(1 << 16, dtype=np.uint16).view(np.int16)).view(DTYPE)
+    return raw(every * factor)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=DTYPE)
 
 
 class Slot:
@@ -69,10 +76,11 @@ class Slot:
 
     def __init__(self, factor: Factor) -> None:
         self.factor = factor
-        self.base = bits(factor.channels, BASE_RANK)
+        self.base = random(factor.channels, BASE_RANK)
         rows = factor.channels // QKV_PARTS if factor.is_fused else factor.channels
         is_down = factor.side is LowRankSide.DOWN
-        self.loras = [bits(r, factor.channels) if is_down else bits(rows, r) for r in factor.ranks]
+        shapes = [(r, factor.channels) if is_down else (rows, r) for r in factor.ranks]
+        self.loras = [random(*shape) for shape in shapes]
 
     @property
     def tiles(self) -> int:
@@ -84,22 +92,28 @@ class Slot:
         written = self.factor.channels * self.tiles * TILE * DTYPE.itemsize
         return self.base.nbytes + sum(lora.nbytes for lora in self.loras) + written
 
-    def recipe(self, dest: Tensor) -> Any:
+    def recipe(
+        self,
+        dest: Tensor,
+        *,
+        table: npt.NDArray[np.uint8] | None = None,
+        loras: Sequence[Tensor] | None = None,
+    ) -> Any:
         factor, tiles = self.factor, BASE_RANK // TILE
         members: list[tuple[Any, ...]] = []
         end = 0
-        for part, (lora, rank) in enumerate(zip(self.loras, factor.ranks, strict=True)):
+        for part, (lora, rank) in enumerate(zip(loras or self.loras, factor.ranks, strict=True)):
             if factor.side is LowRankSide.DOWN:
                 members.append((raw(lora), rank, end))
             else:
                 row_begin = part * lora.shape[0] if factor.is_fused else 0
-                members.append((raw(lora), row_begin, lora.shape[0], rank, end))
+                members.append((raw(lora), table, row_begin, lora.shape[0], rank, end))
             end += rank
         columns = [
-            ("fragments", raw(self.base), tiles, 0, tiles),
+            ("fragments", [(raw(self.base), tiles)], 0, tiles),
             (factor.side.value, self.tiles - tiles, members),
         ]
-        return raw(dest), factor.channels, DTYPE.itemsize, columns
+        return raw(dest), 1, factor.channels, DTYPE.itemsize, columns
 
     def in_torch(self, dest: Tensor) -> None:
         """Join logically, permute into fragments, join with the base's."""
@@ -144,11 +158,21 @@ def measure(factor: Factor, slots: int, threads: int, repeat: int) -> dict[str, 
         memory = torch.from_numpy(np.empty(arena.nbytes, np.uint8)).view(DTYPE).view(shape)
         _core.fill_packed(recipes(memory), threads=threads)
 
-    ready = recipes(arena)
+    def scaled_before() -> None:
+        ready = [
+            slot.recipe(dest, loras=[lora * FACTOR for lora in slot.loras])
+            for slot, dest in zip(sources, arena, strict=True)
+        ]
+        _core.fill_packed(ready, threads=threads)
+
+    ready, table = recipes(arena), table_of(FACTOR)
+    tabled = [slot.recipe(d, table=table) for slot, d in zip(sources, arena, strict=True)]
     seconds = {
         "copy": median(lambda: other.copy_(arena), repeat) * moved / (2 * arena.nbytes),
         "torch": median(in_torch, repeat),
         "rust": median(lambda: _core.fill_packed(ready, threads=threads), repeat),
+        "rust, scaled": median(lambda: _core.fill_packed(tabled, threads=threads), repeat),
+        "rust, scaled before": median(scaled_before, repeat),
         "rust, fresh": median(
             lambda: _core.fill_packed(recipes(torch.empty_like(arena)), threads=threads), repeat
         ),
@@ -171,10 +195,10 @@ def main() -> None:
     ]
     names = list(rows[0]["seconds"])
     print("GB/s read and written; x: times as fast as torch; c: share of the plain copy's speed")
-    print(f"{'factor':24}{'threads':>8}" + "".join(f"{n:>18}" for n in names) + f"{'x':>7}{'c':>7}")
+    print(f"{'factor':24}{'threads':>8}" + "".join(f"{n:>20}" for n in names) + f"{'x':>7}{'c':>7}")
     for row in rows:
         seconds = row["seconds"]
-        speeds = "".join(f"{row['bytes'] / seconds[name] / 1e9:18.2f}" for name in names)
+        speeds = "".join(f"{row['bytes'] / seconds[name] / 1e9:20.2f}" for name in names)
         ratio, share = seconds["torch"] / seconds["rust"], seconds["copy"] / seconds["rust"]
         print(f"{row['factor']:24}{row['threads']:8}{speeds}{ratio:7.1f}{share:7.2f}")
     if args.json:

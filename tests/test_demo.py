@@ -105,16 +105,23 @@ def test_wrong_scale_fails(capsys, monkeypatch):
 
 
 def test_damaged_base_fails(capsys, monkeypatch):
-    right = arena.PackedArena._with_base
+    right = grouped.arena_of
 
-    def with_base(self, targets, name, channels):
-        result = right(self, targets, name, channels)
-        for slot, target in enumerate(targets):
-            if target.path.endswith("1.img_mlp.net.2"):
-                result[slot].view(-1)[0] += 1
-        return result
+    def arena_of(targets, *args, **options):
+        made = right(targets, *args, **options)
+        factors = made.factors
 
-    monkeypatch.setattr(arena.PackedArena, "_with_base", with_base)
+        def damaged():
+            downs, ups = factors()
+            for down, target in zip(downs, targets, strict=True):
+                if target.path.endswith("1.img_mlp.net.2"):
+                    down.view(-1)[0] += 1
+            return downs, ups
+
+        made.factors = damaged
+        return made
+
+    monkeypatch.setattr(grouped, "arena_of", arena_of)
     # A base that was kept would take the damaged one's place.
     monkeypatch.setattr(grouped.GroupBuilder, "_kept", lambda self, group: None)
     assert main([]) == 1

@@ -39,7 +39,9 @@ def empty(channels, ranks, dtype):
 
 
 def filled(dest, columns, *, threads=2):
-    recipe = (raw(dest), dest.shape[0], dest.itemsize, columns)
+    """A factor of one slot, or of several where the destination has a third axis."""
+    slots = dest.shape[0] if dest.ndim == 3 else 1
+    recipe = (raw(dest), slots, dest.shape[-2], dest.itemsize, columns)
     _core.fill_packed([recipe], threads=threads)
     return dest
 
@@ -68,10 +70,10 @@ def test_loras_after_a_base(dtype, ranks):
         ("down", count, [(raw(d), r, 0)]) for count, r, d in zip(tiles, ranks, downs, strict=True)
     ]
     up_columns = [
-        ("up", count, [(raw(u), 0, channels, r, 0)])
+        ("up", count, [(raw(u), None, 0, channels, r, 0)])
         for count, r, u in zip(tiles, ranks, ups, strict=True)
     ]
-    base = [("fragments", raw(b), 2, 0, 2) for b in (base_down, base_up)]
+    base = [("fragments", [(raw(b), 2)], 0, 2) for b in (base_down, base_up)]
     down = filled(empty(channels, total, dtype), [base[0], *down_columns])
     up = filled(empty(channels, total, dtype), [base[1], *up_columns])
     packed = [pack.pack_lowrank(d, LowRankSide.DOWN) for d in downs]
@@ -90,7 +92,7 @@ def test_fused_projections_are_block_diagonal(dtype, rank, parts):
     ups = [random(rows, rank, dtype=dtype, seed=9 + p) for p in parts]
     down_members = [(raw(d), rank, i * rank) for i, d in enumerate(downs)]
     up_members = [
-        (raw(u), p * rows, rows, rank, i * rank)
+        (raw(u), None, p * rows, rows, rank, i * rank)
         for i, (p, u) in enumerate(zip(parts, ups, strict=True))
     ]
     down = filled(empty(channels, tiles * 16, dtype), [("down", tiles, down_members)])
@@ -104,7 +106,7 @@ def test_fused_projections_are_block_diagonal(dtype, rank, parts):
 
 def test_projections_of_one_down_share_its_ranks():
     ups = [random(32, 24, dtype=torch.bfloat16, seed=s) for s in range(3)]
-    members = [(raw(u), 32 * i, 32, 24, 0) for i, u in enumerate(ups)]
+    members = [(raw(u), None, 32 * i, 32, 24, 0) for i, u in enumerate(ups)]
     up = filled(empty(96, 48, torch.bfloat16), [("up", 2, members), ("zero", 1)])
     packed = pack.pack_lowrank(torch.cat(ups), LowRankSide.UP)
     assert same_bits(up, joined([packed, torch.zeros(96, 16, dtype=torch.bfloat16)]))
@@ -112,7 +114,7 @@ def test_projections_of_one_down_share_its_ranks():
 
 def test_fragments_of_a_larger_tensor():
     source = random(64, 80, dtype=torch.float16)
-    dest = filled(empty(64, 32, torch.float16), [("fragments", raw(source), 5, 2, 2)])
+    dest = filled(empty(64, 32, torch.float16), [("fragments", [(raw(source), 5)], 2, 2)])
     assert same_bits(dest, source.view(4, 5, 256)[:, 2:4].reshape(64, 32))
 
 
@@ -135,7 +137,7 @@ def test_any_members_equal_torch(data):
         down_all[begin:end] = down
         up_all[first:last, begin:end] = up
         down_members.append((raw(down), end - begin, begin))
-        up_members.append((raw(up), first, last - first, end - begin, begin))
+        up_members.append((raw(up), None, first, last - first, end - begin, begin))
     threads = data.draw(st.integers(1, 4))
     dest = empty(channels, tiles * 16, dtype)
     filled(dest, [("down", tiles, down_members)], threads=threads)
@@ -147,7 +149,7 @@ def test_any_members_equal_torch(data):
 def test_many_factors_in_one_arena():
     arena = torch.full((300, 64, 32), 7.0, dtype=torch.bfloat16)
     source = random(64, 32, dtype=torch.bfloat16)
-    recipes = [(raw(dest), 64, 2, [("fragments", raw(source), 2, 0, 2)]) for dest in arena]
+    recipes = [(raw(dest), 1, 64, 2, [("fragments", [(raw(source), 2)], 0, 2)]) for dest in arena]
     _core.fill_packed(recipes, threads=3)
     assert same_bits(arena, source.expand(300, -1, -1))
     # NumPy's own views of one array, and a source shared as one object.
@@ -156,9 +158,70 @@ def test_many_factors_in_one_arena():
         raw(random(64, 32, dtype=torch.bfloat16, seed=4)),
     )
     _core.fill_packed(
-        [(view, 64, 2, [("fragments", shared, 2, 0, 2)]) for view in views], threads=3
+        [(view, 1, 64, 2, [("fragments", [(shared, 2)], 0, 2)]) for view in views], threads=3
     )
     assert all((view == shared).all() for view in views)
+
+
+# ---- several slots ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [32, 20])
+def test_slots_in_one_recipe(dtype, rank):
+    """Bases that lie apart and in tensors of different ranks, deltas that lie together."""
+    slots, channels = 3, 64
+    bases = [random(channels, 16 * (2 + i), dtype=dtype, seed=i) for i in range(slots)]
+    downs = random(slots, rank, channels, dtype=dtype, seed=7)
+    ups = random(slots, channels, rank, dtype=dtype, seed=8)
+    base = ("fragments", [(raw(b), 2 + i) for i, b in enumerate(bases)], 0, 2)
+    for columns, side, deltas in (
+        ([base, ("down", 2, [(raw(downs), rank, 0)])], LowRankSide.DOWN, downs),
+        ([base, ("up", 2, [(raw(ups), None, 0, channels, rank, 0)])], LowRankSide.UP, ups),
+    ):
+        dest = torch.full((slots, channels, 64), 7.0, dtype=dtype)
+        filled(dest, columns)
+        for slot in range(slots):
+            packed = pack.pack_lowrank(deltas[slot], side)
+            own = bases[slot].view(channels // 16, -1, 256)[:, :2].reshape(channels, 32)
+            assert same_bits(dest[slot], joined([own, packed]))
+
+
+# ---- tables ----
+
+
+def table_of(function, values, dtype):
+    """What a function gives for every value of a dtype of two bytes."""
+    every = torch.from_numpy(np.arange(1 << 16, dtype=np.uint16).view(np.int16)).view(values)
+    return raw(function(every.float()).to(dtype))
+
+
+@pytest.mark.parametrize("values", DTYPES[:2])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("rank", [32, 20, 5])
+def test_a_table_stands_for_the_elements(values, dtype, rank):
+    up = random(96, rank, dtype=values)
+    table = table_of(lambda x: x * 0.3, values, dtype)
+    members = [(raw(up), table, 0, 96, rank, 0)]
+    dest = filled(empty(96, round_up(rank, 16), dtype), [("up", round_up(rank, 16) // 16, members)])
+    scaled = torch.nan_to_num((up.float() * 0.3).to(dtype), nan=0.5)
+    expected = pack.pack_lowrank(scaled, LowRankSide.UP)
+    assert same_bits(torch.nan_to_num(dest, nan=0.5), expected)
+
+
+@pytest.mark.parametrize("rank", [16, 20])
+def test_untouched_fragments_stay_as_they_are(rank):
+    dtype, tiles = torch.bfloat16, round_up(2 * rank, 16) // 16
+    before = random(96, tiles * 16, dtype=dtype)
+    ups = [random(48, rank, dtype=dtype, seed=1 + i) for i in range(2)]
+    members = [(raw(up), None, 48 * i, 48, rank, rank * i) for i, up in enumerate(ups)]
+    dest = filled(before.clone(), [("up over", tiles, members)])
+    zeroed = filled(before.clone(), [("up", tiles, members)])
+    touched = zeroed.view(6, tiles, 256) != 0
+    touched = touched.any(dim=2, keepdim=True)
+    assert not touched.all()
+    expected = torch.where(touched, zeroed.view(6, tiles, 256), before.view(6, tiles, 256))
+    assert same_bits(dest, expected.view(96, -1))
 
 
 # ---- rows ----
@@ -193,6 +256,7 @@ def recipe(**changed):
     """A right recipe of 32 channels, 32 ranks and 2-byte elements, with something changed."""
     whole = {
         "dest": np.zeros(2048, np.uint8),
+        "slots": 1,
         "channels": 32,
         "element_bytes": 2,
         "columns": [("zero", 2)],
@@ -218,9 +282,21 @@ FORTRAN = np.zeros((64, 64), np.uint8).T[:32]
         ({"columns": [("zero",)]}, ValueError, "tuple of length 2"),
         ({"columns": [()]}, IndexError, "out of range"),
         ({"columns": [("down", 2, [(BYTES, 8, 0)])]}, ValueError, "column 0, member 0: the source"),
-        ({"columns": [("up", 2, [(BYTES[:64], 31, 2, 16, 0)])]}, ValueError, "rows 31 to 33 of 32"),
+        (
+            {"columns": [("up", 2, [(BYTES[:64], None, 31, 2, 16, 0)])]},
+            ValueError,
+            "rows 31 to 33 of 32",
+        ),
         ({"columns": [("down", 2, [(BYTES[:512], 8, 25)])]}, ValueError, "ranks 25 to 33 of a"),
-        ({"columns": [("fragments", BYTES, 4, 3, 2)]}, ValueError, "fragments 3 to 5 of"),
+        ({"columns": [("fragments", [(BYTES, 4)], 3, 2)]}, ValueError, "fragments 3 to 5 of"),
+        ({"slots": 2}, ValueError, "the destination has 2048 bytes; 2 slots"),
+        ({"slots": 0}, ValueError, "the destination has 2048 bytes; 0 slots"),
+        ({"columns": [("fragments", [], 0, 2)]}, ValueError, "0 sources for 1 slots"),
+        (
+            {"columns": [("up", 2, [(BYTES[:64], BYTES, 0, 2, 16, 0)])]},
+            ValueError,
+            "a table has 131072 bytes, got 4096",
+        ),
     ],
 )
 def test_a_wrong_recipe_is_named(changed, error, message):
@@ -248,7 +324,7 @@ def test_destinations_lie_apart(shift):
     with pytest.raises(ValueError, match="overlaps another destination or a source"):
         _core.fill_packed([recipe(dest=one), recipe(dest=two)], threads=1)
     with pytest.raises(ValueError, match="overlaps another destination or a source"):
-        _core.fill_packed([recipe(dest=one, columns=[("fragments", two, 2, 0, 2)])], threads=1)
+        _core.fill_packed([recipe(dest=one, columns=[("fragments", [(two, 2)], 0, 2)])], threads=1)
     whole = memory.numpy()
     with pytest.raises(ValueError, match="cannot be written"):
         _core.fill_packed(

@@ -369,7 +369,7 @@ def test_an_interruption_at_any_slot_leaves_the_old_strengths(error, scene):
         check(report)
 
 
-@pytest.mark.parametrize("writer", ["write_packed_ups", "write_branch_ups"])
+@pytest.mark.parametrize("writer", ["rewrite_packed_ups", "write_branch_ups"])
 @pytest.mark.parametrize("halfway", [False, True])
 def test_a_write_that_fails_leaves_the_old_strengths(writer, halfway, scene, monkeypatch):
     """Before any of it is written, or when it is."""
@@ -418,7 +418,7 @@ def test_old_strengths_that_cannot_be_written_either(scene, monkeypatch, bases, 
         raise torch.OutOfMemoryError("always")
 
     with monkeypatch.context() as patch:
-        patch.setattr(rescale, "write_packed_ups", failing)
+        patch.setattr(rescale, "rewrite_packed_ups", failing)
         with pytest.raises(torch.OutOfMemoryError, match="always"):
             qwenlora.compose_loras(model, wanted)
     assert "interrupted" in str(qwenlora.applied(model).failure)

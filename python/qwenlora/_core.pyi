@@ -41,19 +41,20 @@ _AlikeSlots: TypeAlias = tuple[
 ]
 
 _Bytes: TypeAlias = npt.NDArray[np.uint8]
-# ("fragments", source, source_tiles, first, count)
-_Fragments: TypeAlias = tuple[Literal["fragments"], _Bytes, int, int, int]
+# ("fragments", [(source, source_tiles) of every slot], first, count)
+_Fragments: TypeAlias = tuple[Literal["fragments"], Sequence[tuple[_Bytes, int]], int, int]
 # ("down", tiles, [(source, rank, rank_begin), ...])
 _Down: TypeAlias = tuple[Literal["down"], int, Sequence[tuple[_Bytes, int, int]]]
-# ("up", tiles, [(source, row_begin, row_count, rank, rank_begin), ...])
-_Up: TypeAlias = tuple[Literal["up"], int, Sequence[tuple[_Bytes, int, int, int, int]]]
+# ("up" or "up over", tiles, [(source, table, row_begin, row_count, rank, rank_begin), ...])
+_UpMember: TypeAlias = tuple[_Bytes, _Bytes | None, int, int, int, int]
+_Up: TypeAlias = tuple[Literal["up", "up over"], int, Sequence[_UpMember]]
 # ("zero", tiles)
 _Zero: TypeAlias = tuple[Literal["zero"], int]
 # ("keep", tiles)
 _Keep: TypeAlias = tuple[Literal["keep"], int]
-# (dest, channels, element_bytes, columns)
+# (dest, slots, channels, element_bytes, columns)
 _PackedColumn: TypeAlias = _Fragments | _Down | _Up | _Zero | _Keep
-_PackedRecipe: TypeAlias = tuple[_Bytes, int, int, Sequence[_PackedColumn]]
+_PackedRecipe: TypeAlias = tuple[_Bytes, int, int, int, Sequence[_PackedColumn]]
 # (dest, rows, planes, [(source or None for zeros, width_bytes), ...])
 _RowsRecipe: TypeAlias = tuple[_Bytes, int, int, Sequence[tuple[_Bytes | None, int]]]
 

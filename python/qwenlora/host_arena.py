@@ -1,18 +1,24 @@
-"""Packed slots in host memory: filled by Rust, at the speed of memory."""
+"""Packed slots in host memory: filled by Rust, at the speed of memory.
+
+Scaling stays torch's. Elements of two bytes have 65,536 values, so their products with one factor
+are a table, made by the very multiplication that would form them one by one; Rust looks up what it
+packs, and memory is read once and written once. Elements of another size are formed before they are
+packed, few slots at a time, so that they are still in the cache.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from qwenlora import _core
-from qwenlora.arena import Arena, BranchArena, PackedArena, Part, scaled_into
+from qwenlora.arena import Arena, BranchArena, PackedArena, Part, scaled_into, write_packed_ups
 from qwenlora.layout import TILE, RowOrder, round_up
 from qwenlora.plan import SlotKind
 
@@ -21,9 +27,13 @@ if TYPE_CHECKING:
 
     from qwenlora.targets import Target
 
-__all__ = ["HostPackedArena", "arena_of"]
+__all__ = ["HostPackedArena", "arena_of", "rewrite_packed_ups"]
 
-Bytes: TypeAlias = "npt.NDArray[np.uint8]"
+_Bytes: TypeAlias = "npt.NDArray[np.uint8]"
+_Column: TypeAlias = "tuple[Any, ...]"
+
+_FORMED_BYTES = 2 << 20
+"""Most bytes that are formed at a time, unless one slot takes more."""
 
 
 def arena_of(
@@ -40,44 +50,47 @@ def arena_of(
     if targets[0].kind is not SlotKind.SVDQ:
         return BranchArena(targets, rank, row_order=row_order)
     if targets[0].device.type == "cpu":
-        return HostPackedArena(targets, rank, threads=threads or min(16, os.cpu_count() or 1))
+        return HostPackedArena(targets, rank, threads=threads)
     return PackedArena(targets, rank)
 
 
 class HostPackedArena(PackedArena):
-    """Packed low-rank branches in host memory, pinned where the old ones are."""
+    """Packed low-rank branches in host memory, pinned where the old ones are.
 
-    def __init__(self, targets: Sequence[Target], rank_added: int, *, threads: int) -> None:
+    A slot's base is copied together with the first deltas that join it: new memory is then touched
+    once.
+    """
+
+    def __init__(
+        self, targets: Sequence[Target], rank_added: int, *, threads: int | None = None
+    ) -> None:
         self._threads = threads
+        self._olds: list[Sequence[Tensor]] = []
+        self._bare = 0
+        """The first slot without its base; those behind it have none, either."""
         super().__init__(targets, rank_added)
+        self._added = self._rank // TILE - self._base_tiles
+
+    def factors(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Packed (in, R) and (out, R) of every slot."""
+        self._copy_bases(len(self._down), "keep")
+        return super().factors()
+
+    def clear(self) -> None:
+        """Zero all that is not the base."""
+        if self._bare:
+            super().clear()
+        self._copy_bases(len(self._down), "zero")
 
     def write(self, part: Part) -> None:
         """Pack one LoRA's deltas; its ranks are padded to 16 with zeros."""
-        dtype = self._up.dtype
-        downs = [_bytes(down.to(dtype)) for down in part.downs]
-        ups = [_bytes(_scaled(up, f, dtype)) for up, f in zip(part.ups, part.factors, strict=True)]
-        tiles = round_up(part.rank, TILE) // TILE
-        begin = self._base_tiles + part.rank_begin // TILE
-        around = (("keep", begin), ("keep", self._rank // TILE - begin - tiles))
-        # Modules that share a `down` share its place.
-        own = {start: index for index, start in reversed(list(enumerate(part.starts)))}
-        recipes = []
-        for at, slot in enumerate(part.slots):
-            down_members = [
-                (downs[index][at], part.members[index].rank, start) for start, index in own.items()
-            ]
-            up_members = [
-                (up[at], member.row_begin, member.row_count, member.rank, start)
-                for up, member, start in zip(ups, part.members, part.starts, strict=True)
-            ]
-            for arena, column in (
-                (self._down, ("down", tiles, down_members)),
-                (self._up, ("up", tiles, up_members)),
-            ):
-                dest = _bytes(arena[slot])
-                columns = [around[0], column, around[1]]
-                recipes.append((dest, arena.shape[1] * TILE, arena.itemsize, columns))
-        _core.fill_packed(recipes, threads=self._threads)  # type: ignore[arg-type]
+        self._copy_bases(part.slots.start, "keep")
+        deltas = _Deltas(part, self._up.dtype)
+        begin = part.rank_begin // TILE
+        before, after = ("keep", begin), ("keep", self._added - begin - deltas.tiles)
+        for slots in deltas.spans(cut=self._bare):
+            down, up = deltas.down_column(slots), deltas.up_column(slots, "up")
+            self._fill(slots, [before, down, after], [before, up, after])
 
     def _allocate(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         if like.is_pinned():
@@ -87,23 +100,134 @@ class HostPackedArena(PackedArena):
         return torch.from_numpy(raw).view(like.dtype).view(shape)
 
     def _copy_base(self, arena: Tensor, olds: list[Tensor]) -> None:
-        added = arena.shape[2] - self._base_tiles
-        recipes = []
-        for slot, old in enumerate(olds):
-            base = ("fragments", _bytes(old.detach()), old.shape[1] // TILE, 0, self._base_tiles)
-            columns = [base, ("keep", added)]
-            recipes.append((_bytes(arena[slot]), old.shape[0], old.itemsize, columns))
-        _core.fill_packed(recipes, threads=self._threads)  # type: ignore[arg-type]
+        self._olds.append([old.detach() for old in olds])
+
+    def _copy_bases(self, stop: int, rest: str) -> None:
+        """Copy the base of slots that have none, up to `stop`."""
+        if self._bare < stop:
+            added = [(rest, self._added)]
+            self._fill(range(self._bare, stop), added, added)
+
+    def _fill(self, slots: range, down: Sequence[_Column], up: Sequence[_Column]) -> None:
+        """Fill slots, of which all have their base or none has."""
+        arenas, recipes = (self._down, self._up), []
+        for arena, olds, columns in zip(arenas, self._olds, (down, up), strict=True):
+            base: _Column = ("keep", self._base_tiles)
+            if slots.start >= self._bare:
+                own = olds[slots.start : slots.stop]
+                sources = [(_bytes(old), old.shape[1] // TILE) for old in own]
+                base = ("fragments", sources, 0, self._base_tiles)
+            recipes.append(_recipe(arena, slots, [base, *columns]))
+        _core.fill_packed(recipes, threads=_threads(self._threads))
+        self._bare = max(self._bare, slots.stop)
 
 
-def _bytes(tensor: Tensor) -> Bytes:
-    """A contiguous host tensor's memory; its first axis stays, where there is more than one."""
+def rewrite_packed_ups(arena: Tensor, part: Part, *, base_tiles: int, threads: int | None) -> None:
+    """Scale and pack one LoRA's `up` anew, over what an arena has of it; all else stays.
+
+    Args:
+        arena: (slots, C/16, R/16, 256), contiguous, on any device.
+        part: The LoRA's deltas, with ranks that lie where they lay.
+        base_tiles: Fragments of the base in each channel tile.
+        threads: Threads that fill host memory; by default up to 16.
+    """
+    if arena.device.type != "cpu":
+        write_packed_ups(arena, part, base_tiles=base_tiles)
+        return
+    deltas = _Deltas(part, arena.dtype)
+    begin = base_tiles + part.rank_begin // TILE
+    around = ("keep", begin), ("keep", arena.shape[2] - begin - deltas.tiles)
+    for slots in deltas.spans():
+        columns = [around[0], deltas.up_column(slots, "up over"), around[1]]
+        _core.fill_packed([_recipe(arena, slots, columns)], threads=_threads(threads))
+
+
+class _Deltas:
+    """One LoRA's deltas as columns of recipes."""
+
+    def __init__(self, part: Part, dtype: torch.dtype) -> None:
+        self.tiles = round_up(part.rank, TILE) // TILE
+        self._part = part
+        self._ups = [_Up(up, f, dtype) for up, f in zip(part.ups, part.factors, strict=True)]
+        self._dtype = dtype
+
+    def spans(self, *, cut: int = 0) -> Iterator[range]:
+        """The slots that are filled at a time; none begins before `cut` and ends behind it."""
+        slots, downs = self._part.slots, self._part.downs
+        formed = [down[0].nbytes for down in downs if down.dtype != self._dtype]
+        formed += [up.values[0].nbytes for up in self._ups if up.is_formed]
+        most = max(1, _FORMED_BYTES // sum(formed)) if formed else len(slots)
+        cut = min(max(cut, slots.start), slots.stop)
+        for own in (range(slots.start, cut), range(cut, slots.stop)):
+            yield from (own[begin : begin + most] for begin in range(0, len(own), most))
+
+    def down_column(self, slots: range) -> _Column:
+        """Every `down`; modules that share one share its place."""
+        part, own = self._part, self._own(slots)
+        first = {start: at for at, start in reversed(list(enumerate(part.starts)))}
+        members = [
+            (_bytes(part.downs[at][own].to(self._dtype)), part.members[at].rank, start)
+            for start, at in first.items()
+        ]
+        return ("down", self.tiles, members)
+
+    def up_column(self, slots: range, kind: str) -> _Column:
+        """Every `up`, scaled."""
+        part, own = self._part, self._own(slots)
+        members = [
+            (up.read(own), up.table, member.row_begin, member.row_count, member.rank, start)
+            for up, member, start in zip(self._ups, part.members, part.starts, strict=True)
+        ]
+        return (kind, self.tiles, members)
+
+    def _own(self, slots: range) -> slice:
+        first = self._part.slots.start
+        return slice(slots.start - first, slots.stop - first)
+
+
+class _Up:
+    """One module's `up` and what scales it."""
+
+    def __init__(self, values: Tensor, factor: float, dtype: torch.dtype) -> None:
+        self.values = values
+        self.table: _Bytes | None = None
+        self._factor = factor
+        self._dtype = dtype
+        as_it_is = factor == 1 and values.dtype == dtype
+        tabled = not as_it_is and values.itemsize == dtype.itemsize == 2
+        self.is_formed = not as_it_is and not tabled
+        if tabled:
+            self.table = _table(values.dtype, factor, dtype)
+
+    def read(self, slots: slice) -> _Bytes:
+        """What Rust reads of some slots."""
+        values = self.values[slots]
+        if self.is_formed:
+            formed = torch.empty(values.shape, dtype=self._dtype)
+            scaled_into(formed, values, self._factor)
+            values = formed
+        return _bytes(values)
+
+
+def _table(values: torch.dtype, factor: float, dtype: torch.dtype) -> _Bytes:
+    """Every value of a dtype of two bytes, scaled."""
+    every = torch.from_numpy(np.arange(1 << 16, dtype=np.uint16).view(np.int16)).view(values)
+    scaled = torch.empty(every.shape, dtype=dtype)
+    # Halves are as much as torch gives to one thread: others would be woken for nothing.
+    for own, half in zip(scaled.chunk(2), every.chunk(2), strict=True):
+        scaled_into(own, half, factor)
+    return _bytes(scaled)
+
+
+def _recipe(arena: Tensor, slots: range, columns: Sequence[_Column]) -> tuple[Any, ...]:
+    own = arena[slots.start : slots.stop]
+    return (_bytes(own), len(slots), arena.shape[1] * TILE, arena.itemsize, columns)
+
+
+def _bytes(tensor: Tensor) -> _Bytes:
+    """A contiguous host tensor's memory."""
     return tensor.view(torch.uint8).numpy()
 
 
-def _scaled(up: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-    if factor == 1 and up.dtype == dtype:
-        return up
-    scaled = torch.empty(up.shape, dtype=dtype)
-    scaled_into(scaled, up, factor)
-    return scaled
+def _threads(wanted: int | None) -> int:
+    return wanted or min(16, os.cpu_count() or 1)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from qwenlora import cache
 from qwenlora.allocation import rest_from
-from qwenlora.arena import Part, write_branch_ups, write_packed_ups
+from qwenlora.arena import Part, write_branch_ups
 from qwenlora.branch import BRANCH_UP
 from qwenlora.grouped import PlacedGroup, may_overflow, part_of, scales_of
+from qwenlora.host_arena import rewrite_packed_ups
 from qwenlora.layout import FRAGMENT, TILE
 from qwenlora.plan import SlotKind
 from qwenlora.staging import Staged, loads_of
@@ -56,11 +57,13 @@ class _Write:
     arena: Tensor
     old: Part
     new: Part
+    threads: int | None
 
     def run(self, part: Part) -> None:
-        row = self.group.targets[0].row
-        if self.group.targets[0].kind is SlotKind.SVDQ:
-            write_packed_ups(self.arena, part, base_tiles=row.base_rank // TILE)
+        target = self.group.targets[0]
+        if target.kind is SlotKind.SVDQ:
+            base_tiles = target.row.base_rank // TILE
+            rewrite_packed_ups(self.arena, part, base_tiles=base_tiles, threads=self.threads)
         else:
             write_branch_ups(self.arena, part, row_order=self.group.row_order)
 
@@ -139,8 +142,8 @@ def _writes(
         dtype = group.targets[0].dtype
         if not isinstance(staged, Staged) or may_overflow(staged, new.layouts[lora], dtype):
             return None
-        parts = (part_of(load, staged.bytes, placed.layouts[lora]) for placed in (old, new))
-        writes.append(_Write(group, arena, *parts))
+        before, after = (part_of(load, staged.bytes, own.layouts[lora]) for own in (old, new))
+        writes.append(_Write(group, arena, before, after, wanted.options.threads))
     return writes
 
 
@@ -162,23 +165,18 @@ def _arena_of_ups(placed: PlacedGroup) -> Tensor | None:
 
 
 def _around(ups: Mapping[int, Tensor], first: Tensor, count: int, *, packed: bool) -> Tensor | None:
-    """All `count` slots' `up` in one tensor, where those known lie evenly in one allocation."""
-    (slot_a, a), (slot_b, b) = next(iter(ups.items())), list(ups.items())[-1]
-    step, rest = first.nbytes, 0
-    if slot_a != slot_b:
-        step, rest = divmod(b.data_ptr() - a.data_ptr(), slot_b - slot_a)
-    elif count > 1:
-        return None
-    begin = a.data_ptr() - step * slot_a
-    even = rest == 0 and step >= first.nbytes and step % first.itemsize == 0
-    if not even or any(
+    """All `count` slots' `up` in one tensor, where those known lie one after the other in it."""
+    step = first.nbytes
+    begin = first.data_ptr() - step * next(iter(ups))
+    # One slot alone may lie anywhere.
+    if len(ups) < min(2, count) or any(
         up.shape != first.shape or up.data_ptr() != begin + step * slot for slot, up in ups.items()
     ):
         return None
-    flat = rest_from(begin, begin + step * (count - 1) + first.nbytes, first)
+    flat = rest_from(begin, begin + step * count, first)
     if flat is None:
         return None
     rows, rank = first.shape
-    arena = flat.as_strided((count, rows, rank), (step // first.itemsize, rank, 1))
+    arena = flat[: count * rows * rank].view(count, rows, rank)
     # (slots, C, R) in name -> (slots, C/16, R/16, 256)
     return arena.view(count, rows // TILE, rank // TILE, FRAGMENT) if packed else arena

@@ -8,12 +8,14 @@ mod band;
 mod check;
 mod error;
 mod fragment;
+mod table;
 mod up;
 
 use std::convert::Infallible;
 use std::num::NonZeroUsize;
 
 pub use error::{PackError, PackFault};
+pub use table::Table;
 
 use crate::queue;
 
@@ -50,12 +52,14 @@ impl ElementSize {
     }
 }
 
-/// One composed factor: where it goes and what it is made of.
+/// The same factor of some slots: where it goes and what it is made of.
 #[derive(Debug)]
 pub struct Recipe<'a> {
-    /// The factor's memory, (channels/16, tiles of all columns, 256) elements.
+    /// The factors' memory, (slots, channels/16, tiles of all columns, 256) elements.
     pub dest: &'a mut [u8],
-    /// Its channels, a multiple of 16.
+    /// How many slots.
+    pub slots: usize,
+    /// Channels of each factor, a multiple of 16.
     pub channels: usize,
     /// Size of the elements of `dest` and of every source.
     pub element: ElementSize,
@@ -68,11 +72,9 @@ pub struct Recipe<'a> {
 pub enum Column<'a> {
     /// Fragments of a tensor that is packed already.
     Fragments {
-        /// (channels/16, `source_tiles`, 256) elements.
-        source: &'a [u8],
-        /// Fragments of each channel tile of the source.
-        source_tiles: usize,
-        /// The first one to be copied.
+        /// One tensor for every slot.
+        sources: Vec<Packed<'a>>,
+        /// The first fragment of each channel tile that is copied.
         first: usize,
         /// How many are copied.
         count: usize,
@@ -90,6 +92,8 @@ pub enum Column<'a> {
         tiles: usize,
         /// The factors; their blocks must not overlap.
         members: Vec<UpMember<'a>>,
+        /// What becomes of fragments that none of them touches.
+        untouched: Untouched,
     },
     /// Zeros.
     Zero {
@@ -116,10 +120,28 @@ impl Column<'_> {
     }
 }
 
+/// What becomes of fragments that no factor touches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Untouched {
+    /// They are zeroed.
+    Zero,
+    /// They stay: the same factors lay there before, and nothing else.
+    Keep,
+}
+
+/// A tensor that is packed already.
+#[derive(Debug, Clone, Copy)]
+pub struct Packed<'a> {
+    /// (channels/16, `tiles`, 256) elements.
+    pub source: &'a [u8],
+    /// Fragments of each channel tile.
+    pub tiles: usize,
+}
+
 /// A logical `down` factor and its place in a column.
 #[derive(Debug, Clone, Copy)]
 pub struct DownMember<'a> {
-    /// (`rank`, channels) elements, row-major.
+    /// (slots, `rank`, channels) elements, row-major.
     pub source: &'a [u8],
     /// Its ranks.
     pub rank: usize,
@@ -130,8 +152,10 @@ pub struct DownMember<'a> {
 /// A logical `up` factor and its place in a column.
 #[derive(Debug, Clone, Copy)]
 pub struct UpMember<'a> {
-    /// (`row_count`, `rank`) elements, row-major.
+    /// (slots, `row_count`, `rank`) elements, row-major.
     pub source: &'a [u8],
+    /// What stands for its elements; they themselves where there is none.
+    pub table: Option<Table<'a>>,
     /// Its first channel.
     pub row_begin: usize,
     /// Its channels.
@@ -153,7 +177,7 @@ pub fn fill(recipes: &mut [Recipe<'_>], threads: NonZeroUsize) -> Result<(), Pac
         })?;
     }
     let bands = recipes.iter_mut().flat_map(band::cut).collect();
-    let Ok(()) = queue::drain(bands, threads, |band| {
+    let Ok(()) = queue::drain_apart(bands, threads, |band| {
         band.fill();
         Ok::<(), Infallible>(())
     });

@@ -103,7 +103,7 @@ pub fn fill(recipes: &mut [RowsRecipe<'_>], threads: NonZeroUsize) -> Result<(),
         })?;
     }
     let bands = recipes.iter_mut().flat_map(cut).collect();
-    let Ok(()) = queue::drain(bands, threads, |band: Band<'_>| {
+    let Ok(()) = queue::drain_apart(bands, threads, |band: Band<'_>| {
         band.fill();
         Ok::<(), Infallible>(())
     });

@@ -1,12 +1,14 @@
 //! Packed factors against the element formula, and every fault of a recipe.
 
 use std::num::NonZeroUsize;
+use std::sync::LazyLock;
 
 use insta::assert_snapshot;
 use proptest::prelude::*;
 use proptest::sample::select;
 use qwenlora_core::packed::{
-    Column, DownMember, ElementSize, FRAGMENT, PackError, Recipe, TILE, UpMember, fill,
+    Column, DownMember, ElementSize, FRAGMENT, PackError, Packed, Recipe, TILE, Table, Untouched,
+    UpMember, fill,
 };
 
 /// Where the formula of `docs/layout.md` puts an element, in elements.
@@ -31,33 +33,51 @@ fn pattern(len: usize, seed: usize) -> Vec<u8> {
     std::iter::repeat_with(next).take(len).collect()
 }
 
+/// What destinations hold before they are filled.
+const BEFORE: u8 = 0xa5;
+
+static ENTRIES: LazyLock<Vec<u8>> = LazyLock::new(|| pattern(Table::LEN_BYTES, 77));
+
 /// A column that owns its sources.
 #[derive(Debug, Clone)]
 enum Owned {
     Fragments {
-        source: Vec<u8>,
-        source_tiles: usize,
+        /// Of every slot, with its tiles.
+        sources: Vec<(Vec<u8>, usize)>,
         first: usize,
         count: usize,
     },
     /// (source, rank, `rank_begin`).
     Down(usize, Vec<(Vec<u8>, usize, usize)>),
-    /// (source, `row_begin`, `row_count`, rank, `rank_begin`).
-    Up(usize, Vec<(Vec<u8>, [usize; 4])>),
+    Up(usize, Vec<OwnedUp>, Untouched),
     Zero(usize),
+    Keep(usize),
+}
+
+/// An `up`, and whether `ENTRIES` stand for its elements.
+#[derive(Debug, Clone)]
+struct OwnedUp {
+    source: Vec<u8>,
+    is_replaced: bool,
+    /// (`row_begin`, `row_count`, rank, `rank_begin`).
+    place: [usize; 4],
 }
 
 impl Owned {
     fn borrow(&self) -> Column<'_> {
         match self {
             Self::Fragments {
-                source,
-                source_tiles,
+                sources,
                 first,
                 count,
             } => Column::Fragments {
-                source,
-                source_tiles: *source_tiles,
+                sources: sources
+                    .iter()
+                    .map(|(source, tiles)| Packed {
+                        source,
+                        tiles: *tiles,
+                    })
+                    .collect(),
                 first: *first,
                 count: *count,
             },
@@ -72,110 +92,165 @@ impl Owned {
                     })
                     .collect(),
             },
-            Self::Up(tiles, members) => Column::Up {
+            Self::Up(tiles, members, untouched) => Column::Up {
                 tiles: *tiles,
-                members: members
-                    .iter()
-                    .map(
-                        |(source, [row_begin, row_count, rank, rank_begin])| UpMember {
-                            source,
-                            row_begin: *row_begin,
-                            row_count: *row_count,
-                            rank: *rank,
-                            rank_begin: *rank_begin,
-                        },
-                    )
-                    .collect(),
+                members: members.iter().map(OwnedUp::borrow).collect(),
+                untouched: *untouched,
             },
             Self::Zero(tiles) => Column::Zero { tiles: *tiles },
+            Self::Keep(tiles) => Column::Keep { tiles: *tiles },
         }
     }
 }
 
-/// One factor by the formula, element by element.
+impl OwnedUp {
+    fn borrow(&self) -> UpMember<'_> {
+        let [row_begin, row_count, rank, rank_begin] = self.place;
+        UpMember {
+            source: &self.source,
+            table: self
+                .is_replaced
+                .then(|| Table::from_bytes(&ENTRIES).expect("a table's size")),
+            row_begin,
+            row_count,
+            rank,
+            rank_begin,
+        }
+    }
+
+    /// The bytes that its element becomes.
+    fn element(&self, index: usize, bytes: usize) -> Vec<u8> {
+        let element = &self.source[index * bytes..][..bytes];
+        if !self.is_replaced {
+            return element.to_vec();
+        }
+        let value = u16::from_ne_bytes(element.try_into().expect("two bytes"));
+        ENTRIES[usize::from(value) * 2..][..2].to_vec()
+    }
+
+    fn touches(&self, channel_tile: usize, tile: usize) -> bool {
+        let [row_begin, row_count, rank, rank_begin] = self.place;
+        let mut rows = row_begin..row_begin + row_count;
+        let mut ranks = rank_begin..rank_begin + rank;
+        rows.any(|row| row / TILE == channel_tile) && ranks.any(|rank| rank / TILE == tile)
+    }
+}
+
+/// One slot's factor by the formula, element by element.
 struct Slow {
     dest: Vec<u8>,
+    slot: usize,
     tiles: usize,
     bytes: usize,
 }
 
 impl Slow {
-    fn put(&mut self, at: usize, source: &[u8], from: usize) {
-        let bytes = self.bytes;
-        self.dest[at * bytes..][..bytes].copy_from_slice(&source[from * bytes..][..bytes]);
+    fn put(&mut self, at: usize, element: &[u8]) {
+        self.dest[at * self.bytes..][..self.bytes].copy_from_slice(element);
     }
 
-    fn column(&mut self, column: &Owned, channels: usize, begin: usize) -> usize {
-        let first_rank = begin * TILE;
+    fn keep(&mut self, channel_tile: usize, tile: usize) {
+        for at in 0..FRAGMENT {
+            let at = (channel_tile * self.tiles + tile) * FRAGMENT + at;
+            self.put(at, &vec![BEFORE; self.bytes]);
+        }
+    }
+
+    fn column(&mut self, column: &Owned, channels: usize, begin: usize) {
+        let (first_rank, bytes) = (begin * TILE, self.bytes);
         match column {
             Owned::Fragments {
-                source,
-                source_tiles,
+                sources,
                 first,
                 count,
             } => {
+                let (source, source_tiles) = &sources[self.slot];
                 for tile in 0..channels / TILE {
                     for element in 0..count * FRAGMENT {
                         let at = (tile * self.tiles + begin) * FRAGMENT + element;
                         let from = (tile * source_tiles + first) * FRAGMENT + element;
-                        self.put(at, source, from);
+                        self.put(at, &source[from * bytes..][..bytes]);
                     }
                 }
-                *count
             }
-            Owned::Down(tiles, members) => {
+            Owned::Down(_, members) => {
                 for (source, rank, rank_begin) in members {
+                    let own = self.slot * rank * channels;
                     for r in 0..*rank {
                         for c in 0..channels {
                             let at = position(first_rank + rank_begin + r, c, self.tiles, false);
-                            self.put(at, source, r * channels + c);
+                            let from = own + r * channels + c;
+                            self.put(at, &source[from * bytes..][..bytes]);
                         }
                     }
                 }
-                *tiles
             }
-            Owned::Up(tiles, members) => {
-                for (source, [row_begin, row_count, rank, rank_begin]) in members {
-                    for c in 0..*row_count {
-                        for r in 0..*rank {
+            Owned::Up(tiles, members, untouched) => {
+                for member in members {
+                    let [row_begin, row_count, rank, rank_begin] = member.place;
+                    let own = self.slot * row_count * rank;
+                    for c in 0..row_count {
+                        for r in 0..rank {
                             let rank_at = first_rank + rank_begin + r;
                             let at = position(rank_at, row_begin + c, self.tiles, true);
-                            self.put(at, source, c * rank + r);
+                            self.put(at, &member.element(own + c * rank + r, bytes));
                         }
                     }
                 }
-                *tiles
+                for channel_tile in 0..channels / TILE {
+                    for tile in 0..*tiles {
+                        let mut members = members.iter();
+                        let is_touched = members.any(|m| m.touches(channel_tile, tile));
+                        if *untouched == Untouched::Keep && !is_touched {
+                            self.keep(channel_tile, begin + tile);
+                        }
+                    }
+                }
             }
-            Owned::Zero(tiles) => *tiles,
+            Owned::Zero(_) => {}
+            Owned::Keep(tiles) => {
+                for channel_tile in 0..channels / TILE {
+                    for tile in 0..*tiles {
+                        self.keep(channel_tile, begin + tile);
+                    }
+                }
+            }
         }
     }
 }
 
-fn slow(columns: &[Owned], channels: usize, bytes: usize) -> Vec<u8> {
+/// The factors of some slots, one after the other.
+fn slow(columns: &[Owned], slots: usize, channels: usize, bytes: usize) -> Vec<u8> {
     let tiles: usize = columns.iter().map(|column| column.borrow().tiles()).sum();
-    let mut slow = Slow {
-        dest: vec![0; channels * bytes * tiles.saturating_mul(TILE)],
-        tiles,
-        bytes,
-    };
-    let mut begin = 0;
-    for column in columns {
-        begin += slow.column(column, channels, begin);
-    }
-    slow.dest
+    let factors = (0..slots).flat_map(|slot| {
+        let mut slow = Slow {
+            dest: vec![0; channels * bytes * tiles.saturating_mul(TILE)],
+            slot,
+            tiles,
+            bytes,
+        };
+        let mut begin = 0;
+        for column in columns {
+            slow.column(column, channels, begin);
+            begin += column.borrow().tiles();
+        }
+        slow.dest
+    });
+    factors.collect()
 }
 
 fn filled(
     columns: &[Owned],
+    slots: usize,
     channels: usize,
     element: ElementSize,
     threads: usize,
 ) -> Result<Vec<u8>, PackError> {
-    // Whatever was there before must not shine through.
-    let len = slow(columns, channels, element.bytes()).len();
-    let mut dest = vec![0xa5; len];
+    let len = slow(columns, slots, channels, element.bytes()).len();
+    let mut dest = vec![BEFORE; len];
     let mut recipes = [Recipe {
         dest: &mut dest,
+        slots,
         channels,
         element,
         columns: columns.iter().map(Owned::borrow).collect(),
@@ -185,22 +260,29 @@ fn filled(
 }
 
 fn assert_filled(columns: &[Owned], channels: usize, element: ElementSize) {
-    let expected = slow(columns, channels, element.bytes());
+    let expected = slow(columns, 1, channels, element.bytes());
     for threads in [1, 3] {
-        let got = filled(columns, channels, element, threads).expect("a right recipe");
+        let got = filled(columns, 1, channels, element, threads).expect("a right recipe");
         assert!(got == expected, "{channels} channels, {threads} threads");
     }
 }
 
 const ELEMENTS: [ElementSize; 2] = [ElementSize::Two, ElementSize::Four];
 
+fn plain(source: Vec<u8>, place: [usize; 4]) -> OwnedUp {
+    OwnedUp {
+        source,
+        is_replaced: false,
+        place,
+    }
+}
+
 #[test]
 fn a_composed_slot_of_several_bands() {
     for element in ELEMENTS {
         let (channels, bytes) = (3072, element.bytes());
         let base = Owned::Fragments {
-            source: pattern(channels * 128 * bytes, 1),
-            source_tiles: 8,
+            sources: vec![(pattern(channels * 128 * bytes, 1), 8)],
             first: 0,
             count: 8,
         };
@@ -217,16 +299,21 @@ fn a_composed_slot_of_several_bands() {
             ([1024, 1024, 20, 64], 6),
             ([2048, 1024, 64, 84], 7),
         ]
-        .map(|(place, seed)| (pattern(place[1] * place[2] * bytes, seed), place));
-        let up = [base, Owned::Up(10, ups.to_vec()), Owned::Zero(2)];
+        .map(|(place, seed)| plain(pattern(place[1] * place[2] * bytes, seed), place));
+        let up = [
+            base,
+            Owned::Up(10, ups.to_vec(), Untouched::Zero),
+            Owned::Zero(2),
+        ];
         assert_filled(&up, channels, element);
     }
 }
 
 #[test]
 fn projections_that_share_a_down_share_its_ranks() {
-    let ups = [0, 32, 64].map(|row| (pattern(32 * 16 * 2, 9 + row), [row, 32, 16, 0]));
-    assert_filled(&[Owned::Up(1, ups.to_vec())], 96, ElementSize::Two);
+    let ups = [0, 32, 64].map(|row| plain(pattern(32 * 16 * 2, 9 + row), [row, 32, 16, 0]));
+    let column = Owned::Up(1, ups.to_vec(), Untouched::Zero);
+    assert_filled(&[column], 96, ElementSize::Two);
 }
 
 #[test]
@@ -238,7 +325,10 @@ fn nothing_to_fill() {
         ElementSize::Two,
     );
     assert_filled(
-        &[Owned::Up(2, vec![]), Owned::Down(1, vec![])],
+        &[
+            Owned::Up(2, vec![], Untouched::Zero),
+            Owned::Down(1, vec![]),
+        ],
         32,
         ElementSize::Four,
     );
@@ -246,7 +336,8 @@ fn nothing_to_fill() {
     assert_filled(&[Owned::Zero(usize::MAX / TILE)], 0, ElementSize::Two);
     let empty = [Owned::Up(
         1,
-        vec![(vec![], [16, 0, 3, 2]), (vec![], [0, 5, 0, 16])],
+        vec![plain(vec![], [16, 0, 3, 2]), plain(vec![], [0, 5, 0, 16])],
+        Untouched::Zero,
     )];
     assert_filled(&empty, 16, ElementSize::Two);
 }
@@ -261,11 +352,14 @@ fn many_recipes_into_one_buffer() {
         .chunks_mut(size)
         .map(|dest| Recipe {
             dest,
+            slots: 1,
             channels,
             element: ElementSize::Two,
             columns: vec![Column::Fragments {
-                source: &source,
-                source_tiles: tiles,
+                sources: vec![Packed {
+                    source: &source,
+                    tiles,
+                }],
                 first: 0,
                 count: tiles,
             }],
@@ -293,13 +387,17 @@ fn ranges(end: usize) -> impl Strategy<Value = Vec<(usize, usize)>> {
         })
 }
 
-fn column(channels: usize, bytes: usize) -> impl Strategy<Value = Owned> {
-    let fragments = (0..4_usize, 0..4_usize, 0..3_usize, any::<usize>()).prop_map(
+fn column(slots: usize, channels: usize, bytes: usize) -> impl Strategy<Value = Owned> {
+    let after = prop::collection::vec(0..3_usize, slots);
+    let fragments = (0..4_usize, 0..4_usize, after, any::<usize>()).prop_map(
         move |(first, count, after, seed)| {
-            let source_tiles = first + count + after;
+            let sources = after.iter().enumerate().map(|(slot, after)| {
+                let tiles = first + count + after;
+                let len = channels * tiles * TILE * bytes;
+                (pattern(len, seed ^ slot), tiles)
+            });
             Owned::Fragments {
-                source: pattern(channels * source_tiles * TILE * bytes, seed),
-                source_tiles,
+                sources: sources.collect(),
                 first,
                 count,
             }
@@ -307,75 +405,100 @@ fn column(channels: usize, bytes: usize) -> impl Strategy<Value = Owned> {
     );
     let down = (0..5_usize, any::<usize>()).prop_flat_map(move |(tiles, seed)| {
         ranges(tiles * TILE).prop_map(move |ranges| {
-            let members = ranges
-                .into_iter()
-                .map(|(begin, rank)| (pattern(rank * channels * bytes, seed ^ begin), rank, begin));
+            let members = ranges.into_iter().map(|(begin, rank)| {
+                let len = slots * rank * channels * bytes;
+                (pattern(len, seed ^ begin), rank, begin)
+            });
             Owned::Down(tiles, members.collect())
         })
     });
-    let up = (0..5_usize, any::<usize>()).prop_flat_map(move |(tiles, seed)| {
-        // Blocks of every range of rows by every range of ranks, some left out.
-        (ranges(channels), ranges(tiles * TILE), any::<u16>()).prop_map(
-            move |(rows, ranks, kept)| {
-                let blocks = rows.iter().flat_map(|&(row_begin, row_count)| {
-                    ranks.iter().map(move |&(begin, rank)| {
-                        let seed = seed ^ (row_begin * 1000 + begin);
-                        let source = pattern(row_count * rank * bytes, seed);
-                        (source, [row_begin, row_count, rank, begin])
-                    })
+    let untouched = select(&[Untouched::Zero, Untouched::Keep][..]);
+    let up =
+        (0..5_usize, any::<usize>(), untouched).prop_flat_map(move |(tiles, seed, untouched)| {
+            // Blocks of every range of rows by every range of ranks, some left out.
+            let blocks = (ranges(channels), ranges(tiles * TILE));
+            (blocks, any::<u16>(), any::<u16>()).prop_map(move |((rows, ranks), kept, replaced)| {
+                let places = rows.iter().flat_map(|&(row_begin, row_count)| {
+                    let places = ranks.iter();
+                    places.map(move |&(begin, rank)| [row_begin, row_count, rank, begin])
                 });
-                let members = (0..).zip(blocks).filter(|(i, _)| kept >> (i % 16) & 1 == 1);
-                Owned::Up(tiles, members.map(|(_, member)| member).collect())
-            },
-        )
-    });
-    prop_oneof![fragments, down, up, (0..3_usize).prop_map(Owned::Zero)]
+                let has = |marks: u16, i: usize| marks >> (i % 16) & 1 == 1;
+                let places = places.enumerate().filter(|&(i, _)| has(kept, i));
+                let members = places.map(|(i, place)| {
+                    let seed = seed ^ (place[0] * 1000 + place[3]);
+                    OwnedUp {
+                        source: pattern(slots * place[1] * place[2] * bytes, seed),
+                        is_replaced: bytes == 2 && has(replaced, i),
+                        place,
+                    }
+                });
+                Owned::Up(tiles, members.collect(), untouched)
+            })
+        });
+    prop_oneof![
+        fragments,
+        down,
+        up,
+        (0..3_usize).prop_map(Owned::Zero),
+        (0..3_usize).prop_map(Owned::Keep)
+    ]
 }
 
-fn factor() -> impl Strategy<Value = (usize, ElementSize, Vec<Owned>)> {
-    (0..20_usize, select(&ELEMENTS[..])).prop_flat_map(|(tiles, element)| {
+fn factors() -> impl Strategy<Value = (usize, usize, ElementSize, Vec<Owned>)> {
+    (0..4_usize, 0..20_usize, select(&ELEMENTS[..])).prop_flat_map(|(slots, tiles, element)| {
         let channels = tiles * TILE;
-        let columns = prop::collection::vec(column(channels, element.bytes()), 0..4);
-        (Just(channels), Just(element), columns)
+        let columns = prop::collection::vec(column(slots, channels, element.bytes()), 0..4);
+        (Just(slots), Just(channels), Just(element), columns)
     })
 }
 
 proptest! {
     #[test]
-    fn any_factor_equals_the_formula((channels, element, columns) in factor(), threads in 1..4_usize) {
-        let expected = slow(&columns, channels, element.bytes());
-        let got = filled(&columns, channels, element, threads).expect("a right recipe");
+    fn any_factors_equal_the_formula(
+        (slots, channels, element, columns) in factors(),
+        threads in 1..4_usize,
+    ) {
+        let expected = slow(&columns, slots, channels, element.bytes());
+        let got = filled(&columns, slots, channels, element, threads).expect("a right recipe");
         prop_assert!(got == expected);
     }
 
     /// Whatever the numbers are, there is an answer: no panic, no write outside.
     #[test]
     fn any_numbers_are_judged(
-        numbers in prop::array::uniform6(prop_oneof![
+        numbers in prop::array::uniform7(prop_oneof![
             0..40_usize, any::<usize>(), (0..9_usize).prop_map(|n| usize::MAX - n)
         ]),
         lens in prop::array::uniform2(select(&[0_usize, 32, 512, 1024][..])),
         kind in 0..4,
     ) {
-        let [channels, tiles, a, b, c, d] = numbers;
+        let [slots, channels, tiles, a, b, c, d] = numbers;
         let source = vec![1; lens[0]];
         let column = match kind {
-            0 => Column::Fragments { source: &source, source_tiles: tiles, first: a, count: b },
+            0 => {
+                let packed = Packed { source: &source, tiles };
+                Column::Fragments { sources: vec![packed; slots.min(3)], first: a, count: b }
+            }
             1 => {
                 let member = DownMember { source: &source, rank: a, rank_begin: b };
                 Column::Down { tiles, members: vec![member, member] }
             }
             2 => {
                 let member = UpMember {
-                    source: &source, row_begin: a, row_count: b, rank: c, rank_begin: d,
+                    source: &source,
+                    table: Table::from_bytes(&ENTRIES),
+                    row_begin: a,
+                    row_count: b,
+                    rank: c,
+                    rank_begin: d,
                 };
-                Column::Up { tiles, members: vec![member] }
+                Column::Up { tiles, members: vec![member], untouched: Untouched::Zero }
             }
             _ => Column::Zero { tiles },
         };
         let mut dest = vec![0; lens[1]];
         let columns = vec![column, Column::Zero { tiles: a }];
-        let recipe = Recipe { dest: &mut dest, channels, element: ElementSize::Two, columns };
+        let recipe = Recipe { dest: &mut dest, slots, channels, element: ElementSize::Two, columns };
         let answer = fill(&mut [recipe], NonZeroUsize::MIN);
         prop_assert!(answer.is_ok() || dest.iter().all(|&byte| byte == 0));
     }
@@ -383,19 +506,31 @@ proptest! {
 
 // ---- faults ----
 
-/// The message of a factor of 32 channels of 2-byte elements with this column.
+/// The message of a factor of 2-byte elements in one slot with this column.
 fn fault(dest_len: usize, channels: usize, column: Column<'_>) -> String {
+    fault_of(dest_len, 1, channels, ElementSize::Two, column)
+}
+
+fn fault_of(
+    dest_len: usize,
+    slots: usize,
+    channels: usize,
+    element: ElementSize,
+    column: Column<'_>,
+) -> String {
     let mut dest = vec![7; dest_len];
     let right = Recipe {
         dest: &mut [],
+        slots: 1,
         channels: 0,
-        element: ElementSize::Two,
+        element,
         columns: vec![],
     };
     let wrong = Recipe {
         dest: &mut dest,
+        slots,
         channels,
-        element: ElementSize::Two,
+        element,
         columns: vec![column],
     };
     let error = fill(&mut [right, wrong], NonZeroUsize::MIN).expect_err("a wrong recipe");
@@ -420,6 +555,7 @@ fn up<'a>(source: &'a [u8], members: &[[usize; 4]]) -> Column<'a> {
         .iter()
         .map(|&[row_begin, row_count, rank, rank_begin]| UpMember {
             source: &source[..row_count * rank * 2],
+            table: None,
             row_begin,
             row_count,
             rank,
@@ -428,25 +564,41 @@ fn up<'a>(source: &'a [u8], members: &[[usize; 4]]) -> Column<'a> {
     Column::Up {
         tiles: 2,
         members: members.collect(),
+        untouched: Untouched::Zero,
     }
 }
 
 #[test]
 fn sizes_that_do_not_fit() {
     assert_snapshot!(fault(0, 24, Column::Zero { tiles: 2 }), @"recipe 1: channels must be a multiple of 16, got 24");
-    assert_snapshot!(fault(2000, 32, Column::Zero { tiles: 2 }), @"recipe 1: the destination has 2000 bytes; 32 channels by 2 fragments of 2-byte elements take 2048");
+    assert_snapshot!(fault(2000, 32, Column::Zero { tiles: 2 }), @"recipe 1: the destination has 2000 bytes; 1 slots of 32 channels by 2 fragments of 2-byte elements take 2048");
     assert_snapshot!(fault(0, 32, Column::Zero { tiles: usize::MAX / 64 }), @"recipe 1: a tensor of the recipe is too large for this machine's memory");
-    let fragments = |source, source_tiles, first, count| Column::Fragments {
-        source,
-        source_tiles,
+    let huge = fault_of(
+        0,
+        usize::MAX / 64,
+        32,
+        ElementSize::Two,
+        Column::Zero { tiles: 2 },
+    );
+    assert_snapshot!(huge, @"recipe 1: a tensor of the recipe is too large for this machine's memory");
+    let fragments = |source, tiles, first, count| Column::Fragments {
+        sources: vec![Packed { source, tiles }],
         first,
         count,
     };
     let source = [0; 4096];
     assert_snapshot!(fault(2048, 32, fragments(&source[..3072], 3, 2, 2)), @"recipe 1: column 0: fragments 2 to 4 of a source that has 3 in each channel tile");
-    assert_snapshot!(fault(2048, 32, fragments(&source[..3000], 3, 1, 2)), @"recipe 1: column 0: the source has 3000 bytes; 32 x 48 elements of 2 bytes take 3072");
+    assert_snapshot!(fault(2048, 32, fragments(&source[..3000], 3, 1, 2)), @"recipe 1: column 0: the source has 3000 bytes; 1 x 32 x 48 elements of 2 bytes take 3072");
+    let two_slots = fault_of(
+        4096,
+        2,
+        32,
+        ElementSize::Two,
+        fragments(&source[..3072], 3, 0, 2),
+    );
+    assert_snapshot!(two_slots, @"recipe 1: column 0: 1 sources for 2 slots");
     let member = DownMember {
-        source: &source[..64],
+        source: &source[..128],
         rank: 2,
         rank_begin: 0,
     };
@@ -454,7 +606,28 @@ fn sizes_that_do_not_fit() {
         tiles: 2,
         members: vec![member],
     };
-    assert_snapshot!(fault(2048, 32, column), @"recipe 1: column 0, member 0: the source has 64 bytes; 2 x 32 elements of 2 bytes take 128");
+    assert_snapshot!(fault_of(4096, 2, 32, ElementSize::Two, column), @"recipe 1: column 0, member 0: the source has 128 bytes; 2 x 2 x 32 elements of 2 bytes take 256");
+}
+
+#[test]
+fn tables_have_an_entry_for_every_two_bytes() {
+    assert!(Table::from_bytes(&ENTRIES).is_some());
+    assert!(Table::from_bytes(&ENTRIES[1..]).is_none());
+    assert!(Table::from_bytes(&[ENTRIES.as_slice(), &[0]].concat()).is_none());
+    let member = UpMember {
+        source: &[0; 64],
+        table: Table::from_bytes(&ENTRIES),
+        row_begin: 0,
+        row_count: 1,
+        rank: 16,
+        rank_begin: 0,
+    };
+    let column = Column::Up {
+        tiles: 2,
+        members: vec![member],
+        untouched: Untouched::Zero,
+    };
+    assert_snapshot!(fault_of(4096, 1, 32, ElementSize::Four, column), @"recipe 1: column 0, member 0: a table of elements of 4 bytes");
 }
 
 #[test]

@@ -1,11 +1,14 @@
 //! `fill_packed` and `fill_rows`: composed factors, from arrays that Python owns into arrays that Python owns.
 
+use std::fmt::Display;
 use std::num::NonZeroUsize;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyString, PyTuple};
-use qwenlora_core::packed::{self, Column, DownMember, ElementSize, Recipe, UpMember};
+use qwenlora_core::packed::{
+    self, Column, DownMember, ElementSize, Packed, Recipe, Table, Untouched, UpMember,
+};
 use qwenlora_core::rows::{self, RowsColumn, RowsRecipe};
 
 use crate::bytes::{Dest, Place, Source, check_apart};
@@ -14,10 +17,14 @@ type Object<'py> = Bound<'py, PyAny>;
 
 /// Fills composed factors in the packed layout.
 ///
-/// A recipe is `(dest, channels, element_bytes, columns)`. The columns of a channel tile, in order:
-/// `("fragments", source, source_tiles, first, count)`, `("down", tiles, [(source, rank,
-/// rank_begin), ...])`, `("up", tiles, [(source, row_begin, row_count, rank, rank_begin), ...])`,
-/// `("zero", tiles)`, `("keep", tiles)`. Arrays are `uint8` of any shape, contiguous.
+/// A recipe is `(dest, slots, channels, element_bytes, columns)`: the same factor of some slots, one
+/// after the other in `dest`. The columns of a channel tile, in order: `("fragments", [(source,
+/// source_tiles), ...], first, count)` with a source for every slot, `("down", tiles, [(source,
+/// rank, rank_begin), ...])`, `("up", tiles, [(source, table, row_begin, row_count, rank,
+/// rank_begin), ...])`, `("up over", ...)`, which leaves fragments as they are that none of its
+/// members touches, `("zero", tiles)`, `("keep", tiles)`. A source of a member holds all slots. A
+/// table is `None`, or has for every value of two bytes the two that stand for it. Arrays are
+/// `uint8` of any shape, contiguous.
 ///
 /// The arrays are borrowed from NumPy for the call and the GIL is released while Rust fills: the
 /// caller must not touch them from another thread until the call returns.
@@ -25,21 +32,15 @@ type Object<'py> = Bound<'py, PyAny>;
 #[pyo3(signature = (recipes, *, threads))]
 pub(crate) fn fill_packed(
     py: Python<'_>,
-    recipes: Vec<(Object<'_>, usize, usize, Vec<Bound<'_, PyTuple>>)>,
+    recipes: Vec<PackedTuple<'_>>,
     threads: NonZeroUsize,
 ) -> PyResult<()> {
-    let mut arguments = recipes
-        .iter()
-        .enumerate()
-        .map(|(index, recipe)| RecipeArgument::of(recipe).map_err(|e| within(py, index, &e)))
-        .collect::<PyResult<Vec<_>>>()?;
-    check_apart(arguments.iter().flat_map(RecipeArgument::places).collect())?;
-    let mut recipes = arguments
-        .iter_mut()
-        .map(RecipeArgument::recipe)
-        .collect::<PyResult<Vec<_>>>()?;
+    let mut arguments = borrowed(py, &recipes, PackedArgument::of)?;
+    check_apart(arguments.iter().flat_map(PackedArgument::places).collect())?;
+    let recipes = arguments.iter_mut().map(PackedArgument::recipe);
+    let mut recipes = recipes.collect::<PyResult<Vec<_>>>()?;
     py.detach(|| packed::fill(&mut recipes, threads))
-        .map_err(|e| PyValueError::new_err(e.to_string()))
+        .map_err(|e| refused(&e))
 }
 
 /// Fills row-major factors side by side, their rows reordered.
@@ -51,25 +52,34 @@ pub(crate) fn fill_packed(
 #[pyo3(signature = (recipes, *, threads))]
 pub(crate) fn fill_rows(
     py: Python<'_>,
-    recipes: Vec<(Object<'_>, usize, NonZeroUsize, Vec<RowsColumnTuple<'_>>)>,
+    recipes: Vec<RowsTuple<'_>>,
     threads: NonZeroUsize,
 ) -> PyResult<()> {
-    let mut arguments = recipes
-        .iter()
-        .enumerate()
-        .map(|(index, (dest, rows, planes, columns))| {
-            RowsArgument::of(dest, *rows, *planes, columns).map_err(|e| within(py, index, &e))
-        })
-        .collect::<PyResult<Vec<_>>>()?;
+    let mut arguments = borrowed(py, &recipes, RowsArgument::of)?;
     check_apart(arguments.iter().flat_map(RowsArgument::places).collect())?;
-    let mut recipes = arguments
-        .iter_mut()
-        .map(RowsArgument::recipe)
-        .collect::<PyResult<Vec<_>>>()?;
+    let recipes = arguments.iter_mut().map(RowsArgument::recipe);
+    let mut recipes = recipes.collect::<PyResult<Vec<_>>>()?;
     py.detach(|| rows::fill(&mut recipes, threads))
-        .map_err(|e| PyValueError::new_err(e.to_string()))
+        .map_err(|e| refused(&e))
 }
 
+/// Borrows the arrays of all recipes; what is wrong with one is raised with its index.
+fn borrowed<T, A>(py: Python<'_>, recipes: &[T], of: fn(&T) -> PyResult<A>) -> PyResult<Vec<A>> {
+    let arguments = recipes.iter().enumerate().map(|(index, recipe)| {
+        of(recipe).map_err(|error| {
+            let message = format!("recipe {index}: {}", error.value(py));
+            PyErr::from_type(error.get_type(py), message)
+        })
+    });
+    arguments.collect()
+}
+
+fn refused(error: &impl Display) -> PyErr {
+    PyValueError::new_err(error.to_string())
+}
+
+/// (dest, rows, planes, columns).
+type RowsTuple<'py> = (Object<'py>, usize, NonZeroUsize, Vec<RowsColumnTuple<'py>>);
 /// (source, width in bytes).
 type RowsColumnTuple<'py> = (Option<Object<'py>>, usize);
 
@@ -82,19 +92,14 @@ struct RowsArgument<'py> {
 }
 
 impl<'py> RowsArgument<'py> {
-    fn of(
-        dest: &Object<'py>,
-        rows: usize,
-        planes: NonZeroUsize,
-        columns: &[RowsColumnTuple<'py>],
-    ) -> PyResult<Self> {
+    fn of((dest, rows, planes, columns): &RowsTuple<'py>) -> PyResult<Self> {
         let columns = columns
             .iter()
             .map(|(source, width)| Ok((source.as_ref().map(Source::of).transpose()?, *width)));
         Ok(Self {
             dest: Dest::of(dest)?,
-            rows,
-            planes,
+            rows: *rows,
+            planes: *planes,
             columns: columns.collect::<PyResult<_>>()?,
         })
     }
@@ -123,36 +128,30 @@ impl<'py> RowsArgument<'py> {
     }
 }
 
-/// The same exception, naming the recipe.
-fn within(py: Python<'_>, index: usize, error: &PyErr) -> PyErr {
-    PyErr::from_type(
-        error.get_type(py),
-        format!("recipe {index}: {}", error.value(py)),
-    )
-}
+/// (dest, slots, channels, bytes of an element, columns).
+type PackedTuple<'py> = (Object<'py>, usize, usize, usize, Vec<Bound<'py, PyTuple>>);
 
-/// One recipe, its arrays borrowed.
-struct RecipeArgument<'py> {
+/// One recipe of packed factors, its arrays borrowed.
+struct PackedArgument<'py> {
     dest: Dest<'py>,
+    slots: usize,
     channels: usize,
     element: ElementSize,
     columns: Vec<ColumnArgument<'py>>,
 }
 
-impl<'py> RecipeArgument<'py> {
-    fn of(recipe: &(Object<'py>, usize, usize, Vec<Bound<'py, PyTuple>>)) -> PyResult<Self> {
-        let (dest, channels, element_bytes, columns) = recipe;
+impl<'py> PackedArgument<'py> {
+    fn of((dest, slots, channels, element_bytes, columns): &PackedTuple<'py>) -> PyResult<Self> {
         let element = ElementSize::from_bytes(*element_bytes).ok_or_else(|| {
             PyValueError::new_err(format!("elements have 2 or 4 bytes, got {element_bytes}"))
         })?;
+        let columns = columns.iter().map(ColumnArgument::of);
         Ok(Self {
             dest: Dest::of(dest)?,
+            slots: *slots,
             channels: *channels,
             element,
-            columns: columns
-                .iter()
-                .map(ColumnArgument::of)
-                .collect::<PyResult<_>>()?,
+            columns: columns.collect::<PyResult<_>>()?,
         })
     }
 
@@ -162,15 +161,13 @@ impl<'py> RecipeArgument<'py> {
     }
 
     fn recipe(&mut self) -> PyResult<Recipe<'_>> {
+        let columns = self.columns.iter().map(ColumnArgument::column);
         Ok(Recipe {
             dest: self.dest.bytes()?,
+            slots: self.slots,
             channels: self.channels,
             element: self.element,
-            columns: self
-                .columns
-                .iter()
-                .map(ColumnArgument::column)
-                .collect::<PyResult<_>>()?,
+            columns: columns.collect::<PyResult<_>>()?,
         })
     }
 }
@@ -178,22 +175,18 @@ impl<'py> RecipeArgument<'py> {
 /// One column, its arrays borrowed.
 enum ColumnArgument<'py> {
     Fragments {
-        source: [Source<'py>; 1],
-        source_tiles: usize,
+        sources: Vec<(Source<'py>, usize)>,
         first: usize,
         count: usize,
     },
     Down {
         tiles: usize,
-        sources: Vec<Source<'py>>,
-        /// (rank, `rank_begin`).
-        places: Vec<[usize; 2]>,
+        members: Vec<DownArgument<'py>>,
     },
     Up {
         tiles: usize,
-        sources: Vec<Source<'py>>,
-        /// (`row_begin`, `row_count`, rank, `rank_begin`).
-        places: Vec<[usize; 4]>,
+        members: Vec<UpArgument<'py>>,
+        untouched: Untouched,
     },
     Zero {
         tiles: usize,
@@ -206,131 +199,188 @@ enum ColumnArgument<'py> {
 impl<'py> ColumnArgument<'py> {
     fn of(column: &Bound<'py, PyTuple>) -> PyResult<Self> {
         let tag = column.get_item(0)?;
-        match tag.cast::<PyString>()?.to_str()? {
+        let tag = tag.cast::<PyString>()?.to_str()?;
+        Ok(match tag {
             "fragments" => {
-                let (_, source, source_tiles, first, count): (
-                    Object<'py>,
-                    Object<'py>,
-                    usize,
-                    usize,
-                    usize,
-                ) = column.extract()?;
-                Ok(Self::Fragments {
-                    source: [Source::of(&source)?],
-                    source_tiles,
+                type Fragments<'py> = (Object<'py>, Vec<(Object<'py>, usize)>, usize, usize);
+                let (_, sources, first, count): Fragments<'py> = column.extract()?;
+                let sources = sources
+                    .iter()
+                    .map(|(source, tiles)| Ok((Source::of(source)?, *tiles)));
+                Self::Fragments {
+                    sources: sources.collect::<PyResult<_>>()?,
                     first,
                     count,
-                })
+                }
             }
             "down" => {
-                type Member<'py> = (Object<'py>, usize, usize);
-                let (_, tiles, members): (Object<'py>, usize, Vec<Member<'py>>) =
-                    column.extract()?;
-                Ok(Self::Down {
+                let (_, tiles, members): (Object<'py>, usize, Vec<_>) = column.extract()?;
+                let members = members.iter().map(DownArgument::of);
+                Self::Down {
                     tiles,
-                    sources: members
-                        .iter()
-                        .map(|(source, ..)| Source::of(source))
-                        .collect::<PyResult<_>>()?,
-                    places: members
-                        .iter()
-                        .map(|&(_, rank, rank_begin)| [rank, rank_begin])
-                        .collect(),
-                })
+                    members: members.collect::<PyResult<_>>()?,
+                }
             }
-            "up" => {
-                type Member<'py> = (Object<'py>, usize, usize, usize, usize);
-                let (_, tiles, members): (Object<'py>, usize, Vec<Member<'py>>) =
-                    column.extract()?;
-                Ok(Self::Up {
+            "up" | "up over" => {
+                let (_, tiles, members): (Object<'py>, usize, Vec<_>) = column.extract()?;
+                let members = members.iter().map(UpArgument::of);
+                Self::Up {
                     tiles,
-                    sources: members
-                        .iter()
-                        .map(|(source, ..)| Source::of(source))
-                        .collect::<PyResult<_>>()?,
-                    places: members
-                        .iter()
-                        .map(|&(_, row_begin, row_count, rank, rank_begin)| {
-                            [row_begin, row_count, rank, rank_begin]
-                        })
-                        .collect(),
-                })
+                    members: members.collect::<PyResult<_>>()?,
+                    untouched: if tag == "up" {
+                        Untouched::Zero
+                    } else {
+                        Untouched::Keep
+                    },
+                }
             }
             "zero" => {
                 let (_, tiles): (Object<'py>, usize) = column.extract()?;
-                Ok(Self::Zero { tiles })
+                Self::Zero { tiles }
             }
             "keep" => {
                 let (_, tiles): (Object<'py>, usize) = column.extract()?;
-                Ok(Self::Keep { tiles })
+                Self::Keep { tiles }
             }
-            other => Err(PyValueError::new_err(format!(
-                "a column is `fragments`, `down`, `up`, `zero` or `keep`, got {other:?}"
-            ))),
-        }
+            other => {
+                return Err(PyValueError::new_err(format!(
+                    "a column is `fragments`, `down`, `up`, `up over`, `zero` or `keep`, got {other:?}"
+                )));
+            }
+        })
     }
 
-    fn sources(&self) -> &[Source<'py>] {
+    fn sources(&self) -> Vec<&Source<'py>> {
         match self {
-            Self::Fragments { source, .. } => source,
-            Self::Down { sources, .. } | Self::Up { sources, .. } => sources,
-            Self::Zero { .. } | Self::Keep { .. } => &[],
+            Self::Fragments { sources, .. } => sources.iter().map(|(source, _)| source).collect(),
+            Self::Down { members, .. } => members.iter().map(|member| &member.source).collect(),
+            Self::Up { members, .. } => members
+                .iter()
+                .flat_map(|member| [Some(&member.source), member.table.as_ref()])
+                .flatten()
+                .collect(),
+            Self::Zero { .. } | Self::Keep { .. } => Vec::new(),
         }
     }
 
     fn column(&self) -> PyResult<Column<'_>> {
-        match self {
+        Ok(match self {
             Self::Fragments {
-                source: [source],
-                source_tiles,
+                sources,
                 first,
                 count,
-            } => Ok(Column::Fragments {
-                source: source.bytes()?,
-                source_tiles: *source_tiles,
-                first: *first,
-                count: *count,
-            }),
-            Self::Down {
-                tiles,
-                sources,
-                places,
             } => {
-                let members = sources.iter().zip(places);
-                let members = members.map(|(source, &[rank, rank_begin])| {
-                    Ok(DownMember {
+                let sources = sources.iter().map(|(source, tiles)| {
+                    Ok(Packed {
                         source: source.bytes()?,
-                        rank,
-                        rank_begin,
+                        tiles: *tiles,
                     })
                 });
-                Ok(Column::Down {
+                Column::Fragments {
+                    sources: sources.collect::<PyResult<_>>()?,
+                    first: *first,
+                    count: *count,
+                }
+            }
+            Self::Down { tiles, members } => {
+                let members = members.iter().map(DownArgument::member);
+                Column::Down {
                     tiles: *tiles,
                     members: members.collect::<PyResult<_>>()?,
-                })
+                }
             }
             Self::Up {
                 tiles,
-                sources,
-                places,
+                members,
+                untouched,
             } => {
-                let members = sources.iter().zip(places);
-                let members = members.map(|(source, &[row_begin, row_count, rank, rank_begin])| {
-                    Ok(UpMember {
-                        source: source.bytes()?,
-                        row_begin,
-                        row_count,
-                        rank,
-                        rank_begin,
-                    })
-                });
-                Ok(Column::Up {
+                let members = members.iter().map(UpArgument::member);
+                Column::Up {
                     tiles: *tiles,
                     members: members.collect::<PyResult<_>>()?,
-                })
+                    untouched: *untouched,
+                }
             }
-            Self::Zero { tiles } => Ok(Column::Zero { tiles: *tiles }),
-            Self::Keep { tiles } => Ok(Column::Keep { tiles: *tiles }),
-        }
+            Self::Zero { tiles } => Column::Zero { tiles: *tiles },
+            Self::Keep { tiles } => Column::Keep { tiles: *tiles },
+        })
     }
+}
+
+/// A `down`, its array borrowed.
+struct DownArgument<'py> {
+    source: Source<'py>,
+    rank: usize,
+    rank_begin: usize,
+}
+
+impl<'py> DownArgument<'py> {
+    fn of((source, rank, rank_begin): &(Object<'py>, usize, usize)) -> PyResult<Self> {
+        Ok(Self {
+            source: Source::of(source)?,
+            rank: *rank,
+            rank_begin: *rank_begin,
+        })
+    }
+
+    fn member(&self) -> PyResult<DownMember<'_>> {
+        Ok(DownMember {
+            source: self.source.bytes()?,
+            rank: self.rank,
+            rank_begin: self.rank_begin,
+        })
+    }
+}
+
+/// (source, table, first row, rows, rank, first rank).
+type UpTuple<'py> = (Object<'py>, Option<Object<'py>>, usize, usize, usize, usize);
+
+/// An `up`, its arrays borrowed.
+struct UpArgument<'py> {
+    source: Source<'py>,
+    table: Option<Source<'py>>,
+    row_begin: usize,
+    row_count: usize,
+    rank: usize,
+    rank_begin: usize,
+}
+
+impl<'py> UpArgument<'py> {
+    fn of(member: &UpTuple<'py>) -> PyResult<Self> {
+        let (source, table, row_begin, row_count, rank, rank_begin) = member;
+        let table = table.as_ref().map(Source::of).transpose()?;
+        if let Some(table) = &table {
+            table_of(table)?;
+        }
+        Ok(Self {
+            source: Source::of(source)?,
+            table,
+            row_begin: *row_begin,
+            row_count: *row_count,
+            rank: *rank,
+            rank_begin: *rank_begin,
+        })
+    }
+
+    fn member(&self) -> PyResult<UpMember<'_>> {
+        Ok(UpMember {
+            source: self.source.bytes()?,
+            table: self.table.as_ref().map(table_of).transpose()?,
+            row_begin: self.row_begin,
+            row_count: self.row_count,
+            rank: self.rank,
+            rank_begin: self.rank_begin,
+        })
+    }
+}
+
+fn table_of<'a>(source: &'a Source<'_>) -> PyResult<Table<'a>> {
+    let bytes = source.bytes()?;
+    Table::from_bytes(bytes).ok_or_else(|| {
+        PyValueError::new_err(format!(
+            "a table has {} bytes, got {}",
+            Table::LEN_BYTES,
+            bytes.len()
+        ))
+    })
 }

@@ -2,7 +2,7 @@
 
 use super::fragment::{LINES, Line, Row, clear, lines, lines_mut, rows, weave};
 use super::up;
-use super::{Column, DownMember, ElementSize, FRAGMENT, Recipe, TILE, UpMember};
+use super::{Column, DownMember, ElementSize, FRAGMENT, Recipe, TILE, Untouched, UpMember};
 
 /// About the size of a band: many per factor, so that threads end together, yet long runs of each
 /// source row.
@@ -12,10 +12,12 @@ const BAND_BYTES: usize = 512 * 1024;
 /// filled one channel tile after the other.
 const GROUP: usize = 32;
 
-/// Channel tiles of one destination.
+/// Channel tiles of one slot.
 #[derive(Debug)]
 pub(super) struct Band<'a> {
     dest: &'a mut [u8],
+    slot: usize,
+    slots: usize,
     /// The first of its channel tiles.
     first: usize,
     /// Channel tiles of the whole factor.
@@ -31,24 +33,34 @@ pub(super) fn cut<'r>(recipe: &'r mut Recipe<'_>) -> Vec<Band<'r>> {
     if recipe.dest.is_empty() {
         return Vec::new();
     }
-    let tiles: usize = recipe.columns.iter().map(Column::tiles).sum();
+    let (slots, element, columns) = (recipe.slots, recipe.element, &*recipe.columns);
+    let tiles: usize = columns.iter().map(Column::tiles).sum();
     let channel_tiles = recipe.channels / TILE;
-    let tile_bytes = tiles * FRAGMENT * recipe.element.bytes();
+    let tile_bytes = tiles * FRAGMENT * element.bytes();
     let per_band = (BAND_BYTES / tile_bytes).max(1).next_multiple_of(GROUP);
-    let (element, columns) = (recipe.element, &*recipe.columns);
-    recipe
+    let mut bands = Vec::new();
+    for (slot, dest) in recipe
         .dest
-        .chunks_mut(per_band * tile_bytes)
+        .chunks_mut(channel_tiles * tile_bytes)
         .enumerate()
-        .map(|(index, dest)| Band {
-            dest,
-            first: index * per_band,
-            channel_tiles,
-            tiles,
-            element,
-            columns,
-        })
-        .collect()
+    {
+        let starts = (0..).step_by(per_band);
+        bands.extend(
+            starts
+                .zip(dest.chunks_mut(per_band * tile_bytes))
+                .map(|(first, dest)| Band {
+                    dest,
+                    slot,
+                    slots,
+                    first,
+                    channel_tiles,
+                    tiles,
+                    element,
+                    columns,
+                }),
+        );
+    }
+    bands
 }
 
 impl Band<'_> {
@@ -64,7 +76,7 @@ impl Band<'_> {
         let parts: Vec<Part<'_, U>> = self
             .columns
             .iter()
-            .map(|column| Part::of(column, self.channel_tiles))
+            .map(|column| Part::of(column, self.slot, self.slots, self.channel_tiles))
             .collect();
         let is_down = |column| matches!(column, &Column::Down { .. });
         let together = if self.columns.iter().any(is_down) {
@@ -131,26 +143,39 @@ enum Content<'a, const U: usize> {
     },
     /// The source row of every rank, cut into the rows of fragments.
     Down(Vec<Option<&'a [Row<U>]>>),
-    Up(&'a [UpMember<'a>]),
+    Up(Vec<UpMember<'a>>, Untouched),
     Zero,
     Keep,
 }
 
 impl<'a, const U: usize> Part<'a, U> {
-    fn of(column: &'a Column<'a>, channel_tiles: usize) -> Self {
+    fn of(column: &'a Column<'a>, slot: usize, slots: usize, channel_tiles: usize) -> Self {
+        let own = |source: &'a [u8]| {
+            let len_bytes = source.len() / slots;
+            &source[slot * len_bytes..][..len_bytes]
+        };
         let content = match column {
-            Column::Fragments {
-                source,
-                source_tiles,
-                first,
-                ..
-            } => Content::Fragments {
-                source: lines(source),
-                stride: source_tiles * LINES,
+            Column::Fragments { sources, first, .. } => Content::Fragments {
+                source: lines(sources[slot].source),
+                stride: sources[slot].tiles * LINES,
                 first: first * LINES,
             },
-            Column::Down { tiles, members } => Content::Down(ranks(*tiles, members, channel_tiles)),
-            Column::Up { members, .. } => Content::Up(members),
+            Column::Down { tiles, members } => {
+                let members = members.iter().map(|member| DownMember {
+                    source: own(member.source),
+                    ..*member
+                });
+                Content::Down(ranks(*tiles, members, channel_tiles))
+            }
+            Column::Up {
+                members, untouched, ..
+            } => {
+                let members = members.iter().map(|member| UpMember {
+                    source: own(member.source),
+                    ..*member
+                });
+                Content::Up(members.collect(), *untouched)
+            }
             Column::Zero { .. } => Content::Zero,
             Column::Keep { .. } => Content::Keep,
         };
@@ -173,9 +198,9 @@ impl<'a, const U: usize> Part<'a, U> {
                 }
             }
             Content::Down(ranks) => fill_down(ranks, &mut strip),
-            Content::Up(members) => {
+            Content::Up(members, untouched) => {
                 for (number, tile) in strip.numbered() {
-                    up::fill(members, number, tile);
+                    up::fill(members, *untouched, number, tile);
                 }
             }
             Content::Zero => strip.tiles().for_each(clear),
@@ -187,7 +212,7 @@ impl<'a, const U: usize> Part<'a, U> {
 /// Where each rank of a column lies.
 fn ranks<'a, const U: usize>(
     tiles: usize,
-    members: &[DownMember<'a>],
+    members: impl Iterator<Item = DownMember<'a>>,
     channel_tiles: usize,
 ) -> Vec<Option<&'a [Row<U>]>> {
     let mut ranks = vec![None; tiles * TILE];

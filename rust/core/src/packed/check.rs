@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Column, DownMember, FRAGMENT, PackFault, Recipe, TILE, UpMember};
+use super::{Column, DownMember, ElementSize, FRAGMENT, PackFault, Packed, Recipe, TILE, UpMember};
 
 /// Checks one recipe: after this no offset within it can overflow or lie outside its memory.
 pub(super) fn check(recipe: &Recipe<'_>) -> Result<(), PackFault> {
@@ -15,11 +15,13 @@ pub(super) fn check(recipe: &Recipe<'_>) -> Result<(), PackFault> {
         .iter()
         .try_fold(0_usize, |sum, column| sum.checked_add(column.tiles()));
     let tiles = tiles.ok_or(PackFault::TooLarge { what: "the rank" })?;
-    let want_bytes = size_bytes(channels / TILE, tiles, FRAGMENT * element_bytes)?;
+    let slot_bytes = size_bytes(channels / TILE, tiles, FRAGMENT * element_bytes)?;
+    let want_bytes = size_bytes(recipe.slots, slot_bytes, 1)?;
     if recipe.dest.len() != want_bytes {
         return Err(PackFault::Dest {
             got_bytes: recipe.dest.len(),
             want_bytes,
+            slots: recipe.slots,
             channels,
             tiles,
             element_bytes,
@@ -27,8 +29,9 @@ pub(super) fn check(recipe: &Recipe<'_>) -> Result<(), PackFault> {
     }
     for (index, column) in recipe.columns.iter().enumerate() {
         Checked {
+            slots: recipe.slots,
             channels,
-            element_bytes,
+            element: recipe.element,
             column: index,
         }
         .column(column)?;
@@ -44,8 +47,9 @@ fn size_bytes(rows: usize, columns: usize, each_bytes: usize) -> Result<usize, P
 
 /// A column being checked, by its index.
 struct Checked {
+    slots: usize,
     channels: usize,
-    element_bytes: usize,
+    element: ElementSize,
     column: usize,
 }
 
@@ -53,44 +57,54 @@ impl Checked {
     fn column(&self, column: &Column<'_>) -> Result<(), PackFault> {
         match column {
             Column::Fragments {
-                source,
-                source_tiles,
+                sources,
                 first,
                 count,
-            } => self.fragments(source, *source_tiles, *first, *count),
+            } => self.fragments(sources, *first, *count),
             Column::Down { tiles, members } => self.down(*tiles, members),
-            Column::Up { tiles, members } => self.up(*tiles, members),
+            Column::Up { tiles, members, .. } => self.up(*tiles, members),
             Column::Zero { .. } | Column::Keep { .. } => Ok(()),
         }
     }
 
     fn fragments(
         &self,
-        source: &[u8],
-        source_tiles: usize,
+        sources: &[Packed<'_>],
         first: usize,
         count: usize,
     ) -> Result<(), PackFault> {
-        if first
-            .checked_add(count)
-            .is_none_or(|end| end > source_tiles)
-        {
-            return Err(PackFault::Fragments {
+        if sources.len() != self.slots {
+            return Err(PackFault::Slots {
                 column: self.column,
-                first,
-                count,
-                source_tiles,
+                sources: sources.len(),
+                slots: self.slots,
             });
         }
-        let ranks = source_tiles.checked_mul(TILE);
-        let ranks = ranks.ok_or(PackFault::TooLarge { what: "the rank" })?;
-        self.source(source, None, self.channels, ranks)
+        for packed in sources {
+            let source_tiles = packed.tiles;
+            if first
+                .checked_add(count)
+                .is_none_or(|end| end > source_tiles)
+            {
+                return Err(PackFault::Fragments {
+                    column: self.column,
+                    first,
+                    count,
+                    source_tiles,
+                });
+            }
+            let ranks = source_tiles.checked_mul(TILE);
+            let ranks = ranks.ok_or(PackFault::TooLarge { what: "the rank" })?;
+            self.source(packed.source, None, [1, self.channels, ranks])?;
+        }
+        Ok(())
     }
 
     fn down(&self, tiles: usize, members: &[DownMember<'_>]) -> Result<(), PackFault> {
         let mut taken = Vec::with_capacity(members.len());
         for (index, member) in members.iter().enumerate() {
-            self.source(member.source, Some(index), member.rank, self.channels)?;
+            let shape = [self.slots, member.rank, self.channels];
+            self.source(member.source, Some(index), shape)?;
             let ranks = self.ranks(index, member.rank_begin, member.rank, tiles)?;
             taken.push((ranks, 0..self.channels));
         }
@@ -100,8 +114,16 @@ impl Checked {
     fn up(&self, tiles: usize, members: &[UpMember<'_>]) -> Result<(), PackFault> {
         let mut taken = Vec::with_capacity(members.len());
         for (index, member) in members.iter().enumerate() {
-            self.source(member.source, Some(index), member.row_count, member.rank)?;
+            let shape = [self.slots, member.row_count, member.rank];
+            self.source(member.source, Some(index), shape)?;
             let ranks = self.ranks(index, member.rank_begin, member.rank, tiles)?;
+            if member.table.is_some() && self.element != ElementSize::Two {
+                return Err(PackFault::Table {
+                    column: self.column,
+                    member: index,
+                    element_bytes: self.element.bytes(),
+                });
+            }
             let (row_begin, row_count) = (member.row_begin, member.row_count);
             let row_end = row_begin.checked_add(row_count);
             let Some(row_end) = row_end.filter(|&end| end <= self.channels) else {
@@ -122,10 +144,12 @@ impl Checked {
         &self,
         source: &[u8],
         member: Option<usize>,
-        rows: usize,
-        columns: usize,
+        shape: [usize; 3],
     ) -> Result<(), PackFault> {
-        let want_bytes = size_bytes(rows, columns, self.element_bytes)?;
+        let [slots, rows, columns] = shape;
+        let element_bytes = self.element.bytes();
+        let slot_bytes = size_bytes(rows, columns, element_bytes)?;
+        let want_bytes = size_bytes(slots, slot_bytes, 1)?;
         if source.len() == want_bytes {
             return Ok(());
         }
@@ -134,9 +158,10 @@ impl Checked {
             member,
             got_bytes: source.len(),
             want_bytes,
+            slots,
             rows,
             columns,
-            element_bytes: self.element_bytes,
+            element_bytes,
         })
     }
 

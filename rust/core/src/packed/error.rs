@@ -23,14 +23,16 @@ pub enum PackFault {
     },
     /// The destination is not as long as the columns say.
     #[error(
-        "the destination has {got_bytes} bytes; {channels} channels by {tiles} fragments of \
-         {element_bytes}-byte elements take {want_bytes}"
+        "the destination has {got_bytes} bytes; {slots} slots of {channels} channels by {tiles} \
+         fragments of {element_bytes}-byte elements take {want_bytes}"
     )]
     Dest {
         /// Length of the destination.
         got_bytes: usize,
         /// Length that the columns fill.
         want_bytes: usize,
+        /// How many slots.
+        slots: usize,
         /// Channels of the factor.
         channels: usize,
         /// Fragments of one channel tile.
@@ -40,8 +42,8 @@ pub enum PackFault {
     },
     /// A source is not as long as its shape says.
     #[error(
-        "column {column}{}: the source has {got_bytes} bytes; {rows} x {columns} elements of \
-         {element_bytes} bytes take {want_bytes}",
+        "column {column}{}: the source has {got_bytes} bytes; {slots} x {rows} x {columns} elements \
+         of {element_bytes} bytes take {want_bytes}",
         OfMember(*.member)
     )]
     Source {
@@ -53,10 +55,32 @@ pub enum PackFault {
         got_bytes: usize,
         /// Length that its shape takes.
         want_bytes: usize,
+        /// How many slots it holds.
+        slots: usize,
         /// Rows of its shape.
         rows: usize,
         /// Columns of its shape.
         columns: usize,
+        /// Size of an element.
+        element_bytes: usize,
+    },
+    /// There is not one source for every slot.
+    #[error("column {column}: {sources} sources for {slots} slots")]
+    Slots {
+        /// Index of the column.
+        column: usize,
+        /// How many sources.
+        sources: usize,
+        /// How many slots.
+        slots: usize,
+    },
+    /// Elements that no table has an entry for.
+    #[error("column {column}, member {member}: a table of elements of {element_bytes} bytes")]
+    Table {
+        /// Index of the column.
+        column: usize,
+        /// Index of the member.
+        member: usize,
         /// Size of an element.
         element_bytes: usize,
     },

@@ -4,11 +4,12 @@ use std::ops::Range;
 
 use super::check::overlap;
 use super::fragment::{LINES, Line, Row, Unit, clear, weave};
-use super::{TILE, UpMember};
+use super::{TILE, Table, Untouched, UpMember};
 
 /// Fills the fragments of one channel tile.
 pub(super) fn fill<const U: usize>(
     members: &[UpMember<'_>],
+    untouched: Untouched,
     channel_tile: usize,
     lines: &mut [Line<U>],
 ) {
@@ -23,7 +24,9 @@ pub(super) fn fill<const U: usize>(
         // Blocks do not overlap: what holds a whole fragment is alone in it.
         let end = match touching.next() {
             None => {
-                clear(&mut lines[tile * LINES..][..LINES]);
+                if untouched == Untouched::Zero {
+                    clear(&mut lines[tile * LINES..][..LINES]);
+                }
                 tile + 1
             }
             Some(member) if member.holds(&channels, &ranks) => {
@@ -74,6 +77,7 @@ struct SourceRows<'a, const U: usize> {
     stride: usize,
     /// The first unit of the first row.
     begin: usize,
+    table: Option<Table<'a>>,
 }
 
 impl<'a, const U: usize> SourceRows<'a, U> {
@@ -83,6 +87,7 @@ impl<'a, const U: usize> SourceRows<'a, U> {
             units: member.source.as_chunks().0,
             stride,
             begin: (channel - member.row_begin) * stride + (rank - member.rank_begin) / 2,
+            table: member.table,
         }
     }
 
@@ -95,12 +100,20 @@ impl<'a, const U: usize> SourceRows<'a, U> {
 
     /// Packs consecutive fragments.
     fn pack(&self, lines: &mut [Line<U>]) {
+        match self.table {
+            None => self.pack_rows(lines, |row| *row),
+            Some(table) => self.pack_rows(lines, |row| table.row(row)),
+        }
+    }
+
+    #[inline]
+    fn pack_rows(&self, lines: &mut [Line<U>], form: impl Fn(&Row<U>) -> Row<U>) {
         let fragments = lines.len() / LINES;
         for line in 0..LINES {
             let (upper, lower) = (self.row(line, fragments), self.row(line + LINES, fragments));
             let fragments = lines.chunks_exact_mut(LINES);
             for ((upper, lower), fragment) in upper.iter().zip(lower).zip(fragments) {
-                weave(upper, lower, &mut fragment[line]);
+                weave(&form(upper), &form(lower), &mut fragment[line]);
             }
         }
     }
@@ -125,8 +138,11 @@ fn assemble<const U: usize>(
         for channel in channels_begin..own_channels.end.min(channels.end) {
             let row = block[channel - channels.start].as_flattened_mut();
             let at = (channel - own_channels.start) * member.rank + begin - own_ranks.start;
-            row[(begin - ranks.start) * element..(end - ranks.start) * element]
-                .copy_from_slice(&member.source[at * element..(at + end - begin) * element]);
+            let row = &mut row[(begin - ranks.start) * element..(end - ranks.start) * element];
+            row.copy_from_slice(&member.source[at * element..(at + end - begin) * element]);
+            if let Some(table) = member.table {
+                table.replace(row);
+            }
         }
     }
     block
