@@ -20,7 +20,12 @@ from safetensors.torch import load_file, save_file, save_model
 import qwenlora
 from qwenlora import arena, host_arena
 from qwenlora.allocation import evenly, rest_from
+from qwenlora.arena import PackedArena
+from qwenlora.bulk import Member
 from qwenlora.errors import ModelStateError
+from qwenlora.host_arena import HostPackedArena, rewrite_packed_ups
+from qwenlora.layout import round_up
+from qwenlora.targets import find_targets
 
 BLOCKS = 4
 
@@ -68,6 +73,89 @@ def held_bytes(*modules):
 
 def test_a_composed_model_holds_no_more_than_its_elements(composed):
     assert held_bytes(composed) == own_bytes(composed)
+
+
+# ---- in host memory ----
+
+QKV = "attn.to_qkv"
+
+
+@pytest.fixture
+def targets(model):
+    """One fused path's slots, which have bases of their own."""
+    found = find_targets(model, {}).values()
+    return [target for target in found if target.path.endswith(QKV)]
+
+
+def part_of(row, slots, ranks, rank_begin, *, dtype, factors=(1.0, 0.3, -2.5)):
+    """A LoRA's deltas of q, k and v in some slots."""
+    generator = torch.Generator().manual_seed(slots.start + rank_begin)
+    rows, features = row.out_features // 3, row.in_features
+
+    def values(*shape):
+        return torch.randn(len(slots), *shape, generator=generator).to(dtype)
+
+    return arena.Part(
+        slots=slots,
+        members=[
+            Member(r, 1.0, at * rows, rows, dtype, features, {}) for at, r in enumerate(ranks)
+        ],
+        downs=[values(rank, features) for rank in ranks],
+        ups=[values(rows, rank) for rank in ranks],
+        factors=factors,
+        starts=[0, ranks[0], ranks[0] + ranks[1]],
+        rank=sum(ranks),
+        rank_begin=rank_begin,
+    )
+
+
+def same_factors(one, other):
+    pairs = zip(one.factors(), other.factors(), strict=True)
+    return all(torch.equal(a, b) for own, its in pairs for a, b in zip(own, its, strict=True))
+
+
+@pytest.mark.parametrize("formed_bytes", [1, 1 << 15, 1 << 24])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("ranks", [(16, 16, 32), (4, 9, 16)])
+def test_rust_packs_what_torch_does(formed_bytes, dtype, ranks, targets, monkeypatch):
+    """Loads of two LoRAs that begin and end at other slots; one slot gets nothing but its base."""
+    monkeypatch.setattr(host_arena, "_FORMED_BYTES", formed_bytes)
+    row, first = targets[0].row, round_up(sum(ranks), 16)
+    loads = [(range(1), 0), (range(2), first), (range(1, 3), 0), (range(2, 3), first)]
+    arenas = [make(targets, 2 * first) for make in (HostPackedArena, PackedArena)]
+    for made in arenas:
+        made.clear()
+        for slots, begin in loads:
+            made.write(part_of(row, slots, ranks, begin, dtype=dtype))
+    assert same_factors(*arenas)
+    # Factors of another strength, over what is there.
+    again = part_of(row, range(1, 3), ranks, 0, dtype=dtype, factors=(0.7, 1.0, 1e-3))
+    base_tiles = row.base_rank // 16
+    rewrite_packed_ups(arenas[0]._up, again, base_tiles=base_tiles, threads=2)
+    arena.write_packed_ups(arenas[1]._up, again, base_tiles=base_tiles)
+    assert same_factors(*arenas)
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+def test_bases_come_with_the_first_deltas(cleared, targets):
+    """Whichever slots are written first, or none."""
+    row, ranks = targets[0].row, (16, 16, 32)
+    made = HostPackedArena(targets, 64)
+    if cleared:
+        made.clear()
+    part = part_of(row, range(2, 3), ranks, 0, dtype=torch.bfloat16)
+    made.write(part)
+    made.write(part_of(row, range(1, 2), ranks, 0, dtype=torch.bfloat16))
+    made.write(part)
+    downs, ups = made.factors()
+    for target, down, up in zip(targets, downs, ups, strict=True):
+        for name, factor in (("proj_down", down), ("proj_up", up)):
+            base = getattr(target.module, name)
+            tiles = factor.view(factor.shape[0] // 16, -1, 256)
+            own = tiles[:, : base.shape[1] // 16].reshape(base.shape)
+            assert torch.equal(own, base)
+            if cleared and target in (targets[0], targets[3]):
+                assert not tiles[:, base.shape[1] // 16 :].any()
 
 
 # ---- copies ----
@@ -266,20 +354,17 @@ def test_accelerate_drops_nothing(reset, composed):
 def allocations(monkeypatch):
     """Weak references to the memory of every arena."""
     found: list[weakref.ref] = []
-    empty, zeros = np.empty, torch.zeros
 
-    def recorded_empty(*args, **kwargs):
-        array = empty(*args, **kwargs)
-        found.append(weakref.ref(array))
-        return array
+    def recorded(allocate):
+        def allocated(*args, **kwargs):
+            array = allocate(*args, **kwargs)
+            found.append(weakref.ref(array))
+            return array
 
-    def recorded_zeros(*args, **kwargs):
-        tensor = zeros(*args, **kwargs)
-        found.append(weakref.ref(tensor))
-        return tensor
+        return allocated
 
-    monkeypatch.setattr(host_arena.np, "empty", recorded_empty)
-    monkeypatch.setattr(arena.torch, "zeros", recorded_zeros)
+    monkeypatch.setattr(host_arena.np, "empty", recorded(np.empty))
+    monkeypatch.setattr(arena.np, "zeros", recorded(np.zeros))
     return lambda: sum(reference() is not None for reference in found)
 
 

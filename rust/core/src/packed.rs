@@ -11,7 +11,6 @@ mod fragment;
 mod table;
 mod up;
 
-use std::convert::Infallible;
 use std::num::NonZeroUsize;
 
 pub use error::{PackError, PackFault};
@@ -177,9 +176,6 @@ pub fn fill(recipes: &mut [Recipe<'_>], threads: NonZeroUsize) -> Result<(), Pac
         })?;
     }
     let bands = recipes.iter_mut().flat_map(band::cut).collect();
-    let Ok(()) = queue::drain_apart(bands, threads, |band| {
-        band.fill();
-        Ok::<(), Infallible>(())
-    });
+    queue::drain_apart(bands, threads, band::Band::fill);
     Ok(())
 }

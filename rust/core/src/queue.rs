@@ -1,10 +1,29 @@
 //! Work shared among threads: pieces of one list, each taken by whoever is free.
 
 use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
+
+/// About the size of a band: many per factor, so that threads end together, yet long runs of memory.
+const BAND_BYTES: usize = 512 * 1024;
+
+/// Cuts memory of units of one size into bands, each with the number of its first unit.
+///
+/// All bands but the last hold a multiple of `together` units; there is at least one unit of at least
+/// one byte, or no memory.
+pub(crate) fn bands(
+    memory: &mut [u8],
+    unit_bytes: usize,
+    together: usize,
+) -> impl Iterator<Item = (usize, &mut [u8])> {
+    let units = (BAND_BYTES / unit_bytes.max(1)).max(1);
+    let units = units.next_multiple_of(together);
+    let bands = memory.chunks_mut(units * unit_bytes.max(1));
+    (0..).step_by(units).zip(bands)
+}
 
 /// Does all the work in the order of the list, with up to `threads` threads, this one among them;
 /// the first error stops every worker.
@@ -18,16 +37,12 @@ pub(crate) fn drain<T: Send, E: Send>(
     employ(workers, |_| lock(&queue).next(), work)
 }
 
-/// The same, with a run of neighbours for each thread; one that is done helps at the far end of the
-/// longest.
+/// Does work that cannot fail, with a run of neighbours for each thread; one that is done helps at the
+/// far end of the longest.
 ///
 /// So threads write far apart: of several that touch a new page at a time, each has the system clear
 /// one of its own, and all but one are thrown away.
-pub(crate) fn drain_apart<T: Send, E: Send>(
-    items: Vec<T>,
-    threads: NonZeroUsize,
-    work: impl Fn(T) -> Result<(), E> + Sync,
-) -> Result<(), E> {
+pub(crate) fn drain_apart<T: Send>(items: Vec<T>, threads: NonZeroUsize, work: impl Fn(T) + Sync) {
     let workers = threads.get().min(items.len());
     let longest = items.len().div_ceil(threads.get());
     let mut items = items.into_iter();
@@ -40,7 +55,10 @@ pub(crate) fn drain_apart<T: Send, E: Send>(
             longest.and_then(VecDeque::pop_back)
         })
     };
-    employ(workers, take, work)
+    let Ok(()) = employ(workers, take, |item| {
+        work(item);
+        Ok::<(), Infallible>(())
+    });
 }
 
 /// Lets every worker, by its number, take one item after the other until there is none.
@@ -88,34 +106,30 @@ mod tests {
     use std::num::NonZeroUsize;
     use std::sync::Mutex;
 
-    use super::{drain, drain_apart};
-
-    type Drain = fn(
-        Vec<usize>,
-        NonZeroUsize,
-        &(dyn Fn(usize) -> Result<(), usize> + Sync),
-    ) -> Result<(), usize>;
-
-    const BOTH: [Drain; 2] = [
-        |items, threads, work| drain(items, threads, work),
-        |items, threads, work| drain_apart(items, threads, work),
-    ];
+    use super::{BAND_BYTES, bands, drain, drain_apart};
 
     fn threads(count: usize) -> NonZeroUsize {
         NonZeroUsize::new(count).expect("tests employ somebody")
     }
 
+    /// What is taken, in order, by either way of sharing.
+    fn taken(items: usize, workers: usize) -> [Vec<usize>; 2] {
+        let (one, other) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()));
+        let done = drain((0..items).collect(), threads(workers), |item| {
+            one.lock().unwrap().push(item);
+            Ok::<(), ()>(())
+        });
+        assert_eq!(done, Ok(()));
+        drain_apart((0..items).collect(), threads(workers), |item| {
+            other.lock().unwrap().push(item);
+        });
+        [one, other].map(|taken| taken.into_inner().unwrap())
+    }
+
     #[test]
     fn every_item_is_taken_once() {
-        for drain in BOTH {
-            for (items, workers) in [(0, 3), (1, 3), (2, 3), (3, 3), (4, 3), (100, 7), (10, 1)] {
-                let taken = Mutex::new(Vec::new());
-                let take = |item| {
-                    taken.lock().unwrap().push(item);
-                    Ok(())
-                };
-                assert_eq!(drain((0..items).collect(), threads(workers), &take), Ok(()));
-                let mut taken = taken.into_inner().unwrap();
+        for (items, workers) in [(0, 3), (1, 3), (2, 3), (3, 3), (4, 3), (100, 7), (10, 1)] {
+            for mut taken in taken(items, workers) {
                 taken.sort_unstable();
                 assert_eq!(taken, (0..items).collect::<Vec<_>>());
             }
@@ -123,23 +137,31 @@ mod tests {
     }
 
     #[test]
-    fn an_error_ends_the_work() {
-        for drain in BOTH {
-            let fail = |item| if item == 2 { Err(item) } else { Ok(()) };
-            assert_eq!(drain((0..9).collect(), threads(2), &fail), Err(2));
+    fn one_worker_keeps_the_order() {
+        for taken in taken(10, 1) {
+            assert_eq!(taken, (0..10).collect::<Vec<_>>());
         }
     }
 
     #[test]
-    fn one_worker_keeps_the_order() {
-        for drain in BOTH {
-            let taken = Mutex::new(Vec::new());
-            let take = |item| {
-                taken.lock().unwrap().push(item);
-                Ok(())
-            };
-            drain(vec![3, 1, 2], threads(1), &take).unwrap();
-            assert_eq!(taken.into_inner().unwrap(), [3, 1, 2]);
+    fn an_error_ends_the_work() {
+        let work = |item| if item == 2 { Err(item) } else { Ok(()) };
+        assert_eq!(drain((0..9).collect(), threads(2), work), Err(2));
+    }
+
+    #[test]
+    fn bands_are_whole_and_leave_nothing_out() {
+        for (unit_bytes, together, units) in [(1000, 32, 2000), (BAND_BYTES * 2, 1, 3), (7, 1, 1)] {
+            let mut memory = vec![0_u8; unit_bytes * units];
+            let mut next = 0;
+            for (first, band) in bands(&mut memory, unit_bytes, together) {
+                assert_eq!(first, next);
+                assert_eq!(first % together, 0);
+                assert_eq!(band.len() % unit_bytes, 0);
+                next += band.len() / unit_bytes;
+            }
+            assert_eq!(next, units);
         }
+        assert_eq!(bands(&mut [], 0, 1).count(), 0);
     }
 }

@@ -4,15 +4,11 @@
 //! This is the `up` of a side branch: LoRAs stacked along the rank, and for a modulation layer the
 //! rows brought from plane order to the interleaved order of the layer (`docs/layout.md`).
 
-use std::convert::Infallible;
 use std::num::NonZeroUsize;
 
 use thiserror::Error;
 
 use crate::queue;
-
-/// About how many bytes one thread fills at a time.
-const BAND_BYTES: usize = 512 * 1024;
 
 /// One stacked factor: where it goes and what it is made of.
 #[derive(Debug)]
@@ -103,10 +99,7 @@ pub fn fill(recipes: &mut [RowsRecipe<'_>], threads: NonZeroUsize) -> Result<(),
         })?;
     }
     let bands = recipes.iter_mut().flat_map(cut).collect();
-    let Ok(()) = queue::drain_apart(bands, threads, |band: Band<'_>| {
-        band.fill();
-        Ok::<(), Infallible>(())
-    });
+    queue::drain_apart(bands, threads, Band::fill);
     Ok(())
 }
 
@@ -161,16 +154,12 @@ fn cut<'r>(recipe: &'r mut RowsRecipe<'_>) -> Vec<Band<'r>> {
         return Vec::new();
     }
     let row_bytes = recipe.dest.len() / recipe.rows;
-    let per_band = (BAND_BYTES / row_bytes).max(1);
     let (planes, columns) = (recipe.planes.get(), &*recipe.columns);
     let plane_rows = recipe.rows / planes;
-    recipe
-        .dest
-        .chunks_mut(per_band * row_bytes)
-        .enumerate()
-        .map(|(index, dest)| Band {
+    queue::bands(recipe.dest, row_bytes, 1)
+        .map(|(first, dest)| Band {
             dest,
-            first: index * per_band,
+            first,
             row_bytes,
             planes,
             plane_rows,

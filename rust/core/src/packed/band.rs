@@ -3,10 +3,8 @@
 use super::fragment::{LINES, Line, Row, clear, lines, lines_mut, rows, weave};
 use super::up;
 use super::{Column, DownMember, ElementSize, FRAGMENT, Recipe, TILE, Untouched, UpMember};
+use crate::queue;
 
-/// About the size of a band: many per factor, so that threads end together, yet long runs of each
-/// source row.
-const BAND_BYTES: usize = 512 * 1024;
 /// Channel tiles that are filled together where a column is a `down`: of each source row so many
 /// fragments' width is read at once. Other columns read and write in the order of memory, and are
 /// filled one channel tile after the other.
@@ -37,28 +35,20 @@ pub(super) fn cut<'r>(recipe: &'r mut Recipe<'_>) -> Vec<Band<'r>> {
     let tiles: usize = columns.iter().map(Column::tiles).sum();
     let channel_tiles = recipe.channels / TILE;
     let tile_bytes = tiles * FRAGMENT * element.bytes();
-    let per_band = (BAND_BYTES / tile_bytes).max(1).next_multiple_of(GROUP);
     let mut bands = Vec::new();
-    for (slot, dest) in recipe
-        .dest
-        .chunks_mut(channel_tiles * tile_bytes)
-        .enumerate()
-    {
-        let starts = (0..).step_by(per_band);
-        bands.extend(
-            starts
-                .zip(dest.chunks_mut(per_band * tile_bytes))
-                .map(|(first, dest)| Band {
-                    dest,
-                    slot,
-                    slots,
-                    first,
-                    channel_tiles,
-                    tiles,
-                    element,
-                    columns,
-                }),
-        );
+    let factors = recipe.dest.chunks_mut(channel_tiles * tile_bytes);
+    for (slot, dest) in factors.enumerate() {
+        let own = queue::bands(dest, tile_bytes, GROUP).map(|(first, dest)| Band {
+            dest,
+            slot,
+            slots,
+            first,
+            channel_tiles,
+            tiles,
+            element,
+            columns,
+        });
+        bands.extend(own);
     }
     bands
 }
