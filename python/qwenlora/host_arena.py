@@ -2,8 +2,8 @@
 
 Scaling stays torch's. Elements of two bytes have 65,536 values, so their products with one factor
 are a table, made by the very multiplication that would form them one by one; Rust looks up what it
-packs, and memory is read once and written once. Elements of another size are formed before they are
-packed, few slots at a time, so that they are still in the cache.
+packs, and memory is read once and written once. Elements of another size are formed by torch before
+they are packed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ __all__ = ["HostPackedArena", "arena_of", "rewrite_packed_ups"]
 _Bytes: TypeAlias = "npt.NDArray[np.uint8]"
 _Column: TypeAlias = "tuple[Any, ...]"
 
-_FORMED_BYTES = 2 << 20
-"""Most bytes that are formed at a time, unless one slot takes more."""
+_FORMED_BYTES = 64 << 20
+"""Most bytes that are formed at a time, unless one slot takes more.
+
+Much: after each operation torch's threads spin for a while, on cores that packing needs.
+"""
 
 
 def arena_of(
@@ -95,9 +98,7 @@ class HostPackedArena(PackedArena):
     def _allocate(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         if like.is_pinned():
             return torch.empty(shape, dtype=like.dtype, pin_memory=True)
-        # NumPy asks the system for huge pages: new memory is then touched four times as fast.
-        raw = np.empty(math.prod(shape) * like.itemsize, dtype=np.uint8)
-        return torch.from_numpy(raw).view(like.dtype).view(shape)
+        return _empty(shape, like.dtype)
 
     def _copy_base(self, arena: Tensor, olds: list[Tensor]) -> None:
         self._olds.append([old.detach() for old in olds])
@@ -120,6 +121,9 @@ class HostPackedArena(PackedArena):
             recipes.append(_recipe(arena, slots, [base, *columns]))
         _core.fill_packed(recipes, threads=_threads(self._threads))
         self._bare = max(self._bare, slots.stop)
+        if self._bare == len(self._down):
+            # Nothing here keeps old tensors alive that are not needed any more.
+            self._olds = [(), ()]
 
 
 def rewrite_packed_ups(arena: Tensor, part: Part, *, base_tiles: int, threads: int | None) -> None:
@@ -166,7 +170,7 @@ class _Deltas:
         part, own = self._part, self._own(slots)
         first = {start: at for at, start in reversed(list(enumerate(part.starts)))}
         members = [
-            (_bytes(part.downs[at][own].to(self._dtype)), part.members[at].rank, start)
+            (_bytes(_cast(part.downs[at][own], self._dtype)), part.members[at].rank, start)
             for start, at in first.items()
         ]
         return ("down", self.tiles, members)
@@ -203,7 +207,7 @@ class _Up:
         """What Rust reads of some slots."""
         values = self.values[slots]
         if self.is_formed:
-            formed = torch.empty(values.shape, dtype=self._dtype)
+            formed = _empty(values.shape, self._dtype)
             scaled_into(formed, values, self._factor)
             values = formed
         return _bytes(values)
@@ -217,6 +221,16 @@ def _table(values: torch.dtype, factor: float, dtype: torch.dtype) -> _Bytes:
     for own, half in zip(scaled.chunk(2), every.chunk(2), strict=True):
         scaled_into(own, half, factor)
     return _bytes(scaled)
+
+
+def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values if values.dtype == dtype else _empty(values.shape, dtype).copy_(values)
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    # NumPy asks the system for huge pages: new memory is then touched four times as fast.
+    raw = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)
 
 
 def _recipe(arena: Tensor, slots: range, columns: Sequence[_Column]) -> tuple[Any, ...]:
