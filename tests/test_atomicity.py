@@ -331,9 +331,9 @@ def test_an_error_between_the_two_halves_of_a_slot(
 
     fault, point = Fault(RuntimeError, 1), slots._point_all
 
-    def failing_point(*args):
+    def failing_point(*args, **options):
         fault.pass_or_raise()
-        point(*args)
+        point(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(slots, "_point_all", failing_point)

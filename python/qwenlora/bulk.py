@@ -18,6 +18,7 @@ import torch
 from qwenlora.layout import LowRankSide, RowOrder
 from qwenlora.plan import SlotKind
 from qwenlora.source import DTYPES
+from qwenlora.targets import FACTORS, factors_of
 
 if TYPE_CHECKING:
     from qwenlora.plan import AlikeMember, AlikeSlots
@@ -143,6 +144,13 @@ class Group:
     def packed(self) -> bool:
         """Whether deltas join packed low-rank branches; they run beside the layers otherwise."""
         return self.targets[0].kind is SlotKind.SVDQ
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether none of its packed parameters was made in inference mode."""
+        modules = [target.module for target in self.targets]
+        factors = [factor for name in FACTORS for factor in factors_of(modules, name)]
+        return not any(factor.is_inference() for factor in factors)
 
     @property
     def device(self) -> torch.device:

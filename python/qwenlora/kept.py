@@ -148,14 +148,15 @@ def groups_left(
         _kept(own.group, own, state.records[own.group.targets[0].path].rank_added)
         for own in placed
         if own.group.packed and own.group.device.type != "cpu" and not own.differing
+        # Inference tensors can be put back in inference mode only.
+        if own.group.plain
     ]
     for paths, group in structure.packed:
         own = paths & changing
-        if own and paths.isdisjoint(state.records):
+        if own and paths.isdisjoint(state.records) and group.plain:
             targets = tuple(target for target in group.targets if target.path in own)
             left.append(_kept(group if own == paths else Group(targets), None, 0))
-    # Inference tensors can be put back in inference mode only.
-    return [own for own in left if not any(t.is_inference() for t in own.deltas.downs)]
+    return left
 
 
 @dataclass(frozen=True)

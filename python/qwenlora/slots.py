@@ -271,25 +271,30 @@ class PackedSlot:
 
 @dataclass
 class _PackedChange:
-    """New factors of packed layers: `new` holds every layer's down, and every layer's up."""
+    """New factors of packed layers: `new` holds every layer's down, and every layer's up.
+
+    `plain` says that none of the parameters was made in inference mode.
+    """
 
     modules: Sequence[nn.Module]
     new: tuple[Sequence[Tensor], Sequence[Tensor]]
     old: Sequence[Sequence[Tensor]] = field(init=False)
     old_data: Sequence[Sequence[Tensor]] = field(init=False)
+    plain: bool = field(init=False, default=False)
 
     def prepare(self, left: KeptGroup | None = None) -> None:
         """See what is in place, unless it is known."""
         if left is not None:
             self.old = left.parameters
             self.old_data = (left.deltas.downs, left.deltas.ups)
+            self.plain = left.group.plain
             return
         self.old = [factors_of(self.modules, name) for name in FACTORS]
         self.old_data = [[parameter.data for parameter in own] for own in self.old]
 
     def make(self) -> None:
         for name, old, new in zip(FACTORS, self.old, self.new, strict=True):
-            _point_all(self.modules, name, old, new)
+            _point_all(self.modules, name, old, new, plain=self.plain)
 
     def unmake(self) -> None:
         for name, old, old_data in zip(FACTORS, self.old, self.old_data, strict=True):
@@ -459,9 +464,18 @@ class _ValueChange:
 
 
 def _point_all(
-    modules: Sequence[nn.Module], name: str, old: Sequence[Tensor], new: Sequence[Tensor]
+    modules: Sequence[nn.Module],
+    name: str,
+    old: Sequence[Tensor],
+    new: Sequence[Tensor],
+    *,
+    plain: bool,
 ) -> None:
-    """Let a parameter of each module hold another tensor."""
+    """Let a parameter of each module hold another tensor; see `_point`."""
+    if plain:
+        for parameter, tensor in zip(old, new, strict=True):
+            parameter.data = tensor
+        return
     for module, parameter, tensor in zip(modules, old, new, strict=True):
         if parameter.is_inference():
             _point(module, name, tensor)
