@@ -111,6 +111,7 @@ def part_of(row, slots, ranks, rank_begin, *, dtype, factors=(1.0, 0.3, -2.5)):
 
 
 def same_factors(one, other):
+    one.finish()
     pairs = zip(one.factors(), other.factors(), strict=True)
     return all(torch.equal(a, b) for own, its in pairs for a, b in zip(own, its, strict=True))
 
@@ -147,6 +148,7 @@ def test_bases_come_with_the_first_deltas(cleared, targets):
     made.write(part)
     made.write(part_of(row, range(1, 2), ranks, 0, dtype=torch.bfloat16))
     made.write(part)
+    made.finish()
     downs, ups = made.factors()
     for target, down, up in zip(targets, downs, ups, strict=True):
         for name, factor in (("proj_down", down), ("proj_up", up)):

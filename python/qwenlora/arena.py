@@ -80,7 +80,10 @@ class Arena(Protocol):
         """Write one LoRA's deltas in some slots."""
 
     def factors(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Every slot's `down`, and every slot's `up`, as their layers hold them."""
+        """Every slot's `down`, and every slot's `up`, as their layers hold them; at any time."""
+
+    def finish(self) -> None:
+        """All deltas are written."""
 
     def finite(self) -> list[bool]:
         """Slot by slot, whether all that was written is finite."""
@@ -108,6 +111,9 @@ class PackedArena:
     def finite(self) -> list[bool]:
         """Slot by slot, whether all that is not the base is finite."""
         return _finite(self._down[:, :, self._base_tiles :], self._up[:, :, self._base_tiles :])
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
 
     def clear(self) -> None:
         """Zero all that is not the base."""
@@ -319,6 +325,9 @@ class BranchArena:
     def finite(self) -> list[bool]:
         """Slot by slot, whether all of it is finite."""
         return _finite(self._down, self._up)
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
 
     def clear(self) -> None:
         """All of it is zero from the beginning."""

@@ -181,6 +181,7 @@ class GroupBuilder:
             tell(end - begun)
             staged = taken.pop(id(load), None) or self._loader.take(load)
             self._write(laid.arena, load, staged, laid.layouts[load.stack.lora], differing)
+        laid.arena.finish()
         self.placed.append(PlacedGroup(group, laid.layouts, frozenset(differing)))
         return _built(group, empty, laid, differing)
 

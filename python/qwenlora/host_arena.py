@@ -74,10 +74,9 @@ class HostPackedArena(PackedArena):
         super().__init__(targets, rank_added)
         self._added = self._rank // TILE - self._base_tiles
 
-    def factors(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Packed (in, R) and (out, R) of every slot."""
+    def finish(self) -> None:
+        """Copy the base of slots that no deltas have joined."""
         self._copy_bases(len(self._down), "keep")
-        return super().factors()
 
     def clear(self) -> None:
         """Zero all that is not the base."""
