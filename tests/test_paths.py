@@ -34,7 +34,9 @@ WAYS = {
     "nothing cached": ComposeOptions(cache_bytes=0),
     "one thread": ComposeOptions(threads=1),
     "three threads": ComposeOptions(threads=3),
+    "deltas in host memory": ComposeOptions(device_cache_bytes=0),
 }
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(scope="module")
@@ -264,12 +266,13 @@ def test_all_ways_leave_the_same_bits(
 
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("device", DEVICES)
 def test_strengths_written_in_place(
-    options, dtype, bases, alone, probe, Draft, tmp_path, rescalings
+    device, options, dtype, bases, alone, probe, Draft, tmp_path, rescalings
 ):
     """Where all slots were composed together; equal to slot by slot, over any changes."""
     loras = files_of(several, Draft, torch.float16, tmp_path)
-    model, expected = copy.deepcopy(bases[dtype]), copy.deepcopy(bases[dtype])
+    model, expected = (copy.deepcopy(bases[dtype]).to(device) for _ in range(2))
     qwenlora.compose_loras(model, loras, options=options)
     where = probe.addresses(model)
     for factors in ((0.5, 1, 1), (-3, 0.1, 1), (1e-3, 1, 7), (1, 1, 1)):
@@ -278,7 +281,8 @@ def test_strengths_written_in_place(
         alone(expected, wanted)
         assert differing(held(model, probe), held(expected, probe)) == SAME
         assert [lora.strength for lora in qwenlora.applied(model).loras] == [s for _, s in wanted]
-    in_place = options.placement is not Placement.BY_PATH and options.cache_bytes > 0
+    cached = options.cache_bytes > 0 or device == "cuda"
+    in_place = options.placement is not Placement.BY_PATH and cached
     assert len(rescalings) == (4 if in_place else 0)
     assert (probe.addresses(model) == where) is in_place
 
@@ -313,6 +317,31 @@ def test_any_stack(data, bases, Draft, tmp_path_factory, probe):
     qwenlora.reset_loras(model)
     bare = offloading(bases[dtype], resident)
     assert differing(held(model, probe), held(bare, probe)) == SAME
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("step", [0, 1, 7])
+def test_strengths_brought_from_host_memory_that_fail(step, bases, probe, Draft, tmp_path):
+    """What was written with deltas that are not on the device is written back."""
+    loras = files_of(several, Draft, torch.bfloat16, tmp_path)
+    model = copy.deepcopy(bases[torch.bfloat16]).to("cuda")
+    options = ComposeOptions(device_cache_bytes=0)
+    qwenlora.compose_loras(model, loras, options=options)
+    before, where = probe.snapshot(model), probe.addresses(model)
+
+    def stop(phase, done, total):
+        if done == step:
+            raise Interrupted
+
+    wanted = [(path, -1.3 * strength) for path, strength in loras]
+    failing = ComposeOptions(device_cache_bytes=0, progress=stop)
+    with pytest.raises(Interrupted):
+        qwenlora.compose_loras(model, wanted, options=failing)
+    assert probe.snapshot(model).tensors == before.tensors
+    assert probe.addresses(model) == where
+    qwenlora.compose_loras(model, wanted, options=options)
+    assert probe.addresses(model) == where
+    assert probe.snapshot(model).tensors != before.tensors
 
 
 # ---- a change of strengths that fails ----

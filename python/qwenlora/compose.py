@@ -265,6 +265,8 @@ class _Composition:
             rescaling.unmake()
             journal.undone()
             raise
+        finally:
+            rescaling.close()
         structure.placed = rescaling.placed
         return True
 

@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING
 
 from qwenlora import cache
 from qwenlora.allocation import rest_from
-from qwenlora.arena import Part, write_branch_ups
+from qwenlora.arena import write_branch_ups
 from qwenlora.branch import BRANCH_UP
-from qwenlora.grouped import PlacedGroup, may_overflow, part_of, scales_of
+from qwenlora.grouped import Layout, PlacedGroup, may_overflow, part_of, scales_of
 from qwenlora.host_arena import rewrite_packed_ups
 from qwenlora.layout import FRAGMENT, TILE
 from qwenlora.plan import SlotKind
-from qwenlora.staging import Staged, loads_of
+from qwenlora.staging import Load, Staged, loads_of
 from qwenlora.targets import factors_of
+from qwenlora.transfer import HostTransfer, Transfer, transfer_to
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from qwenlora.bulk import Group
@@ -55,17 +57,26 @@ class _Write:
 
     group: Group
     arena: Tensor
-    old: Part
-    new: Part
+    load: Load
+    staged: Staged
+    old: Layout
+    new: Layout
     threads: int | None
 
-    def run(self, part: Part) -> None:
-        target = self.group.targets[0]
-        if target.kind is SlotKind.SVDQ:
-            base_tiles = target.row.base_rank // TILE
+    @property
+    def crosses(self) -> bool:
+        """Whether its deltas are in host memory, and its slots are not."""
+        return self.staged.on_host and self.arena.device.type != "cpu"
+
+    def run(self, layout: Layout, transfer: Transfer) -> None:
+        part = part_of(self.load, transfer.bring(self.staged, keep=False), layout)
+        row = self.group.targets[0].row
+        if self.group.packed:
+            base_tiles = row.base_rank // TILE
             rewrite_packed_ups(self.arena, part, base_tiles=base_tiles, threads=self.threads)
         else:
             write_branch_ups(self.arena, part, row_order=self.group.row_order)
+        transfer.used()
 
 
 class Rescaling:
@@ -74,17 +85,29 @@ class Rescaling:
     def __init__(self, placed: Placed, writes: Sequence[_Write]) -> None:
         self.placed = placed
         self._writes = writes
+        self._transfers: dict[torch.device, Transfer] = {}
+        for device in {write.arena.device for write in writes}:
+            crossing = [w.load.nbytes for w in writes if w.crosses and w.arena.device == device]
+            transfer = transfer_to(device, max(crossing)) if crossing else HostTransfer()
+            # All memory that writing takes is had before the first write.
+            transfer.reserve()
+            self._transfers[device] = transfer
 
     def make(self, tell: Callable[[int], None]) -> None:
         """Write the new strengths; `tell` is told how many slots come next."""
         for write in self._writes:
-            tell(len(write.new.slots))
-            write.run(write.new)
+            tell(len(write.load.slots))
+            write.run(write.new, self._transfers[write.arena.device])
 
     def unmake(self) -> None:
         """Write the old strengths."""
         for write in self._writes:
-            write.run(write.old)
+            write.run(write.old, self._transfers[write.arena.device])
+
+    def close(self) -> None:
+        """Let go of what writing took."""
+        for transfer in self._transfers.values():
+            transfer.close()
 
 
 def prepare_rescaling(placed: Placed, planned: Planned, wanted: LoraSet) -> Rescaling | None:
@@ -137,13 +160,13 @@ def _writes(
         if lora not in changing:
             continue
         key = (wanted.sources[lora].identity, load.key)
-        on_host = load.device.type == "cpu"
-        staged = cache.pieces.get(key) if on_host else cache.on_device.get((key, load.device))
+        staged = cache.on_device.get((key, load.device)) or cache.pieces.get(key)
         dtype = group.targets[0].dtype
         if not isinstance(staged, Staged) or may_overflow(staged, new.layouts[lora], dtype):
             return None
-        before, after = (part_of(load, staged.bytes, own.layouts[lora]) for own in (old, new))
-        writes.append(_Write(group, arena, before, after, wanted.options.threads))
+        before, after = old.layouts[lora], new.layouts[lora]
+        threads = wanted.options.threads
+        writes.append(_Write(group, arena, load, staged, before, after, threads))
     return writes
 
 

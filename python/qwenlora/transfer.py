@@ -20,6 +20,9 @@ BUFFERS = 3
 class Transfer(Protocol):
     """Brings loads to a device, one after the other."""
 
+    def reserve(self) -> None:
+        """Take the memory that bringing loads which are not kept needs."""
+
     def bring(self, staged: Staged, *, keep: bool) -> Tensor:
         """The load's bytes, (nbytes,) uint8 on the device.
 
@@ -52,6 +55,9 @@ def transfer_to(device: torch.device, buffer_bytes: int) -> Transfer:
 class HostTransfer:
     """Slots in host memory are packed from where the load was read to."""
 
+    def reserve(self) -> None:
+        """Nothing is needed."""
+
     def bring(self, staged: Staged, *, keep: bool) -> Tensor:
         """The buffer itself."""
         return staged.bytes
@@ -77,6 +83,12 @@ class DeviceTransfer:
         self._copied: torch.cuda.Event | None = None
         self._in_ring = False
 
+    def reserve(self) -> None:
+        """Allocate the ring."""
+        if not self._buffers:
+            made = [self._allocate(self._buffer_bytes) for _ in range(BUFFERS)]
+            self._buffers, self._free = [b for b, _ in made], [e for _, e in made]
+
     def bring(self, staged: Staged, *, keep: bool) -> Tensor:
         """Copy the load to the next buffer, or to one of its own."""
         self._copied, self._in_ring = None, False
@@ -86,9 +98,7 @@ class DeviceTransfer:
             buffer, free = self._allocate(staged.nbytes)
         else:
             self._in_ring = True
-            if not self._buffers:
-                made = [self._allocate(self._buffer_bytes) for _ in range(BUFFERS)]
-                self._buffers, self._free = [b for b, _ in made], [e for _, e in made]
+            self.reserve()
             buffer, free = self._buffers[self._turn][: staged.nbytes], self._free[self._turn]
         self._copied = _event()
         self._stream.wait_event(free)
