@@ -17,7 +17,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defin
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["evenly", "rest_from", "split"]
+__all__ = ["evenly", "is_part", "rest_from", "split"]
 
 _KNOWN: dict[int, weakref.ref[Tensor]] = {}
 """What was split, by its address; it lives as long as a part of it does."""
@@ -51,6 +51,12 @@ def rest_from(address: int, end: int, like: Tensor) -> Tensor | None:
             flat = root.detach().view(-1).view(like.dtype)
             return flat[(address - begin) // like.itemsize :]
     return None
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Whether a tensor keeps more than itself alive: it lies in what was split."""
+    begin = tensor.data_ptr()
+    return rest_from(begin, begin + tensor.nbytes, tensor) is not None
 
 
 def evenly(tensors: Sequence[Tensor]) -> int | None:

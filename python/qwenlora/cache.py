@@ -167,23 +167,30 @@ on_device = PieceCache()
 
 
 _SHELVES: weakref.WeakSet[Shelf] = weakref.WeakSet()
+_SHELVES_LOCK = threading.Lock()
 
 
 def register(shelf: Shelf) -> None:
     """Know of more that is kept, for as long as it lives."""
-    _SHELVES.add(shelf)
+    with _SHELVES_LOCK:
+        _SHELVES.add(shelf)
+
+
+def _shelves() -> list[Shelf]:
+    with _SHELVES_LOCK:
+        return list(_SHELVES)
 
 
 def shelved_bytes(*, on_host: bool) -> int:
     """Bytes that all models' shelves hold, on the host or on devices."""
-    return sum(shelf.nbytes(on_host=on_host) for shelf in list(_SHELVES))
+    return sum(shelf.nbytes(on_host=on_host) for shelf in _shelves())
 
 
 def clear_devices() -> bool:
     """Drop what is kept on devices; whether there was anything."""
     held = on_device.nbytes + shelved_bytes(on_host=False)
     on_device.clear()
-    for shelf in list(_SHELVES):
+    for shelf in _shelves():
         shelf.clear_devices()
     return held > 0
 
@@ -193,5 +200,5 @@ def clear_cache() -> None:
     plans.clear()
     pieces.clear()
     on_device.clear()
-    for shelf in list(_SHELVES):
+    for shelf in _shelves():
         shelf.clear()

@@ -16,7 +16,7 @@ from qwenlora import cache
 from qwenlora.deltas import DeltaBuilder, GroupDeltas, SlotDeltas
 from qwenlora.errors import EnergyLossError, NothingToApplyError
 from qwenlora.grouped import GroupBuilder
-from qwenlora.kept import KeptGroup, Room, groups_left
+from qwenlora.kept import KeptGroup, Room, base_versions, groups_left, rest_beside
 from qwenlora.limit import MaxRank
 from qwenlora.lock import lock_of
 from qwenlora.lora_set import LoraSet
@@ -291,14 +291,12 @@ class _Composition:
                 closing.callback(fetchers[-1].close)
             cache.pieces.turn()
             cache.on_device.turn()
-            structure.kept.watch(None)
+            structure.kept.watch(())
+            structure.kept.check(base_versions(structure, self._state))
             entering = structure.kept.take(wanted.key)
             whole = self._is_whole(planned.plan, structure, entering.values())
             leaving = self._leaving(planned, structure, entering.values()) if whole else []
-            kept_bytes = cache.shelved_bytes(on_host=True)
-            kept_bytes += sum(own.nbytes for own in leaving if own.on_host)
-            options = replace(options, cache_bytes=max(0, options.cache_bytes - kept_bytes))
-            cache.pieces.fit(options.cache_bytes)
+            options = rest_beside(options, leaving)
             builder = DeltaBuilder(
                 wanted.specs, wanted.sources, fetchers, options, max_rank=wanted.max_rank
             )
@@ -313,6 +311,7 @@ class _Composition:
                 fetchers,
                 options,
                 kept=entering,
+                needed=_needed(planned.plan, structure, entering.values()),
             )
             closing.callback(groups.close)
             placer = Placer(
@@ -320,8 +319,10 @@ class _Composition:
             )
             place = placer.whole if whole else placer.by_path
             place(lambda done: self._state_of(planned, structure, done))
-            structure.kept.put(self._state.stack, leaving)
-            structure.kept.watch(structure.first_factor())
+            # After a failure nothing is composed, under no name.
+            left = self._state.stack if self._state.records else EMPTY.stack
+            structure.kept.put(left, leaving)
+            structure.kept.watch(structure.ends())
         structure.placed = self._placed(planned, groups) if whole else None
         remember_structure(self._model, structure)
 

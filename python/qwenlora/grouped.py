@@ -119,6 +119,7 @@ class GroupBuilder:
         fetchers: Read their tensors.
         options: How to compose.
         kept: What some of the groups held under this very set, by their first paths.
+        needed: Device memory that the slots will take.
         placed: What was built, and how it lies in its slots.
         load_bytes: Most bytes of a load.
     """
@@ -129,6 +130,7 @@ class GroupBuilder:
     fetchers: Sequence[TensorFetcher]
     options: ComposeOptions
     kept: Mapping[str, KeptGroup] = field(default_factory=dict)
+    needed: int = 0
     placed: list[PlacedGroup] = field(init=False, default_factory=list)
     load_bytes: int = field(init=False)
     _loads: list[list[Load]] = field(init=False)
@@ -241,11 +243,11 @@ class GroupBuilder:
         total = sum(group.nbytes for group in self.groups)
         limit = self.options.device_cache_bytes
         if limit is None:
-            kept = cache.on_device.nbytes
-            if is_free(device, total + DEVICE_RESERVE):
+            kept, rest = cache.on_device.nbytes, self.needed + DEVICE_RESERVE
+            if is_free(device, total + rest):
                 limit = total + kept
             else:
-                limit = total if is_free(device, total - kept + DEVICE_RESERVE) else 0
+                limit = total if is_free(device, total - kept + rest) else 0
         return limit if total <= limit else 0
 
     def _expected(self, stack: Stack) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ and for the base in host memory, which is slower to copy than to keep, the tenso
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qwenlora import cache
+from qwenlora.allocation import is_part
 from qwenlora.bulk import Group
 from qwenlora.deltas import GroupDeltas
 from qwenlora.memory import DEVICE_RESERVE, is_free
@@ -23,10 +25,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qwenlora.grouped import PlacedGroup
+    from qwenlora.spec import ComposeOptions
     from qwenlora.state import AppliedState
     from qwenlora.structure import Structure
 
-__all__ = ["KeptGroup", "KeptSets", "Room", "groups_left"]
+__all__ = ["KeptGroup", "KeptSets", "Room", "base_versions", "groups_left", "rest_beside"]
 
 _MAX_SETS = 4
 """Sets that are kept: those that a host alternates between."""
@@ -70,63 +73,103 @@ class KeptSets:
 
     def __init__(self) -> None:
         self._sets: OrderedDict[Hashable, dict[str, KeptGroup]] = OrderedDict()
-        self._watch: weakref.finalize[..., Any] | None = None
+        self._versions: dict[str, tuple[int, ...]] = {}
+        self._watches: list[weakref.finalize[..., Any]] = []
+        # Entered again by finalizers.
+        self._lock = threading.RLock()
         cache.register(self)
 
     def nbytes(self, *, on_host: bool) -> int:
         """Bytes held, on the host or on devices."""
-        own = [kept for groups in list(self._sets.values()) for kept in groups.values()]
+        with self._lock:
+            own = [kept for groups in self._sets.values() for kept in groups.values()]
         return sum(kept.nbytes for kept in own if kept.on_host is on_host)
 
     def take(self, key: Hashable) -> Mapping[str, KeptGroup]:
         """A set's groups by their first paths; about to be in place, they are kept no longer."""
-        return self._sets.pop(key, {})
+        with self._lock:
+            return self._sets.pop(key, {})
 
-    def watch(self, live: Tensor | None) -> None:
+    def check(self, versions: Mapping[str, tuple[int, ...]]) -> None:
+        """Drop all where somebody has written to a base since it was last seen.
+
+        Args:
+            versions: Of slots that hold their base, how often each factor was written to in place.
+        """
+        with self._lock:
+            if any(self._versions.get(path, own) != own for path, own in versions.items()):
+                self._sets.clear()
+            self._versions |= versions
+
+    def watch(self, live: Iterable[Tensor]) -> None:
         """Drop all when a tensor's memory is let go: the model is moved, or taken apart.
 
         Args:
-            live: A tensor of the set that is in place now; None while that changes.
+            live: Tensors of the set that is in place now; none while that changes.
         """
-        if self._watch is not None:
-            self._watch.detach()
-            self._watch = None
-        if live is not None and self._sets:
-            storage = live.untyped_storage()
-            self._watch = weakref.finalize(storage, _clear, weakref.ref(self))
-            self._watch.atexit = False
+        for watch in self._watches:
+            watch.detach()
+        self._watches.clear()
+        for tensor in live if self._sets else ():
+            watch = weakref.finalize(tensor.untyped_storage(), _clear, weakref.ref(self))
+            watch.atexit = False
+            self._watches.append(watch)
 
     def put(self, key: Hashable, groups: Iterable[KeptGroup]) -> None:
         """Keep what a set's slots held; the oldest sets are dropped past a few."""
         # The parameters hold what is in place now.
         kept = {own.group.targets[0].path: replace(own, parameters=()) for own in groups}
-        if kept:
-            self._sets[key] = self._sets.pop(key, {}) | kept
-        while len(self._sets) > _MAX_SETS:
-            self._sets.popitem(last=False)
+        with self._lock:
+            if kept:
+                self._sets[key] = self._sets.pop(key, {}) | kept
+            while len(self._sets) > _MAX_SETS:
+                self._sets.popitem(last=False)
 
-    def drop_oldest(self) -> bool:
-        """Drop one set; whether there was one."""
-        return bool(self._sets) and self._sets.popitem(last=False) is not None
+    def drop_oldest(self, *, on_host: bool) -> bool:
+        """Drop one set's tensors on the host, or on devices; whether there was one."""
+        with self._lock:
+            for key, groups in self._sets.items():
+                rest = {path: own for path, own in groups.items() if own.on_host is not on_host}
+                if len(rest) < len(groups):
+                    self._keep_of(key, rest)
+                    return True
+        return False
 
     def clear_devices(self) -> None:
         """Drop what is on devices."""
-        for key, groups in list(self._sets.items()):
-            on_host = {path: own for path, own in groups.items() if own.on_host}
-            if on_host:
-                self._sets[key] = on_host
-            else:
-                del self._sets[key]
+        while self.drop_oldest(on_host=False):
+            pass
 
     def clear(self) -> None:
         """Drop all."""
-        self._sets.clear()
+        with self._lock:
+            self._sets.clear()
+
+    def _keep_of(self, key: Hashable, rest: dict[str, KeptGroup]) -> None:
+        if rest:
+            self._sets[key] = rest
+        else:
+            del self._sets[key]
 
 
 def _clear(kept: weakref.ref[KeptSets]) -> None:
     own = kept()
     if own is not None:
         own.clear()
+
+
+def base_versions(structure: Structure, state: AppliedState) -> dict[str, tuple[int, ...]]:
+    """How often the factors of slots that hold their base were written to in place, by path."""
+    versions: dict[str, tuple[int, ...]] = {}
+    for paths, group in structure.packed:
+        if not group.plain or paths <= state.records.keys():
+            continue
+        modules = [target.module for target in group.targets]
+        downs, ups = (factors_of(modules, name) for name in FACTORS)
+        for target, down, up in zip(group.targets, downs, ups, strict=True):
+            if target.path not in state.records:
+                versions[target.path] = (down._version, up._version)
+    return versions
 
 
 def groups_left(
@@ -140,22 +183,25 @@ def groups_left(
         changing: Paths of all slots that change.
 
     Returns:
-        The composed groups on devices, where the set consists of groups alone; and the base's of
-        slots that hold nothing else.
+        The composed groups on GPUs, where the set consists of groups alone; and the base's of slots
+        that hold nothing else.
     """
     placed = () if structure.placed is None else structure.placed.groups
     left = [
         _kept(own.group, own, state.records[own.group.targets[0].path].rank_added)
         for own in placed
-        if own.group.packed and own.group.device.type != "cpu" and not own.differing
+        if own.group.packed and own.group.device.type == "cuda" and not own.differing
         # Inference tensors can be put back in inference mode only.
         if own.group.plain
     ]
     for paths, group in structure.packed:
         own = paths & changing
-        if own and paths.isdisjoint(state.records) and group.plain:
+        kept_there = group.device.type in ("cpu", "cuda") and group.plain
+        if own and kept_there and paths.isdisjoint(state.records):
             targets = tuple(target for target in group.targets if target.path in own)
-            left.append(_kept(group if own == paths else Group(targets), None, 0))
+            kept = _kept(group if own == paths else Group(targets), None, 0)
+            if own == paths or not is_part(kept.deltas.downs[0]):
+                left.append(kept)
     return left
 
 
@@ -176,26 +222,53 @@ class Room:
     needed: int
 
     def choose(self, left: Sequence[KeptGroup], kept: KeptSets) -> list[KeptGroup]:
-        """What of the groups that are left is kept; sets left earlier make room on devices."""
-        chosen = []
-        free = self.cache_bytes - self.deltas - cache.shelved_bytes(on_host=True)
+        """What of the groups that are left is kept; sets left earlier make room."""
+        while self._host_bytes() < 0 and kept.drop_oldest(on_host=True):
+            pass
+        chosen, free = [], self._host_bytes()
         for own in left:
             if own.on_host and own.nbytes <= free:
                 free -= own.nbytes
                 chosen.append(own)
         on_device = [own for own in left if not own.on_host]
-        while on_device and not self._fits(on_device):
-            if not kept.drop_oldest():
+        nbytes = sum(own.nbytes for own in on_device)
+        if self.device_bytes is not None and self.deltas + nbytes > self.device_bytes:
+            on_device = []
+        while on_device and not self._fits(on_device, nbytes):
+            if not kept.drop_oldest(on_host=False):
                 return chosen
         return chosen + on_device
 
-    def _fits(self, on_device: Sequence[KeptGroup]) -> bool:
+    def _host_bytes(self) -> int:
+        return self.cache_bytes - self.deltas - cache.shelved_bytes(on_host=True)
+
+    def _fits(self, on_device: Sequence[KeptGroup], nbytes: int) -> bool:
         if self.device_bytes is None:
             # What is kept has its memory already; the rest must be free beside it.
             devices = {own.group.device for own in on_device}
-            return all(is_free(device, self.needed + DEVICE_RESERVE) for device in devices)
-        held = cache.shelved_bytes(on_host=False) + max(cache.on_device.nbytes, self.deltas)
-        return held + sum(own.nbytes for own in on_device) <= self.device_bytes
+            rest = self.needed + self.deltas + DEVICE_RESERVE
+            return all(is_free(device, rest) for device in devices)
+        held = cache.shelved_bytes(on_host=False) + self.deltas
+        return held + nbytes <= self.device_bytes
+
+
+def rest_beside(options: ComposeOptions, leaving: Sequence[KeptGroup]) -> ComposeOptions:
+    """The options with what sets that were left, and are being left, leave to deltas.
+
+    Deltas beyond that are dropped from the caches.
+    """
+    held = {
+        on_host: cache.shelved_bytes(on_host=on_host)
+        + sum(own.nbytes for own in leaving if own.on_host is on_host)
+        for on_host in (True, False)
+    }
+    cache_bytes = max(0, options.cache_bytes - held[True])
+    cache.pieces.fit(cache_bytes)
+    device_bytes = options.device_cache_bytes
+    if device_bytes is not None:
+        device_bytes = max(0, device_bytes - held[False])
+        cache.on_device.fit(device_bytes)
+    return replace(options, cache_bytes=cache_bytes, device_cache_bytes=device_bytes)
 
 
 def _kept(group: Group, placed: PlacedGroup | None, rank_added: int) -> KeptGroup:

@@ -286,9 +286,10 @@ class Loader:
     def close(self) -> None:
         """Stop reading; what is being read is waited for, since it writes into buffers of ours."""
         self._waiting.clear()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        # Whoever waits for a reading is told that it was stopped.
         if self._readers is not None:
             self._readers.close()
+        self._pool.shutdown(wait=True, cancel_futures=True)
         self._begun.clear()
         while self._used:
             _, copied = self._used.popleft()

@@ -83,12 +83,10 @@ class Structure:
         groups = [Group(tuple(own)) for own in alike.values()]
         return [(frozenset(t.path for t in group.targets), group) for group in groups]
 
-    def first_factor(self) -> Tensor | None:
-        """A tensor of the first packed slot, as it is now."""
-        packed = (t.module for t in self.targets.values() if t.kind is SlotKind.SVDQ)
-        return next(
-            (factor for module in packed for factor in factors_of([module], FACTORS[0])), None
-        )
+    def ends(self) -> list[Tensor]:
+        """A tensor of the first packed slot and of the last one, as they are now."""
+        packed = [t.module for t in self.targets.values() if t.kind is SlotKind.SVDQ]
+        return factors_of([*packed[:1], *packed[-1:]], FACTORS[0])
 
     @cached_property
     def slot_map(self) -> _core.SlotMap:

@@ -113,7 +113,7 @@ type Run = (Vec<u64>, u64, usize);
 /// Threads that read one buffer after another, in the order in which that was asked for.
 #[pyclass(frozen, module = "qwenlora._core")]
 pub(crate) struct Readers {
-    readers: Mutex<Option<CoreReaders>>,
+    readers: Mutex<Option<Arc<CoreReaders>>>,
 }
 
 #[pymethods]
@@ -123,7 +123,7 @@ impl Readers {
     #[pyo3(signature = (*, threads))]
     fn new(threads: NonZeroUsize) -> Self {
         Self {
-            readers: Mutex::new(Some(CoreReaders::new(threads))),
+            readers: Mutex::new(Some(Arc::new(CoreReaders::new(threads)))),
         }
     }
 
@@ -138,12 +138,12 @@ impl Readers {
     ) -> PyResult<Reading> {
         let py = dest.py();
         let guard = self.readers.lock().unwrap_or_else(PoisonError::into_inner);
-        let readers = guard
-            .as_ref()
-            .ok_or_else(|| PyValueError::new_err("the readers are closed"))?;
-        let ranges = ranges_of(&runs)?;
+        let readers = guard.clone();
+        drop(guard);
+        let readers = readers.ok_or_else(|| PyValueError::new_err("the readers are closed"))?;
+        let (source, ranges) = (file.source()?, ranges_of(&runs)?);
         let bytes = lent(&dest)?;
-        let reading = readers.read(&file.source()?, &ranges, bytes);
+        let reading = py.detach(|| readers.read(&source, &ranges, bytes));
         Ok(Reading {
             reading: reading.map_err(|e| error::from_source(py, &e))?,
             _dest: dest.unbind(),

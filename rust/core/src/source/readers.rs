@@ -178,7 +178,9 @@ impl Task {
             job: &job,
             end: End::Cancelled,
         };
-        if job.goes_on() {
+        // A piece that is not read is let go of before it counts as done.
+        let piece = job.goes_on().then_some(piece);
+        if let Some(piece) = piece {
             step.end = match piece.read(|dest, begin| job.source.read_exact(dest, begin)) {
                 Ok(()) => End::Read,
                 Err(error) => End::Failed(error),
@@ -237,6 +239,8 @@ impl Job {
             End::Read => {}
             End::Cancelled => progress.cancelled = true,
             End::Failed(error) => {
+                // Told once; the buffer never counts as filled.
+                progress.cancelled = true;
                 progress.failure.get_or_insert(error);
             }
         }
