@@ -143,12 +143,12 @@ class GroupBuilder:
     def __post_init__(self) -> None:
         devices = {group.device for group in self.groups}
         device = next((device for device in devices if device.type == "cuda"), None)
-        self._device_bytes = 0 if device is None else self._device_limit(device)
         # Pinned memory is given out in powers of two.
         self.load_bytes = 1 << max(1, self.options.staging_bytes // BUFFERS).bit_length() - 1
         self._loads = [
             [] if self._kept(group) else loads_of(group, self.load_bytes) for group in self.groups
         ]
+        self._device_bytes = 0 if device is None else self._device_limit(device)
         self._loader = Loader(
             [load for own in self._loads for load in own],
             self.sources,
@@ -240,7 +240,7 @@ class GroupBuilder:
 
     def _device_limit(self, device: torch.device) -> int:
         """Most bytes that the cache on the device may hold; 0 where this stack would not fit."""
-        total = sum(group.nbytes for group in self.groups)
+        total = sum(load.nbytes for own in self._loads for load in own)
         limit = self.options.device_cache_bytes
         if limit is None:
             kept, rest = cache.on_device.nbytes, self.needed + DEVICE_RESERVE
