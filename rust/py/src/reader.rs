@@ -113,7 +113,7 @@ type Run = (Vec<u64>, u64, usize);
 /// Threads that read one buffer after another, in the order in which that was asked for.
 #[pyclass(frozen, module = "qwenlora._core")]
 pub(crate) struct Readers {
-    readers: Mutex<Option<Arc<CoreReaders>>>,
+    readers: Mutex<Option<CoreReaders>>,
 }
 
 #[pymethods]
@@ -123,7 +123,7 @@ impl Readers {
     #[pyo3(signature = (*, threads))]
     fn new(threads: NonZeroUsize) -> Self {
         Self {
-            readers: Mutex::new(Some(Arc::new(CoreReaders::new(threads)))),
+            readers: Mutex::new(Some(CoreReaders::new(threads))),
         }
     }
 
@@ -137,25 +137,31 @@ impl Readers {
         dest: Bound<'_, PyArray1<u8>>,
     ) -> PyResult<Reading> {
         let py = dest.py();
-        let guard = self.readers.lock().unwrap_or_else(PoisonError::into_inner);
-        let readers = guard.clone();
-        drop(guard);
-        let readers = readers.ok_or_else(|| PyValueError::new_err("the readers are closed"))?;
-        let (source, ranges) = (file.source()?, ranges_of(&runs)?);
+        let source = file.source()?;
+        let ranges = ranges_of(&runs)?;
         let bytes = lent(&dest)?;
-        let reading = py.detach(|| readers.read(&source, &ranges, bytes));
+        // Locked without the GIL only: whoever waits for one never holds the other.
+        let begun = py.detach(|| {
+            let readers = self.readers.lock().unwrap_or_else(PoisonError::into_inner);
+            let readers = readers.as_ref();
+            readers.map(|readers| readers.read(&source, &ranges, bytes))
+        });
+        let reading = begun
+            .ok_or_else(|| PyValueError::new_err("the readers are closed"))?
+            .map_err(|e| error::from_source(py, &e))?;
         Ok(Reading {
-            reading: reading.map_err(|e| error::from_source(py, &e))?,
+            reading,
             _dest: dest.unbind(),
         })
     }
 
     /// Stops reading, and waits until no thread writes to any buffer.
     fn close(&self, py: Python<'_>) {
-        let mut guard = self.readers.lock().unwrap_or_else(PoisonError::into_inner);
-        let readers = guard.take();
-        drop(guard);
-        py.detach(|| drop(readers));
+        py.detach(|| {
+            let mut readers = self.readers.lock().unwrap_or_else(PoisonError::into_inner);
+            // Dropped under the lock: whoever closes them, too, waits as well.
+            drop(readers.take());
+        });
     }
 }
 

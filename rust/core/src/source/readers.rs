@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::mem;
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -43,13 +44,15 @@ struct Waiting {
 #[derive(Debug)]
 struct Task {
     piece: Piece<'static>,
+    // Not of the job: the file is closed as soon as nothing reads it.
+    source: Arc<SourceFile>,
     job: Arc<Job>,
 }
 
 /// What is known of one buffer.
 #[derive(Debug)]
 struct Job {
-    source: Arc<SourceFile>,
+    path: PathBuf,
     progress: Mutex<Progress>,
     done: Condvar,
 }
@@ -85,9 +88,10 @@ impl Readers {
         dest: &'static mut [u8],
     ) -> Result<Reading, SourceError> {
         let pieces = source.cut(ranges, dest)?;
-        let job = Arc::new(Job::new(Arc::clone(source), pieces.len()));
+        let job = Arc::new(Job::new(source.path().to_owned(), pieces.len()));
         let tasks = pieces.into_iter().map(|piece| Task {
             piece,
+            source: Arc::clone(source),
             job: Arc::clone(&job),
         });
         if self.threads.is_empty() {
@@ -104,7 +108,8 @@ impl Drop for Readers {
     fn drop(&mut self) {
         let mut waiting = locked(&self.queue.waiting);
         waiting.closed = true;
-        for Task { job, .. } in waiting.tasks.drain(..) {
+        for Task { piece, source, job } in waiting.tasks.drain(..) {
+            drop((piece, source));
             job.finish(End::Cancelled);
         }
         drop(waiting);
@@ -119,7 +124,8 @@ impl Drop for Readers {
 impl Reading {
     /// Waits for at most this long; whether the buffer is filled.
     ///
-    /// An error is told once. Readers that were dropped before they had filled it are an error.
+    /// An error is told once; from then on, and where the readers were dropped before they had
+    /// filled it, [`SourceError::Stopped`] is.
     pub fn wait(&self, timeout: Duration) -> Result<bool, SourceError> {
         let progress = locked(&self.job.progress);
         let unfinished = |progress: &mut Progress| progress.left > 0;
@@ -132,9 +138,12 @@ impl Reading {
             return Ok(false);
         }
         match progress.failure.take() {
-            Some(error) => Err(error),
+            Some(error) => {
+                progress.cancelled = true;
+                Err(error)
+            }
             None if progress.cancelled => Err(SourceError::Stopped {
-                path: self.job.source.path().to_owned(),
+                path: self.job.path.clone(),
             }),
             None => Ok(true),
         }
@@ -173,7 +182,7 @@ impl Queue {
 
 impl Task {
     fn run(self) {
-        let Self { piece, job } = self;
+        let Self { piece, source, job } = self;
         let mut step = Step {
             job: &job,
             end: End::Cancelled,
@@ -181,11 +190,13 @@ impl Task {
         // A piece that is not read is let go of before it counts as done.
         let piece = job.goes_on().then_some(piece);
         if let Some(piece) = piece {
-            step.end = match piece.read(|dest, begin| job.source.read_exact(dest, begin)) {
+            step.end = match piece.read(|dest, begin| source.read_exact(dest, begin)) {
                 Ok(()) => End::Read,
                 Err(error) => End::Failed(error),
             };
         }
+        // Before the piece counts as done.
+        drop(source);
     }
 }
 
@@ -210,14 +221,14 @@ impl Drop for Step<'_> {
 }
 
 impl Job {
-    fn new(source: Arc<SourceFile>, pieces: usize) -> Self {
+    fn new(path: PathBuf, pieces: usize) -> Self {
         let progress = Progress {
             left: pieces,
             cancelled: false,
             failure: None,
         };
         Self {
-            source,
+            path,
             progress: Mutex::new(progress),
             done: Condvar::new(),
         }
