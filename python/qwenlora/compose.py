@@ -314,6 +314,7 @@ class _Composition:
                 needed=_needed(planned.plan, structure, entering.values()),
             )
             closing.callback(groups.close)
+            groups.begin()
             placer = Placer(
                 units, planned.plan, builder, groups, fetchers, options, journal, leaving=leaving
             )

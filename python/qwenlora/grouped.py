@@ -156,6 +156,9 @@ class GroupBuilder:
             self.options,
             pinned=device is not None,
         )
+
+    def begin(self) -> None:
+        """Begin to read; what is begun is to be closed."""
         self._loader.begin()
 
     def build(self, group: Group, *, empty: Sequence[Target], tell: Callable[[int], None]) -> Built:

@@ -286,7 +286,7 @@ class Loader:
     def close(self) -> None:
         """Stop reading; what is being read is waited for, since it writes into buffers of ours."""
         self._waiting.clear()
-        # Whoever waits for a reading is told that it was stopped.
+        # First: threads of the pool wait for what is being read.
         if self._readers is not None:
             self._readers.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
