@@ -281,33 +281,23 @@ class _Composition:
         return replace(self._state, stack=self._wanted.key, report=report)
 
     def _compose(self, planned: Planned, structure: Structure) -> None:
-        wanted, options = self._wanted, self._wanted.options
         # Until all of it is done, nobody knows what the slots hold.
         forget_structure(self._model)
         with contextlib.ExitStack() as closing:
-            fetchers: list[TensorFetcher] = []
-            for source in wanted.sources:
-                fetchers.append(source.open())
-                closing.callback(fetchers[-1].close)
-            cache.pieces.turn()
-            cache.on_device.turn()
-            structure.kept.watch(())
-            structure.kept.check(base_versions(structure, self._state))
-            entering = structure.kept.take(wanted.key)
+            fetchers = self._open(closing)
+            entering = self._entering(structure)
             whole = self._is_whole(planned.plan, structure, entering.values())
+            # Path by path memory is short.
+            entering = entering if whole else {}
             leaving = self._leaving(planned, structure, entering.values()) if whole else []
-            options = rest_beside(options, leaving)
-            builder = DeltaBuilder(
-                wanted.specs, wanted.sources, fetchers, options, max_rank=wanted.max_rank
-            )
-            journal = Journal(self._model, structure, self._state)
+            options = rest_beside(self._wanted.options, leaving)
             units = path_units(planned, structure, self._state)
             if not whole:
                 units = [part for unit in units for part in unit.parts(options.staging_bytes)]
             groups = GroupBuilder(
                 [group for unit in units for group in unit.groups],
-                wanted.specs,
-                wanted.sources,
+                self._wanted.specs,
+                self._wanted.sources,
                 fetchers,
                 options,
                 kept=entering,
@@ -316,7 +306,14 @@ class _Composition:
             closing.callback(groups.close)
             groups.begin()
             placer = Placer(
-                units, planned.plan, builder, groups, fetchers, options, journal, leaving=leaving
+                units,
+                planned.plan,
+                self._builder(fetchers, options),
+                groups,
+                fetchers,
+                options,
+                Journal(self._model, structure, self._state),
+                leaving=leaving,
             )
             place = placer.whole if whole else placer.by_path
             place(lambda done: self._state_of(planned, structure, done))
@@ -326,6 +323,27 @@ class _Composition:
             structure.kept.watch(structure.ends())
         structure.placed = self._placed(planned, groups) if whole else None
         remember_structure(self._model, structure)
+
+    def _open(self, closing: contextlib.ExitStack) -> list[TensorFetcher]:
+        fetchers: list[TensorFetcher] = []
+        for source in self._wanted.sources:
+            fetchers.append(source.open())
+            closing.callback(fetchers[-1].close)
+        return fetchers
+
+    def _entering(self, structure: Structure) -> Mapping[str, KeptGroup]:
+        """What is kept of the set that is wanted."""
+        cache.pieces.turn()
+        cache.on_device.turn()
+        structure.kept.watch(())
+        structure.kept.check(base_versions(structure, self._state))
+        return structure.kept.take(self._wanted.key)
+
+    def _builder(self, fetchers: Sequence[TensorFetcher], options: ComposeOptions) -> DeltaBuilder:
+        wanted = self._wanted
+        return DeltaBuilder(
+            wanted.specs, wanted.sources, fetchers, options, max_rank=wanted.max_rank
+        )
 
     def _leaving(
         self, planned: Planned, structure: Structure, entering: Collection[KeptGroup]
