@@ -8,7 +8,15 @@ import qwenlora
 
 MIB = 1 << 20
 BOUNDED = {"staging_bytes": 64 * MIB}
-"""Composing within little memory."""
+"""Composing through little device memory, beside what is kept."""
+
+BY_PATH = {
+    "placement": qwenlora.Placement.BY_PATH,
+    "staging_bytes": 32 * MIB,
+    "cache_bytes": 0,
+    "device_cache_bytes": 0,
+}
+"""Composing within little memory: the old set is let go path by path, and nothing is kept."""
 
 HOST_PIECES = {"cache_bytes": 8 << 30, "device_cache_bytes": 0}
 """Pieces of recent LoRAs kept in host memory only."""

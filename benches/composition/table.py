@@ -59,6 +59,7 @@ class OurActions:
         files = self._files
         yield "first", lambda: self.first([files.first])
         yield "first, bounded memory", lambda: self.first([files.first], **known.BOUNDED)
+        yield "first, path by path", lambda: self.first([files.first], **known.BY_PATH)
         yield "first, irregular file", lambda: self.first([files.irregular])
         yield "first, modulations too", lambda: self.first([files.modulation])
         yield "first, page cache cold", self._cold
