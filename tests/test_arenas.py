@@ -365,8 +365,8 @@ def allocations(monkeypatch):
 
         return allocated
 
-    monkeypatch.setattr(host_arena.np, "empty", recorded(np.empty))
-    monkeypatch.setattr(arena.np, "zeros", recorded(np.zeros))
+    monkeypatch.setattr(np, "empty", recorded(np.empty))
+    monkeypatch.setattr(np, "zeros", recorded(np.zeros))
 
     def alive() -> int:
         # Deltas that are kept lie in memory of their own.

@@ -1,4 +1,4 @@
-"""`fill_packed` and `fill_rows` against torch, which joins logically and permutes: bit for bit."""
+"""`fill_packed` against torch, which joins logically and permutes: bit for bit."""
 
 from __future__ import annotations
 
@@ -222,31 +222,6 @@ def test_untouched_fragments_stay_as_they_are(rank):
     assert not touched.all()
     expected = torch.where(touched, zeroed.view(6, tiles, 256), before.view(6, tiles, 256))
     assert same_bits(dest, expected.view(96, -1))
-
-
-# ---- rows ----
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("planes", [1, 6])
-def test_ups_of_a_side_branch(dtype, planes):
-    ups = [random(96, rank, dtype=dtype, seed=rank) for rank in (4, 1, 33)]
-    columns = [(raw(up), up.shape[1] * dtype.itemsize) for up in ups]
-    dest = empty(96, 40, dtype)
-    recipe = (raw(dest), 96, planes, [*columns, (None, 2 * dtype.itemsize)])
-    _core.fill_rows([recipe], threads=2)
-    joined_ups = torch.cat([*ups, torch.zeros(96, 2, dtype=dtype)], dim=1)
-    assert same_bits(dest, pack.interleave_modulation(joined_ups, planes=planes))
-
-
-def test_a_wrong_recipe_of_rows_is_named():
-    right = (np.zeros(64, np.uint8), 8, 2, [(None, 8)])
-    with pytest.raises(ValueError, match="recipe 1: rows must be a multiple of the 3 planes"):
-        _core.fill_rows([right, (np.zeros(64, np.uint8), 8, 3, [(None, 8)])], threads=1)
-    with pytest.raises(ValueError, match=r"recipe 1: .* contiguous in C order"):
-        _core.fill_rows([right, (FORTRAN, 8, 1, [(None, 8)])], threads=1)
-    with pytest.raises(ValueError, match=r"cannot be read|overlaps"):
-        _core.fill_rows([(right[0], 8, 2, [(right[0], 8)])], threads=1)
 
 
 # ---- what is refused ----

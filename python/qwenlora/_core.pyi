@@ -21,7 +21,6 @@ __all__ = [
     "__version__",
     "file_identity",
     "fill_packed",
-    "fill_rows",
     "known_slots",
     "look_at",
     "plan_stack",
@@ -56,7 +55,6 @@ _Keep: TypeAlias = tuple[Literal["keep"], int]
 _PackedColumn: TypeAlias = _Fragments | _Down | _Up | _Zero | _Keep
 _PackedRecipe: TypeAlias = tuple[_Bytes, int, int, int, Sequence[_PackedColumn]]
 # (dest, rows, planes, [(source or None for zeros, width_bytes), ...])
-_RowsRecipe: TypeAlias = tuple[_Bytes, int, int, Sequence[tuple[_Bytes | None, int]]]
 
 __version__: str
 
@@ -138,7 +136,6 @@ class Watch:
     def is_unchanged(self) -> bool: ...
 
 def fill_packed(recipes: Sequence[_PackedRecipe], *, threads: int) -> None: ...
-def fill_rows(recipes: Sequence[_RowsRecipe], *, threads: int) -> None: ...
 def file_identity(path: str | os.PathLike[str]) -> _SourceIdentity: ...
 def known_slots() -> str: ...
 def look_at(

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
 
 from qwenlora.allocation import evenly, rest_from, split
 from qwenlora.bulk import in_spans
 from qwenlora.layout import FRAGMENT, MODULATION_PLANES, TILE, RowOrder, round_up
+from qwenlora.memory import zero_bytes
 from qwenlora.targets import factors_of
 
 if TYPE_CHECKING:
@@ -310,9 +310,8 @@ class BranchArena:
 
         def zeros(*shape: int) -> Tensor:
             if first.device.type == "cpu" and not pinned:
-                # NumPy asks the system for huge pages: new memory is then touched faster.
-                raw = np.zeros(math.prod(shape) * first.dtype.itemsize, dtype=np.uint8)
-                return torch.from_numpy(raw).view(first.dtype).view(shape)
+                raw = zero_bytes(math.prod(shape) * first.dtype.itemsize)
+                return raw.view(first.dtype).view(shape)
             return torch.zeros(shape, dtype=first.dtype, device=first.device, pin_memory=pinned)
 
         self._down = zeros(len(targets), rank, first.row.in_features)

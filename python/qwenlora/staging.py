@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
 
 from qwenlora import _core, cache
 from qwenlora.bulk import Group, Stack, in_spans
 from qwenlora.layout import LowRankSide, round_up
+from qwenlora.memory import new_bytes
 from qwenlora.source import NAMES, Run
 
 if TYPE_CHECKING:
@@ -380,8 +380,7 @@ def _host_buffer(nbytes: int, *, pinned: bool) -> Tensor:
         # Where the system pins no more memory, copies merely become synchronous.
         with contextlib.suppress(RuntimeError):
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    # NumPy asks the system for huge pages: new memory is then touched four times as fast.
-    return torch.from_numpy(np.empty(nbytes, dtype=np.uint8))
+    return new_bytes(nbytes)
 
 
 def _look(load: Load, buffer: Tensor) -> Staged:

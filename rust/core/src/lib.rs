@@ -2,9 +2,8 @@
 //!
 //! The stages, each one type: [`header::Header`] (bytes to names, dtypes, shapes, offsets),
 //! [`table::KeyTable`] (names to modules and roles), [`plan::FilePlan`] (one file, no model),
-//! [`stack::StackPlan`] (file plans and the slots of a model at hand). [`packed::fill`] and
-//! [`rows::fill`] move factors to where a layer reads them. No tensor arithmetic happens here, and nothing here
-//! knows Python.
+//! [`stack::StackPlan`] (file plans and the slots of a model at hand). [`packed::fill`] moves factors to
+//! where a layer reads them. No tensor arithmetic happens here, and nothing here knows Python.
 
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
@@ -32,7 +31,6 @@ pub mod plan;
 mod queue;
 pub mod reason;
 pub mod role;
-pub mod rows;
 pub mod slot;
 pub mod source;
 pub mod stack;

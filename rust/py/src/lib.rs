@@ -29,7 +29,7 @@ mod _core {
     #[pymodule_export]
     use super::findings::look_at;
     #[pymodule_export]
-    use super::pack::{fill_packed, fill_rows};
+    use super::pack::fill_packed;
     #[pymodule_export]
     use super::reader::{Readers, Reading, TensorReader};
     #[pymodule_export]

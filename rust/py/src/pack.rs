@@ -1,6 +1,5 @@
-//! `fill_packed` and `fill_rows`: composed factors, from arrays that Python owns into arrays that Python owns.
+//! `fill_packed`: composed factors, from arrays that Python owns into arrays that Python owns.
 
-use std::fmt::Display;
 use std::num::NonZeroUsize;
 
 use pyo3::exceptions::PyValueError;
@@ -9,7 +8,6 @@ use pyo3::types::{PyString, PyTuple};
 use qwenlora_core::packed::{
     self, Column, DownMember, ElementSize, Packed, Recipe, Table, Untouched, UpMember,
 };
-use qwenlora_core::rows::{self, RowsColumn, RowsRecipe};
 
 use crate::bytes::{Dest, Place, Source, check_apart};
 
@@ -35,97 +33,26 @@ pub(crate) fn fill_packed(
     recipes: Vec<PackedTuple<'_>>,
     threads: NonZeroUsize,
 ) -> PyResult<()> {
-    let mut arguments = borrowed(py, &recipes, PackedArgument::of)?;
+    let mut arguments = borrowed(py, &recipes)?;
     check_apart(arguments.iter().flat_map(PackedArgument::places).collect())?;
     let recipes = arguments.iter_mut().map(PackedArgument::recipe);
     let mut recipes = recipes.collect::<PyResult<Vec<_>>>()?;
     py.detach(|| packed::fill(&mut recipes, threads))
-        .map_err(|e| refused(&e))
-}
-
-/// Fills row-major factors side by side, their rows reordered.
-///
-/// A recipe is `(dest, rows, planes, columns)`; a column is `(source, width_bytes)`, the source of
-/// shape (rows, `width_bytes`) or `None` for zeros. Row j (rows / planes) + c of a source goes to
-/// row c planes + j; one plane keeps the order. Borrowing and threads are as in `fill_packed`.
-#[pyfunction]
-#[pyo3(signature = (recipes, *, threads))]
-pub(crate) fn fill_rows(
-    py: Python<'_>,
-    recipes: Vec<RowsTuple<'_>>,
-    threads: NonZeroUsize,
-) -> PyResult<()> {
-    let mut arguments = borrowed(py, &recipes, RowsArgument::of)?;
-    check_apart(arguments.iter().flat_map(RowsArgument::places).collect())?;
-    let recipes = arguments.iter_mut().map(RowsArgument::recipe);
-    let mut recipes = recipes.collect::<PyResult<Vec<_>>>()?;
-    py.detach(|| rows::fill(&mut recipes, threads))
-        .map_err(|e| refused(&e))
+        .map_err(|e| PyValueError::new_err(e.to_string()))
 }
 
 /// Borrows the arrays of all recipes; what is wrong with one is raised with its index.
-fn borrowed<T, A>(py: Python<'_>, recipes: &[T], of: fn(&T) -> PyResult<A>) -> PyResult<Vec<A>> {
+fn borrowed<'py>(
+    py: Python<'py>,
+    recipes: &[PackedTuple<'py>],
+) -> PyResult<Vec<PackedArgument<'py>>> {
     let arguments = recipes.iter().enumerate().map(|(index, recipe)| {
-        of(recipe).map_err(|error| {
+        PackedArgument::of(recipe).map_err(|error| {
             let message = format!("recipe {index}: {}", error.value(py));
             PyErr::from_type(error.get_type(py), message)
         })
     });
     arguments.collect()
-}
-
-fn refused(error: &impl Display) -> PyErr {
-    PyValueError::new_err(error.to_string())
-}
-
-/// (dest, rows, planes, columns).
-type RowsTuple<'py> = (Object<'py>, usize, NonZeroUsize, Vec<RowsColumnTuple<'py>>);
-/// (source, width in bytes).
-type RowsColumnTuple<'py> = (Option<Object<'py>>, usize);
-
-/// One recipe of rows, its arrays borrowed.
-struct RowsArgument<'py> {
-    dest: Dest<'py>,
-    rows: usize,
-    planes: NonZeroUsize,
-    columns: Vec<(Option<Source<'py>>, usize)>,
-}
-
-impl<'py> RowsArgument<'py> {
-    fn of((dest, rows, planes, columns): &RowsTuple<'py>) -> PyResult<Self> {
-        let columns = columns
-            .iter()
-            .map(|(source, width)| Ok((source.as_ref().map(Source::of).transpose()?, *width)));
-        Ok(Self {
-            dest: Dest::of(dest)?,
-            rows: *rows,
-            planes: *planes,
-            columns: columns.collect::<PyResult<_>>()?,
-        })
-    }
-
-    fn places(&self) -> impl Iterator<Item = Place> {
-        let sources = self
-            .columns
-            .iter()
-            .filter_map(|(source, _)| source.as_ref());
-        sources.map(Source::place).chain([self.dest.place()])
-    }
-
-    fn recipe(&mut self) -> PyResult<RowsRecipe<'_>> {
-        let columns = self.columns.iter().map(|(source, width_bytes)| {
-            Ok(RowsColumn {
-                source: source.as_ref().map(Source::bytes).transpose()?,
-                width_bytes: *width_bytes,
-            })
-        });
-        Ok(RowsRecipe {
-            dest: self.dest.bytes()?,
-            rows: self.rows,
-            planes: self.planes,
-            columns: columns.collect::<PyResult<_>>()?,
-        })
-    }
 }
 
 /// (dest, slots, channels, bytes of an element, columns).
