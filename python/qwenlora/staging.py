@@ -235,7 +235,6 @@ class Loader:
         pinned: bool,
     ) -> None:
         self._waiting = deque(loads)
-        self._largest = max((load.nbytes for load in loads), default=0)
         self._begun: deque[tuple[Load, Callable[[], Staged]]] = deque()
         self._sources = sources
         self._fetchers = fetchers
@@ -336,13 +335,14 @@ class Loader:
         if used is not None:
             return used
         with torch.inference_mode(False):
-            if self._pinned and self._largest <= 2 * nbytes:
-                # One size for all: pinned memory is given out in powers of two anyway.
-                return _host_buffer(self._largest, pinned=True)[:nbytes]
-            return _host_buffer(nbytes, pinned=self._pinned)
+            return _host_buffer(self._room(nbytes), pinned=self._pinned)[:nbytes]
+
+    def _room(self, nbytes: int) -> int:
+        """Bytes of the buffer for as many: pinned memory is given out in powers of two."""
+        return 1 << (nbytes - 1).bit_length() if self._pinned else nbytes
 
     def _take_used(self, nbytes: int, *, at_once: bool) -> Tensor | None:
-        """A buffer that has been used, of this size or not much larger.
+        """A buffer that has been used, just large enough: what is kept holds all of its own.
 
         Args:
             nbytes: Bytes that are needed.
@@ -351,7 +351,7 @@ class Loader:
         with self._lock:
             for index, (buffer, copied) in enumerate(self._used):
                 free = copied is None or copied.query()
-                if nbytes <= buffer.nbytes <= 2 * nbytes and (free or not at_once):
+                if buffer.nbytes == self._room(nbytes) and (free or not at_once):
                     del self._used[index]
                     break
             else:
