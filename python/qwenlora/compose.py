@@ -286,10 +286,12 @@ class _Composition:
         with contextlib.ExitStack() as closing:
             fetchers = self._open(closing)
             entering = self._entering(structure)
-            whole = self._is_whole(planned.plan, structure, entering.values())
-            # Path by path memory is short.
-            entering = entering if whole else {}
-            leaving = self._leaving(planned, structure, entering.values()) if whole else []
+            needed = _needed(planned.plan, structure, entering.values())
+            whole = self._is_whole(structure, needed)
+            if not whole:
+                # Path by path memory is short.
+                entering, needed = {}, _needed(planned.plan, structure, ())
+            leaving = self._leaving(planned, structure, needed) if whole else []
             options = rest_beside(self._wanted.options, leaving)
             units = path_units(planned, structure, self._state)
             if not whole:
@@ -301,7 +303,7 @@ class _Composition:
                 fetchers,
                 options,
                 kept=entering,
-                needed=_needed(planned.plan, structure, entering.values()),
+                needed=needed,
             )
             closing.callback(groups.close)
             groups.begin()
@@ -345,19 +347,17 @@ class _Composition:
             wanted.specs, wanted.sources, fetchers, options, max_rank=wanted.max_rank
         )
 
-    def _leaving(
-        self, planned: Planned, structure: Structure, entering: Collection[KeptGroup]
-    ) -> list[KeptGroup]:
+    def _leaving(self, planned: Planned, structure: Structure, needed: int) -> list[KeptGroup]:
         """What the slots hold now, as far as there is room to keep it."""
         options, state = self._wanted.options, self._state
         room = Room(
             cache_bytes=options.cache_bytes,
             device_bytes=options.device_cache_bytes,
             deltas=sum(group.nbytes for group in planned.groups),
-            needed=_needed(planned.plan, structure, entering),
+            needed=needed,
         )
         left = groups_left(structure, state, planned.paths | state.records.keys())
-        return room.choose(left, structure.kept)
+        return [own.kept() for own in room.choose(left, structure.kept)]
 
     def _placed(self, planned: Planned, groups: GroupBuilder) -> Placed | None:
         """How the groups lie in their slots, where they are all that there is."""
@@ -378,16 +378,14 @@ class _Composition:
             write_state(self._model, EMPTY)
         return structure_of(self._model, self._state)
 
-    def _is_whole(
-        self, plan: StackPlan, structure: Structure, entering: Collection[KeptGroup]
-    ) -> bool:
+    def _is_whole(self, structure: Structure, needed: int) -> bool:
         placement = self._wanted.options.placement
         if placement is not Placement.AUTO:
             return placement is Placement.WHOLE
         device = next(iter(structure.targets.values())).device
         if device.type != "cuda":
             return True
-        needed = _needed(plan, structure, entering) + self._wanted.options.margin_bytes
+        needed += self._wanted.options.margin_bytes
         # What is kept there yields first.
         return is_free(device, needed) or (cache.clear_devices() and is_free(device, needed))
 

@@ -233,7 +233,7 @@ class GroupBuilder:
 
     def _kept(self, group: Group) -> KeptGroup | None:
         kept = self.kept.get(group.targets[0].path)
-        return kept if kept is not None and kept.of(group) else None
+        return kept if kept is not None and kept.of(group.targets) else None
 
     def _built_before(self, kept: KeptGroup, tell: Callable[[int], None]) -> Built:
         tell(len(kept.group.targets))

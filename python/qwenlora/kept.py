@@ -28,44 +28,74 @@ if TYPE_CHECKING:
     from qwenlora.spec import ComposeOptions
     from qwenlora.state import AppliedState
     from qwenlora.structure import Structure
+    from qwenlora.targets import Target
 
-__all__ = ["KeptGroup", "KeptSets", "Room", "base_versions", "groups_left", "rest_beside"]
+__all__ = [
+    "KeptGroup",
+    "KeptSets",
+    "LeftGroup",
+    "Room",
+    "base_versions",
+    "groups_left",
+    "rest_beside",
+]
 
 _MAX_SETS = 4
 """Sets that are kept: those that a host alternates between."""
 
 
 @dataclass(frozen=True, eq=False)
-class KeptGroup:
-    """A group's tensors under a set.
+class LeftGroup:
+    """A group that is about to be left.
 
     Attributes:
         group: The slots.
-        deltas: Their packed factors, as they were in place.
         placed: How the LoRAs lie in them; None for the base.
-        parameters: The layers' downs and ups, whose tensors these are.
+        rank_added: Ranks that each slot holds beyond its base.
     """
 
     group: Group
-    deltas: GroupDeltas
     placed: PlacedGroup | None
-    parameters: Sequence[Sequence[Tensor]]
+    rank_added: int
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
         first = self.group.targets[0]
-        each = first.base_bytes + first.rank_bytes * self.deltas.rank_added
+        each = first.base_bytes + first.rank_bytes * self.rank_added
         return each * len(self.group.targets)
-
-    def of(self, group: Group) -> bool:
-        """Whether these are the slots of this group."""
-        return self.group is group or self.group.targets == group.targets
 
     @property
     def on_host(self) -> bool:
         """Whether they are in host memory."""
         return self.group.device.type == "cpu"
+
+    def kept(self) -> KeptGroup:
+        """The same with its tensors."""
+        modules = [target.module for target in self.group.targets]
+        parameters = [factors_of(modules, name) for name in FACTORS]
+        downs, ups = ([parameter.data for parameter in own] for own in parameters)
+        layouts = {} if self.placed is None else self.placed.layouts
+        ranks = sum(layout.rank for layout in layouts.values())
+        deltas = GroupDeltas(self.group.targets, ranks, self.rank_added, downs, ups)
+        return KeptGroup(self.group, self.placed, self.rank_added, deltas, parameters)
+
+
+@dataclass(frozen=True, eq=False)
+class KeptGroup(LeftGroup):
+    """A group's tensors under a set.
+
+    Attributes:
+        deltas: Their packed factors, as they were in place.
+        parameters: The layers' downs and ups, whose tensors these are.
+    """
+
+    deltas: GroupDeltas
+    parameters: Sequence[Sequence[Tensor]]
+
+    def of(self, targets: Sequence[Target]) -> bool:
+        """Whether these are the slots."""
+        return self.group.targets is targets or self.group.targets == targets
 
 
 class KeptSets:
@@ -174,8 +204,8 @@ def base_versions(structure: Structure, state: AppliedState) -> dict[str, tuple[
 
 def groups_left(
     structure: Structure, state: AppliedState, changing: frozenset[str]
-) -> list[KeptGroup]:
-    """What the slots hold that are about to be left.
+) -> list[LeftGroup]:
+    """What of the slots that are about to be left may be kept.
 
     Args:
         structure: The model's slots.
@@ -188,7 +218,7 @@ def groups_left(
     """
     placed = () if structure.placed is None else structure.placed.groups
     left = [
-        _kept(own.group, own, state.records[own.group.targets[0].path].rank_added)
+        LeftGroup(own.group, own, state.records[own.group.targets[0].path].rank_added)
         for own in placed
         if own.group.packed and own.group.device.type == "cuda" and not own.differing
         # Inference tensors can be put back in inference mode only.
@@ -199,9 +229,9 @@ def groups_left(
         kept_there = group.device.type in ("cpu", "cuda") and group.plain
         if own and kept_there and paths.isdisjoint(state.records):
             targets = tuple(target for target in group.targets if target.path in own)
-            kept = _kept(group if own == paths else Group(targets), None, 0)
-            if own == paths or not is_part(kept.deltas.downs[0]):
-                left.append(kept)
+            first = factors_of([targets[0].module], FACTORS[0])
+            if own == paths or not is_part(first[0]):
+                left.append(LeftGroup(group if own == paths else Group(targets), None, 0))
     return left
 
 
@@ -221,7 +251,7 @@ class Room:
     deltas: int
     needed: int
 
-    def choose(self, left: Sequence[KeptGroup], kept: KeptSets) -> list[KeptGroup]:
+    def choose(self, left: Sequence[LeftGroup], kept: KeptSets) -> list[LeftGroup]:
         """What of the groups that are left is kept; sets left earlier make room."""
         while self._host_bytes() < 0 and kept.drop_oldest(on_host=True):
             pass
@@ -242,7 +272,7 @@ class Room:
     def _host_bytes(self) -> int:
         return self.cache_bytes - self.deltas - cache.shelved_bytes(on_host=True)
 
-    def _fits(self, on_device: Sequence[KeptGroup], nbytes: int) -> bool:
+    def _fits(self, on_device: Sequence[LeftGroup], nbytes: int) -> bool:
         if self.device_bytes is None:
             # What is kept has its memory already; the rest must be free beside it.
             devices = {own.group.device for own in on_device}
@@ -269,12 +299,3 @@ def rest_beside(options: ComposeOptions, leaving: Sequence[KeptGroup]) -> Compos
         device_bytes = max(0, device_bytes - held[False])
         cache.on_device.fit(device_bytes)
     return replace(options, cache_bytes=cache_bytes, device_cache_bytes=device_bytes)
-
-
-def _kept(group: Group, placed: PlacedGroup | None, rank_added: int) -> KeptGroup:
-    modules = [target.module for target in group.targets]
-    parameters = [factors_of(modules, name) for name in FACTORS]
-    downs, ups = ([parameter.data for parameter in own] for own in parameters)
-    ranks = 0 if placed is None else sum(layout.rank for layout in placed.layouts.values())
-    deltas = GroupDeltas(group.targets, ranks, rank_added, downs, ups)
-    return KeptGroup(group, deltas, placed, parameters)

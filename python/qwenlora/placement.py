@@ -202,7 +202,7 @@ class Placer:
     def _left_by(self, deltas: GroupDeltas) -> KeptGroup | None:
         """What these very slots hold now, where that will be kept."""
         left = self._leaving.get(deltas.targets[0].path)
-        return left if left is not None and left.group.targets == deltas.targets else None
+        return left if left is not None and left.of(deltas.targets) else None
 
     def _build(self, unit: PathUnit) -> tuple[list[GroupDeltas], list[SlotDeltas]]:
         together: list[GroupDeltas] = []

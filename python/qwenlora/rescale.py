@@ -18,7 +18,6 @@ from qwenlora.branch import BRANCH_UP
 from qwenlora.grouped import Layout, PlacedGroup, may_overflow, part_of, scales_of
 from qwenlora.host_arena import rewrite_packed_ups
 from qwenlora.layout import FRAGMENT, TILE
-from qwenlora.plan import SlotKind
 from qwenlora.staging import Load, Staged, loads_of
 from qwenlora.targets import factors_of
 from qwenlora.transfer import HostTransfer, Transfer, transfer_to
@@ -173,7 +172,7 @@ def _writes(
 def _arena_of_ups(placed: PlacedGroup) -> Tensor | None:
     """The arena that the slots' `up` are views of, if they are."""
     targets = placed.group.targets
-    packed = targets[0].kind is SlotKind.SVDQ
+    packed = placed.group.packed
     slots = [slot for slot in range(len(targets)) if slot not in placed.differing]
     modules = [targets[slot].module for slot in slots]
     if packed:

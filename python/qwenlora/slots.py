@@ -8,7 +8,7 @@ packed low-rank branch, a side branch, stored values) are slots themselves.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -100,9 +100,7 @@ def prepare_group(deltas: GroupDeltas, left: KeptGroup | None = None) -> Change:
     changes: list[Change] = []
     if targets[0].kind is SlotKind.SVDQ:
         modules = [target.module for target in targets]
-        change = _PackedChange(modules, (deltas.downs, deltas.ups))
-        change.prepare(left)
-        changes.append(change)
+        changes.append(_PackedChange(modules, (deltas.downs, deltas.ups), left))
         changes += [
             SideBranchSlot(target).prepare(SlotDeltas(target))
             for target in targets
@@ -213,15 +211,13 @@ class PackedSlot:
     def _change(self, pairs: Sequence[ScaledPair], rank_added: int) -> _PackedChange:
         down: Tensor = self._module.proj_down
         up: Tensor = self._module.proj_up
-        change = _PackedChange(
+        return _PackedChange(
             modules=[self._module],
             new=(
                 [self._joined(down, [pair.down for pair in pairs], rank_added)],
                 [self._joined(up, [pair.up for pair in pairs], rank_added)],
             ),
         )
-        change.prepare()
-        return change
 
     def is_base(self) -> bool:
         """Whether both factors have the base's rank."""
@@ -273,17 +269,18 @@ class PackedSlot:
 class _PackedChange:
     """New factors of packed layers: `new` holds every layer's down, and every layer's up.
 
-    `plain` says that none of the parameters was made in inference mode.
+    `left` is what is in place, where that is known; `plain` says that none of the parameters was
+    made in inference mode.
     """
 
     modules: Sequence[nn.Module]
     new: tuple[Sequence[Tensor], Sequence[Tensor]]
+    left: InitVar[KeptGroup | None] = None
     old: Sequence[Sequence[Tensor]] = field(init=False)
     old_data: Sequence[Sequence[Tensor]] = field(init=False)
     plain: bool = field(init=False, default=False)
 
-    def prepare(self, left: KeptGroup | None = None) -> None:
-        """See what is in place, unless it is known."""
+    def __post_init__(self, left: KeptGroup | None) -> None:
         if left is not None:
             self.old = left.parameters
             self.old_data = (left.deltas.downs, left.deltas.ups)

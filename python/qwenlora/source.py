@@ -134,7 +134,7 @@ def open_source(spec: LoraSpec, plans: _PlanCache, *, threads: int | None) -> Lo
     if isinstance(spec.source, Mapping):
         return StateDictSource(spec.source, spec.title)
     path = Path(spec.source)
-    plan = plans.get(str(path), _core.file_identity(path))
+    plan = _kept_plan(path, plans)
     if plan is None:
         plan = _core.FilePlan.read(path)
         plans.put(str(path), plan)
@@ -147,11 +147,15 @@ def known_source(spec: LoraSpec, plans: _PlanCache, *, threads: int | None) -> L
         return None
     path = Path(spec.source)
     try:
-        plan = plans.get(str(path), _core.file_identity(path))
+        plan = _kept_plan(path, plans)
     except (LoraReadError, LoraFileError):
         # Whoever opens it says so in its turn.
         return None
     return None if plan is None else FileSource(path, plan, threads=threads)
+
+
+def _kept_plan(path: Path, plans: _PlanCache) -> _core.FilePlan | None:
+    return plans.get(str(path), _core.file_identity(path))
 
 
 class _PlanCache(Protocol):

@@ -6,7 +6,7 @@ use std::slice;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use numpy::{PyArray1, PyArrayMethods};
+use numpy::{PyArray1, PyArrayMethods, PyReadwriteArray1};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use qwenlora_core::config::{self, SourceIdentity};
@@ -83,12 +83,8 @@ impl TensorReader {
                 dest_offset,
             })
             .collect();
-        let mut dest = dest
-            .try_readwrite()
-            .map_err(|e| PyValueError::new_err(format!("the buffer cannot be written: {e}")))?;
-        let bytes = dest
-            .as_slice_mut()
-            .map_err(|e| PyValueError::new_err(format!("the buffer is not contiguous: {e}")))?;
+        let mut dest = writable(dest)?;
+        let bytes = bytes_of(&mut dest)?;
         py.detach(|| source.read_ranges(&ranges, bytes, threads))
             .map_err(|e| error::from_source(py, &e))
     }
@@ -205,18 +201,24 @@ fn ranges_of(runs: &[Run]) -> PyResult<Vec<ByteRange>> {
     Ok(ranges)
 }
 
+fn writable<'py>(dest: &Bound<'py, PyArray1<u8>>) -> PyResult<PyReadwriteArray1<'py, u8>> {
+    dest.try_readwrite()
+        .map_err(|e| PyValueError::new_err(format!("the buffer cannot be written: {e}")))
+}
+
+fn bytes_of<'a>(dest: &'a mut PyReadwriteArray1<'_, u8>) -> PyResult<&'a mut [u8]> {
+    dest.as_slice_mut()
+        .map_err(|e| PyValueError::new_err(format!("the buffer is not contiguous: {e}")))
+}
+
 /// The array's memory, for threads that write to it after the call has returned.
 #[expect(
     unsafe_code,
     reason = "the one place where bytes are lent beyond a call"
 )]
 fn lent(dest: &Bound<'_, PyArray1<u8>>) -> PyResult<&'static mut [u8]> {
-    let mut dest = dest
-        .try_readwrite()
-        .map_err(|e| PyValueError::new_err(format!("the buffer cannot be written: {e}")))?;
-    let bytes = dest
-        .as_slice_mut()
-        .map_err(|e| PyValueError::new_err(format!("the buffer is not contiguous: {e}")))?;
+    let mut dest = writable(dest)?;
+    let bytes = bytes_of(&mut dest)?;
     let (begin, len) = (bytes.as_mut_ptr(), bytes.len());
     // SAFETY: `begin` and `len` are those of a slice. `Reading` keeps the array, and with it the
     // memory, until the slice is gone: dropping it waits until no thread holds a part of it, and a

@@ -5,12 +5,13 @@ use std::collections::VecDeque;
 use std::mem;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use super::ranges::{ByteRange, Piece};
 use super::{SourceError, SourceFile};
+use crate::queue::lock;
 
 /// Threads that read ranges of files into buffers, in the order in which that was asked for.
 ///
@@ -97,7 +98,7 @@ impl Readers {
         if self.threads.is_empty() {
             tasks.for_each(Task::run);
         } else {
-            locked(&self.queue.waiting).tasks.extend(tasks);
+            lock(&self.queue.waiting).tasks.extend(tasks);
             self.queue.more.notify_all();
         }
         Ok(Reading { job })
@@ -106,7 +107,7 @@ impl Readers {
 
 impl Drop for Readers {
     fn drop(&mut self) {
-        let mut waiting = locked(&self.queue.waiting);
+        let mut waiting = lock(&self.queue.waiting);
         waiting.closed = true;
         for Task { piece, source, job } in waiting.tasks.drain(..) {
             drop((piece, source));
@@ -127,7 +128,7 @@ impl Reading {
     /// An error is told once; from then on, and where the readers were dropped before they had
     /// filled it, [`SourceError::Stopped`] is.
     pub fn wait(&self, timeout: Duration) -> Result<bool, SourceError> {
-        let progress = locked(&self.job.progress);
+        let progress = lock(&self.job.progress);
         let unfinished = |progress: &mut Progress| progress.left > 0;
         let waited = self
             .job
@@ -153,7 +154,7 @@ impl Reading {
 impl Drop for Reading {
     fn drop(&mut self) {
         self.job.cancel();
-        let progress = locked(&self.job.progress);
+        let progress = lock(&self.job.progress);
         let done = self
             .job
             .done
@@ -170,7 +171,7 @@ impl Queue {
     }
 
     fn next(&self) -> Option<Task> {
-        let waiting = locked(&self.waiting);
+        let waiting = lock(&self.waiting);
         let idle = |waiting: &mut Waiting| waiting.tasks.is_empty() && !waiting.closed;
         let waited = self.more.wait_while(waiting, idle);
         waited
@@ -235,16 +236,16 @@ impl Job {
     }
 
     fn goes_on(&self) -> bool {
-        let progress = locked(&self.progress);
+        let progress = lock(&self.progress);
         !progress.cancelled && progress.failure.is_none()
     }
 
     fn cancel(&self) {
-        locked(&self.progress).cancelled = true;
+        lock(&self.progress).cancelled = true;
     }
 
     fn finish(&self, end: End) {
-        let mut progress = locked(&self.progress);
+        let mut progress = lock(&self.progress);
         progress.left = progress.left.saturating_sub(1);
         match end {
             End::Read => {}
@@ -259,8 +260,4 @@ impl Job {
             self.done.notify_all();
         }
     }
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
