@@ -422,10 +422,10 @@ def reads(monkeypatch):
         def __init__(self, *, threads):
             self._readers = readers(threads=threads)
 
-        def read(self, file, runs, dest):
+        def read(self, file, runs, dest, *, measure):
             with lock:
                 counted.tensors += sum(len(offsets) for offsets, *_ in runs)
-            return self._readers.read(file._reader, runs, dest)
+            return self._readers.read(file._reader, runs, dest, measure=measure)
 
         def close(self):
             self._readers.close()

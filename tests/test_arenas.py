@@ -23,6 +23,7 @@ from qwenlora.allocation import evenly, rest_from
 from qwenlora.arena import PackedArena
 from qwenlora.bulk import Member
 from qwenlora.errors import ModelStateError
+from qwenlora.filler import Filler
 from qwenlora.host_arena import HostPackedArena, rewrite_packed_ups
 from qwenlora.layout import round_up
 from qwenlora.staging import Staged
@@ -88,6 +89,13 @@ def targets(model):
     return [target for target in found if target.path.endswith(QKV)]
 
 
+@pytest.fixture
+def filler():
+    own = Filler(threads=2)
+    yield own
+    own.close()
+
+
 def part_of(row, slots, ranks, rank_begin, *, dtype, factors=(1.0, 0.3, -2.5)):
     """A LoRA's deltas of q, k and v in some slots."""
     generator = torch.Generator().manual_seed(slots.start + rank_begin)
@@ -119,15 +127,19 @@ def same_factors(one, other):
 @pytest.mark.parametrize("formed_bytes", [1, 1 << 15, 1 << 24])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("ranks", [(16, 16, 32), (4, 9, 16)])
-def test_rust_packs_what_torch_does(formed_bytes, dtype, ranks, targets, monkeypatch):
+def test_rust_packs_what_torch_does(formed_bytes, dtype, ranks, targets, filler, monkeypatch):
     """Loads of two LoRAs that begin and end at other slots."""
     monkeypatch.setattr(host_arena, "_FORMED_BYTES", formed_bytes)
     row, first = targets[0].row, round_up(sum(ranks), 16)
     loads = [(range(1), 0), (range(2), first), (range(1, BLOCKS), 0), (range(2, BLOCKS), first)]
-    arenas = [make(targets, 2 * first) for make in (HostPackedArena, PackedArena)]
+    arenas = [
+        HostPackedArena(targets, 2 * first, filler=filler),
+        PackedArena(targets, 2 * first),
+    ]
     for made in arenas:
         for slots, begin in loads:
             made.write(part_of(row, slots, ranks, begin, dtype=dtype))
+    filler.wait()
     assert same_factors(*arenas)
     # Factors of another strength, over what is there.
     again = part_of(row, range(1, 3), ranks, 0, dtype=dtype, factors=(0.7, 1.0, 1e-3))
@@ -138,10 +150,10 @@ def test_rust_packs_what_torch_does(formed_bytes, dtype, ranks, targets, monkeyp
 
 
 @pytest.mark.parametrize("cleared", [False, True])
-def test_bases_come_with_the_first_deltas(cleared, targets):
+def test_bases_come_with_the_first_deltas(cleared, targets, filler):
     """Whichever slots are written first, or none."""
     row, ranks = targets[0].row, (16, 16, 32)
-    made = HostPackedArena(targets, 64)
+    made = HostPackedArena(targets, 64, filler=filler)
     if cleared:
         made.clear()
     part = part_of(row, range(2, 3), ranks, 0, dtype=torch.bfloat16)
@@ -149,6 +161,7 @@ def test_bases_come_with_the_first_deltas(cleared, targets):
     made.write(part_of(row, range(1, 2), ranks, 0, dtype=torch.bfloat16))
     made.write(part)
     made.finish()
+    filler.wait()
     downs, ups = made.factors()
     for target, down, up in zip(targets, downs, ups, strict=True):
         for name, factor in (("proj_down", down), ("proj_up", up)):

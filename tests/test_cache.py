@@ -124,9 +124,9 @@ def test_a_file_that_changes_meanwhile(
             self._readers = readers(threads=threads)
             self.close = self._readers.close
 
-        def read(self, file, runs, dest):
+        def read(self, file, runs, dest, *, measure):
             changed()
-            return self._readers.read(file._reader, runs, dest)
+            return self._readers.read(file._reader, runs, dest, measure=measure)
 
     monkeypatch.setattr(_core, "TensorReader", ChangingReader)
     monkeypatch.setattr(_core, "Readers", ChangingReaders)

@@ -28,6 +28,7 @@ from qwenlora import Placement, _core, errors, placement, staging
 from qwenlora.bulk import Group, Located, Member, Stack
 from qwenlora.layout import LowRankSide
 from qwenlora.lora_set import LoraSet
+from qwenlora.source import DTYPES, NAMES
 from qwenlora.spec import ComposeOptions
 from qwenlora.staging import Loader, loads_of
 
@@ -159,6 +160,29 @@ def test_an_array_may_be_part_of_another(file, reader, readers):
     wanted[100:200] = file[1][5:105]
     readers.read(reader, [([5], 100, 0)], whole[100:200]).wait()
     assert np.array_equal(whole, wanted)
+
+
+@pytest.mark.parametrize("name", ["BF16", "F16", "F32"])
+def test_what_is_read_is_measured(name, reader, readers, tmp_path):
+    values = torch.randn(3_000_000).to(DTYPES[name])
+    values[2_999_999] = -77
+    values.view(torch.uint8).numpy().tofile(tmp_path / "values")
+    own = _core.TensorReader(tmp_path / "values")
+    size = values.nbytes
+    dest = buffer_of(size)
+    assert readers.read(own, [([0], size, 0)], dest).wait() is None
+    assert readers.read(own, [([0], size, 0)], dest, measure=name).wait() == 77
+    assert np.array_equal(dest, values.view(torch.uint8).numpy())
+    part = size // 2
+    assert (
+        readers.read(own, [([0], part, 0)], dest, measure=name).wait()
+        == values[: len(values) // 2].abs().max().item()
+    )
+    with pytest.raises(errors.LoraReadError, match=f"no whole values of {name}"):
+        readers.read(own, [([0], part + 1, 0)], dest, measure=name)
+    with pytest.raises(ValueError, match="only F16, BF16 and F32 are measured, got I8"):
+        readers.read(own, [([0], part, 0)], dest, measure="I8")
+    own.close()
 
 
 def _read_only():
@@ -435,12 +459,12 @@ class Source:
         self.before = lambda turn: None
         self._lock = threading.Lock()
 
-    def read_into(self, runs, buffer, readers):
+    def read_into(self, runs, buffer, readers, *, measure):
         with self._lock:
             turn, self.begun = self.begun, self.begun + 1
         self.before(turn)
         own = [(run.offsets, run.nbytes, run.begin) for run in runs]
-        return readers.read(self.reader, own, buffer.numpy())
+        return readers.read(self.reader, own, buffer.numpy(), measure=measure and NAMES[measure])
 
 
 @pytest.fixture(params=[True, False], ids=["file", "in memory"])

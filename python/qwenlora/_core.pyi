@@ -117,12 +117,14 @@ class Readers:
         file: TensorReader,
         runs: Sequence[tuple[Sequence[int], int, int]],
         dest: npt.NDArray[np.uint8],
+        *,
+        measure: str | None = None,
     ) -> Reading: ...
     def close(self) -> None: ...
 
 @final
 class Reading:
-    def wait(self) -> None: ...
+    def wait(self) -> float | None: ...
 
 @final
 class Watch:

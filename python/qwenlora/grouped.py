@@ -13,6 +13,7 @@ import torch
 from qwenlora import cache
 from qwenlora.arena import Arena, Part
 from qwenlora.deltas import GroupDeltas, non_finite
+from qwenlora.filler import Filler
 from qwenlora.host_arena import arena_of
 from qwenlora.layout import TILE, round_up
 from qwenlora.memory import DEVICE_RESERVE, is_free
@@ -135,6 +136,7 @@ class GroupBuilder:
     load_bytes: int = field(init=False)
     _loads: list[list[Load]] = field(init=False)
     _loader: Loader = field(init=False)
+    _filler: Filler = field(init=False)
     _transfers: dict[torch.device, Transfer] = field(init=False, default_factory=dict)
     _unchecked: list[_Unchecked] = field(init=False, default_factory=list)
     _device_bytes: int = field(init=False)
@@ -148,6 +150,7 @@ class GroupBuilder:
         self._loads = [
             [] if self._kept(group) else loads_of(group, self.load_bytes) for group in self.groups
         ]
+        self._filler = Filler(threads=self.options.threads)
         self._device_bytes = 0 if device is None else self._device_limit(device)
         self._loader = Loader(
             [load for own in self._loads for load in own],
@@ -212,6 +215,7 @@ class GroupBuilder:
         Raises:
             NonFiniteError: A delta holds NaN or infinity.
         """
+        self._filler.wait()
         unchecked, self._unchecked = self._unchecked, []
         by_device: dict[torch.device, list[tuple[Findings, Tensor]]] = defaultdict(list)
         for entry in unchecked:
@@ -227,6 +231,7 @@ class GroupBuilder:
 
     def close(self) -> None:
         """Stop reading and let buffers go."""
+        self._filler.close()
         self._loader.close()
         for transfer in self._transfers.values():
             transfer.close()
@@ -262,7 +267,7 @@ class GroupBuilder:
         self, group: Group, targets: Sequence[Target], sharing: Mapping[int, tuple[int, ...]]
     ) -> _Laid:
         layouts, rank = self._layouts(group, sharing)
-        arena = arena_of(targets, rank, row_order=group.row_order, threads=self.options.threads)
+        arena = arena_of(targets, rank, row_order=group.row_order, filler=self._filler)
         return _Laid(layouts, rank, arena, arena.factors())
 
     def _layouts(
@@ -307,7 +312,7 @@ class GroupBuilder:
             largest = max(
                 load.nbytes for own in self._loads for load in own if load.device == device
             )
-            self._transfers[device] = transfer_to(device, largest)
+            self._transfers[device] = transfer_to(device, largest, filler=self._filler)
         return self._transfers[device]
 
 

@@ -9,7 +9,6 @@ they are packed.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -22,10 +21,12 @@ from qwenlora.arena import Arena, BranchArena, PackedArena, Part, scaled_into, w
 from qwenlora.layout import TILE, RowOrder, round_up
 from qwenlora.memory import new_bytes
 from qwenlora.plan import SlotKind
+from qwenlora.threads import fillers_for
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qwenlora.filler import Filler
     from qwenlora.targets import Target
 
 __all__ = ["HostPackedArena", "arena_of", "rewrite_packed_ups"]
@@ -40,21 +41,19 @@ Much: after each operation torch's threads spin for a while, on cores that packi
 """
 
 
-def arena_of(
-    targets: Sequence[Target], rank: int, *, row_order: RowOrder, threads: int | None
-) -> Arena:
+def arena_of(targets: Sequence[Target], rank: int, *, row_order: RowOrder, filler: Filler) -> Arena:
     """Allocate an arena for slots of one kind, size, dtype and device.
 
     Args:
         targets: The slots.
         rank: Ranks to add to each.
         row_order: The order of the slots' output rows.
-        threads: Threads that fill host memory; by default up to 16.
+        filler: Fills host memory.
     """
     if targets[0].kind is not SlotKind.SVDQ:
         return BranchArena(targets, rank, row_order=row_order)
     if targets[0].device.type == "cpu":
-        return HostPackedArena(targets, rank, threads=threads)
+        return HostPackedArena(targets, rank, filler=filler)
     return PackedArena(targets, rank)
 
 
@@ -62,13 +61,11 @@ class HostPackedArena(PackedArena):
     """Packed low-rank branches in host memory, pinned where the old ones are.
 
     A slot's base is copied together with the first deltas that join it: new memory is then touched
-    once.
+    once. All of it is begun, and done when the filler says so.
     """
 
-    def __init__(
-        self, targets: Sequence[Target], rank_added: int, *, threads: int | None = None
-    ) -> None:
-        self._threads = threads
+    def __init__(self, targets: Sequence[Target], rank_added: int, *, filler: Filler) -> None:
+        self._filler = filler
         self._olds: list[Sequence[Tensor]] = []
         self._bare = 0
         """The first slot without its base; those behind it have none, either."""
@@ -76,17 +73,18 @@ class HostPackedArena(PackedArena):
         self._added = self._rank // TILE - self._base_tiles
 
     def finish(self) -> None:
-        """Copy the base of slots that no deltas have joined."""
+        """Begin to copy the base of slots that no deltas have joined."""
         self._copy_bases(len(self._down), "keep")
 
     def clear(self) -> None:
         """Zero all that is not the base."""
         if self._bare:
+            self._filler.wait()
             super().clear()
         self._copy_bases(len(self._down), "zero")
 
     def write(self, part: Part) -> None:
-        """Pack one LoRA's deltas; its ranks are padded to 16 with zeros."""
+        """Begin to pack one LoRA's deltas; its ranks are padded to 16 with zeros."""
         self._copy_bases(part.slots.start, "keep")
         deltas = _Deltas(part, self._up.dtype)
         begin = part.rank_begin // TILE
@@ -101,7 +99,7 @@ class HostPackedArena(PackedArena):
         return _empty(shape, like.dtype)
 
     def _copy_base(self, arena: Tensor, olds: list[Tensor]) -> None:
-        self._olds.append([old.detach() for old in olds])
+        self._olds.append(olds)
 
     def _copy_bases(self, stop: int, rest: str) -> None:
         """Copy the base of slots that have none, up to `stop`."""
@@ -119,7 +117,7 @@ class HostPackedArena(PackedArena):
                 sources = [(_bytes(old), old.shape[1] // TILE) for old in own]
                 base = ("fragments", sources, 0, self._base_tiles)
             recipes.append(_recipe(arena, slots, [base, *columns]))
-        _core.fill_packed(recipes, threads=_threads(self._threads))
+        self._filler.fill(recipes)
         self._bare = max(self._bare, slots.stop)
         if self._bare == len(self._down):
             # Nothing here keeps old tensors alive that are not needed any more.
@@ -143,7 +141,7 @@ def rewrite_packed_ups(arena: Tensor, part: Part, *, base_tiles: int, threads: i
     around = ("keep", begin), ("keep", arena.shape[2] - begin - deltas.tiles)
     for slots in deltas.spans():
         columns = [around[0], deltas.up_column(slots, "up over"), around[1]]
-        _core.fill_packed([_recipe(arena, slots, columns)], threads=_threads(threads))
+        _core.fill_packed([_recipe(arena, slots, columns)], threads=fillers_for(threads))
 
 
 class _Deltas:
@@ -239,7 +237,3 @@ def _recipe(arena: Tensor, slots: range, columns: Sequence[_Column]) -> tuple[An
 def _bytes(tensor: Tensor) -> _Bytes:
     """A contiguous host tensor's memory."""
     return tensor.view(torch.uint8).numpy()
-
-
-def _threads(wanted: int | None) -> int:
-    return wanted or min(16, os.cpu_count() or 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from qwenlora import _core
 from qwenlora.errors import LoraFileError, LoraReadError
 from qwenlora.layout import round_up
+from qwenlora.threads import fillers_for
 
 if TYPE_CHECKING:
     from qwenlora.plan import TensorRef
@@ -74,8 +74,12 @@ class Run(NamedTuple):
 class Reading(Protocol):
     """A buffer that is being filled."""
 
-    def wait(self) -> None:
-        """Return when it is filled; raise what reading came upon."""
+    def wait(self) -> float | None:
+        """Return when it is filled; raise what reading came upon.
+
+        Returns:
+            The largest magnitude, NaN where there is one; None where it was not measured.
+        """
 
 
 class TensorFetcher(Protocol):
@@ -85,7 +89,12 @@ class TensorFetcher(Protocol):
         """Return host tensors in the file's dtype and shape, in the order of `refs`."""
 
     def read_into(
-        self, runs: Iterable[Run], buffer: torch.Tensor, readers: _core.Readers
+        self,
+        runs: Iterable[Run],
+        buffer: torch.Tensor,
+        readers: _core.Readers,
+        *,
+        measure: torch.dtype | None,
     ) -> Reading:
         """Begin to read the bytes of tensors into a (n,) uint8 host buffer.
 
@@ -96,6 +105,8 @@ class TensorFetcher(Protocol):
             buffer: Is filled; bytes between the tensors stay as they are. Nobody may touch it
                 before the reading is done.
             readers: Threads that read files.
+            measure: The dtype of all these tensors, of which the largest magnitude is wanted, too,
+                where it can be had beside reading: float16, bfloat16 or float32.
         """
 
     def finish(self) -> None:
@@ -171,7 +182,7 @@ class FileSource:
 
     def __init__(self, path: Path, plan: _core.FilePlan, *, threads: int | None) -> None:
         self.path = path
-        self._threads = threads or min(16, os.cpu_count() or 1)
+        self._threads = fillers_for(threads)
         self._plan = plan
 
     @property
@@ -224,11 +235,17 @@ class _FileFetcher:
         ]
 
     def read_into(
-        self, runs: Iterable[Run], buffer: torch.Tensor, readers: _core.Readers
+        self,
+        runs: Iterable[Run],
+        buffer: torch.Tensor,
+        readers: _core.Readers,
+        *,
+        measure: torch.dtype | None,
     ) -> Reading:
         """Begin to read tensors into a buffer."""
         own = [(run.offsets, run.nbytes, run.begin) for run in runs]
-        return readers.read(self._reader, own, buffer.numpy())
+        dtype = None if measure is None else NAMES[measure]
+        return readers.read(self._reader, own, buffer.numpy(), measure=dtype)
 
     def finish(self) -> None:
         """Check the file's identity again, and close it."""
@@ -271,7 +288,7 @@ class StateDictSource:
 
 
 class _Read:
-    """A buffer that is filled already."""
+    """A buffer that is filled already, and not measured."""
 
     def wait(self) -> None:
         """Nothing to wait for."""
@@ -286,7 +303,12 @@ class _StateDictFetcher:
         return [self._tensors[ref.key].detach().to("cpu") for ref in refs]
 
     def read_into(
-        self, runs: Iterable[Run], buffer: torch.Tensor, readers: _core.Readers
+        self,
+        runs: Iterable[Run],
+        buffer: torch.Tensor,
+        readers: _core.Readers,
+        *,
+        measure: torch.dtype | None,
     ) -> Reading:
         """Copy tensors into a buffer, at once."""
         keys = list(self._tensors)

@@ -8,7 +8,6 @@ to that order, so that files of any order are one strided copy per module afterw
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import weakref
 from collections import deque
@@ -25,6 +24,7 @@ from qwenlora.bulk import Group, Stack, in_spans
 from qwenlora.layout import LowRankSide, round_up
 from qwenlora.memory import new_bytes
 from qwenlora.source import NAMES, Run
+from qwenlora.threads import readers_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,6 +97,15 @@ class Load:
     def device(self) -> torch.device:
         """Where its slots are."""
         return self.targets[0].device
+
+    @property
+    def measured(self) -> torch.dtype | None:
+        """The dtype of all values, where they are measured while they are read.
+
+        A device finds the peak of what is copied there in no time.
+        """
+        dtypes = {block.dtype for block in self.blocks}
+        return dtypes.pop() if len(dtypes) == 1 and self.device.type != "cuda" else None
 
     @cached_property
     def key(self) -> Hashable:
@@ -240,7 +249,7 @@ class Loader:
         self._fetchers = fetchers
         self._pinned = pinned
         self._cache_bytes = options.cache_bytes
-        self._threads = options.threads or _readers_for(os.cpu_count() or 1)
+        self._threads = readers_for(options.threads)
         self._readers: _core.Readers | None = None
         self._used: deque[tuple[Tensor, Copied | None]] = deque()
         self._lock = threading.Lock()
@@ -315,7 +324,8 @@ class Loader:
         fetcher = self._fetchers[load.stack.lora]
 
         def start(buffer: Tensor) -> tuple[Tensor, Reading]:
-            return buffer, fetcher.read_into(load.runs(), buffer, readers)
+            reading = fetcher.read_into(load.runs(), buffer, readers, measure=load.measured)
+            return buffer, reading
 
         if load.device.type == "cpu":
             # To measure it takes as long as to read it: other work goes on beside it.
@@ -361,18 +371,12 @@ class Loader:
         return buffer[:nbytes]
 
 
-def _readers_for(cores: int) -> int:
-    """How many threads read: they leave cores to the interpreter, which is as busy meanwhile."""
-    return min(16, -(-cores * 3 // 4))
-
-
 def _given(staged: Staged) -> Staged:
     return staged
 
 
 def _finish(load: Load, buffer: Tensor, reading: Reading) -> Staged:
-    reading.wait()
-    return _look(load, buffer)
+    return _look(load, buffer, reading.wait())
 
 
 def _host_buffer(nbytes: int, *, pinned: bool) -> Tensor:
@@ -383,11 +387,10 @@ def _host_buffer(nbytes: int, *, pinned: bool) -> Tensor:
     return new_bytes(nbytes)
 
 
-def _look(load: Load, buffer: Tensor) -> Staged:
-    """See which members share a `down`, and which slots may have no delta."""
+def _look(load: Load, buffer: Tensor, peak: float | None) -> Staged:
+    """See which members share a `down`, which slots may have no delta, and a peak not yet known."""
     slots = len(load.slots)
     blocks = [(b.begin, b.nbytes // slots, NAMES[b.dtype]) for b in load.blocks]
-    # A device finds the peak of what is copied there in no time.
-    measure = load.device.type != "cuda"
-    sharing, zero, peak = _core.look_at(buffer.numpy(), blocks, slots, measure=measure)
-    return Staged(buffer, Findings(slots, sharing, zero, peak))
+    measure = peak is None and load.device.type != "cuda"
+    sharing, zero, found = _core.look_at(buffer.numpy(), blocks, slots, measure=measure)
+    return Staged(buffer, Findings(slots, sharing, zero, found if peak is None else peak))

@@ -9,6 +9,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qwenlora.filler import Filler
     from qwenlora.staging import Copied, Staged
 
 __all__ = ["DeviceTransfer", "HostTransfer", "Transfer", "transfer_to"]
@@ -42,18 +43,24 @@ class Transfer(Protocol):
         """Let the device's memory go, safely."""
 
 
-def transfer_to(device: torch.device, buffer_bytes: int) -> Transfer:
+def transfer_to(
+    device: torch.device, buffer_bytes: int, *, filler: Filler | None = None
+) -> Transfer:
     """What brings loads to this device.
 
     Args:
         device: Of the slots.
         buffer_bytes: Size of the largest load.
+        filler: Fills host memory from loads; None where that is done at once.
     """
-    return DeviceTransfer(device, buffer_bytes) if device.type == "cuda" else HostTransfer()
+    return DeviceTransfer(device, buffer_bytes) if device.type == "cuda" else HostTransfer(filler)
 
 
 class HostTransfer:
     """Slots in host memory are packed from where the load was read to."""
+
+    def __init__(self, filler: Filler | None = None) -> None:
+        self._filler = filler
 
     def reserve(self) -> None:
         """Nothing is needed."""
@@ -62,8 +69,9 @@ class HostTransfer:
         """The buffer itself."""
         return staged.bytes
 
-    def used(self) -> None:
-        """Nothing is queued on the host."""
+    def used(self) -> Copied | None:
+        """The buffer is free when what is being filled now is done."""
+        return None if self._filler is None else self._filler.begun()
 
     def close(self) -> None:
         """Nothing to let go."""

@@ -3,15 +3,10 @@
 //!
 //! Values are compared as bit patterns, so that all of it runs at the speed of memory.
 
-use std::ops::BitOr;
-
 use thiserror::Error;
 
 use crate::dtype::Dtype;
-use crate::source::scalar;
-
-/// Values of a part, after which it is asked whether the answer is known.
-const PART_VALUES: usize = 32;
+use crate::magnitude::Magnitudes;
 
 /// One factor of one module in all slots of a buffer, slot after slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -151,20 +146,12 @@ impl<'b> Factors<'b> {
     }
 }
 
-/// Size of the values of a factor.
-#[derive(Debug, Clone, Copy)]
-enum Width {
-    Two,
-    Four,
-}
-
 /// One factor of one module: its values in all slots.
 #[derive(Debug, Clone, Copy)]
 struct Factor<'b> {
     bytes: &'b [u8],
     slot_bytes: usize,
-    dtype: Dtype,
-    width: Width,
+    magnitudes: Magnitudes,
 }
 
 impl<'b> Factor<'b> {
@@ -179,21 +166,11 @@ impl<'b> Factor<'b> {
             slot_bytes,
             dtype,
         } = block;
-        let width = match dtype {
-            Dtype::F16 | Dtype::BF16 => Width::Two,
-            Dtype::F32 => Width::Four,
-            _ => {
-                return Err(FindingsError::Dtype {
-                    block: index,
-                    dtype,
-                });
-            }
-        };
-        let value_bytes = match width {
-            Width::Two => 2,
-            Width::Four => 4,
-        };
-        if !slot_bytes.is_multiple_of(value_bytes) {
+        let magnitudes = Magnitudes::of(dtype).ok_or(FindingsError::Dtype {
+            block: index,
+            dtype,
+        })?;
+        if !slot_bytes.is_multiple_of(magnitudes.value_bytes()) {
             return Err(FindingsError::PartialValue {
                 block: index,
                 slot_bytes,
@@ -214,8 +191,7 @@ impl<'b> Factor<'b> {
         Ok(Self {
             bytes,
             slot_bytes,
-            dtype,
-            width,
+            magnitudes,
         })
     }
 
@@ -227,64 +203,17 @@ impl<'b> Factor<'b> {
     /// Whether both hold the same bits; slices of other lengths end the comparison at once, as does
     /// the first difference.
     fn equals(&self, other: &Self, slot: usize) -> bool {
-        self.dtype == other.dtype && self.slot(slot) == other.slot(slot)
+        self.magnitudes == other.magnitudes && self.slot(slot) == other.slot(slot)
     }
 
     /// Whether no value differs from zero, of either sign.
     fn is_zero(&self, slot: usize) -> bool {
-        let bytes = self.slot(slot);
-        match self.width {
-            Width::Two => all_zero(bytes.as_chunks::<2>().0, magnitude_16),
-            Width::Four => all_zero(bytes.as_chunks::<4>().0, magnitude_32),
-        }
+        self.magnitudes.are_zero(self.slot(slot))
     }
 
-    /// The largest magnitude: the order of bit patterns without a sign is that of magnitudes, NaN
-    /// above infinity.
     fn peak(&self) -> f64 {
-        let decoded = match self.width {
-            Width::Two => {
-                let bits = largest(self.bytes.as_chunks::<2>().0, magnitude_16);
-                scalar::decode(self.dtype, &bits.to_le_bytes())
-            }
-            Width::Four => {
-                let bits = largest(self.bytes.as_chunks::<4>().0, magnitude_32);
-                scalar::decode(self.dtype, &bits.to_le_bytes())
-            }
-        };
-        // A checked dtype is one of real numbers.
-        decoded.unwrap_or(f64::NAN)
+        self.magnitudes.value(self.magnitudes.largest(self.bytes))
     }
-}
-
-/// The bits of a value without its sign. Signed: every x86-64 compares those eight at a time.
-fn magnitude_16(bytes: [u8; 2]) -> i16 {
-    i16::from_le_bytes(bytes) & i16::MAX
-}
-
-/// The bits of a value without its sign.
-fn magnitude_32(bytes: [u8; 4]) -> i32 {
-    i32::from_le_bytes(bytes) & i32::MAX
-}
-
-/// Whether all values are zero: most often the first part tells that they are not.
-fn all_zero<T: Copy, B>(values: &[T], magnitude: fn(T) -> B) -> bool
-where
-    B: Default + PartialEq + BitOr<Output = B>,
-{
-    let bits_of = |part: &[T]| {
-        let all = part.iter().map(|value| magnitude(*value));
-        all.fold(B::default(), |bits, own| bits | own)
-    };
-    values
-        .chunks(PART_VALUES)
-        .all(|part| bits_of(part) == B::default())
-}
-
-/// The largest magnitude. A plain fold: that is what compilers vectorise.
-fn largest<T: Copy, B: Default + Ord>(values: &[T], magnitude: impl Fn(T) -> B) -> B {
-    let all = values.iter().map(|value| magnitude(*value));
-    all.fold(B::default(), B::max)
 }
 
 #[cfg(test)]

@@ -22,6 +22,7 @@ pub mod header;
 pub mod key;
 pub mod known;
 pub mod lookalike;
+pub mod magnitude;
 pub mod model;
 pub mod module;
 mod notes;

@@ -243,10 +243,14 @@ impl SourceFile {
         ranges: &[ByteRange],
         dest: &'a mut [u8],
     ) -> Result<Vec<Piece<'a>>, SourceError> {
-        ranges::cut(ranges, self.identity.size_bytes(), dest).map_err(|source| SourceError::Range {
+        ranges::cut(ranges, self.identity.size_bytes(), dest).map_err(|fault| self.fault(fault))
+    }
+
+    fn fault(&self, source: RangeFault) -> SourceError {
+        SourceError::Range {
             path: self.path.clone(),
             source,
-        })
+        }
     }
 
     /// Checks that the open file is still what it was when it was opened.

@@ -11,6 +11,9 @@ use std::time::Duration;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::Index;
+use qwenlora_core::dtype::Dtype;
+use qwenlora_core::findings::{Block, Factors};
+use qwenlora_core::magnitude::Magnitudes;
 use qwenlora_core::source::{ByteRange, RangeFault, Readers, Reading, SourceError, SourceFile};
 use tempfile::TempDir;
 
@@ -91,12 +94,23 @@ struct Filling {
 }
 
 impl Filling {
-    #[expect(unsafe_code, reason = "the buffer is lent, and taken back")]
     fn begin(readers: &Readers, file: &Open, ranges: &[ByteRange], len: usize) -> Self {
+        Self::begin_measured(readers, file, ranges, len, None)
+    }
+
+    #[expect(unsafe_code, reason = "the buffer is lent, and taken back")]
+    fn begin_measured(
+        readers: &Readers,
+        file: &Open,
+        ranges: &[ByteRange],
+        len: usize,
+        measured: Option<Dtype>,
+    ) -> Self {
+        let measured = measured.map(|dtype| Magnitudes::of(dtype).unwrap());
         let buffer: *mut [u8] = Box::leak(vec![BEFORE; len].into_boxed_slice());
         // SAFETY: leaked a line ago, and not used by anybody else before it is taken back.
         let lent = unsafe { &mut *buffer };
-        let reading = readers.read(&file.source, ranges, lent);
+        let reading = readers.read(&file.source, ranges, lent, measured);
         Self { reading, buffer }
     }
 
@@ -164,6 +178,80 @@ fn bytes_are_those_of_the_file() {
             assert!(*found == *direct, "{count} threads, case {case}");
         }
     }
+}
+
+/// The largest magnitude among all values of some bytes, found another way.
+fn largest(bytes: &[u8], dtype: Dtype) -> f64 {
+    let block = |begin, slot_bytes| Block {
+        begin,
+        slot_bytes,
+        dtype,
+    };
+    let blocks = [block(0, bytes.len()), block(0, 0)];
+    Factors::new(bytes, &blocks, 1).unwrap().peak()
+}
+
+/// What is read of a file, measured on the way, beside what lies in the buffer.
+fn peaks(file: &Open, begin: usize, len: usize, dtype: Dtype) -> [f64; 2] {
+    let readers = Readers::new(threads(2));
+    let ranges = [range(begin, len, 8), range(len, 4, 0)];
+    let filling = Filling::begin_measured(&readers, file, &ranges, len + 8, Some(dtype));
+    assert!(filling.wait(LONG).unwrap());
+    let peak = filling.reading.as_ref().unwrap().peak().unwrap();
+    let read = filling.taken_back();
+    assert!(*read == file.expected(&ranges, len + 8));
+    // Between the ranges nothing is measured.
+    let parts = [&read[..4], &read[8..]].map(|part| largest(part, dtype));
+    let outweighs = parts[0].is_nan() || parts[0] > parts[1];
+    [peak, parts[usize::from(!outweighs)]]
+}
+
+#[test]
+fn what_is_read_is_measured() {
+    let len = 8 * MIB + 600_000;
+    let loud = Open::new(len + 4, 3);
+    let mut quiet = Open::new(len + 4, 4);
+    for dtype in [Dtype::BF16, Dtype::F16, Dtype::F32] {
+        for begin in [0, 3] {
+            let [peak, wanted] = peaks(&loud, begin, len, dtype);
+            assert_eq!(peak.to_bits(), wanted.to_bits(), "{dtype} from {begin}");
+        }
+        // One large value where what is measured at a time begins or ends.
+        for at in [256 * 1024 - 4, 8 * MIB, len] {
+            quiet.content.fill(0x11);
+            quiet.content[at..at + 4].fill(0x44);
+            fs::write(&quiet.path, &quiet.content).unwrap();
+            quiet.source = Arc::new(SourceFile::open(&quiet.path).unwrap());
+            let [peak, wanted] = peaks(&quiet, 0, len, dtype);
+            assert_eq!(peak.to_bits(), wanted.to_bits(), "{dtype}, large at {at}");
+            assert!(peak > 1.0, "{dtype}, large at {at}: {peak}");
+        }
+    }
+}
+
+#[test]
+fn only_whole_values_are_measured() {
+    let file = Open::new(100, 1);
+    let readers = Readers::new(threads(1));
+    let (whole, partial) = (range(0, 8, 0), range(20, 6, 8));
+    let refused = Filling::begin_measured(&readers, &file, &[whole, partial], 20, Some(Dtype::F32));
+    match &refused.reading {
+        Err(SourceError::Range {
+            source: RangeFault::PartialValue { range, dtype },
+            ..
+        }) => assert_eq!((*range, *dtype), (partial, Dtype::F32)),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(*refused.taken_back(), [BEFORE; 20]);
+    for dtype in [Dtype::F64, Dtype::I16, Dtype::F8E5M2] {
+        assert_eq!(Magnitudes::of(dtype), None);
+    }
+    let nothing = Filling::begin_measured(&readers, &file, &[], 20, Some(Dtype::F32));
+    assert!(nothing.wait(LONG).unwrap());
+    assert_eq!(nothing.reading.as_ref().unwrap().peak(), Some(0.0));
+    let not_asked = Filling::begin(&readers, &file, &[whole], 20);
+    assert!(not_asked.wait(LONG).unwrap());
+    assert_eq!(not_asked.reading.as_ref().unwrap().peak(), None);
 }
 
 #[test]

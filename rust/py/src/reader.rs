@@ -10,6 +10,8 @@ use numpy::{PyArray1, PyArrayMethods, PyReadwriteArray1};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use qwenlora_core::config::{self, SourceIdentity};
+use qwenlora_core::dtype::Dtype;
+use qwenlora_core::magnitude::Magnitudes;
 use qwenlora_core::plan::PlanError;
 use qwenlora_core::source::{
     ByteRange, Readers as CoreReaders, Reading as CoreReading, SourceFile,
@@ -126,21 +128,26 @@ impl Readers {
     /// Begins to read tensors into `dest`, whose bytes between them stay as they are.
     ///
     /// Nobody may touch `dest` until `Reading.wait` has returned or raised, or the reading is gone.
+    /// `measure` is the dtype of all tensors, where the largest magnitude is wanted, too: F16, BF16
+    /// or F32.
+    #[pyo3(signature = (file, runs, dest, *, measure = None))]
     fn read(
         &self,
         file: &TensorReader,
         runs: Vec<Run>,
         dest: Bound<'_, PyArray1<u8>>,
+        measure: Option<&str>,
     ) -> PyResult<Reading> {
         let py = dest.py();
         let source = file.source()?;
         let ranges = ranges_of(&runs)?;
+        let measured = measure.map(magnitudes_of).transpose()?;
         let bytes = lent(&dest)?;
         // Locked without the GIL only: whoever waits for one never holds the other.
         let begun = py.detach(|| {
             let readers = self.readers.lock().unwrap_or_else(PoisonError::into_inner);
             let readers = readers.as_ref();
-            readers.map(|readers| readers.read(&source, &ranges, bytes))
+            readers.map(|readers| readers.read(&source, &ranges, bytes, measured))
         });
         let reading = begun
             .ok_or_else(|| PyValueError::new_err("the readers are closed"))?
@@ -171,16 +178,23 @@ pub(crate) struct Reading {
 
 #[pymethods]
 impl Reading {
-    /// Waits until the buffer is filled; raises what reading it came upon.
-    fn wait(&self, py: Python<'_>) -> PyResult<()> {
+    /// Waits until the buffer is filled; raises what reading it came upon. Returns the largest
+    /// magnitude (NaN where there is one), where that was asked for.
+    fn wait(&self, py: Python<'_>) -> PyResult<Option<f64>> {
         loop {
             let waited = py.detach(|| self.reading.wait(SIGNALS));
             if waited.map_err(|e| error::from_source(py, &e))? {
-                return Ok(());
+                return Ok(self.reading.peak());
             }
             py.check_signals()?;
         }
     }
+}
+
+fn magnitudes_of(dtype: &str) -> PyResult<Magnitudes> {
+    Dtype::parse(dtype).and_then(Magnitudes::of).ok_or_else(|| {
+        PyValueError::new_err(format!("only F16, BF16 and F32 are measured, got {dtype}"))
+    })
 }
 
 fn ranges_of(runs: &[Run]) -> PyResult<Vec<ByteRange>> {

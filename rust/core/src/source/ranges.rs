@@ -4,10 +4,14 @@ use std::num::NonZeroUsize;
 
 use thiserror::Error;
 
+use crate::dtype::Dtype;
+use crate::magnitude::{Magnitudes, Pattern};
 use crate::queue;
 
 /// Most bytes of one read: enough to keep a disk busy, few enough to share the work evenly.
 const PIECE_BYTES: usize = 8 * 1024 * 1024;
+/// Most bytes that are measured at a time: what was read a moment ago is in the core's own cache.
+const MEASURED_BYTES: usize = 256 * 1024;
 
 /// A part of a file and where it goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -58,6 +62,14 @@ pub enum RangeFault {
         /// The range that begins within it.
         later: ByteRange,
     },
+    /// A range that is measured ends within a value.
+    #[error("{} bytes from byte {} on are no whole values of {dtype}", .range.len_bytes, .range.offset_bytes)]
+    PartialValue {
+        /// The range.
+        range: ByteRange,
+        /// Type of the values.
+        dtype: Dtype,
+    },
 }
 
 /// A part of the destination with the place in the file that fills it.
@@ -74,6 +86,22 @@ impl Piece<'_> {
         read_exact: impl FnOnce(&mut [u8], u64) -> Result<(), E>,
     ) -> Result<(), E> {
         read_exact(self.dest, self.offset_bytes)
+    }
+
+    /// Reads its bytes and finds the largest magnitude among their values.
+    pub(super) fn measure<E>(
+        self,
+        magnitudes: Magnitudes,
+        read_exact: impl Fn(&mut [u8], u64) -> Result<(), E>,
+    ) -> Result<Pattern, E> {
+        let mut largest = Pattern::default();
+        let mut offset_bytes = self.offset_bytes;
+        for part in self.dest.chunks_mut(MEASURED_BYTES) {
+            read_exact(part, offset_bytes)?;
+            largest = largest.max(magnitudes.largest(part));
+            offset_bytes += part.len() as u64;
+        }
+        Ok(largest)
     }
 }
 
@@ -107,6 +135,17 @@ pub(super) fn cut<'a>(
     }
     pieces.sort_by_key(|piece| piece.offset_bytes);
     Ok(pieces)
+}
+
+/// Checks that every range holds whole values, and so does every piece of them.
+pub(super) fn check_values(ranges: &[ByteRange], magnitudes: Magnitudes) -> Result<(), RangeFault> {
+    let value_bytes = magnitudes.value_bytes() as u64;
+    let dtype = magnitudes.dtype();
+    let partial = |range: &&ByteRange| !range.len_bytes.is_multiple_of(value_bytes);
+    match ranges.iter().find(partial) {
+        Some(&range) => Err(RangeFault::PartialValue { range, dtype }),
+        None => Ok(()),
+    }
 }
 
 /// Checks the ranges; returns them sorted by destination, joined where both sides continue.

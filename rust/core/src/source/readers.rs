@@ -5,12 +5,14 @@ use std::collections::VecDeque;
 use std::mem;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use super::ranges::{ByteRange, Piece};
+use super::ranges::{self, ByteRange, Piece};
 use super::{SourceError, SourceFile};
+use crate::magnitude::{Magnitudes, Pattern};
 use crate::queue::lock;
 
 /// Threads that read ranges of files into buffers, in the order in which that was asked for.
@@ -54,6 +56,9 @@ struct Task {
 #[derive(Debug)]
 struct Job {
     path: PathBuf,
+    measured: Option<Magnitudes>,
+    /// The pattern of the largest magnitude so far.
+    largest: AtomicU32,
     progress: Mutex<Progress>,
     done: Condvar,
 }
@@ -82,14 +87,24 @@ impl Readers {
     ///
     /// All ranges are checked before, as [`SourceFile::read_ranges`] does. `dest` must not be used
     /// until [`Reading::wait`] has returned, or the reading is dropped.
+    ///
+    /// # Arguments
+    /// `measured`: What all ranges hold, where the largest magnitude is wanted, too: it costs least
+    /// while values are in the cache of the core that read them.
     pub fn read(
         &self,
         source: &Arc<SourceFile>,
         ranges: &[ByteRange],
         dest: &'static mut [u8],
+        measured: Option<Magnitudes>,
     ) -> Result<Reading, SourceError> {
         let pieces = source.cut(ranges, dest)?;
-        let job = Arc::new(Job::new(source.path().to_owned(), pieces.len()));
+        if let Some(magnitudes) = measured {
+            let checked = ranges::check_values(ranges, magnitudes);
+            checked.map_err(|fault| source.fault(fault))?;
+        }
+        let path = source.path().to_owned();
+        let job = Arc::new(Job::new(path, measured, pieces.len()));
         let tasks = pieces.into_iter().map(|piece| Task {
             piece,
             source: Arc::clone(source),
@@ -149,6 +164,12 @@ impl Reading {
             None => Ok(true),
         }
     }
+
+    /// The largest magnitude in a buffer that is filled; NaN where there is one. None where nobody
+    /// asked for it.
+    pub fn peak(&self) -> Option<f64> {
+        self.job.peak()
+    }
 }
 
 impl Drop for Reading {
@@ -191,7 +212,7 @@ impl Task {
         // A piece that is not read is let go of before it counts as done.
         let piece = job.goes_on().then_some(piece);
         if let Some(piece) = piece {
-            step.end = match piece.read(|dest, begin| source.read_exact(dest, begin)) {
+            step.end = match job.read(piece, &source) {
                 Ok(()) => End::Read,
                 Err(error) => End::Failed(error),
             };
@@ -222,7 +243,7 @@ impl Drop for Step<'_> {
 }
 
 impl Job {
-    fn new(path: PathBuf, pieces: usize) -> Self {
+    fn new(path: PathBuf, measured: Option<Magnitudes>, pieces: usize) -> Self {
         let progress = Progress {
             left: pieces,
             cancelled: false,
@@ -230,9 +251,27 @@ impl Job {
         };
         Self {
             path,
+            measured,
+            largest: AtomicU32::default(),
             progress: Mutex::new(progress),
             done: Condvar::new(),
         }
+    }
+
+    fn read(&self, piece: Piece<'_>, source: &SourceFile) -> Result<(), SourceError> {
+        let read_exact = |dest: &mut [u8], begin| source.read_exact(dest, begin);
+        let Some(magnitudes) = self.measured else {
+            return piece.read(read_exact);
+        };
+        let Pattern(largest) = piece.measure(magnitudes, read_exact)?;
+        // Seen by whoever sees that the piece is done.
+        self.largest.fetch_max(largest, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn peak(&self) -> Option<f64> {
+        let largest = Pattern(self.largest.load(Ordering::Relaxed));
+        self.measured.map(|magnitudes| magnitudes.value(largest))
     }
 
     fn goes_on(&self) -> bool {
