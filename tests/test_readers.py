@@ -635,7 +635,7 @@ class StuckReaders:
         self.closed = threading.Event()
         self.waited_for = threading.Event()
 
-    def read(self, file, runs, dest):
+    def read(self, file, runs, dest, *, measure):
         return self
 
     def wait(self):
@@ -707,11 +707,11 @@ def readings(monkeypatch):
             self._readers = real(threads=threads)
             self.close = self._readers.close
 
-        def read(self, file, runs, dest):
+        def read(self, file, runs, dest, *, measure):
             with lock:
                 turn, counted.begun = counted.begun, counted.begun + 1
             counted.before(turn)
-            return self._readers.read(file, runs, dest)
+            return self._readers.read(file, runs, dest, measure=measure)
 
     monkeypatch.setattr(_core, "Readers", Watched)
     return counted

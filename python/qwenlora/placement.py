@@ -275,7 +275,8 @@ def path_units(planned: Planned, structure: Structure, state: AppliedState) -> l
     for target in others:
         if not target.row.offloaded:
             by_pattern[target.row.pattern].rest.append((target, None))
-    return [*units, *by_pattern.values(), *_offloaded_units(planned, structure, others)]
+    # Host memory first: while it is written, others go on.
+    return [*_offloaded_units(planned, structure, others), *units, *by_pattern.values()]
 
 
 def _offloaded_units(

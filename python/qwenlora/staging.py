@@ -38,9 +38,9 @@ __all__ = ["Block", "Copied", "Findings", "Load", "Loader", "Staged", "loads_of"
 _ALIGNMENT = 256
 """Blocks begin at multiples of this: any dtype can be viewed there, and copies are whole lines."""
 _AHEAD = 3
-"""Loads that are being read or wait to be used."""
-_STARTERS = _AHEAD
-"""Threads that make buffers, copy tensors in memory and measure; files are read by Rust's."""
+"""Loads of full size that are being read or wait to be used; of smaller ones more."""
+_STARTERS = 3
+"""Threads that make buffers and copy tensors in memory; files are read by Rust's."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +244,7 @@ class Loader:
         pinned: bool,
     ) -> None:
         self._waiting = deque(loads)
+        self._ahead_bytes = _AHEAD * max((load.nbytes for load in loads), default=0)
         self._begun: deque[tuple[Load, Callable[[], Staged]]] = deque()
         self._sources = sources
         self._fetchers = fetchers
@@ -305,8 +306,10 @@ class Loader:
                 copied.synchronize()
 
     def _read_ahead(self) -> None:
-        while self._waiting and len(self._begun) < _AHEAD:
+        begun_bytes = sum(load.nbytes for load, _ in self._begun)
+        while self._waiting and begun_bytes + self._waiting[0].nbytes <= self._ahead_bytes:
             load = self._waiting.popleft()
+            begun_bytes += load.nbytes
             kept = self._kept(load)
             finish = self._begin(load) if kept is None else partial(_given, kept)
             self._begun.append((load, finish))
@@ -327,16 +330,14 @@ class Loader:
             reading = fetcher.read_into(load.runs(), buffer, readers, measure=load.measured)
             return buffer, reading
 
-        if load.device.type == "cpu":
-            # To measure it takes as long as to read it: other work goes on beside it.
+        if not self._sources[load.stack.lora].cacheable:
+            # Tensors in memory are copied by whoever starts, and measured by whoever finishes.
             read = self._pool.submit(lambda: _finish(load, *start(self._buffer(load.nbytes))))
             return read.result
-        # Tensors in memory are copied by whoever starts.
-        in_file = self._sources[load.stack.lora].cacheable
-        ready = self._take_used(load.nbytes, at_once=True) if in_file else None
+        ready = self._take_used(load.nbytes, at_once=True)
         if ready is not None:
             return partial(_finish, load, *start(ready))
-        # New pinned memory takes its time, too.
+        # New pinned memory takes its time, and so may a buffer that is still in use.
         started = self._pool.submit(lambda: start(self._buffer(load.nbytes)))
         return lambda: _finish(load, *started.result())
 
