@@ -21,6 +21,7 @@ TINY = (sys.executable, BENCHES / "bench_composition.py", "--size", "tiny", "--d
 MAY_BE_SKIPPED = {
     "first, bounded memory",
     "first, page cache cold",
+    "first, page cache cold, read ahead",
     "three LoRAs, bounded memory",
     "strength, pieces in host memory",
     "strength, pieces on the device",

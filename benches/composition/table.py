@@ -16,6 +16,7 @@ from composition.engines import Engine, Stack
 from composition.files import Layout, LoraFile, drop_from_page_cache
 from composition.measure import Action, Meter
 from composition.options import UnavailableError, options
+from qwenlora import read_ahead
 
 SUITE = "table"
 
@@ -63,6 +64,7 @@ class OurActions:
         yield "first, irregular file", lambda: self.first([files.irregular])
         yield "first, modulations too", lambda: self.first([files.modulation])
         yield "first, page cache cold", self._cold
+        yield "first, page cache cold, read ahead", lambda: self._cold(ahead=True)
         yield "three LoRAs", lambda: self.first(files.three)
         yield "three LoRAs, bounded memory", lambda: self.first(files.three, **known.BOUNDED)
         yield "strength", self.strength
@@ -101,7 +103,8 @@ class OurActions:
         compose = lambda: qwenlora.compose_loras(self._model, (self._files.first, 0.8))  # noqa: E731
         return Action(lambda: qwenlora.reset_loras(self._model), compose)
 
-    def _cold(self) -> Action:
+    def _cold(self, *, ahead: bool = False) -> Action:
+        """Nothing of the file in memory; or all of it read again, as nodes ask for, meanwhile."""
         if not hasattr(os, "posix_fadvise"):
             raise UnavailableError("this system does not let go of cached pages")
         first = self.first([self._files.first])
@@ -109,6 +112,9 @@ class OurActions:
         def before() -> None:
             first.before()
             drop_from_page_cache(self._files.first)
+            if ahead:
+                qwenlora.LoraSet.of(self._files.first).read_ahead(limit_bytes=1 << 40)
+                read_ahead.files.wait()
 
         return Action(first.run, before)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import comfy.model_management
 import comfy.utils
 import folder_paths
+import torch
 from comfy.patcher_extension import WrappersMP
 
 from qwenlora import ComfyQwenImageWrapper, LoraSet
@@ -33,6 +34,7 @@ __all__ = [
     "lora_path",
     "progress",
     "set_of",
+    "spare_bytes",
     "transformer_of",
     "warn_of_patches",
     "warn_of_rivals",
@@ -50,6 +52,8 @@ _OTHER_WRAPPER = "ComfyQwenImageWrapper"
 
 _FIRST_WITH_GROUPS = (1, 57)
 _PROGRESS_STEPS = 50
+_SPARE_SHARE = 4
+"""Of free host memory: text encoders and other models are being read at the same time."""
 
 
 # ---- files ----
@@ -81,6 +85,12 @@ def file_identity(name: str) -> tuple[int, int]:
     """
     stat = os.stat(lora_path(name))
     return stat.st_size, stat.st_mtime_ns
+
+
+def spare_bytes() -> int:
+    """Host memory that files may take beside what else is read."""
+    free: int = comfy.model_management.get_free_memory(torch.device("cpu"))
+    return free // _SPARE_SHARE
 
 
 # ---- models ----

@@ -99,6 +99,8 @@ def extend_model(model: ModelPatcher, request: Request) -> tuple[ModelPatcher, s
     if request.offload:
         wanted = replace(wanted, options=replace(wanted.options, offload=True))
     report = plan_report(transformer, wanted)
+    # Text is encoded and models are loaded before the first step asks for them.
+    wanted.read_ahead(limit_bytes=host.spare_bytes(), first=len(before.specs))
     text = report.text()
     without = [spec.title for spec in wanted.specs if not spec.modulation]
     if without:

@@ -12,6 +12,8 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Protocol
 
+from qwenlora.read_ahead import files
+
 if TYPE_CHECKING:
     from qwenlora import _core
 
@@ -106,6 +108,11 @@ class PieceCache:
         with self._lock:
             return [kept for kept, _ in self._kept.values()]
 
+    def knows(self, identity: Hashable) -> bool:
+        """Whether anything of this LoRA is kept."""
+        with self._lock:
+            return any(isinstance(key, tuple) and key[0] == identity for key in self._kept)
+
     def turn(self) -> None:
         """A composition begins."""
         with self._lock:
@@ -196,7 +203,11 @@ def clear_devices() -> bool:
 
 
 def clear_cache() -> None:
-    """Drop all that is kept: file plans, deltas, sets that were left; models stay as they are."""
+    """Drop all that is kept: file plans, deltas, sets that were left; models stay as they are.
+
+    Files are no longer read ahead.
+    """
+    files.clear()
     plans.clear()
     pieces.clear()
     on_device.clear()

@@ -426,10 +426,15 @@ def _product_dtype(half: Tensor) -> torch.dtype:
     Where the CPU multiplies bfloat16 faster, halves that are, and will be, bfloat16 stay so: that
     rounds their factors as the result is rounded anyway.
     """
-    if half.dtype == torch.bfloat16 and half.device.type == "cpu":
-        if torch.backends.cpu.get_cpu_capability() == "AVX512":
-            return torch.bfloat16
+    if half.dtype == torch.bfloat16 and half.device.type == "cpu" and _cpu_multiplies_bfloat16():
+        return torch.bfloat16
     return torch.float32
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for it; without them torch takes three times as long."""
+    has = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return has is not None and bool(has())
 
 
 def _diagonal(matrices: Tensor) -> Tensor:

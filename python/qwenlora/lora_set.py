@@ -86,6 +86,20 @@ class LoraSet:
         more = LoraSet.of(loras, max_rank=self.max_rank, options=self.options)
         return replace(self, specs=self.specs + more.specs, sources=self.sources + more.sources)
 
+    def read_ahead(self, *, limit_bytes: int, first: int = 0) -> None:
+        """Begin to bring files into the system's memory, in the background; composing ends it.
+
+        Files whose deltas are kept already are left out.
+
+        Args:
+            limit_bytes: Most bytes to read; files that exceed it are left out.
+            first: The first LoRA whose file is read.
+        """
+        for source in self.sources[first:]:
+            if source.nbytes <= limit_bytes and not cache.pieces.knows(source.identity):
+                limit_bytes -= source.nbytes
+                source.read_ahead()
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LoraSet) and self.key == other.key
 

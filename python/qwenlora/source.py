@@ -12,6 +12,7 @@ import torch
 from qwenlora import _core
 from qwenlora.errors import LoraFileError, LoraReadError
 from qwenlora.layout import round_up
+from qwenlora.read_ahead import files
 from qwenlora.threads import fillers_for
 
 if TYPE_CHECKING:
@@ -131,6 +132,13 @@ class LoraSource(Protocol):
     def cacheable(self) -> bool:
         """Whether packed pieces are worth keeping: reading them again costs."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read; 0 where all is in memory."""
+
+    def read_ahead(self) -> None:
+        """Begin to bring the file into the system's memory, in the background."""
+
     def open(self) -> TensorFetcher:
         """Begin fetching."""
 
@@ -195,12 +203,22 @@ class FileSource:
         """Path and identity of the file that was planned."""
         return (str(self.path), self._plan.identity)
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the file that was planned."""
+        return 0 if self._plan.identity is None else self._plan.identity[0][0]
+
+    def read_ahead(self) -> None:
+        """Begin to bring the file into the system's memory, in the background."""
+        files.add(self.path)
+
     def open(self) -> TensorFetcher:
         """Open the file that was planned.
 
         Raises:
             LoraReadError: It is another file by now.
         """
+        files.cancel(self.path)
         reader = _core.TensorReader(self.path)
         planned = self._plan.identity
         if planned is not None and reader.identity[0] != planned[0]:
@@ -276,6 +294,11 @@ class StateDictSource:
     def plan(self) -> _core.FilePlan:
         """The plan of the tensors."""
         return self._plan
+
+    nbytes = 0
+
+    def read_ahead(self) -> None:
+        """Nothing to read."""
 
     @property
     def identity(self) -> Hashable:

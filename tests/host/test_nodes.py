@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import qwenlora
+from qwenlora import read_ahead
 from qwenlora.compose import plan_report
 from qwenlora.runtime import OPTIONS_KEY
 
@@ -329,6 +330,22 @@ def test_the_same_stack_composes_once(bench):
     bench.latents(seed=6, one=[load(A)])
     bench.latents(another=[("QwenLoraStack", {"loras.0.lora_name": A})])
     assert runtime.report is report
+
+
+def test_nodes_begin_to_read_their_own_files(bench, files, monkeypatch):
+    """Those of nodes before were asked for then; what free memory does not allow is left out."""
+    asked = []
+    monkeypatch.setattr(read_ahead.files, "add", asked.append)
+    bench.models(one=[load(A), load(B, 0.5)])
+    assert asked == [files[A], files[B]]
+    asked.clear()
+    spare = 4 * files[C].stat().st_size
+    monkeypatch.setattr("comfy.model_management.get_free_memory", lambda device: spare - 1)
+    bench.models(one=[load(C)])
+    assert asked == []
+    monkeypatch.setattr("comfy.model_management.get_free_memory", lambda device: spare)
+    bench.models(one=[load(C, 0.5)])
+    assert asked == [files[C]]
 
 
 def test_an_edited_file_is_composed_again(bench, files, Draft):
