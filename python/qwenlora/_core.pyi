@@ -25,6 +25,7 @@ __all__ = [
     "look_at",
     "plan_stack",
     "run_keys",
+    "unpack_factor",
 ]
 
 _Identity: TypeAlias = tuple[int, int, int, int]
@@ -147,3 +148,12 @@ def plan_stack(
     items: Sequence[tuple[str, FilePlan, float, bool]], slots: SlotMap, options: str
 ) -> PlannedStack: ...
 def run_keys(args: Sequence[str]) -> int: ...
+def unpack_factor(
+    source: _Bytes,
+    dest: _Bytes,
+    *,
+    side: str,
+    channels: int,
+    element_bytes: int,
+    threads: int,
+) -> None: ...

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenlora.layout import LowRankSide
-from qwenlora.pack import unpack_lowrank
+from qwenlora.lowrank import unpack_factor
 from qwenlora.plan import PieceKind
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def factors_of(piece: Piece, tensors: Mapping[str, Tensor], device: torch.device
         return _kron_pair(tensors, piece.rank_budget)
     if "packed_down" in tensors:
         return Factors(
-            down=unpack_lowrank(tensors["packed_down"], LowRankSide.DOWN),
-            up=unpack_lowrank(tensors["packed_up"], LowRankSide.UP),
+            down=unpack_factor(tensors["packed_down"], LowRankSide.DOWN),
+            up=unpack_factor(tensors["packed_up"], LowRankSide.UP),
         )
     if "mid" in tensors:
         # delta = up (out, r2) @ mid (r2, r1) @ down (r1, in)

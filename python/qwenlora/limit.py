@@ -23,7 +23,7 @@ import torch
 from qwenlora.compress import LowRankSum, Truncation, decomposed, energy, iterated
 from qwenlora.errors import NonFiniteError
 from qwenlora.layout import RANK_MULTIPLE, LowRankSide, round_up
-from qwenlora.pack import pack_lowrank
+from qwenlora.lowrank import pack_factor
 from qwenlora.pieces import ScaledPair, unpacked
 from qwenlora.plan import SlotKind
 
@@ -304,8 +304,8 @@ def _placed(down: Tensor, up: Tensor, target: Target) -> ScaledPair:
     down, up = down.to(target.dtype), up.to(target.dtype)
     rank = down.shape[0]
     if target.kind is SlotKind.SVDQ:
-        down = pack_lowrank(down, LowRankSide.DOWN)
-        up = pack_lowrank(up, LowRankSide.UP)
+        down = pack_factor(down, LowRankSide.DOWN)
+        up = pack_factor(up, LowRankSide.UP)
     return ScaledPair(down=down, up=up, rank=rank)
 
 

@@ -17,7 +17,8 @@ import torch
 from qwenlora.errors import NonFiniteError
 from qwenlora.factors import Factors, factors_of, kron_factors
 from qwenlora.layout import FRAGMENT, TILE, LowRankSide, RowOrder, round_up
-from qwenlora.pack import interleave_modulation, pack_lowrank, unpack_lowrank
+from qwenlora.lowrank import pack_factor, unpack_factor
+from qwenlora.pack import interleave_modulation
 from qwenlora.plan import PieceKind, SlotKind
 from qwenlora.values import ValueDelta, value_of
 
@@ -354,7 +355,7 @@ def _scale_packed(up: Tensor, factor: Tensor) -> Tensor:
     # The factor of each element of a fragment row: a packed matrix of 16 equal rows per part.
     # (parts, R) -> (parts*16, R) => packed (parts, R/16, 256)
     rows = padded.repeat_interleave(TILE, dim=0)
-    pattern = pack_lowrank(rows, LowRankSide.UP).view(parts, 1, rank_padded // TILE, FRAGMENT)
+    pattern = pack_factor(rows, LowRankSide.UP).view(parts, 1, rank_padded // TILE, FRAGMENT)
     # (C, R) nominal -> (parts, C/16/parts, R/16, 256)
     fragments = up.view(parts, channels // TILE // parts, rank_padded // TILE, FRAGMENT)
     return (fragments * pattern).view(channels, rank_padded)
@@ -362,16 +363,16 @@ def _scale_packed(up: Tensor, factor: Tensor) -> Tensor:
 
 def unpacked(pair: ScaledPair) -> tuple[Tensor, Tensor]:
     """Unpack a packed pair to logical (down (r, in), up (out, r)), padding cut off."""
-    down = unpack_lowrank(pair.down, LowRankSide.DOWN)[: pair.rank]
-    up = unpack_lowrank(pair.up, LowRankSide.UP)[:, : pair.rank]
+    down = unpack_factor(pair.down, LowRankSide.DOWN)[: pair.rank]
+    up = unpack_factor(pair.up, LowRankSide.UP)[:, : pair.rank]
     return down, up
 
 
 def _packed(pair: LoraPair) -> LoraPair:
     """Bring a logical pair to the packed layout; ranks are padded to 16 with zeros."""
     return LoraPair(
-        down=pack_lowrank(pair.down, LowRankSide.DOWN),
-        up=pack_lowrank(pair.up, LowRankSide.UP),
+        down=pack_factor(pair.down, LowRankSide.DOWN),
+        up=pack_factor(pair.up, LowRankSide.UP),
         scale=pair.scale,
         rank=pair.rank,
         packed=True,

@@ -9,12 +9,14 @@ mod check;
 mod error;
 mod fragment;
 mod table;
+mod unpack;
 mod up;
 
 use std::num::NonZeroUsize;
 
 pub use error::{PackError, PackFault};
 pub use table::Table;
+pub use unpack::{Side, Unpacking, unpack};
 
 use crate::queue;
 

@@ -7,8 +7,8 @@ use insta::assert_snapshot;
 use proptest::prelude::*;
 use proptest::sample::select;
 use qwenlora_core::packed::{
-    Column, DownMember, ElementSize, FRAGMENT, PackError, Packed, Recipe, TILE, Table, Untouched,
-    UpMember, fill,
+    Column, DownMember, ElementSize, FRAGMENT, PackError, PackFault, Packed, Recipe, Side, TILE,
+    Table, Unpacking, Untouched, UpMember, fill, unpack,
 };
 
 /// Where the formula of `docs/layout.md` puts an element, in elements.
@@ -639,4 +639,106 @@ fn places_that_do_not_fit() {
     assert_snapshot!(fault(2048, 32, up(&source, &[[17, 16, 20, 0]])), @"recipe 1: column 0, member 0: rows 17 to 33 of 32 channels");
     let overlapping = [[0, 16, 8, 0], [16, 16, 8, 0], [15, 2, 8, 7]];
     assert_snapshot!(fault(2048, 32, up(&source, &overlapping)), @"recipe 1: column 0: members 0 and 2 overlap");
+}
+
+// ---- back in logical order ----
+
+fn unpacked(
+    source: &[u8],
+    side: Side,
+    channels: usize,
+    element: ElementSize,
+    count: usize,
+) -> Vec<u8> {
+    let mut dest = vec![BEFORE; source.len()];
+    let mut unpacking = Unpacking {
+        source,
+        dest: &mut dest,
+        side,
+        channels,
+        element,
+    };
+    let threads = NonZeroUsize::new(count).expect("tests employ somebody");
+    unpack(&mut unpacking, threads).expect("it fits");
+    dest
+}
+
+proptest! {
+    #[test]
+    fn every_element_comes_back_from_its_position(
+        channel_tiles in 1_usize..40,
+        tiles in 1_usize..6,
+        is_up in any::<bool>(),
+        element in select(vec![ElementSize::Two, ElementSize::Four]),
+        count in select(vec![1_usize, 2, 5]),
+        seed in any::<u16>(),
+    ) {
+        let (channels, ranks, each) = (channel_tiles * TILE, tiles * TILE, element.bytes());
+        let source = pattern(channels * ranks * each, seed.into());
+        let side = if is_up { Side::Up } else { Side::Down };
+        let found = unpacked(&source, side, channels, element, count);
+        for channel in 0..channels {
+            for rank in 0..ranks {
+                let from = position(rank, channel, tiles, is_up) * each;
+                let to = if is_up { channel * ranks + rank } else { rank * channels + channel };
+                prop_assert_eq!(&found[to * each..][..each], &source[from..][..each]);
+            }
+        }
+    }
+}
+
+#[test]
+fn large_factors_come_back() {
+    // Several bands, of which threads take some each.
+    let (channels, tiles) = (12_288, 5);
+    let source = pattern(channels * tiles * TILE * 2, 3);
+    for side in [Side::Down, Side::Up] {
+        let one = unpacked(&source, side, channels, ElementSize::Two, 1);
+        assert!(one == unpacked(&source, side, channels, ElementSize::Two, 4));
+        for at in [0, 77 * 80 + 3, channels * 80 - 1] {
+            let (rank, channel) = match side {
+                Side::Down => (at / channels, at % channels),
+                Side::Up => (at % 80, at / 80),
+            };
+            let from = position(rank, channel, tiles, side == Side::Up) * 2;
+            assert_eq!(one[at * 2..][..2], source[from..][..2], "{side:?}, {at}");
+        }
+    }
+}
+
+#[test]
+fn nothing_comes_back_of_nothing() {
+    for channels in [0, 16] {
+        assert!(unpacked(&[], Side::Up, channels, ElementSize::Two, 2).is_empty());
+    }
+}
+
+#[test]
+fn what_is_no_whole_factor_is_refused() {
+    let refused = |source_bytes: usize, dest_bytes: usize, channels: usize| {
+        let (source, mut dest) = (vec![0; source_bytes], vec![BEFORE; dest_bytes]);
+        let mut unpacking = Unpacking {
+            source: &source,
+            dest: &mut dest,
+            side: Side::Down,
+            channels,
+            element: ElementSize::Two,
+        };
+        let fault = unpack(&mut unpacking, NonZeroUsize::MIN).expect_err("it does not fit");
+        assert!(dest.iter().all(|byte| *byte == BEFORE));
+        fault
+    };
+    assert_eq!(refused(512, 512, 8), PackFault::Channels { channels: 8 });
+    for (source, dest, channels) in [(512, 1024, 16), (1024, 512, 16), (512, 512, 32), (2, 2, 0)] {
+        let fault = refused(source, dest, channels);
+        assert!(matches!(fault, PackFault::Unpacked { .. }), "{fault:?}");
+    }
+    assert_snapshot!(
+        refused(1536, 1536, 32).to_string(),
+        @"1536 bytes are unpacked into 1536; 32 channels of 2-byte elements take a multiple of 1024, and as much"
+    );
+    assert!(matches!(
+        refused(32, 32, usize::MAX - 15),
+        PackFault::TooLarge { .. }
+    ));
 }

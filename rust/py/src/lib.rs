@@ -29,7 +29,7 @@ mod _core {
     #[pymodule_export]
     use super::findings::look_at;
     #[pymodule_export]
-    use super::pack::fill_packed;
+    use super::pack::{fill_packed, unpack_factor};
     #[pymodule_export]
     use super::reader::{Readers, Reading, TensorReader};
     #[pymodule_export]

@@ -6,7 +6,8 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyString, PyTuple};
 use qwenlora_core::packed::{
-    self, Column, DownMember, ElementSize, Packed, Recipe, Table, Untouched, UpMember,
+    self, Column, DownMember, ElementSize, Packed, Recipe, Side, Table, Unpacking, Untouched,
+    UpMember,
 };
 
 use crate::bytes::{Dest, Place, Source, check_apart};
@@ -41,6 +42,48 @@ pub(crate) fn fill_packed(
         .map_err(|e| PyValueError::new_err(e.to_string()))
 }
 
+/// Brings a packed factor back to logical order.
+///
+/// `source` holds (channels/16, rank/16, 256) elements; `dest` as many, (rank, channels) where
+/// `side` is "down", (channels, rank) where it is "up". Arrays are `uint8` of any shape, contiguous,
+/// and borrowed for the call as those of `fill_packed` are.
+#[pyfunction]
+#[pyo3(signature = (source, dest, *, side, channels, element_bytes, threads))]
+pub(crate) fn unpack_factor(
+    py: Python<'_>,
+    source: Object<'_>,
+    dest: Object<'_>,
+    side: &str,
+    channels: usize,
+    element_bytes: usize,
+    threads: NonZeroUsize,
+) -> PyResult<()> {
+    let side = match side {
+        "down" => Side::Down,
+        "up" => Side::Up,
+        other => {
+            let message = format!("a side is `down` or `up`, got {other:?}");
+            return Err(PyValueError::new_err(message));
+        }
+    };
+    let (source, mut dest) = (Source::of(&source)?, Dest::of(&dest)?);
+    check_apart(vec![source.place(), dest.place()])?;
+    let mut unpacking = Unpacking {
+        source: source.bytes()?,
+        dest: dest.bytes()?,
+        side,
+        channels,
+        element: element_of(element_bytes)?,
+    };
+    py.detach(|| packed::unpack(&mut unpacking, threads))
+        .map_err(|e| PyValueError::new_err(e.to_string()))
+}
+
+fn element_of(bytes: usize) -> PyResult<ElementSize> {
+    ElementSize::from_bytes(bytes)
+        .ok_or_else(|| PyValueError::new_err(format!("elements have 2 or 4 bytes, got {bytes}")))
+}
+
 /// Borrows the arrays of all recipes; what is wrong with one is raised with its index.
 fn borrowed<'py>(
     py: Python<'py>,
@@ -69,9 +112,7 @@ struct PackedArgument<'py> {
 
 impl<'py> PackedArgument<'py> {
     fn of((dest, slots, channels, element_bytes, columns): &PackedTuple<'py>) -> PyResult<Self> {
-        let element = ElementSize::from_bytes(*element_bytes).ok_or_else(|| {
-            PyValueError::new_err(format!("elements have 2 or 4 bytes, got {element_bytes}"))
-        })?;
+        let element = element_of(*element_bytes)?;
         let columns = columns.iter().map(ColumnArgument::of);
         Ok(Self {
             dest: Dest::of(dest)?,

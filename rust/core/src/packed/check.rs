@@ -39,7 +39,11 @@ pub(super) fn check(recipe: &Recipe<'_>) -> Result<(), PackFault> {
     Ok(())
 }
 
-fn size_bytes(rows: usize, columns: usize, each_bytes: usize) -> Result<usize, PackFault> {
+pub(super) fn size_bytes(
+    rows: usize,
+    columns: usize,
+    each_bytes: usize,
+) -> Result<usize, PackFault> {
     rows.checked_mul(columns)
         .and_then(|count| count.checked_mul(each_bytes))
         .ok_or(PackFault::TooLarge { what: "a tensor" })

@@ -40,6 +40,22 @@ pub enum PackFault {
         /// Size of an element.
         element_bytes: usize,
     },
+    /// What is unpacked is no whole factor, or has another size than its destination.
+    #[error(
+        "{got_bytes} bytes are unpacked into {dest_bytes}; {channels} channels of \
+         {element_bytes}-byte elements take a multiple of {}, and as much",
+        channels * 16 * element_bytes
+    )]
+    Unpacked {
+        /// Length of the source.
+        got_bytes: usize,
+        /// Length of the destination.
+        dest_bytes: usize,
+        /// Channels of the factor.
+        channels: usize,
+        /// Size of an element.
+        element_bytes: usize,
+    },
     /// A source is not as long as its shape says.
     #[error(
         "column {column}{}: the source has {got_bytes} bytes; {slots} x {rows} x {columns} elements \

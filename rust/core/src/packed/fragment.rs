@@ -6,8 +6,8 @@
 
 #[cfg(target_arch = "x86_64")]
 use safe_arch::{
-    load_unaligned_m128i, store_unaligned_m128i, unpack_high_i32_m128i, unpack_high_i64_m128i,
-    unpack_low_i32_m128i, unpack_low_i64_m128i,
+    load_unaligned_m128i, m128i, store_unaligned_m128i, unpack_high_i32_m128i,
+    unpack_high_i64_m128i, unpack_low_i32_m128i, unpack_low_i64_m128i,
 };
 
 use super::{FRAGMENT, TILE};
@@ -39,6 +39,32 @@ pub(super) fn weave<const U: usize>(upper: &Row<U>, lower: &Row<U>, line: &mut L
     }
 }
 
+/// The logical rows n and n + 8 of a line: undoes [`weave`].
+#[inline]
+pub(super) fn unweave<const U: usize>(line: &Line<U>) -> (Row<U>, Row<U>) {
+    let mut rows = [[[0; U]; TILE / 2]; 2];
+    #[cfg(target_arch = "x86_64")]
+    if U == 4 {
+        let [a, b, c, d] = [0, 1, 2, 3].map(|k4| load_unaligned_m128i(&vectors(line)[k4]));
+        let columns = rows.as_flattened_mut().as_flattened_mut().as_chunks_mut().0;
+        for (column, values) in columns.iter_mut().zip(transposed([a, b, c, d])) {
+            store_unaligned_m128i(column, values);
+        }
+        let [upper, lower] = rows;
+        return (upper, lower);
+    }
+    let [upper, lower] = &mut rows;
+    // (k4, n2, k2) => (n2, k2, k4), a unit each
+    for k4 in 0..4 {
+        upper[k4] = line[4 * k4];
+        upper[4 + k4] = line[4 * k4 + 1];
+        lower[k4] = line[4 * k4 + 2];
+        lower[4 + k4] = line[4 * k4 + 3];
+    }
+    let [upper, lower] = rows;
+    (upper, lower)
+}
+
 /// The same for units of 4 bytes, four at a time: the compiler does not find this by itself.
 #[cfg(target_arch = "x86_64")]
 #[inline]
@@ -46,19 +72,28 @@ fn weave_vectors(upper: &[[u8; 16]], lower: &[[u8; 16]], line: &mut [[u8; 16]]) 
     // k2 of row n, k2 of row n + 8
     let [a, b] = [0, 1].map(|k2| load_unaligned_m128i(&upper[k2]));
     let [c, d] = [0, 1].map(|k2| load_unaligned_m128i(&lower[k2]));
-    // (k2, k4) => (k4, k2): two of the four k4 in each
+    for (values, woven) in line.iter_mut().zip(transposed([a, b, c, d])) {
+        store_unaligned_m128i(values, woven);
+    }
+}
+
+/// A 4 x 4 matrix of units, transposed.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+fn transposed([a, b, c, d]: [m128i; 4]) -> [m128i; 4] {
     let (ab_low, ab_high) = (unpack_low_i32_m128i(a, b), unpack_high_i32_m128i(a, b));
     let (cd_low, cd_high) = (unpack_low_i32_m128i(c, d), unpack_high_i32_m128i(c, d));
-    // (n2, k4, k2) => (k4, n2, k2)
-    store_unaligned_m128i(&mut line[0], unpack_low_i64_m128i(ab_low, cd_low));
-    store_unaligned_m128i(&mut line[1], unpack_high_i64_m128i(ab_low, cd_low));
-    store_unaligned_m128i(&mut line[2], unpack_low_i64_m128i(ab_high, cd_high));
-    store_unaligned_m128i(&mut line[3], unpack_high_i64_m128i(ab_high, cd_high));
+    [
+        unpack_low_i64_m128i(ab_low, cd_low),
+        unpack_high_i64_m128i(ab_low, cd_low),
+        unpack_low_i64_m128i(ab_high, cd_high),
+        unpack_high_i64_m128i(ab_high, cd_high),
+    ]
 }
 
 #[cfg(target_arch = "x86_64")]
-fn vectors<const U: usize>(row: &Row<U>) -> &[[u8; 16]] {
-    row.as_flattened().as_chunks().0
+fn vectors<const U: usize>(units: &[Unit<U>]) -> &[[u8; 16]] {
+    units.as_flattened().as_chunks().0
 }
 
 /// Packed memory as lines.
@@ -74,6 +109,11 @@ pub(super) fn lines_mut<const U: usize>(bytes: &mut [u8]) -> &mut [Line<U>] {
 /// Logical memory, of rows that are multiples of 16 elements, as rows of fragments.
 pub(super) fn rows<const U: usize>(bytes: &[u8]) -> &[Row<U>] {
     bytes.as_chunks().0.as_chunks().0
+}
+
+/// The same, to be written.
+pub(super) fn rows_mut<const U: usize>(bytes: &mut [u8]) -> &mut [Row<U>] {
+    bytes.as_chunks_mut().0.as_chunks_mut().0
 }
 
 /// Zeros some lines.
