@@ -82,7 +82,8 @@ class OurActions:
         chosen = options(**wanted)
         stack = [(path, 0.8) for path in paths]
         return Action(
-            lambda: qwenlora.compose_loras(self._model, stack, options=chosen), self._forget
+            lambda: qwenlora.compose_loras(self._model, stack, options=chosen),
+            lambda: self._forget(chosen),
         )
 
     def strength(self, **wanted: object) -> Action:
@@ -142,8 +143,8 @@ class OurActions:
         wrapper = qwenlora.ComfyQwenImageWrapper.of(self._model)
         return Action(lambda: wrapper.reconcile({"qwenlora": wanted}))
 
-    def _forget(self) -> None:
-        qwenlora.reset_loras(self._model)
+    def _forget(self, options: qwenlora.ComposeOptions | None = None) -> None:
+        qwenlora.compose_loras(self._model, [], options=options)
         qwenlora.clear_cache()
 
 

@@ -209,13 +209,17 @@ class GroupBuilder:
             self._sharing |= {(lora, len(own)): own for lora, own in sharing.items()}
         return laid, taken
 
+    def wait(self) -> None:
+        """Return when host memory of all that was built is filled."""
+        self._filler.wait()
+
     def check(self) -> None:
         """Check everything built since the last time, with one device synchronisation.
 
         Raises:
             NonFiniteError: A delta holds NaN or infinity.
         """
-        self._filler.wait()
+        self.wait()
         unchecked, self._unchecked = self._unchecked, []
         by_device: dict[torch.device, list[tuple[Findings, Tensor]]] = defaultdict(list)
         for entry in unchecked:

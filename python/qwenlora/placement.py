@@ -170,12 +170,9 @@ class Placer:
         self._journal.begin()
         try:
             for unit in self._units:
-                prepared = self._prepare(unit)
-                self._groups.check()
-                for change, deltas in prepared:
-                    self._tell_write(deltas)
-                    change.make()
-                    done.append(deltas)
+                done += self._replace(unit)
+            # At the end: an error ends in the base in any case, and to ask waits for the device.
+            self._groups.check()
             for fetcher in self._fetchers:
                 fetcher.finish()
             self._journal.done(state_of(done))
@@ -183,6 +180,15 @@ class Placer:
             self._journal.begin()
             self._journal.to_base(error)
             raise
+
+    def _replace(self, unit: PathUnit) -> list[Deltas]:
+        """Build one unit and put it in place; the old tensors are let go with this call."""
+        prepared = self._prepare(unit)
+        self._groups.wait()
+        for change, deltas in prepared:
+            self._tell_write(deltas)
+            change.make()
+        return [deltas for _, deltas in prepared]
 
     def _prepare(self, unit: PathUnit) -> list[tuple[Change, Deltas]]:
         together, alone = self._build(unit)

@@ -135,7 +135,7 @@ class ComposeOptions:
     placement: Placement = Placement.AUTO
     cache_bytes: int = 5 << 29
     device_cache_bytes: int | None = None
-    staging_bytes: int = 192 << 20
+    staging_bytes: int = 128 << 20
     margin_bytes: int = 512 << 20
     offload: bool = False
     threads: int | None = None

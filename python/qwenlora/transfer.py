@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DeviceTransfer", "HostTransfer", "Transfer", "transfer_to"]
 
-BUFFERS = 3
-"""Device buffers: one is packed from, one filled, one waits for its turn."""
+BUFFERS = 2
+"""Device buffers: one is packed from while the other is filled, which takes longer."""
 
 
 class Transfer(Protocol):
