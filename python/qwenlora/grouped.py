@@ -235,10 +235,12 @@ class GroupBuilder:
 
     def close(self) -> None:
         """Stop reading and let buffers go."""
-        self._filler.close()
-        self._loader.close()
-        for transfer in self._transfers.values():
-            transfer.close()
+        try:
+            self._filler.close()
+        finally:
+            self._loader.close()
+            for transfer in self._transfers.values():
+                transfer.close()
 
     def _kept(self, group: Group) -> KeptGroup | None:
         kept = self.kept.get(group.targets[0].path)
