@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ import torch
 import qwenlora
 from qwenlora import Placement, branch, slots, staging
 from qwenlora.arena import BranchArena, PackedArena
-from qwenlora.errors import ModelStateError
+from qwenlora.errors import ModelStateError, NonFiniteError
+from qwenlora.host_arena import HostPackedArena
 from qwenlora.placement import Journal
 from qwenlora.slots import PackedSlot, SideBranchSlot
 from qwenlora.spec import ComposeOptions
@@ -206,6 +208,68 @@ def test_restoring_through_the_host_is_exact(model, lora, probe, monkeypatch):
                 part.restore()
     assert fault.count == restored == 8
     assert probe.snapshot(model).tensors == base.tensors
+
+
+def test_a_base_that_fits_on_no_device_is_not_lost(model, lora, probe, monkeypatch):
+    base = probe.snapshot(model)
+    qwenlora.compose_loras(model, lora[0])
+    targets = find_targets(model, read_state(model).base_ranks).values()
+    packed = [
+        part
+        for target in targets
+        for part in slots.slot_of(target)._parts
+        if isinstance(part, PackedSlot)
+    ]
+
+    def full(tensor, *args):
+        raise torch.OutOfMemoryError("injected")
+
+    with (
+        _failing_allocation(monkeypatch, Fault(torch.OutOfMemoryError, 0, lasting=True)),
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(torch.Tensor, "to", full)
+        for part in packed:
+            with pytest.raises(torch.OutOfMemoryError):
+                part.restore()
+    # When there is room again.
+    for part in packed:
+        part.restore()
+    qwenlora.reset_loras(model)
+    assert probe.snapshot(model).tensors == base.tensors
+
+
+@pytest.mark.parametrize("fault", ["while writing", "in the data"])
+def test_going_back_holds_no_memory_of_parts_that_are_in_place(
+    fault, make_model, Draft, tmp_path, monkeypatch
+):
+    """Path by path is how memory is saved: each slot that goes back lets go of what it held."""
+    alive, to_base = [], Journal.to_base
+
+    def counting(journal, error):
+        gc.collect()
+        alive.append(sum(type(o) in (HostPackedArena, BranchArena) for o in gc.get_objects()))
+        to_base(journal, error)
+
+    monkeypatch.setattr(Journal, "to_base", counting)
+    model, draft = make_model(), Draft.full(seed=1)
+    total = len(qwenlora.compose_loras(model, draft.tensors).slots)
+    qwenlora.reset_loras(model)
+    raising = Fault(RuntimeError, total - 1)
+
+    def progress(phase, done, total):
+        if phase == "write" and fault == "while writing":
+            raising.pass_or_raise()
+
+    if fault == "in the data":
+        draft.tensors[draft.key("transformer_blocks.0.attn.to_q", "down")][0, 0] = float("nan")
+    path = draft.save(tmp_path / "lora.safetensors")
+    options = ComposeOptions(placement=Placement.BY_PATH, progress=progress)
+    with pytest.raises(RuntimeError if fault == "while writing" else NonFiniteError):
+        qwenlora.compose_loras(model, path, options=options)
+    # The part that was being placed when the error came may be held by its frames.
+    assert len(alive) == 1
+    assert alive[0] <= 1
 
 
 @pytest.mark.parametrize("placement", [Placement.WHOLE, Placement.BY_PATH])

@@ -42,6 +42,17 @@ def test_both_ways_are_those_of_torch(tiles, rank, side, dtype, turned):
 
 
 @pytest.mark.parametrize("side", LowRankSide)
+def test_one_rank_with_any_strides(side):
+    """A contiguous tensor may have any strides along axes of size 1."""
+    logical = (
+        values(32, 1, dtype=torch.half).T
+        if side is LowRankSide.DOWN
+        else values(1, 32, dtype=torch.half).T
+    )
+    same(lowrank.pack_factor(logical, side), pack.pack_lowrank(logical, side))
+
+
+@pytest.mark.parametrize("side", LowRankSide)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_large_factors(side, threads):
     before = torch.get_num_threads()

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 import qwenlora
-from qwenlora import LoraSet, _core, read_ahead
+from qwenlora import LoraSet, _core, cache, read_ahead
 from qwenlora.read_ahead import ReadAhead
+from qwenlora.staging import Staged
 
 LONG = 60
 """Seconds that nothing here takes: a test that waits so long has failed."""
@@ -168,10 +169,27 @@ def test_an_unexpected_error_ends_the_thread_not_the_service(ahead, files, parts
     parts.before = failing
     ahead.add(files[0])
     assert ahead.wait(LONG)
+    assert told == [MemoryError]
     ahead.add(files[1])
     assert ahead.wait(LONG)
     assert parts.of(files[1]) == whole(files[1])
-    assert told == [MemoryError]
+    parts.before = lambda path, begin: None
+    ahead.add(files[0])
+    assert ahead.wait(LONG)
+    assert parts.of(files[0]) == whole(files[0])
+
+
+def test_without_a_thread_nothing_is_read(ahead, files, parts, monkeypatch):
+    def failing(thread):
+        raise RuntimeError("can't start new thread: injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", failing)
+        ahead.add(files[0])
+        assert ahead.wait(0)
+    ahead.add(files[1])
+    assert ahead.wait(LONG)
+    assert [own for own, *_ in parts.read] == 3 * [files[1]]
 
 
 # ---- sets ----
@@ -221,6 +239,21 @@ def test_composing_takes_over(asked, loras, model):
     qwenlora.clear_cache()
     LoraSet.of((loras[0], 0.5)).read_ahead(limit_bytes=1 << 30)
     assert added == 2 * loras[:1]
+
+
+@pytest.mark.parametrize(("share", "is_read"), [(0.3, True), (0.6, False)])
+@pytest.mark.parametrize("where", ["pieces", "on_device"])
+def test_what_is_kept_in_part_is_read(share, is_read, where, asked, loras):
+    added, _ = asked
+    wanted = LoraSet.of(loras[0])
+    (source,) = wanted.sources
+    key = (source.identity, "some load")
+    staged = Staged(torch.empty(int(source.nbytes * share), dtype=torch.uint8), None)
+    kept = getattr(cache, where)
+    kept.put(key if where == "pieces" else (key, "a device"), staged, limit_bytes=1 << 30)
+    wanted.read_ahead(limit_bytes=1 << 30)
+    assert added == (loras[:1] if is_read else [])
+    qwenlora.clear_cache()
 
 
 def test_clearing_the_cache_ends_reading_ahead(files, parts):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Protocol
 
 from qwenlora.read_ahead import files
@@ -23,6 +23,7 @@ __all__ = [
     "Shelf",
     "clear_cache",
     "clear_devices",
+    "kept_bytes",
     "on_device",
     "pieces",
     "plans",
@@ -108,10 +109,10 @@ class PieceCache:
         with self._lock:
             return [kept for kept, _ in self._kept.values()]
 
-    def knows(self, identity: Hashable) -> bool:
-        """Whether anything of this LoRA is kept."""
+    def bytes_where(self, chosen: Callable[[Hashable], bool]) -> int:
+        """Bytes held of deltas whose keys are chosen."""
         with self._lock:
-            return any(isinstance(key, tuple) and key[0] == identity for key in self._kept)
+            return sum(kept.nbytes for key, (kept, _) in self._kept.items() if chosen(key))
 
     def turn(self) -> None:
         """A composition begins."""
@@ -171,6 +172,18 @@ pieces = PieceCache()
 """Deltas of the LoRAs composed last, in host memory, shared by all models of the process."""
 on_device = PieceCache()
 """The same on devices, where much memory is free."""
+
+
+def kept_bytes(identity: Hashable) -> int:
+    """Bytes of one LoRA's deltas that are kept, in host memory and on devices."""
+
+    def is_its(key: Hashable) -> bool:
+        return isinstance(key, tuple) and key[0] == identity
+
+    def is_its_on_device(key: Hashable) -> bool:
+        return isinstance(key, tuple) and is_its(key[0])
+
+    return pieces.bytes_where(is_its) + on_device.bytes_where(is_its_on_device)
 
 
 _SHELVES: weakref.WeakSet[Shelf] = weakref.WeakSet()

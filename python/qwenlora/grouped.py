@@ -230,8 +230,15 @@ class GroupBuilder:
             sizes = [peak.numel() for _, peak in own]
             for (findings, _), found in zip(own, torch.split(ends, sizes), strict=True):
                 findings.peak = float(found.amax())
-        for entry in unchecked:
-            _require_finite(entry)
+        bad = next(filter(None, map(_overflown, unchecked)), None)
+        # Whoever catches the error may need the memory of what was built.
+        unchecked.clear()
+        if bad is not None:
+            raise non_finite(bad)
+
+    def drop_unchecked(self) -> None:
+        """Let go of all that was built and is not checked yet: nobody will ask."""
+        self._unchecked.clear()
 
     def close(self) -> None:
         """Stop reading and let buffers go."""
@@ -367,14 +374,18 @@ def _peak(load: Load, buffer: Tensor) -> Tensor:
     return torch.stack(ends)
 
 
-def _require_finite(entry: _Unchecked) -> None:
+def _overflown(entry: _Unchecked) -> Target | None:
+    """The first slot that holds NaN or infinity; None where none does."""
     load = entry.load
     if not may_overflow(entry.staged, entry.layout, load.targets[0].dtype):
-        return
+        return None
     finite = entry.arena.finite()
-    for slot, target in enumerate(load.targets):
-        if not finite[slot] and slot not in entry.differing:
-            raise non_finite(target)
+    bad = (
+        target
+        for slot, target in enumerate(load.targets)
+        if not finite[slot] and slot not in entry.differing
+    )
+    return next(bad, None)
 
 
 def _built(group: Group, empty: Sequence[Target], laid: _Laid, differing: set[int]) -> Built:

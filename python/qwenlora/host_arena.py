@@ -35,7 +35,7 @@ _Bytes: TypeAlias = "npt.NDArray[np.uint8]"
 _Column: TypeAlias = "tuple[Any, ...]"
 
 _FORMED_BYTES = 64 << 20
-"""Most bytes that are formed at a time, unless one slot takes more.
+"""Most bytes that are formed for one recipe, unless one slot takes more; a few recipes wait.
 
 Much: after each operation torch's threads spin for a while, on cores that packing needs.
 """

@@ -89,14 +89,15 @@ class LoraSet:
     def read_ahead(self, *, limit_bytes: int, first: int = 0) -> None:
         """Begin to bring files into the system's memory, in the background; composing ends it.
 
-        Files whose deltas are kept already are left out.
+        Files of which at least half is kept as deltas are left out.
 
         Args:
             limit_bytes: Most bytes to read; files that exceed it are left out.
             first: The first LoRA whose file is read.
         """
         for source in self.sources[first:]:
-            if source.nbytes <= limit_bytes and not cache.pieces.knows(source.identity):
+            kept = 2 * cache.kept_bytes(source.identity) >= source.nbytes
+            if source.nbytes <= limit_bytes and not kept:
                 limit_bytes -= source.nbytes
                 source.read_ahead()
 

@@ -62,4 +62,5 @@ def _is_ours(factor: torch.Tensor) -> bool:
 
 def _bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
     """A contiguous host tensor's memory."""
-    return tensor.detach().view(torch.uint8).numpy()
+    # Flat: of axes of size 1 a contiguous tensor may have any strides.
+    return tensor.detach().view(-1).view(torch.uint8).numpy()

@@ -177,6 +177,8 @@ class Placer:
                 fetcher.finish()
             self._journal.done(state_of(done))
         except BaseException as error:
+            # It is short of memory: what was built goes with the slots that hold it.
+            self._groups.drop_unchecked()
             self._journal.begin()
             self._journal.to_base(error)
             raise
@@ -281,7 +283,7 @@ def path_units(planned: Planned, structure: Structure, state: AppliedState) -> l
     for target in others:
         if not target.row.offloaded:
             by_pattern[target.row.pattern].rest.append((target, None))
-    # Host memory first: while it is written, others go on.
+    # Host memory first: beside the old stack others go on while it is written.
     return [*_offloaded_units(planned, structure, others), *units, *by_pattern.values()]
 
 

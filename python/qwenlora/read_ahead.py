@@ -42,13 +42,20 @@ class ReadAhead:
         with self._changed:
             if path == self._current or path in self._waiting:
                 return
-            self._waiting.append(path)
-            if self._thread is None:
-                # Nobody waits for it when the program ends.
-                self._thread = threading.Thread(
-                    target=self._work, name="qwenlora-ahead", daemon=True
-                )
-                self._thread.start()
+            if self._thread is not None or self._start():
+                self._waiting.append(path)
+
+    def _start(self) -> bool:
+        # Nobody waits for it when the program ends.
+        thread = threading.Thread(target=self._work, name="qwenlora-ahead", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            # The system gives no more threads: whoever needs the file reads it.
+            _log.debug("nothing is read ahead: %s", error)
+            return False
+        self._thread = thread
+        return True
 
     def cancel(self, path: Path) -> None:
         """Read no more of a file: whoever needs it reads it now."""
@@ -86,7 +93,7 @@ class ReadAhead:
 
     def _end(self) -> None:
         with self._changed:
-            self._thread = None
+            self._thread = self._current = None
             self._changed.notify_all()
 
     def _try_to_read(self, path: Path) -> None:

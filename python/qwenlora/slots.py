@@ -240,7 +240,13 @@ class PackedSlot:
         # Let go of the composed tensor first: the smaller one then fits in its place.
         _point(self._module, name, torch.empty(0, dtype=current.dtype, device=device))
         del current
-        _point(self._module, name, host.reshape(channels, self._base_rank).to(device))
+        base = host.reshape(channels, self._base_rank)
+        try:
+            _point(self._module, name, base.to(device))
+        except torch.OutOfMemoryError:
+            # Not where it belongs, but not lost.
+            _point(self._module, name, base)
+            raise
 
     def _joined(self, current: Tensor, added: Sequence[Tensor], rank_added: int) -> Tensor:
         channels, rank = current.shape

@@ -29,7 +29,7 @@ class Transfer(Protocol):
 
         Args:
             staged: The load.
-            keep: Whether they are wanted beyond the next load but one.
+            keep: Whether they are wanted beyond the next load.
         """
 
     def used(self) -> Copied | None:
