@@ -16,10 +16,11 @@ from qwenlora.arena import BranchArena, PackedArena
 from qwenlora.errors import ModelStateError, NonFiniteError
 from qwenlora.host_arena import HostPackedArena
 from qwenlora.placement import Journal
+from qwenlora.plan import SlotKind
 from qwenlora.slots import PackedSlot, SideBranchSlot
 from qwenlora.spec import ComposeOptions
 from qwenlora.state import read_state
-from qwenlora.targets import find_targets
+from qwenlora.targets import FACTORS, factors_of, find_targets
 
 FAULTS = [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt]
 PHASES = ["stage", "write"]
@@ -210,16 +211,11 @@ def test_restoring_through_the_host_is_exact(model, lora, probe, monkeypatch):
     assert probe.snapshot(model).tensors == base.tensors
 
 
-def test_a_base_that_fits_on_no_device_is_not_lost(model, lora, probe, monkeypatch):
-    base = probe.snapshot(model)
+def test_a_base_that_fits_on_no_device_is_not_lost(model, lora, monkeypatch):
+    packed = [t for t in find_targets(model, {}).values() if t.kind is SlotKind.SVDQ]
+    base = [factors_of([t.module for t in packed], name) for name in FACTORS]
+    base = [[factor.detach().clone() for factor in own] for own in base]
     qwenlora.compose_loras(model, lora[0])
-    targets = find_targets(model, read_state(model).base_ranks).values()
-    packed = [
-        part
-        for target in targets
-        for part in slots.slot_of(target)._parts
-        if isinstance(part, PackedSlot)
-    ]
 
     def full(tensor, *args):
         raise torch.OutOfMemoryError("injected")
@@ -229,14 +225,15 @@ def test_a_base_that_fits_on_no_device_is_not_lost(model, lora, probe, monkeypat
         monkeypatch.context() as patch,
     ):
         patch.setattr(torch.Tensor, "to", full)
-        for part in packed:
+        for target in packed:
             with pytest.raises(torch.OutOfMemoryError):
-                part.restore()
+                PackedSlot(target).restore()
     # When there is room again.
-    for part in packed:
-        part.restore()
-    qwenlora.reset_loras(model)
-    assert probe.snapshot(model).tensors == base.tensors
+    for target in packed:
+        PackedSlot(target).restore()
+    for name, own in zip(FACTORS, base, strict=True):
+        found = factors_of([target.module for target in packed], name)
+        assert all(map(torch.equal, found, own))
 
 
 @pytest.mark.parametrize("fault", ["while writing", "in the data"])
