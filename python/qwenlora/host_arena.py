@@ -19,7 +19,7 @@ import torch
 from qwenlora import _core
 from qwenlora.arena import Arena, BranchArena, PackedArena, Part, scaled_into, write_packed_ups
 from qwenlora.layout import TILE, RowOrder, round_up
-from qwenlora.memory import new_bytes
+from qwenlora.memory import host_bytes, new_bytes
 from qwenlora.plan import SlotKind
 from qwenlora.threads import fillers_for
 
@@ -114,7 +114,7 @@ class HostPackedArena(PackedArena):
             base: _Column = ("keep", self._base_tiles)
             if slots.start >= self._bare:
                 own = olds[slots.start : slots.stop]
-                sources = [(_bytes(old), old.shape[1] // TILE) for old in own]
+                sources = [(host_bytes(old), old.shape[1] // TILE) for old in own]
                 base = ("fragments", sources, 0, self._base_tiles)
             recipes.append(_recipe(arena, slots, [base, *columns]))
         self._filler.fill(recipes)
@@ -168,7 +168,7 @@ class _Deltas:
         part, own = self._part, self._own(slots)
         first = {start: at for at, start in reversed(list(enumerate(part.starts)))}
         members = [
-            (_bytes(_cast(part.downs[at][own], self._dtype)), part.members[at].rank, start)
+            (host_bytes(_cast(part.downs[at][own], self._dtype)), part.members[at].rank, start)
             for start, at in first.items()
         ]
         return ("down", self.tiles, members)
@@ -208,7 +208,7 @@ class _Up:
             formed = _empty(values.shape, self._dtype)
             scaled_into(formed, values, self._factor)
             values = formed
-        return _bytes(values)
+        return host_bytes(values)
 
 
 def _table(values: torch.dtype, factor: float, dtype: torch.dtype) -> _Bytes:
@@ -218,7 +218,7 @@ def _table(values: torch.dtype, factor: float, dtype: torch.dtype) -> _Bytes:
     # Halves are as much as torch gives to one thread: others would be woken for nothing.
     for own, half in zip(scaled.chunk(2), every.chunk(2), strict=True):
         scaled_into(own, half, factor)
-    return _bytes(scaled)
+    return host_bytes(scaled)
 
 
 def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -231,9 +231,4 @@ def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 def _recipe(arena: Tensor, slots: range, columns: Sequence[_Column]) -> tuple[Any, ...]:
     own = arena[slots.start : slots.stop]
-    return (_bytes(own), len(slots), arena.shape[1] * TILE, arena.itemsize, columns)
-
-
-def _bytes(tensor: Tensor) -> _Bytes:
-    """A contiguous host tensor's memory."""
-    return tensor.view(torch.uint8).numpy()
+    return (host_bytes(own), len(slots), arena.shape[1] * TILE, arena.itemsize, columns)

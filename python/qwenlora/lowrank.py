@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from qwenlora import _core, pack
 from qwenlora.layout import RANK_MULTIPLE, TILE, LowRankSide, round_up
+from qwenlora.memory import host_bytes
 
 __all__ = ["pack_factor", "unpack_factor"]
-
-_NAMES = {LowRankSide.DOWN: "down", LowRankSide.UP: "up"}
 
 
 def pack_factor(logical: torch.Tensor, side: LowRankSide) -> torch.Tensor:
@@ -28,11 +25,12 @@ def pack_factor(logical: torch.Tensor, side: LowRankSide) -> torch.Tensor:
     rank, channels = logical.shape[axis], logical.shape[1 - axis]
     rank_padded = round_up(rank, RANK_MULTIPLE)
     packed = torch.empty((channels, rank_padded), dtype=logical.dtype)
-    source, tiles = _bytes(logical.contiguous()), rank_padded // TILE
-    down = ("down", tiles, [(source, rank, 0)])
-    up = ("up", tiles, [(source, None, 0, channels, rank, 0)])
-    columns: list[Any] = [down if side is LowRankSide.DOWN else up]
-    recipe = (_bytes(packed), 1, channels, logical.itemsize, columns)
+    source = host_bytes(_flat(logical))
+    member: tuple[Any, ...] = (source, rank, 0)
+    if side is LowRankSide.UP:
+        member = (source, None, 0, channels, rank, 0)
+    column: Any = (side.value, rank_padded // TILE, [member])
+    recipe = (host_bytes(packed), 1, channels, logical.itemsize, [column])
     _core.fill_packed([recipe], threads=torch.get_num_threads())
     return packed
 
@@ -45,9 +43,9 @@ def unpack_factor(packed: torch.Tensor, side: LowRankSide) -> torch.Tensor:
     shape = (rank, channels) if side is LowRankSide.DOWN else (channels, rank)
     logical = torch.empty(shape, dtype=packed.dtype)
     _core.unpack_factor(
-        _bytes(packed.contiguous()),
-        _bytes(logical),
-        side=_NAMES[side],
+        host_bytes(_flat(packed)),
+        host_bytes(logical),
+        side=side.value,
         channels=channels,
         element_bytes=packed.itemsize,
         threads=torch.get_num_threads(),
@@ -60,7 +58,6 @@ def _is_ours(factor: torch.Tensor) -> bool:
     return on_host and factor.ndim == 2 and factor.itemsize in (2, 4) and factor.numel() > 0
 
 
-def _bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """A contiguous host tensor's memory."""
-    # Flat: of axes of size 1 a contiguous tensor may have any strides.
-    return tensor.detach().view(-1).view(torch.uint8).numpy()
+def _flat(factor: torch.Tensor) -> torch.Tensor:
+    """Its elements in order: of axes of size 1 a contiguous tensor may have any strides."""
+    return factor.detach().contiguous().view(-1)

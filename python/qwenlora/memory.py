@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-__all__ = ["DEVICE_RESERVE", "free_bytes", "is_free", "new_bytes", "zero_bytes"]
+__all__ = ["DEVICE_RESERVE", "free_bytes", "host_bytes", "is_free", "new_bytes", "zero_bytes"]
 
 DEVICE_RESERVE = 8 << 30
 """Device memory that must stay free beside what is cached there: for activations and the decoder.
@@ -24,6 +25,11 @@ def free_bytes(device: torch.device) -> int:
     driver, _ = torch.cuda.mem_get_info(device)
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(driver + held)
+
+
+def host_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """A contiguous host tensor's memory, which they share."""
+    return tensor.view(torch.uint8).numpy()
 
 
 def new_bytes(nbytes: int) -> torch.Tensor:

@@ -279,6 +279,7 @@ class StateDictSource:
     """Tensors in memory, under the keys a file would have."""
 
     cacheable = False
+    nbytes = 0
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], name: str) -> None:
         # A copy of the mapping: what was planned is what is fetched.
@@ -294,8 +295,6 @@ class StateDictSource:
     def plan(self) -> _core.FilePlan:
         """The plan of the tensors."""
         return self._plan
-
-    nbytes = 0
 
     def read_ahead(self) -> None:
         """Nothing to read."""

@@ -6,6 +6,7 @@
 use std::ops::BitOr;
 
 use crate::dtype::Dtype;
+use crate::packed::ElementSize;
 use crate::source::scalar;
 
 /// Values of a part, after which it is asked whether the answer is known.
@@ -15,25 +16,18 @@ const PART_VALUES: usize = 32;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Magnitudes {
     dtype: Dtype,
-    width: Width,
-}
-
-/// Size of a value.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Width {
-    Two,
-    Four,
+    size: ElementSize,
 }
 
 impl Magnitudes {
     /// Those of a type; none where it is another.
     pub fn of(dtype: Dtype) -> Option<Self> {
-        let width = match dtype {
-            Dtype::F16 | Dtype::BF16 => Width::Two,
-            Dtype::F32 => Width::Four,
+        let size = match dtype {
+            Dtype::F16 | Dtype::BF16 => ElementSize::Two,
+            Dtype::F32 => ElementSize::Four,
             _ => return None,
         };
-        Some(Self { dtype, width })
+        Some(Self { dtype, size })
     }
 
     /// The type of the values.
@@ -43,10 +37,7 @@ impl Magnitudes {
 
     /// Bytes of a value.
     pub fn value_bytes(self) -> usize {
-        match self.width {
-            Width::Two => 2,
-            Width::Four => 4,
-        }
+        self.size.bytes()
     }
 
     /// The pattern of the largest magnitude; that of zero where there are no values.
@@ -54,19 +45,19 @@ impl Magnitudes {
     /// Of several places the largest pattern is that of all. Bytes that are no whole value at the
     /// end are not looked at.
     pub(crate) fn largest(self, bytes: &[u8]) -> Pattern {
-        Pattern(match self.width {
-            Width::Two => largest(bytes.as_chunks::<2>().0, magnitude_16)
+        Pattern(match self.size {
+            ElementSize::Two => largest(bytes.as_chunks::<2>().0, magnitude_16)
                 .unsigned_abs()
                 .into(),
-            Width::Four => largest(bytes.as_chunks::<4>().0, magnitude_32).unsigned_abs(),
+            ElementSize::Four => largest(bytes.as_chunks::<4>().0, magnitude_32).unsigned_abs(),
         })
     }
 
     /// Whether no value differs from zero, of either sign.
     pub(crate) fn are_zero(self, bytes: &[u8]) -> bool {
-        match self.width {
-            Width::Two => all_zero(bytes.as_chunks::<2>().0, magnitude_16),
-            Width::Four => all_zero(bytes.as_chunks::<4>().0, magnitude_32),
+        match self.size {
+            ElementSize::Two => all_zero(bytes.as_chunks::<2>().0, magnitude_16),
+            ElementSize::Four => all_zero(bytes.as_chunks::<4>().0, magnitude_32),
         }
     }
 

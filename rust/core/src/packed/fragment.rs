@@ -41,17 +41,17 @@ pub(super) fn weave<const U: usize>(upper: &Row<U>, lower: &Row<U>, line: &mut L
 
 /// The logical rows n and n + 8 of a line: undoes [`weave`].
 #[inline]
-pub(super) fn unweave<const U: usize>(line: &Line<U>) -> (Row<U>, Row<U>) {
+pub(super) fn unweave<const U: usize>(line: &Line<U>) -> [Row<U>; 2] {
     let mut rows = [[[0; U]; TILE / 2]; 2];
     #[cfg(target_arch = "x86_64")]
     if U == 4 {
-        let [a, b, c, d] = [0, 1, 2, 3].map(|k4| load_unaligned_m128i(&vectors(line)[k4]));
+        let by_k4 = [0, 1, 2, 3].map(|k4| load_unaligned_m128i(&vectors(line)[k4]));
+        // (k4, n2, k2) => (n2, k2, k4)
         let columns = rows.as_flattened_mut().as_flattened_mut().as_chunks_mut().0;
-        for (column, values) in columns.iter_mut().zip(transposed([a, b, c, d])) {
+        for (column, values) in columns.iter_mut().zip(transposed(by_k4)) {
             store_unaligned_m128i(column, values);
         }
-        let [upper, lower] = rows;
-        return (upper, lower);
+        return rows;
     }
     let [upper, lower] = &mut rows;
     // (k4, n2, k2) => (n2, k2, k4), a unit each
@@ -61,8 +61,7 @@ pub(super) fn unweave<const U: usize>(line: &Line<U>) -> (Row<U>, Row<U>) {
         lower[k4] = line[4 * k4 + 2];
         lower[4 + k4] = line[4 * k4 + 3];
     }
-    let [upper, lower] = rows;
-    (upper, lower)
+    rows
 }
 
 /// The same for units of 4 bytes, four at a time: the compiler does not find this by itself.
@@ -72,6 +71,7 @@ fn weave_vectors(upper: &[[u8; 16]], lower: &[[u8; 16]], line: &mut [[u8; 16]]) 
     // k2 of row n, k2 of row n + 8
     let [a, b] = [0, 1].map(|k2| load_unaligned_m128i(&upper[k2]));
     let [c, d] = [0, 1].map(|k2| load_unaligned_m128i(&lower[k2]));
+    // (n2, k2, k4) => (k4, n2, k2)
     for (values, woven) in line.iter_mut().zip(transposed([a, b, c, d])) {
         store_unaligned_m128i(values, woven);
     }

@@ -85,7 +85,7 @@ fn unpack_units<const U: usize>(
             for column in 0..across {
                 let fragment = &source[place(row, column) * LINES..][..LINES];
                 for (at, line) in fragment.iter().enumerate() {
-                    let (upper, lower): (Row<U>, Row<U>) = unweave(line);
+                    let [upper, lower]: [Row<U>; 2] = unweave(line);
                     dest[at * across + column] = upper;
                     dest[(at + LINES) * across + column] = lower;
                 }
