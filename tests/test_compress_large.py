@@ -98,11 +98,48 @@ def test_loras_of_very_different_size():
     check(LowRankSum.of(pairs), dense(pairs), 64)
 
 
+@pytest.mark.parametrize("spectrum", ["flat", "slow", "trained"])
+def test_shifts_bring_it_nearer(spectrum, monkeypatch):
+    pairs = pairs_of(SPECTRA[spectrum])
+    matrix = dense(pairs)
+    shifted = check(LowRankSum.of(pairs), matrix, 64, within=1.03)
+    monkeypatch.setattr(compress, "SHIFTS", (0.0,) * len(compress.SHIFTS))
+    plain = check(LowRankSum.of(pairs), matrix, 64)
+    assert shifted.lost(64) < plain.lost(64)
+
+
+def test_a_shift_takes_no_wanted_direction():
+    """All directions nearly of one size: the mean outside is nearly the least one wanted."""
+    left, right = (torch.linalg.qr(torch.randn(256, 256))[0] for _ in range(2))
+    sizes = torch.cat([torch.ones(65), 0.95 * torch.ones(191)])
+    sum_ = LowRankSum.of([(right, left * sizes)])
+    check(sum_, dense([(right, left * sizes)]), 64, within=1.03)
+
+
+@pytest.mark.parametrize("has_instructions", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bit_halves(dtype):
+def test_16_bit_halves(dtype, has_instructions, monkeypatch):
+    monkeypatch.setattr(compress, "_cpu_multiplies_bfloat16", lambda: has_instructions)
     pairs = pairs_of(SPECTRA["trained"], dtype=dtype)
     # bfloat16 factors may be multiplied as such: 2^-9 of each half, squared.
     check(LowRankSum.of(pairs), dense(pairs), 96, rounding=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(96, 640), (300, 500), (1, 64)])
+@pytest.mark.parametrize("side", ["rows", "columns"])
+def test_gram_matrices_of_bfloat16(shape, side, monkeypatch):
+    """Twice 8 bits of mantissa, whatever the panels and strides."""
+    monkeypatch.setattr(compress, "_cpu_multiplies_bfloat16", lambda: True)
+    half = (torch.randn(shape) * torch.logspace(-3, 3, shape[0]).unsqueeze(1)).bfloat16()
+    if side == "columns":
+        half = half.mT.contiguous().mT
+    exact = half.double() @ half.double().mT
+    found = compress._gram(half)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, found.mT)
+    lengths = exact.diagonal().sqrt()
+    error = (found - exact).abs() / (lengths.unsqueeze(0) * lengths.unsqueeze(1))
+    assert float(error.max()) < 1e-5
 
 
 def test_shared_and_repeated_downs():

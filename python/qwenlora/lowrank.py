@@ -31,7 +31,7 @@ def pack_factor(logical: torch.Tensor, side: LowRankSide) -> torch.Tensor:
         member = (source, None, 0, channels, rank, 0)
     column: Any = (side.value, rank_padded // TILE, [member])
     recipe = (host_bytes(packed), 1, channels, logical.itemsize, [column])
-    _core.fill_packed([recipe], threads=torch.get_num_threads())
+    _core.fill_packed([recipe], threads=1)
     return packed
 
 
@@ -48,7 +48,7 @@ def unpack_factor(packed: torch.Tensor, side: LowRankSide) -> torch.Tensor:
         side=side.value,
         channels=channels,
         element_bytes=packed.itemsize,
-        threads=torch.get_num_threads(),
+        threads=1,
     )
     return logical
 
