@@ -6,6 +6,7 @@ import gc
 import sys
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -484,3 +485,32 @@ def test_threads_wait_for_each_other(model, lora, probe):
     assert qwenlora.applied(model).loras[0].strength in strengths
     qwenlora.reset_loras(model)
     assert probe.snapshot(model).differences(base) == []
+
+
+@pytest.mark.parametrize("placement", list(Placement))
+def test_a_change_of_strengths_that_fails_leaves_the_old_ones(
+    placement, Draft, make_model, probe, tmp_path
+):
+    model = make_model(num_layers=3)
+    draft = Draft(1)
+    for block in range(3):
+        draft.add(f"transformer_blocks.{block}.attn.to_out.0", 16)
+    path = draft.save(tmp_path / "lora.safetensors")
+    # One slot in a load: two are written when the third is announced.
+    one_by_one = ComposeOptions(staging_bytes=1)
+    qwenlora.compose_loras(model, (path, 1.0), options=one_by_one)
+    before = probe.snapshot(model)
+    told = []
+
+    def progress(phase, done, total):
+        told.append(phase)
+        if done == 2:
+            raise KeyboardInterrupt
+
+    options = replace(one_by_one, placement=placement, progress=progress)
+    with pytest.raises(KeyboardInterrupt):
+        qwenlora.compose_loras(model, (path, 0.5), options=options)
+    assert set(told) == {"write"}  # nothing was read
+    assert probe.snapshot(model).differences(before) == []
+    assert qwenlora.applied(model).failure is None
+    assert qwenlora.applied(model).loras[0].strength == 1.0

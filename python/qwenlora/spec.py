@@ -30,7 +30,11 @@ An exception that it raises cancels the composition as any other error does.
 
 
 class Placement(enum.Enum):
-    """How a new stack takes the place of the old one."""
+    """How a new stack takes the place of the old one.
+
+    A change of strengths alone takes no memory and is made in place where that can be, whatever the
+    placement: any error then leaves the old stack in place.
+    """
 
     AUTO = "auto"
     """WHOLE where free memory allows, BY_PATH otherwise."""
