@@ -256,7 +256,7 @@ class _Composition:
                     progress("write", done, total)
                 done += 1
 
-        journal = Journal(self._model, structure, self._state)
+        journal = self._journal(structure)
         journal.begin()
         try:
             rescaling.make(tell)
@@ -276,9 +276,11 @@ class _Composition:
             replace(lora, strength=spec.strength)
             for lora, spec in zip(before.loras, self._wanted.specs, strict=True)
         )
-        seconds = time.perf_counter() - self._started
-        report = replace(before, loras=loras, seconds=seconds)
+        report = replace(before, loras=loras)
         return replace(self._state, stack=self._wanted.key, report=report)
+
+    def _journal(self, structure: Structure) -> Journal:
+        return Journal(self._model, structure, self._state, started=self._started)
 
     def _compose(self, planned: Planned, structure: Structure) -> None:
         # Until all of it is done, nobody knows what the slots hold.
@@ -291,22 +293,25 @@ class _Composition:
             if not whole:
                 # Path by path memory is short.
                 entering, needed = {}, _needed(planned.plan, structure, ())
-            leaving = self._leaving(planned, structure, needed) if whole else []
-            options = rest_beside(self._wanted.options, leaving)
             units = path_units(planned, structure, self._state)
             if not whole:
-                units = [part for unit in units for part in unit.parts(options.staging_bytes)]
+                limit = self._wanted.options.staging_bytes
+                units = [part for unit in units for part in unit.parts(limit)]
             groups = GroupBuilder(
                 [group for unit in units for group in unit.groups],
                 self._wanted.specs,
                 self._wanted.sources,
                 fetchers,
-                options,
+                self._wanted.options,
                 kept=entering,
                 needed=needed,
             )
             closing.callback(groups.close)
+            # Before all that can be done while files are read.
             groups.begin()
+            leaving = self._leaving(planned, structure, needed) if whole else []
+            options = rest_beside(self._wanted.options, leaving)
+            groups.keep_within(options)
             placer = Placer(
                 units,
                 planned.plan,
@@ -314,7 +319,7 @@ class _Composition:
                 groups,
                 fetchers,
                 options,
-                Journal(self._model, structure, self._state),
+                self._journal(structure),
                 leaving=leaving,
             )
             place = placer.whole if whole else placer.by_path
@@ -422,7 +427,7 @@ class _Composition:
             bus_bytes=bus,
             saved_bytes=saved,
             saved_bus_bytes=saved_bus,
-            seconds=time.perf_counter() - self._started,
+            seconds=0.0,
         )
         return AppliedState(stack=self._wanted.key, records=records, report=report)
 

@@ -11,10 +11,10 @@ and an R x k matrix, whatever the layer's width. All of it is matrix products an
 factorisations, which run batched; there is no eigenvalue problem, which would not.
 
 The operator E = D D^T U^T U is shifted from the second iteration on: E - s tells the least wanted
-direction from the largest unwanted one as (l - s) from (u - s), which is more than l from u, as long
-as s is not so large that it lifts the directions near zero. The mean energy of the unwanted
-directions is a shift that cannot exceed u, and it is known: the energy that the basis does not hold,
-1 - tr(Q^T E Q), over their number. Three shifted iterations do better than four plain ones.
+direction from the largest unwanted one as (l - s) from (u - s), which is more than l from u, as
+long as s does not lift the directions near zero as much. The mean energy of the unwanted directions
+is a shift that cannot exceed u, and it is known: the energy that the basis does not hold,
+1 - tr(Q^T E Q), over their number. So four iterations do better than five plain ones.
 
 Orthogonal iteration finds the directions in order of size, so one basis holds the truncations to
 every smaller rank, too.
@@ -301,7 +301,8 @@ class _Gram:
     def add_product(self, total: Tensor, left: Tensor) -> None:
         """Add left (n, m, R) @ U^T U to a total (n, m, R)."""
         own = total[:, :, self.ranks]
-        if isinstance(self.ranks, torch.Tensor):  # a copy
+        if isinstance(self.ranks, torch.Tensor):
+            # What an index takes is a copy.
             total[:, :, self.ranks] = own + _product(left[:, :, self.ranks], self.values)
         elif len(own) == 1:
             own[0].addmm_(left[0, :, self.ranks], self.values[0])
@@ -454,7 +455,7 @@ def _gram(half: Tensor) -> Tensor:
 
 
 def _row_products(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out (m, n) float32 = left (m, c) @ right (n, c)^T.
+    """Write left (m, c) @ right (n, c)^T to `out` (m, n) float32.
 
     A bfloat16 product is a float32 one that is rounded last, so a second product, of what the first
     lost, brings 8 more bits. Both take half as long as one of float32.

@@ -139,7 +139,7 @@ class GroupBuilder:
     _filler: Filler = field(init=False)
     _transfers: dict[torch.device, Transfer] = field(init=False, default_factory=dict)
     _unchecked: list[_Unchecked] = field(init=False, default_factory=list)
-    _device_bytes: int = field(init=False)
+    _device_bytes: int = field(init=False, default=0)
     _sharing: dict[tuple[int, int], tuple[int, ...]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -151,7 +151,6 @@ class GroupBuilder:
             [] if self._kept(group) else loads_of(group, self.load_bytes) for group in self.groups
         ]
         self._filler = Filler(threads=self.options.threads)
-        self._device_bytes = 0 if device is None else self._device_limit(device)
         self._loader = Loader(
             [load for own in self._loads for load in own],
             self.sources,
@@ -163,6 +162,13 @@ class GroupBuilder:
     def begin(self) -> None:
         """Begin to read; what is begun is to be closed."""
         self._loader.begin()
+
+    def keep_within(self, options: ComposeOptions) -> None:
+        """Keep deltas as far as the caches of these options go; said before the first is built."""
+        self._loader.cache_bytes = options.cache_bytes
+        devices = {group.device for group in self.groups if group.device.type == "cuda"}
+        for device in devices:
+            self._device_bytes = self._device_limit(device, options.device_cache_bytes)
 
     def build(self, group: Group, *, empty: Sequence[Target], tell: Callable[[int], None]) -> Built:
         """Build one group.
@@ -214,12 +220,17 @@ class GroupBuilder:
         self._filler.wait()
 
     def check(self) -> None:
-        """Check everything built since the last time, with one device synchronisation.
+        """Check everything that was built, with one device synchronisation, and wait for it.
 
         Raises:
             NonFiniteError: A delta holds NaN or infinity.
         """
+        # While host memory is still being filled. All is read, so that threads can end, too.
+        self._judge()
+        self._loader.close()
         self.wait()
+
+    def _judge(self) -> None:
         unchecked, self._unchecked = self._unchecked, []
         by_device: dict[torch.device, list[tuple[Findings, Tensor]]] = defaultdict(list)
         for entry in unchecked:
@@ -259,10 +270,9 @@ class GroupBuilder:
             self.placed.append(kept.placed)
         return Built([kept.deltas], [])
 
-    def _device_limit(self, device: torch.device) -> int:
+    def _device_limit(self, device: torch.device, limit: int | None) -> int:
         """Most bytes that the cache on the device may hold; 0 where this stack would not fit."""
         total = sum(load.nbytes for own in self._loads for load in own)
-        limit = self.options.device_cache_bytes
         if limit is None:
             kept, rest = cache.on_device.nbytes, self.needed + DEVICE_RESERVE
             if is_free(device, total + rest):

@@ -6,6 +6,7 @@ says what is true at every moment, so that a later call finds the base whatever 
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -87,7 +88,11 @@ class Journal:
     interrupts the writing, and the cleaning up after it, a later call can find the base again.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, before: AppliedState) -> None:
+    def __init__(
+        self, model: nn.Module, structure: Structure, before: AppliedState, *, started: float
+    ) -> None:
+        """`started` is when the call began, on `time.perf_counter`."""
+        self._started = started
         self._model = model
         self._structure = structure
         self._before = before
@@ -102,7 +107,7 @@ class Journal:
 
     def done(self, state: AppliedState) -> None:
         """All slots are written."""
-        write_state(self._model, state)
+        write_state(self._model, state.taken(time.perf_counter() - self._started))
 
     def undone(self) -> None:
         """All slots are as they were before."""
@@ -146,6 +151,8 @@ class Placer:
     def whole(self, state_of: Callable[[Sequence[Deltas]], AppliedState]) -> None:
         """Build everything beside the old stack, then move all pointers, or none."""
         prepared = [pair for unit in self._units for pair in self._prepare(unit)]
+        # Host memory is being filled meanwhile.
+        state = state_of([deltas for _, deltas in prepared])
         self._groups.check()
         for fetcher in self._fetchers:
             fetcher.finish()
@@ -156,7 +163,7 @@ class Placer:
                 self._tell_write(deltas)
                 begun.append(change)
                 change.make()
-            self._journal.done(state_of([deltas for _, deltas in prepared]))
+            self._journal.done(state)
         except BaseException:
             self._journal.begin()
             for change in reversed(begun):

@@ -232,7 +232,11 @@ class Copied(Protocol):
 
 
 class Loader:
-    """Reads loads ahead of their use, in order, within bounds of memory."""
+    """Reads loads ahead of their use, in order, within bounds of memory.
+
+    Attributes:
+        cache_bytes: Most bytes of deltas that are kept in host memory.
+    """
 
     def __init__(
         self,
@@ -249,7 +253,7 @@ class Loader:
         self._sources = sources
         self._fetchers = fetchers
         self._pinned = pinned
-        self._cache_bytes = options.cache_bytes
+        self.cache_bytes = options.cache_bytes
         self._threads = readers_for(options.threads)
         self._readers: _core.Readers | None = None
         self._used: deque[tuple[Tensor, Copied | None]] = deque()
@@ -282,7 +286,7 @@ class Loader:
         if not staged.on_host:
             return
         key = self.key(load) if keep else None
-        if key is None or not cache.pieces.put(key, staged, limit_bytes=self._cache_bytes):
+        if key is None or not cache.pieces.put(key, staged, limit_bytes=self.cache_bytes):
             whole = staged.bytes._base
             with self._lock:
                 self._used.append((staged.bytes if whole is None else whole, copied))

@@ -7,7 +7,7 @@ knows its own base ranks and never reaches the original.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qwenlora.branch import is_whole
@@ -63,6 +63,12 @@ class AppliedState:
     def __deepcopy__(self, memo: dict[int, Any]) -> AppliedState:
         # Immutable throughout, hence shared with the copy of the transformer.
         return self
+
+    def taken(self, seconds: float) -> AppliedState:
+        """The same, with the time that it took; a model never touched has nothing to tell."""
+        if self is EMPTY:
+            return self
+        return replace(self, report=replace(self.report, seconds=seconds))
 
     @property
     def base_ranks(self) -> dict[str, int]:
