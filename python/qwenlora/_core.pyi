@@ -12,6 +12,8 @@ from qwenlora.targets import SlotRow
 
 __all__ = [
     "FilePlan",
+    "Fillers",
+    "Filling",
     "PlannedStack",
     "Readers",
     "Reading",
@@ -126,6 +128,18 @@ class Readers:
 @final
 class Reading:
     def wait(self) -> float | None: ...
+
+@final
+class Fillers:
+    def __new__(cls, *, threads: int) -> Fillers: ...
+    def fill(self, recipes: Sequence[_PackedRecipe]) -> Filling: ...
+    def close(self) -> None: ...
+
+@final
+class Filling:
+    def wait(self) -> None: ...
+    def query(self) -> bool: ...
+    def synchronize(self) -> None: ...
 
 @final
 class Watch:

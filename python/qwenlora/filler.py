@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from concurrent import futures
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from qwenlora import _core
@@ -18,16 +16,16 @@ __all__ = ["Filler"]
 
 
 _BEHIND = 3
-"""Recipes that are carried out or wait for it: enough that there is no pause between two."""
+"""Requests that are carried out or wait for it: enough that there is no pause between two."""
 
 
 class Filler:
-    """Carries out recipes of `fill_packed` in the order in which they come, one at a time."""
+    """Carries out recipes of `fill_packed` in the order in which they come, on Rust's threads."""
 
     def __init__(self, *, threads: int | None = None) -> None:
         self._threads = fillers_for(threads)
-        self._pool: ThreadPoolExecutor | None = None
-        self._begun: deque[Future[None]] = deque()
+        self._fillers: _core.Fillers | None = None
+        self._begun: deque[_core.Filling] = deque()
 
     def fill(self, recipes: Sequence[tuple[Any, ...]]) -> None:
         """Fill when what was begun before is done; returns while little is begun.
@@ -35,40 +33,24 @@ class Filler:
         Nobody may touch the recipes' arrays before `wait`, or `begun` of this moment, says so.
 
         Raises:
-            ValueError: A recipe before this one does not fit its arrays.
+            ValueError: A recipe does not fit its arrays.
         """
-        while self._begun and (self._begun[0].done() or len(self._begun) >= _BEHIND):
-            self._begun.popleft().result()
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="qwenlora-fill")
-        filling = self._pool.submit(_core.fill_packed, recipes, threads=self._threads)
-        self._begun.append(filling)
+        while self._begun and (self._begun[0].query() or len(self._begun) >= _BEHIND):
+            self._begun.popleft().wait()
+        if self._fillers is None:
+            self._fillers = _core.Fillers(threads=self._threads)
+        self._begun.append(self._fillers.fill(recipes))
 
     def begun(self) -> Copied | None:
         """When what is begun is done; None where nothing is."""
-        return _Filled(self._begun[-1]) if self._begun else None
+        return self._begun[-1] if self._begun else None
 
     def wait(self) -> None:
         """Return when all is done; raise what filling came upon."""
         while self._begun:
-            self._begun.popleft().result()
+            self._begun.popleft().wait()
 
     def close(self) -> None:
         """Wait for what is under way, whatever becomes of it."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True)
-
-
-class _Filled:
-    """All recipes up to one are carried out, or have failed."""
-
-    def __init__(self, filling: Future[None]) -> None:
-        self._filling = filling
-
-    def query(self) -> bool:
-        """Whether they are."""
-        return self._filling.done()
-
-    def synchronize(self) -> None:
-        """Wait until they are."""
-        futures.wait([self._filling])
+        if self._fillers is not None:
+            self._fillers.close()

@@ -7,6 +7,7 @@
 mod band;
 mod check;
 mod error;
+mod fillers;
 mod fragment;
 mod table;
 mod unpack;
@@ -15,6 +16,7 @@ mod up;
 use std::num::NonZeroUsize;
 
 pub use error::{PackError, PackFault};
+pub use fillers::{FillPanic, Fillers, Filling};
 pub use table::Table;
 pub use unpack::{Side, Unpacking, unpack};
 
@@ -170,14 +172,18 @@ pub struct UpMember<'a> {
 /// Fills the destinations of all recipes, with up to `threads` threads.
 ///
 /// Every recipe is checked before the first byte is written.
-pub fn fill(recipes: &mut [Recipe<'_>], threads: NonZeroUsize) -> Result<(), PackError> {
-    for (index, recipe) in recipes.iter().enumerate() {
+pub fn fill(recipes: Vec<Recipe<'_>>, threads: NonZeroUsize) -> Result<(), PackError> {
+    check_all(&recipes)?;
+    let bands = recipes.into_iter().flat_map(band::cut).collect();
+    queue::drain_apart(bands, threads, band::Band::fill);
+    Ok(())
+}
+
+fn check_all(recipes: &[Recipe<'_>]) -> Result<(), PackError> {
+    recipes.iter().enumerate().try_for_each(|(index, recipe)| {
         check::check(recipe).map_err(|fault| PackError {
             recipe: index,
             fault,
-        })?;
-    }
-    let bands = recipes.iter_mut().flat_map(band::cut).collect();
-    queue::drain_apart(bands, threads, band::Band::fill);
-    Ok(())
+        })
+    })
 }

@@ -44,21 +44,40 @@ pub(crate) fn drain<T: Send, E: Send>(
 /// one of its own, and all but one are thrown away.
 pub(crate) fn drain_apart<T: Send>(items: Vec<T>, threads: NonZeroUsize, work: impl Fn(T) + Sync) {
     let workers = threads.get().min(items.len());
-    let longest = items.len().div_ceil(threads.get());
-    let mut items = items.into_iter();
-    let runs = (0..workers).map(|_| items.by_ref().take(longest).collect());
-    let runs: Mutex<Vec<VecDeque<T>>> = Mutex::new(runs.collect());
-    let take = |worker: usize| {
-        let mut runs = lock(&runs);
-        runs[worker].pop_front().or_else(|| {
-            let longest = runs.iter_mut().max_by_key(|run| run.len());
-            longest.and_then(VecDeque::pop_back)
-        })
-    };
+    let items = Apart::new(items, threads);
+    let take = |worker| items.take(worker);
     let Ok(()) = employ(workers, take, |item| {
         work(item);
         Ok::<(), Infallible>(())
     });
+}
+
+/// A list of which each worker has a run of neighbours.
+#[derive(Debug)]
+pub(crate) struct Apart<T> {
+    runs: Mutex<Vec<VecDeque<T>>>,
+}
+
+impl<T> Apart<T> {
+    /// Shares a list among so many workers.
+    pub(crate) fn new(items: Vec<T>, workers: NonZeroUsize) -> Self {
+        let longest = items.len().div_ceil(workers.get());
+        let mut items = items.into_iter();
+        let runs = (0..workers.get()).map(|_| items.by_ref().take(longest).collect());
+        Self {
+            runs: Mutex::new(runs.collect()),
+        }
+    }
+
+    /// The next of a worker's own items, else the last of the longest run; None when all are taken.
+    pub(crate) fn take(&self, worker: usize) -> Option<T> {
+        let mut runs = lock(&self.runs);
+        let own = runs.get_mut(worker).and_then(VecDeque::pop_front);
+        own.or_else(|| {
+            let longest = runs.iter_mut().max_by_key(|run| run.len());
+            longest.and_then(VecDeque::pop_back)
+        })
+    }
 }
 
 /// Lets every worker, by its number, take one item after the other until there is none.

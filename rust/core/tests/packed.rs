@@ -248,14 +248,14 @@ fn filled(
 ) -> Result<Vec<u8>, PackError> {
     let len = slow(columns, slots, channels, element.bytes()).len();
     let mut dest = vec![BEFORE; len];
-    let mut recipes = [Recipe {
+    let recipe = Recipe {
         dest: &mut dest,
         slots,
         channels,
         element,
         columns: columns.iter().map(Owned::borrow).collect(),
-    }];
-    fill(&mut recipes, NonZeroUsize::new(threads).expect("some"))?;
+    };
+    fill(vec![recipe], NonZeroUsize::new(threads).expect("some"))?;
     Ok(dest)
 }
 
@@ -348,7 +348,7 @@ fn many_recipes_into_one_buffer() {
     let size = channels * tiles * TILE * 2;
     let source = pattern(channels * tiles * TILE * 2, 3);
     let mut arena = vec![0xa5; 5 * size];
-    let mut recipes: Vec<Recipe<'_>> = arena
+    let recipes: Vec<Recipe<'_>> = arena
         .chunks_mut(size)
         .map(|dest| Recipe {
             dest,
@@ -365,7 +365,7 @@ fn many_recipes_into_one_buffer() {
             }],
         })
         .collect();
-    fill(&mut recipes, NonZeroUsize::MIN).expect("right recipes");
+    fill(recipes, NonZeroUsize::MIN).expect("right recipes");
     assert!(arena.chunks(size).all(|factor| factor == source));
 }
 
@@ -499,7 +499,7 @@ proptest! {
         let mut dest = vec![0; lens[1]];
         let columns = vec![column, Column::Zero { tiles: a }];
         let recipe = Recipe { dest: &mut dest, slots, channels, element: ElementSize::Two, columns };
-        let answer = fill(&mut [recipe], NonZeroUsize::MIN);
+        let answer = fill(vec![recipe], NonZeroUsize::MIN);
         prop_assert!(answer.is_ok() || dest.iter().all(|&byte| byte == 0));
     }
 }
@@ -533,7 +533,7 @@ fn fault_of(
         element,
         columns: vec![column],
     };
-    let error = fill(&mut [right, wrong], NonZeroUsize::MIN).expect_err("a wrong recipe");
+    let error = fill(vec![right, wrong], NonZeroUsize::MIN).expect_err("a wrong recipe");
     assert!(dest.iter().all(|&byte| byte == 7), "nothing may be written");
     error.to_string()
 }

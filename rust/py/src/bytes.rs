@@ -1,6 +1,8 @@
 //! NumPy `uint8` arrays as bytes: borrowed, contiguous, and never two views of one place while one
 //! of them is written.
 
+use std::slice;
+
 use numpy::{PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyReadwriteArrayDyn};
 use numpy::{PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
@@ -21,6 +23,24 @@ impl<'py> Source<'py> {
     /// Its bytes, in C order.
     pub(crate) fn bytes(&self) -> PyResult<&[u8]> {
         Ok(self.0.as_slice()?)
+    }
+
+    /// Its bytes, for threads that read them after the call has returned.
+    ///
+    /// The array must outlive every use, and nobody may write to its memory meanwhile: what Python
+    /// promises for one call, it then promises until these threads are done.
+    #[expect(unsafe_code, reason = "bytes are lent beyond a call")]
+    pub(crate) fn lent(&self) -> PyResult<&'static [u8]> {
+        let bytes = self.bytes()?;
+        let (begin, len) = (bytes.as_ptr(), bytes.len());
+        // SAFETY: `begin` and `len` are those of a slice. Whoever borrows it (`Filling`) keeps the
+        // array, and with it the memory, until no thread holds a part of it.
+        Ok(unsafe { slice::from_raw_parts(begin, len) })
+    }
+
+    /// The array itself.
+    pub(crate) fn array(&self) -> Py<PyAny> {
+        self.0.as_any().clone().unbind()
     }
 
     /// Where it lies.
@@ -44,6 +64,25 @@ impl<'py> Dest<'py> {
     /// Its bytes, in C order.
     pub(crate) fn bytes(&mut self) -> PyResult<&mut [u8]> {
         Ok(self.0.as_slice_mut()?)
+    }
+
+    /// Its bytes, for threads that write to them after the call has returned.
+    ///
+    /// The array must outlive every use, and nobody may touch its memory meanwhile: what Python
+    /// promises for one call, it then promises until these threads are done.
+    #[expect(unsafe_code, reason = "bytes are lent beyond a call")]
+    pub(crate) fn lent(&mut self) -> PyResult<&'static mut [u8]> {
+        let bytes = self.bytes()?;
+        let (begin, len) = (bytes.as_mut_ptr(), bytes.len());
+        // SAFETY: `begin` and `len` are those of a slice. Whoever borrows it (`Reading`, `Filling`)
+        // keeps the array, and with it the memory, until no thread holds a part of it; `Fillers`
+        // lends no memory a second time before that.
+        Ok(unsafe { slice::from_raw_parts_mut(begin, len) })
+    }
+
+    /// The array itself.
+    pub(crate) fn array(&self) -> Py<PyAny> {
+        self.0.as_any().clone().unbind()
     }
 
     /// Where it lies.
@@ -77,6 +116,11 @@ fn kind_of(object: &Bound<'_, PyAny>) -> String {
             .name()
             .map_or_else(|_| "another object".into(), |name| name.to_string()),
     }
+}
+
+/// Whether something is written in one place that is used in another.
+pub(crate) fn collide(one: &[Place], other: &[Place]) -> bool {
+    check_apart([one, other].concat()).is_err()
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

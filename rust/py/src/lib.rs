@@ -11,6 +11,7 @@ mod bytes;
 mod cli;
 mod error;
 mod file_plan;
+mod fillers;
 mod findings;
 mod pack;
 mod reader;
@@ -26,6 +27,8 @@ mod _core {
     use super::cli::run_keys;
     #[pymodule_export]
     use super::file_plan::{FilePlan, file_identity};
+    #[pymodule_export]
+    use super::fillers::{Fillers, Filling};
     #[pymodule_export]
     use super::findings::look_at;
     #[pymodule_export]

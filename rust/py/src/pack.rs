@@ -37,8 +37,8 @@ pub(crate) fn fill_packed(
     let mut arguments = borrowed(py, &recipes)?;
     check_apart(arguments.iter().flat_map(PackedArgument::places).collect())?;
     let recipes = arguments.iter_mut().map(PackedArgument::recipe);
-    let mut recipes = recipes.collect::<PyResult<Vec<_>>>()?;
-    py.detach(|| packed::fill(&mut recipes, threads))
+    let recipes = recipes.collect::<PyResult<Vec<_>>>()?;
+    py.detach(|| packed::fill(recipes, threads))
         .map_err(|e| PyValueError::new_err(e.to_string()))
 }
 
@@ -85,7 +85,7 @@ fn element_of(bytes: usize) -> PyResult<ElementSize> {
 }
 
 /// Borrows the arrays of all recipes; what is wrong with one is raised with its index.
-fn borrowed<'py>(
+pub(crate) fn borrowed<'py>(
     py: Python<'py>,
     recipes: &[PackedTuple<'py>],
 ) -> PyResult<Vec<PackedArgument<'py>>> {
@@ -99,10 +99,10 @@ fn borrowed<'py>(
 }
 
 /// (dest, slots, channels, bytes of an element, columns).
-type PackedTuple<'py> = (Object<'py>, usize, usize, usize, Vec<Bound<'py, PyTuple>>);
+pub(crate) type PackedTuple<'py> = (Object<'py>, usize, usize, usize, Vec<Bound<'py, PyTuple>>);
 
 /// One recipe of packed factors, its arrays borrowed.
-struct PackedArgument<'py> {
+pub(crate) struct PackedArgument<'py> {
     dest: Dest<'py>,
     slots: usize,
     channels: usize,
@@ -123,15 +123,36 @@ impl<'py> PackedArgument<'py> {
         })
     }
 
-    fn places(&self) -> impl Iterator<Item = Place> {
+    pub(crate) fn places(&self) -> impl Iterator<Item = Place> {
         let sources = self.columns.iter().flat_map(ColumnArgument::sources);
         sources.map(Source::place).chain([self.dest.place()])
     }
 
+    /// All arrays.
+    pub(crate) fn arrays(&self) -> impl Iterator<Item = Py<PyAny>> {
+        let sources = self.columns.iter().flat_map(ColumnArgument::sources);
+        sources.map(Source::array).chain([self.dest.array()])
+    }
+
+    /// The recipe, for as long as its arrays are borrowed.
     fn recipe(&mut self) -> PyResult<Recipe<'_>> {
-        let columns = self.columns.iter().map(ColumnArgument::column);
+        let columns = self.columns.iter();
+        let columns = columns.map(|column| column.column(&Source::bytes));
         Ok(Recipe {
             dest: self.dest.bytes()?,
+            slots: self.slots,
+            channels: self.channels,
+            element: self.element,
+            columns: columns.collect::<PyResult<_>>()?,
+        })
+    }
+
+    /// The recipe, for threads that follow it after the call has returned.
+    pub(crate) fn lent(&mut self) -> PyResult<Recipe<'static>> {
+        let columns = self.columns.iter();
+        let columns = columns.map(|column| column.column(&Source::lent));
+        Ok(Recipe {
+            dest: self.dest.lent()?,
             slots: self.slots,
             channels: self.channels,
             element: self.element,
@@ -231,7 +252,11 @@ impl<'py> ColumnArgument<'py> {
         }
     }
 
-    fn column(&self) -> PyResult<Column<'_>> {
+    /// The column, of bytes that `bytes` gives.
+    fn column<'s, 'b>(
+        &'s self,
+        bytes: &impl Fn(&'s Source<'py>) -> PyResult<&'b [u8]>,
+    ) -> PyResult<Column<'b>> {
         Ok(match self {
             Self::Fragments {
                 sources,
@@ -240,7 +265,7 @@ impl<'py> ColumnArgument<'py> {
             } => {
                 let sources = sources.iter().map(|(source, tiles)| {
                     Ok(Packed {
-                        source: source.bytes()?,
+                        source: bytes(source)?,
                         tiles: *tiles,
                     })
                 });
@@ -251,7 +276,7 @@ impl<'py> ColumnArgument<'py> {
                 }
             }
             Self::Down { tiles, members } => {
-                let members = members.iter().map(DownArgument::member);
+                let members = members.iter().map(|member| member.member(bytes));
                 Column::Down {
                     tiles: *tiles,
                     members: members.collect::<PyResult<_>>()?,
@@ -262,7 +287,7 @@ impl<'py> ColumnArgument<'py> {
                 members,
                 untouched,
             } => {
-                let members = members.iter().map(UpArgument::member);
+                let members = members.iter().map(|member| member.member(bytes));
                 Column::Up {
                     tiles: *tiles,
                     members: members.collect::<PyResult<_>>()?,
@@ -291,9 +316,12 @@ impl<'py> DownArgument<'py> {
         })
     }
 
-    fn member(&self) -> PyResult<DownMember<'_>> {
+    fn member<'s, 'b>(
+        &'s self,
+        bytes: &impl Fn(&'s Source<'py>) -> PyResult<&'b [u8]>,
+    ) -> PyResult<DownMember<'b>> {
         Ok(DownMember {
-            source: self.source.bytes()?,
+            source: bytes(&self.source)?,
             rank: self.rank,
             rank_begin: self.rank_begin,
         })
@@ -318,7 +346,7 @@ impl<'py> UpArgument<'py> {
         let (source, table, row_begin, row_count, rank, rank_begin) = member;
         let table = table.as_ref().map(Source::of).transpose()?;
         if let Some(table) = &table {
-            table_of(table)?;
+            table_of(table.bytes()?)?;
         }
         Ok(Self {
             source: Source::of(source)?,
@@ -330,10 +358,14 @@ impl<'py> UpArgument<'py> {
         })
     }
 
-    fn member(&self) -> PyResult<UpMember<'_>> {
+    fn member<'s, 'b>(
+        &'s self,
+        bytes: &impl Fn(&'s Source<'py>) -> PyResult<&'b [u8]>,
+    ) -> PyResult<UpMember<'b>> {
+        let table = self.table.as_ref().map(|table| table_of(bytes(table)?));
         Ok(UpMember {
-            source: self.source.bytes()?,
-            table: self.table.as_ref().map(table_of).transpose()?,
+            source: bytes(&self.source)?,
+            table: table.transpose()?,
             row_begin: self.row_begin,
             row_count: self.row_count,
             rank: self.rank,
@@ -342,8 +374,7 @@ impl<'py> UpArgument<'py> {
     }
 }
 
-fn table_of<'a>(source: &'a Source<'_>) -> PyResult<Table<'a>> {
-    let bytes = source.bytes()?;
+fn table_of(bytes: &[u8]) -> PyResult<Table<'_>> {
     Table::from_bytes(bytes).ok_or_else(|| {
         PyValueError::new_err(format!(
             "a table has {} bytes, got {}",

@@ -2,11 +2,9 @@
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::slice;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use numpy::{PyArray1, PyArrayMethods, PyReadwriteArray1};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use qwenlora_core::config::{self, SourceIdentity};
@@ -17,11 +15,12 @@ use qwenlora_core::source::{
     ByteRange, Readers as CoreReaders, Reading as CoreReading, SourceFile,
 };
 
+use crate::bytes::Dest;
 use crate::error;
 use crate::file_plan::{SourceTuple, source_tuple};
 
 /// How long a wait goes on before it is asked whether the user wants to stop.
-const SIGNALS: Duration = Duration::from_millis(50);
+pub(crate) const SIGNALS: Duration = Duration::from_millis(50);
 
 /// An open file whose identity is checked before and after reading.
 #[pyclass(frozen, module = "qwenlora._core")]
@@ -73,7 +72,7 @@ impl TensorReader {
         &self,
         py: Python<'_>,
         ranges: Vec<(u64, u64, usize)>,
-        dest: &Bound<'_, PyArray1<u8>>,
+        dest: &Bound<'_, PyAny>,
         threads: NonZeroUsize,
     ) -> PyResult<()> {
         let source = self.source()?;
@@ -85,8 +84,8 @@ impl TensorReader {
                 dest_offset,
             })
             .collect();
-        let mut dest = writable(dest)?;
-        let bytes = bytes_of(&mut dest)?;
+        let mut dest = Dest::of(dest)?;
+        let bytes = dest.bytes()?;
         py.detach(|| source.read_ranges(&ranges, bytes, threads))
             .map_err(|e| error::from_source(py, &e))
     }
@@ -135,14 +134,15 @@ impl Readers {
         &self,
         file: &TensorReader,
         runs: Vec<Run>,
-        dest: Bound<'_, PyArray1<u8>>,
+        dest: Bound<'_, PyAny>,
         measure: Option<&str>,
     ) -> PyResult<Reading> {
         let py = dest.py();
         let source = file.source()?;
         let ranges = ranges_of(&runs)?;
         let measured = measure.map(magnitudes_of).transpose()?;
-        let bytes = lent(&dest)?;
+        // `Reading` keeps the array.
+        let bytes = Dest::of(&dest)?.lent()?;
         // Locked without the GIL only: whoever waits for one never holds the other.
         let begun = py.detach(|| {
             let readers = self.readers.lock().unwrap_or_else(PoisonError::into_inner);
@@ -173,7 +173,7 @@ impl Readers {
 pub(crate) struct Reading {
     reading: CoreReading,
     // Dropped after the reading, in the order of fields.
-    _dest: Py<PyArray1<u8>>,
+    _dest: Py<PyAny>,
 }
 
 #[pymethods]
@@ -213,30 +213,4 @@ fn ranges_of(runs: &[Run]) -> PyResult<Vec<ByteRange>> {
         }
     }
     Ok(ranges)
-}
-
-fn writable<'py>(dest: &Bound<'py, PyArray1<u8>>) -> PyResult<PyReadwriteArray1<'py, u8>> {
-    dest.try_readwrite()
-        .map_err(|e| PyValueError::new_err(format!("the buffer cannot be written: {e}")))
-}
-
-fn bytes_of<'a>(dest: &'a mut PyReadwriteArray1<'_, u8>) -> PyResult<&'a mut [u8]> {
-    dest.as_slice_mut()
-        .map_err(|e| PyValueError::new_err(format!("the buffer is not contiguous: {e}")))
-}
-
-/// The array's memory, for threads that write to it after the call has returned.
-#[expect(
-    unsafe_code,
-    reason = "the one place where bytes are lent beyond a call"
-)]
-fn lent(dest: &Bound<'_, PyArray1<u8>>) -> PyResult<&'static mut [u8]> {
-    let mut dest = writable(dest)?;
-    let bytes = bytes_of(&mut dest)?;
-    let (begin, len) = (bytes.as_mut_ptr(), bytes.len());
-    // SAFETY: `begin` and `len` are those of a slice. `Reading` keeps the array, and with it the
-    // memory, until the slice is gone: dropping it waits until no thread holds a part of it, and a
-    // reading that is never dropped never lets go of the array. Callers do not touch the memory
-    // meanwhile, as `TensorReader.read_into` asks of them for one call.
-    Ok(unsafe { slice::from_raw_parts_mut(begin, len) })
 }

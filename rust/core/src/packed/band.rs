@@ -1,5 +1,7 @@
 //! One thread's share of a factor: some of its channel tiles, filled column by column.
 
+use std::sync::Arc;
+
 use super::fragment::{LINES, Line, Row, clear, lines, lines_mut, rows, weave};
 use super::up;
 use super::{Column, DownMember, ElementSize, FRAGMENT, Recipe, TILE, Untouched, UpMember};
@@ -23,15 +25,16 @@ pub(super) struct Band<'a> {
     /// Fragments of each channel tile.
     tiles: usize,
     element: ElementSize,
-    columns: &'a [Column<'a>],
+    columns: Arc<[Column<'a>]>,
 }
 
 /// Cuts a checked recipe into bands.
-pub(super) fn cut<'r>(recipe: &'r mut Recipe<'_>) -> Vec<Band<'r>> {
+pub(super) fn cut(recipe: Recipe<'_>) -> Vec<Band<'_>> {
     if recipe.dest.is_empty() {
         return Vec::new();
     }
-    let (slots, element, columns) = (recipe.slots, recipe.element, &*recipe.columns);
+    let (slots, element) = (recipe.slots, recipe.element);
+    let columns: Arc<[Column<'_>]> = recipe.columns.into();
     let tiles: usize = columns.iter().map(Column::tiles).sum();
     let channel_tiles = recipe.channels / TILE;
     let tile_bytes = tiles * FRAGMENT * element.bytes();
@@ -46,7 +49,7 @@ pub(super) fn cut<'r>(recipe: &'r mut Recipe<'_>) -> Vec<Band<'r>> {
             channel_tiles,
             tiles,
             element,
-            columns,
+            columns: Arc::clone(&columns),
         });
         bands.extend(own);
     }

@@ -1,0 +1,210 @@
+//! Threads that fill composed factors while somebody else does something else: one request after
+//! another, without a pause in between.
+
+use std::collections::VecDeque;
+use std::num::NonZeroUsize;
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use thiserror::Error;
+
+use super::band::{self, Band};
+use super::{PackError, Recipe, check_all};
+use crate::queue::{Apart, lock};
+
+/// Threads that carry out recipes in the order in which they come.
+///
+/// Dropped, they first do all that was begun.
+#[derive(Debug)]
+pub struct Fillers {
+    queue: Arc<Queue>,
+    threads: Vec<JoinHandle<()>>,
+    wanted: NonZeroUsize,
+}
+
+/// Recipes that are being carried out, or wait for it.
+#[derive(Debug, Clone)]
+pub struct Filling {
+    job: Arc<Job>,
+}
+
+/// A thread panicked while it filled, and has told so; what was to be filled is not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("filling memory failed: a thread panicked")]
+pub struct FillPanic;
+
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: Mutex<Waiting>,
+    more: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    /// The first is being carried out.
+    jobs: VecDeque<Arc<Job>>,
+    closed: bool,
+}
+
+/// One request.
+#[derive(Debug)]
+struct Job {
+    bands: Apart<Band<'static>>,
+    /// Whether a thread has found no band left.
+    taken: AtomicBool,
+    progress: Mutex<Progress>,
+    done: Condvar,
+}
+
+#[derive(Debug)]
+struct Progress {
+    left: usize,
+    panicked: bool,
+}
+
+impl Fillers {
+    /// Starts up to `threads` threads; where the system gives none, filling happens when asked for.
+    pub fn new(threads: NonZeroUsize) -> Self {
+        let queue = Arc::new(Queue::default());
+        let start = |worker| {
+            let own = Arc::clone(&queue);
+            let named = thread::Builder::new().name("qwenlora-fill".to_owned());
+            named.spawn(move || own.work(worker)).ok()
+        };
+        let started = (0..threads.get()).map_while(start).collect();
+        Self {
+            queue,
+            threads: started,
+            wanted: threads,
+        }
+    }
+
+    /// Begins to carry out recipes, when all that was begun before is done.
+    ///
+    /// Every recipe is checked before. Their memory must not be used until [`Filling::wait`] says
+    /// that it is filled.
+    pub fn fill(&self, mut recipes: Vec<Recipe<'static>>) -> Result<Filling, PackError> {
+        check_all(&recipes)?;
+        let bands: Vec<_> = recipes.drain(..).flat_map(band::cut).collect();
+        let job = Arc::new(Job::new(bands, self.wanted));
+        if job.is_done() {
+            return Ok(Filling { job });
+        }
+        lock(&self.queue.waiting).jobs.push_back(Arc::clone(&job));
+        if self.threads.is_empty() {
+            self.queue.carry_out(&job, 0);
+        } else {
+            self.queue.more.notify_all();
+        }
+        Ok(Filling { job })
+    }
+}
+
+impl Drop for Fillers {
+    fn drop(&mut self) {
+        lock(&self.queue.waiting).closed = true;
+        self.queue.more.notify_all();
+        for thread in self.threads.drain(..) {
+            // None panics: what panics within one is caught.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Filling {
+    /// Waits for at most this long; whether all is filled.
+    pub fn wait(&self, timeout: Duration) -> Result<bool, FillPanic> {
+        let progress = lock(&self.job.progress);
+        let unfinished = |progress: &mut Progress| progress.left > 0;
+        let waited = self
+            .job
+            .done
+            .wait_timeout_while(progress, timeout, unfinished);
+        let (progress, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        match *progress {
+            Progress { left: 1.., .. } => Ok(false),
+            Progress { panicked: true, .. } => Err(FillPanic),
+            Progress { .. } => Ok(true),
+        }
+    }
+
+    /// Whether nobody uses the recipes' memory any more.
+    pub fn is_done(&self) -> bool {
+        self.job.is_done()
+    }
+
+    /// Waits until nobody does.
+    pub fn settle(&self) {
+        let progress = lock(&self.job.progress);
+        let done = self
+            .job
+            .done
+            .wait_while(progress, |progress| progress.left > 0);
+        drop(done);
+    }
+}
+
+impl Queue {
+    fn work(&self, worker: usize) {
+        while let Some(job) = self.next() {
+            self.carry_out(&job, worker);
+        }
+    }
+
+    /// The first job, as long as it has work for anybody; None when there will be no more.
+    fn next(&self) -> Option<Arc<Job>> {
+        let idle = |waiting: &mut Waiting| match waiting.jobs.front() {
+            Some(job) => job.taken.load(Ordering::Relaxed),
+            None => !waiting.closed,
+        };
+        let waited = self.more.wait_while(lock(&self.waiting), idle);
+        let waiting = waited.unwrap_or_else(PoisonError::into_inner);
+        waiting.jobs.front().map(Arc::clone)
+    }
+
+    fn carry_out(&self, job: &Job, worker: usize) {
+        while let Some(band) = job.bands.take(worker) {
+            // A thread that panics leaves the next band to the others, and to itself.
+            let filled = panic::catch_unwind(AssertUnwindSafe(|| band.fill()));
+            if job.finish_one(filled.is_err()) {
+                lock(&self.waiting).jobs.pop_front();
+                self.more.notify_all();
+            }
+        }
+        job.taken.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Job {
+    fn new(bands: Vec<Band<'static>>, threads: NonZeroUsize) -> Self {
+        let progress = Progress {
+            left: bands.len(),
+            panicked: false,
+        };
+        Self {
+            bands: Apart::new(bands, threads),
+            taken: AtomicBool::new(false),
+            progress: Mutex::new(progress),
+            done: Condvar::new(),
+        }
+    }
+
+    fn is_done(&self) -> bool {
+        lock(&self.progress).left == 0
+    }
+
+    /// One band is done with; whether it was the last.
+    fn finish_one(&self, panicked: bool) -> bool {
+        let mut progress = lock(&self.progress);
+        progress.left -= 1;
+        progress.panicked |= panicked;
+        let last = progress.left == 0;
+        if last {
+            self.done.notify_all();
+        }
+        last
+    }
+}
