@@ -20,7 +20,7 @@ from qwenlora.kept import KeptGroup, Room, base_versions, groups_left, rest_besi
 from qwenlora.limit import MaxRank
 from qwenlora.lock import lock_of
 from qwenlora.lora_set import LoraSet
-from qwenlora.memory import is_free
+from qwenlora.memory import DeviceMemory
 from qwenlora.offload import OffloadLayout, turn_on
 from qwenlora.placement import Deltas, Journal, Placer, path_units, restore_all
 from qwenlora.plan import PieceKind, Skip, StackPlan, plan_stack
@@ -218,6 +218,7 @@ class _Composition:
         self._wanted = wanted
         self._strict = strict
         self._started = time.perf_counter()
+        self._memory = DeviceMemory()
         self._state = read_state(model)
 
     def run(self) -> ComposeReport:
@@ -309,9 +310,11 @@ class _Composition:
             closing.callback(groups.close)
             # Before all that can be done while files are read.
             groups.begin()
+            if not entering:
+                structure.kept.check(base_versions(structure, self._state))
             leaving = self._leaving(planned, structure, needed) if whole else []
             options = rest_beside(self._wanted.options, leaving)
-            groups.keep_within(options)
+            groups.keep_within(options, self._memory)
             placer = Placer(
                 units,
                 planned.plan,
@@ -343,6 +346,8 @@ class _Composition:
         cache.pieces.turn()
         cache.on_device.turn()
         structure.kept.watch(())
+        if not structure.kept.holds(self._wanted.key):
+            return {}
         structure.kept.check(base_versions(structure, self._state))
         return structure.kept.take(self._wanted.key)
 
@@ -360,6 +365,7 @@ class _Composition:
             device_bytes=options.device_cache_bytes,
             deltas=sum(group.nbytes for group in planned.groups),
             needed=needed,
+            memory=self._memory,
         )
         left = groups_left(structure, state, planned.paths | state.records.keys())
         return [own.kept() for own in room.choose(left, structure.kept)]
@@ -392,7 +398,11 @@ class _Composition:
             return True
         needed += self._wanted.options.margin_bytes
         # What is kept there yields first.
-        return is_free(device, needed) or (cache.clear_devices() and is_free(device, needed))
+        if self._memory.has(device, needed):
+            return True
+        cleared = cache.clear_devices()
+        self._memory.changed()
+        return cleared and self._memory.has(device, needed)
 
     def _state_of(
         self, planned: Planned, structure: Structure, done: Sequence[Deltas]

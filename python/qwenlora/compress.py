@@ -52,8 +52,10 @@ CANCELLED = 1e-2
 """Below this share of its ranks' own energies a sum's energy is left to the exact way."""
 SMALLEST, LARGEST = 1e-30, 1e30
 """Energies of a half that are far from the limits of float32."""
-PANEL = 128
-"""Rows of a Gram matrix formed at a time, of which one triangle is multiplied."""
+PANELS = {torch.float32: 128, torch.bfloat16: 256}
+"""Rows of a Gram matrix formed at a time, of which one triangle is multiplied.
+
+More of bfloat16: what a product is of is brought to another order first, each time."""
 TINY = 1e-300
 """Keeps a direction of length zero at zero."""
 CREDIBLE = 1.001
@@ -445,10 +447,10 @@ def _gram(half: Tensor) -> Tensor:
         wide = half.to(torch.float32)
         return wide @ wide.mT
     own = half.to(_product_dtype(half))
-    size = own.shape[0]
+    size, panel = own.shape[0], PANELS[own.dtype]
     gram = own.new_empty((size, size), dtype=torch.float32)
-    for first in range(0, size, PANEL):
-        end = min(first + PANEL, size)
+    for first in range(0, size, panel):
+        end = min(first + panel, size)
         _row_products(own[first:end], own[first:], gram[first:end, first:])
         gram[end:, first:end] = gram[first:end, end:].mT
     return gram

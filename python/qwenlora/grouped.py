@@ -16,7 +16,7 @@ from qwenlora.deltas import GroupDeltas, non_finite
 from qwenlora.filler import Filler
 from qwenlora.host_arena import arena_of
 from qwenlora.layout import TILE, round_up
-from qwenlora.memory import DEVICE_RESERVE, is_free
+from qwenlora.memory import DEVICE_RESERVE
 from qwenlora.staging import Findings, Load, Loader, Staged, loads_of
 from qwenlora.transfer import BUFFERS, Transfer, transfer_to
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from qwenlora.bulk import Group, Stack
     from qwenlora.kept import KeptGroup
+    from qwenlora.memory import DeviceMemory
     from qwenlora.source import LoraSource, TensorFetcher
     from qwenlora.spec import ComposeOptions, LoraSpec
     from qwenlora.targets import Target
@@ -163,12 +164,12 @@ class GroupBuilder:
         """Begin to read; what is begun is to be closed."""
         self._loader.begin()
 
-    def keep_within(self, options: ComposeOptions) -> None:
+    def keep_within(self, options: ComposeOptions, memory: DeviceMemory) -> None:
         """Keep deltas as far as the caches of these options go; said before the first is built."""
         self._loader.cache_bytes = options.cache_bytes
         devices = {group.device for group in self.groups if group.device.type == "cuda"}
         for device in devices:
-            self._device_bytes = self._device_limit(device, options.device_cache_bytes)
+            self._device_bytes = self._device_limit(device, options.device_cache_bytes, memory)
 
     def build(self, group: Group, *, empty: Sequence[Target], tell: Callable[[int], None]) -> Built:
         """Build one group.
@@ -270,15 +271,15 @@ class GroupBuilder:
             self.placed.append(kept.placed)
         return Built([kept.deltas], [])
 
-    def _device_limit(self, device: torch.device, limit: int | None) -> int:
+    def _device_limit(self, device: torch.device, limit: int | None, memory: DeviceMemory) -> int:
         """Most bytes that the cache on the device may hold; 0 where this stack would not fit."""
         total = sum(load.nbytes for own in self._loads for load in own)
         if limit is None:
             kept, rest = cache.on_device.nbytes, self.needed + DEVICE_RESERVE
-            if is_free(device, total + rest):
+            if memory.has(device, total + rest):
                 limit = total + kept
             else:
-                limit = total if is_free(device, total - kept + rest) else 0
+                limit = total if memory.has(device, total - kept + rest) else 0
         return limit if total <= limit else 0
 
     def _expected(self, stack: Stack) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ they are packed.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -212,13 +213,22 @@ class _Up:
 
 
 def _table(values: torch.dtype, factor: float, dtype: torch.dtype) -> _Bytes:
-    """Every value of a dtype of two bytes, scaled."""
+    """Every value of a dtype of two bytes, scaled; to be read only."""
+    # As numbers 0 and -0 are one.
+    return _tabled(values, factor.hex(), dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _tabled(values: torch.dtype, factor_hex: str, dtype: torch.dtype) -> _Bytes:
+    factor = float.fromhex(factor_hex)
     every = torch.from_numpy(np.arange(1 << 16, dtype=np.uint16).view(np.int16)).view(values)
     scaled = torch.empty(every.shape, dtype=dtype)
     # Halves are as much as torch gives to one thread: others would be woken for nothing.
     for own, half in zip(scaled.chunk(2), every.chunk(2), strict=True):
         scaled_into(own, half, factor)
-    return host_bytes(scaled)
+    table = host_bytes(scaled)
+    table.flags.writeable = False
+    return table
 
 
 def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ from qwenlora import cache
 from qwenlora.allocation import is_part
 from qwenlora.bulk import Group
 from qwenlora.deltas import GroupDeltas
-from qwenlora.memory import DEVICE_RESERVE, is_free
+from qwenlora.memory import DEVICE_RESERVE, DeviceMemory
 from qwenlora.targets import FACTORS, factors_of
 
 if TYPE_CHECKING:
@@ -114,6 +114,11 @@ class KeptSets:
         with self._lock:
             own = [kept for groups in self._sets.values() for kept in groups.values()]
         return sum(kept.nbytes for kept in own if kept.on_host is on_host)
+
+    def holds(self, key: Hashable) -> bool:
+        """Whether something of a set is kept."""
+        with self._lock:
+            return key in self._sets
 
     def take(self, key: Hashable) -> Mapping[str, KeptGroup]:
         """A set's groups by their first paths; about to be in place, they are kept no longer."""
@@ -244,12 +249,14 @@ class Room:
         device_bytes: The same on devices; None where that depends on what is free.
         deltas: Bytes of the stack's deltas, which come first in host memory and on devices.
         needed: Device memory that composing the stack will take.
+        memory: What devices have free.
     """
 
     cache_bytes: int
     device_bytes: int | None
     deltas: int
     needed: int
+    memory: DeviceMemory
 
     def choose(self, left: Sequence[LeftGroup], kept: KeptSets) -> list[LeftGroup]:
         """What of the groups that are left is kept; sets left earlier make room."""
@@ -267,6 +274,7 @@ class Room:
         while on_device and not self._fits(on_device, nbytes):
             if not kept.drop_oldest(on_host=False):
                 return chosen
+            self.memory.changed()
         return chosen + on_device
 
     def _host_bytes(self) -> int:
@@ -277,7 +285,7 @@ class Room:
             # What is kept has its memory already; the rest must be free beside it.
             devices = {own.group.device for own in on_device}
             rest = self.needed + self.deltas + DEVICE_RESERVE
-            return all(is_free(device, rest) for device in devices)
+            return all(self.memory.has(device, rest) for device in devices)
         held = cache.shelved_bytes(on_host=False) + self.deltas
         return held + nbytes <= self.device_bytes
 

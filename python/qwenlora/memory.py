@@ -6,25 +6,34 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["DEVICE_RESERVE", "free_bytes", "host_bytes", "is_free", "new_bytes", "zero_bytes"]
+__all__ = ["DEVICE_RESERVE", "DeviceMemory", "host_bytes", "new_bytes", "zero_bytes"]
 
 DEVICE_RESERVE = 8 << 30
 """Device memory that must stay free beside what is cached there: for activations and the decoder.
 """
 
 
-def is_free(device: torch.device, nbytes: int) -> bool:
-    """Whether more than this much device memory can be had."""
-    driver, _ = torch.cuda.mem_get_info(device)
-    # What torch holds unused is slower to ask for.
-    return nbytes < driver or nbytes < free_bytes(device)
+class DeviceMemory:
+    """What devices have free; each is asked once, since the driver takes a millisecond for it."""
+
+    def __init__(self) -> None:
+        self._free: dict[torch.device, int] = {}
+
+    def has(self, device: torch.device, nbytes: int) -> bool:
+        """Whether more than this much can be had: of the driver, or of what torch holds unused."""
+        if device not in self._free:
+            self._free[device], _ = torch.cuda.mem_get_info(device)
+        free = self._free[device]
+        # What torch holds unused is slower to ask for.
+        return nbytes < free or nbytes < free + _unused_bytes(device)
+
+    def changed(self) -> None:
+        """Ask again: something was let go."""
+        self._free.clear()
 
 
-def free_bytes(device: torch.device) -> int:
-    """Device memory that can be had: what the driver has, and what torch holds unused."""
-    driver, _ = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(driver + held)
+def _unused_bytes(device: torch.device) -> int:
+    return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def host_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:

@@ -303,12 +303,10 @@ def _offloaded_units(
     changing |= planned.offloaded.keys()
     # A new manager's buffers are copies of block 0, with what that had.
     changing |= {twin.row.pattern for twin in structure.twins if not slot_of(twin).is_base()}
-    members: dict[str, list[Target]] = defaultdict(list)
-    for target in structure.targets.values():
-        if target.row.offloaded and target.row.pattern in changing:
-            members[target.row.pattern].append(target)
     units = []
-    for pattern, targets in members.items():
+    for pattern, targets in structure.offloaded.items():
+        if pattern not in changing:
+            continue
         groups, single = planned.offloaded.get(pattern, ([], []))
         if groups or single:
             unit = _offloaded_unit(targets, groups, single, planned.plan.some)

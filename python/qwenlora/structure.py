@@ -94,6 +94,15 @@ class Structure:
         return slot_map(self.targets.values())
 
     @cached_property
+    def offloaded(self) -> Mapping[str, Sequence[Target]]:
+        """Slots of blocks that are offloaded, by what their paths have in common."""
+        found: dict[str, list[Target]] = defaultdict(list)
+        for target in self.targets.values():
+            if target.row.offloaded:
+                found[target.row.pattern].append(target)
+        return found
+
+    @cached_property
     def twins(self) -> Sequence[Target]:
         """Under offload, the slots of the buffer blocks."""
         return [] if self.layout is None else self.layout.all_twins(self.targets.values())
