@@ -308,6 +308,8 @@ class _Composition:
                 needed=needed,
             )
             closing.callback(groups.close)
+            # Where reading takes new pinned memory the driver answers nobody else.
+            groups.ask(self._memory)
             # Before all that can be done while files are read.
             groups.begin()
             if not entering:

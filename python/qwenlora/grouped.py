@@ -164,11 +164,15 @@ class GroupBuilder:
         """Begin to read; what is begun is to be closed."""
         self._loader.begin()
 
+    def ask(self, memory: DeviceMemory) -> None:
+        """Ask for what `keep_within` will need to know."""
+        for device in self._devices():
+            memory.ask(device)
+
     def keep_within(self, options: ComposeOptions, memory: DeviceMemory) -> None:
         """Keep deltas as far as the caches of these options go; said before the first is built."""
         self._loader.cache_bytes = options.cache_bytes
-        devices = {group.device for group in self.groups if group.device.type == "cuda"}
-        for device in devices:
+        for device in self._devices():
             self._device_bytes = self._device_limit(device, options.device_cache_bytes, memory)
 
     def build(self, group: Group, *, empty: Sequence[Target], tell: Callable[[int], None]) -> Built:
@@ -270,6 +274,9 @@ class GroupBuilder:
         if kept.placed is not None:
             self.placed.append(kept.placed)
         return Built([kept.deltas], [])
+
+    def _devices(self) -> set[torch.device]:
+        return {group.device for group in self.groups if group.device.type == "cuda"}
 
     def _device_limit(self, device: torch.device, limit: int | None, memory: DeviceMemory) -> int:
         """Most bytes that the cache on the device may hold; 0 where this stack would not fit."""

@@ -21,11 +21,15 @@ class DeviceMemory:
 
     def has(self, device: torch.device, nbytes: int) -> bool:
         """Whether more than this much can be had: of the driver, or of what torch holds unused."""
-        if device not in self._free:
-            self._free[device], _ = torch.cuda.mem_get_info(device)
+        self.ask(device)
         free = self._free[device]
         # What torch holds unused is slower to ask for.
         return nbytes < free or nbytes < free + _unused_bytes(device)
+
+    def ask(self, device: torch.device) -> None:
+        """Ask now what is asked only once: later the driver may be busy."""
+        if device.type == "cuda" and device not in self._free:
+            self._free[device], _ = torch.cuda.mem_get_info(device)
 
     def changed(self) -> None:
         """Ask again: something was let go."""
