@@ -56,6 +56,8 @@ PANELS = {torch.float32: 128, torch.bfloat16: 256}
 """Rows of a Gram matrix formed at a time, of which one triangle is multiplied.
 
 More of bfloat16: what a product is of is brought to another order first, each time."""
+APART = 0.05
+"""Columns of which more than this is new are orthonormalised in float32: to about 1e-4."""
 TINY = 1e-300
 """Keeps a direction of length zero at zero."""
 CREDIBLE = 1.001
@@ -502,12 +504,30 @@ def _orthonormal(columns: Tensor) -> Tensor:
     """An orthonormal basis (n, R, k), nested as Gram and Schmidt's: QR by Cholesky.
 
     The Gram matrix is float64, in which that of columns which float32 can tell apart is positive.
+    Columns that are far from each other, as they are when they have nearly converged, do with
+    float32; a GPU, which would have to be waited for, is not asked.
     """
+    if columns.device.type == "cpu" and len(columns) == 1:
+        found = _well_apart(columns[0])
+        if found is not None:
+            return found.unsqueeze(0)
     wide = columns.to(torch.float64)
     lengths = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp(min=TINY)
     wide /= lengths
     inverse = _inverse_factor(_product(wide.mT, wide), RIDGE)
     return _product(wide.to(torch.float32), inverse.mT)
+
+
+def _well_apart(columns: Tensor) -> Tensor | None:
+    """The same of columns (R, k) of which none lies close to what is spanned before it."""
+    lengths = torch.linalg.vector_norm(columns, dim=0)
+    unit = columns / lengths
+    lower, failed = torch.linalg.cholesky_ex(unit.mT @ unit)
+    # What is left of each unit column beside those before it; NaN is no more than anything.
+    if failed or not lower.diagonal().amin() > APART:
+        return None
+    inverse: Tensor = torch.linalg.solve_triangular(lower, torch.eye(len(lower)), upper=False)
+    return unit @ inverse.mT
 
 
 def _inverse_factor(gram: Tensor, shift: Tensor | float) -> Tensor:
