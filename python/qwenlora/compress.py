@@ -526,8 +526,9 @@ def _well_apart(columns: Tensor) -> Tensor | None:
     # What is left of each unit column beside those before it; NaN is no more than anything.
     if failed or not lower.diagonal().amin() > APART:
         return None
-    inverse: Tensor = torch.linalg.solve_triangular(lower, torch.eye(len(lower)), upper=False)
-    return unit @ inverse.mT
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)), upper=False)
+    basis: Tensor = unit @ inverse.mT
+    return basis
 
 
 def _inverse_factor(gram: Tensor, shift: Tensor | float) -> Tensor:
