@@ -11,10 +11,10 @@ and an R x k matrix, whatever the layer's width. All of it is matrix products an
 factorisations, which run batched; there is no eigenvalue problem, which would not.
 
 The operator E = D D^T U^T U is shifted from the second iteration on: E - s tells the least wanted
-direction from the largest unwanted one as (l - s) from (u - s), which is more than l from u, as
-long as s does not lift the directions near zero as much. The mean energy of the unwanted directions
-is a shift that cannot exceed u, and it is known: the energy that the basis does not hold,
-1 - tr(Q^T E Q), over their number. So four iterations do better than five plain ones.
+direction l from the largest unwanted one u as (l - s) from (u - s), which is more than l from u. A
+good shift is the mean energy of the unwanted directions, which does not exceed u: the energy that
+the basis Q does not hold, 1 - tr(Q^T E Q) when Q has nearly converged, over their number. Half of l
+is the most, beyond which directions near zero would be lifted over wanted ones.
 
 Orthogonal iteration finds the directions in order of size, so one basis holds the truncations to
 every smaller rank, too.
@@ -397,11 +397,15 @@ class _Core:
         """The `rank` strongest directions of each sum, nearly."""
         count, ranks, _ = self.operator.shape
         generator = torch.Generator().manual_seed(0)
-        start = torch.randn(ranks, rank, generator=generator).to(self.operator.device)
+        start = torch.randn(ranks, rank, generator=generator, dtype=torch.float32)
+        start = start.to(self.operator.device)
         found = start.expand(count, -1, -1)
         for shift in SHIFTS:
-            image = _product(self.operator, found) if shift else self._of_start(found)
-            image -= shift * self._mean_outside(found, image) * found
+            if shift:
+                image = _product(self.operator, found)
+                image -= self._shift(found, image, shift) * found
+            else:
+                image = self._of_start(found)
             found = _orthonormal(image)
         into, out_of = self._projector(found)
         # Q = U into is orthonormal but for rounding, and out_of D = Q^T (U D).
@@ -426,11 +430,18 @@ class _Core:
             return _product(coarse, start).to(torch.float32)
         return _product(self.operator, start)
 
-    def _mean_outside(self, found: Tensor, image: Tensor) -> Tensor:
-        """(n, 1, 1): mean energy of the directions that are not among those `found` (n, R, k)."""
+    def _shift(self, found: Tensor, image: Tensor, weight: float) -> Tensor:
+        """(n, 1, 1): `weight` times the mean energy outside of a basis `found` (n, R, k).
+
+        `image` is its product with the operator, of which each column is as long as its direction
+        is strong, when it has nearly converged.
+        """
         _, ranks, held = found.shape
         outside = 1 - (found * image).sum(dim=(1, 2), keepdim=True) - TRACE_NOISE
-        return outside.clamp(min=0) / (ranks - held)
+        # The operator is not symmetric: of a basis far from converged this may be anything.
+        outside = torch.where((outside > 0) & (outside < 1), outside, 0)
+        weakest = torch.linalg.vector_norm(image, dim=1, keepdim=True).amin(dim=2, keepdim=True)
+        return torch.minimum(weight * outside / (ranks - held), weakest / 2)
 
     def _projector(self, found: Tensor) -> tuple[Tensor, Tensor]:
         """P (n, R, k) and P^T U^T U of an orthonormal basis U P of the directions U found."""
@@ -526,7 +537,8 @@ def _well_apart(columns: Tensor) -> Tensor | None:
     # What is left of each unit column beside those before it; NaN is no more than anything.
     if failed or not lower.diagonal().amin() > APART:
         return None
-    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)), upper=False)
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
     basis: Tensor = unit @ inverse.mT
     return basis
 

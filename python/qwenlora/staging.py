@@ -256,6 +256,7 @@ class Loader:
         self.cache_bytes = options.cache_bytes
         self._threads = readers_for(options.threads)
         self._readers: _core.Readers | None = None
+        self._from_cache: set[Load] = set()
         self._used: deque[tuple[Tensor, Copied | None]] = deque()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(_STARTERS, thread_name_prefix="qwenlora-read")
@@ -286,7 +287,9 @@ class Loader:
         if not staged.on_host:
             return
         key = self.key(load) if keep else None
-        if key is None or not cache.pieces.put(key, staged, limit_bytes=self.cache_bytes):
+        kept = key is not None and cache.pieces.put(key, staged, limit_bytes=self.cache_bytes)
+        # Others may use what came from the cache: only buffers of our own are written to again.
+        if not kept and load not in self._from_cache:
             whole = staged.bytes._base
             with self._lock:
                 self._used.append((staged.bytes if whole is None else whole, copied))
@@ -315,7 +318,11 @@ class Loader:
             load = self._waiting.popleft()
             begun_bytes += load.nbytes
             kept = self._kept(load)
-            finish = self._begin(load) if kept is None else partial(_given, kept)
+            if kept is None:
+                finish = self._begin(load)
+            else:
+                self._from_cache.add(load)
+                finish = partial(_given, kept)
             self._begun.append((load, finish))
 
     def _kept(self, load: Load) -> Staged | None:
