@@ -177,5 +177,21 @@ def test_no_file_stays_open_where_another_cannot_be_opened(model, lora, Draft, t
     assert reads.open == 0
 
 
+@pytest.mark.parametrize("strengths", [(1.0, 0.5), (0.7, 0.7)])
+def test_what_comes_from_the_cache_is_not_read_into(strengths, make_model, probe, Draft, tmp_path):
+    """One file twice, of whose kept deltas this composition may keep none."""
+    model, draft = make_model(num_layers=12), Draft(1)
+    for block in range(12):
+        draft.add(f"transformer_blocks.{block}.attn.to_out.0", 16)
+    path = draft.save(tmp_path / "lora.safetensors")
+    stack = [(path, strength) for strength in strengths]
+    none_kept = ComposeOptions(cache_bytes=0, staging_bytes=1)
+    fresh = make_model(num_layers=12)
+    qwenlora.compose_loras(fresh, stack, options=none_kept)
+    qwenlora.compose_loras(model, (path, 0.3), options=ComposeOptions(staging_bytes=1))
+    qwenlora.compose_loras(model, stack, options=none_kept)
+    assert probe.snapshot(model).differences(probe.snapshot(fresh)) == []
+
+
 def _raise_memory_error(*_args, **_options):
     raise MemoryError

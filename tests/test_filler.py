@@ -158,18 +158,38 @@ def zeroing(dest):
     return [(dest, 1, 16, 2, [("zero", dest.nbytes // TILE_BYTES)])]
 
 
+def copied(dest, source):
+    tiles = dest.nbytes // TILE_BYTES
+    return [(dest, 1, 16, 2, [("fragments", [(source, tiles)], 0, tiles)])]
+
+
 def test_the_last_of_several_over_one_place_counts(fillers):
-    """No two write to the same memory at a time, nor reads one what another writes."""
     place, source, copy = large(1), large(9), large(0)
-    tiles = place.nbytes // TILE_BYTES
     for _ in range(5):
         fillers.fill(zeroing(place))
-        fillers.fill([(place, 1, 16, 2, [("fragments", [(source, tiles)], 0, tiles)])])
-        last = fillers.fill([(copy, 1, 16, 2, [("fragments", [(place, tiles)], 0, tiles)])])
-        last.wait()
+        fillers.fill(copied(place, source))
+        fillers.fill(copied(copy, place)).wait()
         assert (place == 9).all()
         assert (copy == 9).all()
         copy[:] = 0
+
+
+@pytest.mark.parametrize("second", ["write", "read", "write what is read"])
+def test_memory_that_is_in_use_is_not_lent_again(second, fillers):
+    """The second request is begun when the first is done."""
+    one, other = (np.full(64 << 20, value, dtype=np.uint8) for value in (1, 2))
+    first = fillers.fill(copied(one, other) if second == "write what is read" else zeroing(one))
+    recipes = {"write": zeroing(one), "read": copied(other, one)}.get(second, zeroing(other))
+    after = fillers.fill(recipes)
+    assert first.query()
+    after.wait()
+
+
+def test_memory_that_is_only_read_is_lent_to_several(fillers):
+    source, dests = large(3), [large(0) for _ in range(3)]
+    begun = [fillers.fill(copied(dest, source)) for dest in dests]
+    begun[-1].wait()
+    assert all((dest == 3).all() for dest in dests)
 
 
 def test_views_of_one_array_may_be_filled_together(fillers):
@@ -211,20 +231,20 @@ def test_waiting_and_asking_any_number_of_times(fillers):
 
 
 def test_many_threads_ask(fillers):
-    """Recipes of one place, from several threads: each is whole when it is waited for."""
-    memory, tiles = torch.zeros(8 << 20, dtype=torch.uint8), (8 << 20) // TILE_BYTES
+    """Recipes of one place, from several threads: in the end one of them fills all of it."""
+    memory, done = torch.zeros(8 << 20, dtype=torch.uint8), []
     sources = [large(value) for value in range(1, 5)]
 
     def ask(source):
         place = memory[:].numpy()  # an array of its own: NumPy lends none to two at a time
         for _ in range(5):
-            recipe = (place, 1, 16, 2, [("fragments", [(source, tiles)], 0, tiles)])
-            fillers.fill([recipe]).wait()
+            fillers.fill(copied(place, source)).wait()
+            done.append(source)
 
     threads = [threading.Thread(target=ask, args=[source]) for source in sources]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(LONG)
-    assert not any(thread.is_alive() for thread in threads)
+    assert len(done) == 4 * 5
     assert any((memory == value).all() for value in range(1, 5))

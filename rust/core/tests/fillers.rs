@@ -191,6 +191,25 @@ fn what_comes_first_is_done_first() {
 }
 
 #[test]
+fn nothing_to_do_is_done_when_all_before_it_is() {
+    let fillers = Fillers::new(threads(1));
+    let shape = |slots| Shape {
+        slots,
+        channels: 49_152,
+        seed: 5,
+    };
+    let nothing = Lent::begin(&fillers, shape(0));
+    assert!(nothing.filling.is_done());
+    let large = Lent::begin(&fillers, shape(8));
+    let behind = Lent::begin(&fillers, shape(0));
+    assert_eq!(behind.filling.wait(LONG), Ok(true));
+    assert!(large.filling.is_done());
+    for lent in [nothing, large, behind] {
+        lent.taken_back();
+    }
+}
+
+#[test]
 fn a_wrong_recipe_is_refused_before_anything_is_begun() {
     let fillers = Fillers::new(threads(2));
     let wrong = Recipe {

@@ -27,14 +27,14 @@ impl<'py> Source<'py> {
 
     /// Its bytes, for threads that read them after the call has returned.
     ///
-    /// The array must outlive every use, and nobody may write to its memory meanwhile: what Python
-    /// promises for one call, it then promises until these threads are done.
+    /// # Safety
+    /// The array must be kept until the last use, and nobody may write to its memory meanwhile:
+    /// what Python promises for one call, it then promises until these threads are done.
     #[expect(unsafe_code, reason = "bytes are lent beyond a call")]
-    pub(crate) fn lent(&self) -> PyResult<&'static [u8]> {
+    pub(crate) unsafe fn lent(&self) -> PyResult<&'static [u8]> {
         let bytes = self.bytes()?;
         let (begin, len) = (bytes.as_ptr(), bytes.len());
-        // SAFETY: `begin` and `len` are those of a slice. Whoever borrows it (`Filling`) keeps the
-        // array, and with it the memory, until no thread holds a part of it.
+        // SAFETY: `begin` and `len` are those of a slice, whose memory the caller keeps.
         Ok(unsafe { slice::from_raw_parts(begin, len) })
     }
 
@@ -68,15 +68,15 @@ impl<'py> Dest<'py> {
 
     /// Its bytes, for threads that write to them after the call has returned.
     ///
-    /// The array must outlive every use, and nobody may touch its memory meanwhile: what Python
-    /// promises for one call, it then promises until these threads are done.
+    /// # Safety
+    /// The array must be kept until the last use, and nobody may touch its memory meanwhile: what
+    /// Python promises for one call, it then promises until these threads are done.
     #[expect(unsafe_code, reason = "bytes are lent beyond a call")]
-    pub(crate) fn lent(&mut self) -> PyResult<&'static mut [u8]> {
+    pub(crate) unsafe fn lent(&mut self) -> PyResult<&'static mut [u8]> {
         let bytes = self.bytes()?;
         let (begin, len) = (bytes.as_mut_ptr(), bytes.len());
-        // SAFETY: `begin` and `len` are those of a slice. Whoever borrows it (`Reading`, `Filling`)
-        // keeps the array, and with it the memory, until no thread holds a part of it; `Fillers`
-        // lends no memory a second time before that.
+        // SAFETY: `begin` and `len` are those of a slice, whose memory the caller keeps, and leaves
+        // to whoever has this one.
         Ok(unsafe { slice::from_raw_parts_mut(begin, len) })
     }
 

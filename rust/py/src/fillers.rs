@@ -1,8 +1,7 @@
 //! `Fillers`: recipes of `fill_packed` that are carried out while Python does something else.
 
 use std::num::NonZeroUsize;
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::sync::{Mutex, PoisonError};
 
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -47,8 +46,9 @@ impl Fillers {
 
     /// Begins to carry out recipes, as `fill_packed` does, when those before them are done.
     ///
-    /// Nobody may touch the arrays until the filling is done, or gone. Where a recipe takes memory
-    /// that is still being filled, the call returns when that is done and this is begun.
+    /// Nobody may touch the arrays until the filling is done, or gone. Where a recipe writes to
+    /// memory that is still in use, or reads what is still being filled, the call returns when that
+    /// is done and this is begun.
     fn fill(&self, py: Python<'_>, recipes: Vec<PackedTuple<'_>>) -> PyResult<Filling> {
         let mut arguments = borrowed(py, &recipes)?;
         let places: Vec<_> = arguments.iter().flat_map(PackedArgument::places).collect();
@@ -74,8 +74,15 @@ impl Fillers {
 
     /// Waits until all that was begun is done; no more can be begun.
     fn close(&self, py: Python<'_>) {
-        let fillers = self.locked(|state| state.fillers.take());
-        py.detach(|| drop(fillers));
+        let (fillers, begun) = self.locked(|state| {
+            let begun = state.begun.iter().map(|begun| begun.filling.clone());
+            (state.fillers.take(), begun.collect::<Vec<_>>())
+        });
+        py.detach(|| {
+            // Whoever closes them a second time waits as well.
+            begun.iter().for_each(CoreFilling::settle);
+            drop(fillers);
+        });
     }
 }
 
@@ -88,6 +95,7 @@ enum Start {
 
 impl Fillers {
     /// Begins, unless something else has to be done before.
+    #[expect(unsafe_code, reason = "bytes are lent beyond a call")]
     fn begin(&self, arguments: &mut [PackedArgument<'_>], places: &[Place]) -> PyResult<Start> {
         self.locked(|state| {
             let fillers = state.fillers.as_ref();
@@ -97,8 +105,11 @@ impl Fillers {
             if let Some(before) = begun.find(|begun| collide(&begun.places, places)) {
                 return Ok(Start::After(before.filling.clone()));
             }
-            // Lent now, when nobody else has it; `Filling` keeps the arrays.
-            let recipes = arguments.iter_mut().map(PackedArgument::lent);
+            // SAFETY: `Filling` keeps the arrays, and settles before it lets them go. Of what these
+            // fillers have in use nothing is written to a second time, nor read while it is written;
+            // from all else Python keeps away until then, as it does for one call of `fill_packed`.
+            let lend = |argument: &mut PackedArgument<'_>| unsafe { argument.lent() };
+            let recipes = arguments.iter_mut().map(lend);
             let filling = fillers
                 .fill(recipes.collect::<PyResult<_>>()?)
                 .map_err(|e| PyValueError::new_err(e.to_string()))?;

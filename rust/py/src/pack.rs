@@ -148,11 +148,19 @@ impl<'py> PackedArgument<'py> {
     }
 
     /// The recipe, for threads that follow it after the call has returned.
-    pub(crate) fn lent(&mut self) -> PyResult<Recipe<'static>> {
+    ///
+    /// # Safety
+    /// All `arrays` must be kept until these threads are done, and nobody may touch the destination
+    /// or write to a source before.
+    #[expect(unsafe_code, reason = "bytes are lent beyond a call")]
+    pub(crate) unsafe fn lent(&mut self) -> PyResult<Recipe<'static>> {
         let columns = self.columns.iter();
-        let columns = columns.map(|column| column.column(&Source::lent));
+        // SAFETY: as the caller promises.
+        let lent = |source: &Source<'py>| unsafe { source.lent() };
+        let columns = columns.map(|column| column.column(&lent));
         Ok(Recipe {
-            dest: self.dest.lent()?,
+            // SAFETY: as the caller promises.
+            dest: unsafe { self.dest.lent() }?,
             slots: self.slots,
             channels: self.channels,
             element: self.element,

@@ -64,7 +64,7 @@ impl TensorReader {
 
     /// Fills `dest` from `(offset in the file, length, offset in dest)`, all in bytes.
     ///
-    /// Safety note, the one place where raw bytes cross: `dest` is borrowed exclusively from NumPy
+    /// `dest` is borrowed exclusively from NumPy
     /// for the call, so the GIL can be released while Rust writes into it; the caller must not
     /// touch it from another thread until the call returns.
     #[pyo3(signature = (ranges, dest, *, threads))]
@@ -130,6 +130,7 @@ impl Readers {
     /// `measure` is the dtype of all tensors, where the largest magnitude is wanted, too: F16, BF16
     /// or F32.
     #[pyo3(signature = (file, runs, dest, *, measure = None))]
+    #[expect(unsafe_code, reason = "bytes are lent beyond a call")]
     fn read(
         &self,
         file: &TensorReader,
@@ -141,8 +142,10 @@ impl Readers {
         let source = file.source()?;
         let ranges = ranges_of(&runs)?;
         let measured = measure.map(magnitudes_of).transpose()?;
-        // `Reading` keeps the array.
-        let bytes = Dest::of(&dest)?.lent()?;
+        let mut memory = Dest::of(&dest)?;
+        // SAFETY: `Reading` keeps the array, and settles before it lets it go; Python keeps away from
+        // the memory until then, as it does for one call of `read_into`.
+        let bytes = unsafe { memory.lent() }?;
         // Locked without the GIL only: whoever waits for one never holds the other.
         let begun = py.detach(|| {
             let readers = self.readers.lock().unwrap_or_else(PoisonError::into_inner);

@@ -86,14 +86,21 @@ impl Fillers {
     ///
     /// Every recipe is checked before. Their memory must not be used until [`Filling::wait`] says
     /// that it is filled.
-    pub fn fill(&self, mut recipes: Vec<Recipe<'static>>) -> Result<Filling, PackError> {
+    pub fn fill(&self, recipes: Vec<Recipe<'static>>) -> Result<Filling, PackError> {
         check_all(&recipes)?;
-        let bands: Vec<_> = recipes.drain(..).flat_map(band::cut).collect();
+        let bands: Vec<_> = recipes.into_iter().flat_map(band::cut).collect();
+        let mut waiting = lock(&self.queue.waiting);
+        if let (true, Some(last)) = (bands.is_empty(), waiting.jobs.back()) {
+            // Nothing to do is done when all before it is.
+            let job = Arc::clone(last);
+            return Ok(Filling { job });
+        }
         let job = Arc::new(Job::new(bands, self.wanted));
         if job.is_done() {
             return Ok(Filling { job });
         }
-        lock(&self.queue.waiting).jobs.push_back(Arc::clone(&job));
+        waiting.jobs.push_back(Arc::clone(&job));
+        drop(waiting);
         if self.threads.is_empty() {
             self.queue.carry_out(&job, 0);
         } else {
