@@ -535,7 +535,7 @@ def _refused(lora: int, plan: StackPlan, done: Sequence[SlotDeltas]) -> tuple[Sk
 
 
 def _judge_refusals(loras: Sequence[LoraReport], *, strict: bool) -> None:
-    """Raise what cannot, or must not, be passed over; the old stack is then put back."""
+    """Raise what cannot, or must not, be passed over."""
     for lora in loras:
         refused = [skip for skip in lora.skipped if skip.kind == "energy"]
         if not refused:
