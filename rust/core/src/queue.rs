@@ -4,8 +4,9 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 /// About the size of a band: many per factor, so that threads end together, yet long runs of memory.
 const BAND_BYTES: usize = 512 * 1024;
@@ -80,6 +81,69 @@ impl<T> Apart<T> {
     }
 }
 
+/// Work in pieces, and what became of it: counted down by whoever does them, waited for by others.
+#[derive(Debug)]
+pub(crate) struct Countdown<T> {
+    counted: Mutex<Counted<T>>,
+    done: Condvar,
+}
+
+#[derive(Debug)]
+struct Counted<T> {
+    left: usize,
+    outcome: T,
+}
+
+impl<T> Countdown<T> {
+    /// So many pieces, none of which is done.
+    pub(crate) fn new(pieces: usize, outcome: T) -> Self {
+        Self {
+            counted: Mutex::new(Counted {
+                left: pieces,
+                outcome,
+            }),
+            done: Condvar::new(),
+        }
+    }
+
+    /// Looks at, or changes, what is known so far.
+    pub(crate) fn known<R>(&self, look: impl FnOnce(&mut T) -> R) -> R {
+        look(&mut lock(&self.counted).outcome)
+    }
+
+    /// One piece is done with, as `note` says; whether it was the last.
+    pub(crate) fn finish(&self, note: impl FnOnce(&mut T)) -> bool {
+        let mut counted = lock(&self.counted);
+        counted.left = counted.left.saturating_sub(1);
+        note(&mut counted.outcome);
+        let last = counted.left == 0;
+        if last {
+            self.done.notify_all();
+        }
+        last
+    }
+
+    /// Whether all pieces are done with.
+    pub(crate) fn is_done(&self) -> bool {
+        lock(&self.counted).left == 0
+    }
+
+    /// Waits for them for at most this long; what `look` says of the outcome, None where some are left.
+    pub(crate) fn wait<R>(&self, timeout: Duration, look: impl FnOnce(&mut T) -> R) -> Option<R> {
+        let counted = lock(&self.counted);
+        let unfinished = |counted: &mut Counted<T>| counted.left > 0;
+        let waited = self.done.wait_timeout_while(counted, timeout, unfinished);
+        let (mut counted, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        (counted.left == 0).then(|| look(&mut counted.outcome))
+    }
+
+    /// Waits for them.
+    pub(crate) fn settle(&self) {
+        let unfinished = |counted: &mut Counted<T>| counted.left > 0;
+        drop(self.done.wait_while(lock(&self.counted), unfinished));
+    }
+}
+
 /// Lets every worker, by its number, take one item after the other until there is none.
 fn employ<T, E: Send>(
     workers: usize,
@@ -125,8 +189,10 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use std::num::NonZeroUsize;
     use std::sync::Mutex;
+    use std::thread;
+    use std::time::Duration;
 
-    use super::{BAND_BYTES, bands, drain, drain_apart};
+    use super::{BAND_BYTES, Countdown, bands, drain, drain_apart};
 
     fn threads(count: usize) -> NonZeroUsize {
         NonZeroUsize::new(count).expect("tests employ somebody")
@@ -167,6 +233,26 @@ mod tests {
     fn an_error_ends_the_work() {
         let work = |item| if item == 2 { Err(item) } else { Ok(()) };
         assert_eq!(drain((0..9).collect(), threads(2), work), Err(2));
+    }
+
+    #[test]
+    fn a_countdown_tells_its_outcome_when_all_pieces_are_done() {
+        let countdown = Countdown::new(3, Vec::new());
+        assert!(!countdown.finish(|done| done.push(1)));
+        assert_eq!(countdown.wait(Duration::ZERO, |done| done.clone()), None);
+        assert!(!countdown.is_done());
+        thread::scope(|scope| {
+            let waiting = [(); 2].map(|()| scope.spawn(|| countdown.settle()));
+            assert!(!countdown.finish(|done| done.push(2)));
+            assert!(countdown.finish(|done| done.push(3)));
+            for thread in waiting {
+                thread.join().unwrap();
+            }
+        });
+        let known = countdown.wait(Duration::ZERO, |done| done.clone());
+        assert_eq!(known, Some(vec![1, 2, 3]));
+        assert!(countdown.is_done());
+        assert!(Countdown::new(0, ()).is_done());
     }
 
     #[test]

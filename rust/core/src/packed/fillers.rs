@@ -13,7 +13,7 @@ use thiserror::Error;
 
 use super::band::{self, Band};
 use super::{PackError, Recipe, check_all};
-use crate::queue::{Apart, lock};
+use crate::queue::{Apart, Countdown, lock};
 
 /// Threads that carry out recipes in the order in which they come.
 ///
@@ -55,14 +55,8 @@ struct Job {
     bands: Apart<Band<'static>>,
     /// Whether a thread has found no band left.
     taken: AtomicBool,
-    progress: Mutex<Progress>,
-    done: Condvar,
-}
-
-#[derive(Debug)]
-struct Progress {
-    left: usize,
-    panicked: bool,
+    /// Of bands; whether one panicked.
+    progress: Countdown<bool>,
 }
 
 impl Fillers {
@@ -96,7 +90,7 @@ impl Fillers {
             return Ok(Filling { job });
         }
         let job = Arc::new(Job::new(bands, self.wanted));
-        if job.is_done() {
+        if job.progress.is_done() {
             return Ok(Filling { job });
         }
         waiting.jobs.push_back(Arc::clone(&job));
@@ -124,33 +118,21 @@ impl Drop for Fillers {
 impl Filling {
     /// Waits for at most this long; whether all is filled.
     pub fn wait(&self, timeout: Duration) -> Result<bool, FillPanic> {
-        let progress = lock(&self.job.progress);
-        let unfinished = |progress: &mut Progress| progress.left > 0;
-        let waited = self
-            .job
-            .done
-            .wait_timeout_while(progress, timeout, unfinished);
-        let (progress, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        match *progress {
-            Progress { left: 1.., .. } => Ok(false),
-            Progress { panicked: true, .. } => Err(FillPanic),
-            Progress { .. } => Ok(true),
+        match self.job.progress.wait(timeout, |panicked| *panicked) {
+            None => Ok(false),
+            Some(true) => Err(FillPanic),
+            Some(false) => Ok(true),
         }
     }
 
     /// Whether nobody uses the recipes' memory any more.
     pub fn is_done(&self) -> bool {
-        self.job.is_done()
+        self.job.progress.is_done()
     }
 
     /// Waits until nobody does.
     pub fn settle(&self) {
-        let progress = lock(&self.job.progress);
-        let done = self
-            .job
-            .done
-            .wait_while(progress, |progress| progress.left > 0);
-        drop(done);
+        self.job.progress.settle();
     }
 }
 
@@ -176,7 +158,7 @@ impl Queue {
         while let Some(band) = job.bands.take(worker) {
             // A thread that panics leaves the next band to the others, and to itself.
             let filled = panic::catch_unwind(AssertUnwindSafe(|| band.fill()));
-            if job.finish_one(filled.is_err()) {
+            if job.progress.finish(|panicked| *panicked |= filled.is_err()) {
                 lock(&self.waiting).jobs.pop_front();
                 self.more.notify_all();
             }
@@ -187,31 +169,10 @@ impl Queue {
 
 impl Job {
     fn new(bands: Vec<Band<'static>>, threads: NonZeroUsize) -> Self {
-        let progress = Progress {
-            left: bands.len(),
-            panicked: false,
-        };
         Self {
+            progress: Countdown::new(bands.len(), false),
             bands: Apart::new(bands, threads),
             taken: AtomicBool::new(false),
-            progress: Mutex::new(progress),
-            done: Condvar::new(),
         }
-    }
-
-    fn is_done(&self) -> bool {
-        lock(&self.progress).left == 0
-    }
-
-    /// One band is done with; whether it was the last.
-    fn finish_one(&self, panicked: bool) -> bool {
-        let mut progress = lock(&self.progress);
-        progress.left -= 1;
-        progress.panicked |= panicked;
-        let last = progress.left == 0;
-        if last {
-            self.done.notify_all();
-        }
-        last
     }
 }

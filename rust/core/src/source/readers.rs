@@ -13,7 +13,7 @@ use std::time::Duration;
 use super::ranges::{self, ByteRange, Piece};
 use super::{SourceError, SourceFile};
 use crate::magnitude::{Magnitudes, Pattern};
-use crate::queue::lock;
+use crate::queue::{Countdown, lock};
 
 /// Threads that read ranges of files into buffers, in the order in which that was asked for.
 ///
@@ -59,13 +59,12 @@ struct Job {
     measured: Option<Magnitudes>,
     /// The pattern of the largest magnitude so far.
     largest: AtomicU32,
-    progress: Mutex<Progress>,
-    done: Condvar,
+    /// Of pieces.
+    progress: Countdown<Progress>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Progress {
-    left: usize,
     cancelled: bool,
     failure: Option<SourceError>,
 }
@@ -143,17 +142,7 @@ impl Reading {
     /// An error is told once; from then on, and where the readers were dropped before they had
     /// filled it, [`SourceError::Stopped`] is.
     pub fn wait(&self, timeout: Duration) -> Result<bool, SourceError> {
-        let progress = lock(&self.job.progress);
-        let unfinished = |progress: &mut Progress| progress.left > 0;
-        let waited = self
-            .job
-            .done
-            .wait_timeout_while(progress, timeout, unfinished);
-        let (mut progress, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        if progress.left > 0 {
-            return Ok(false);
-        }
-        match progress.failure.take() {
+        let outcome = |progress: &mut Progress| match progress.failure.take() {
             Some(error) => {
                 progress.cancelled = true;
                 Err(error)
@@ -162,7 +151,9 @@ impl Reading {
                 path: self.job.path.clone(),
             }),
             None => Ok(true),
-        }
+        };
+        let waited = self.job.progress.wait(timeout, outcome);
+        waited.unwrap_or(Ok(false))
     }
 
     /// The largest magnitude in a buffer that is filled; NaN where there is one. None where nobody
@@ -175,12 +166,7 @@ impl Reading {
 impl Drop for Reading {
     fn drop(&mut self) {
         self.job.cancel();
-        let progress = lock(&self.job.progress);
-        let done = self
-            .job
-            .done
-            .wait_while(progress, |progress| progress.left > 0);
-        drop(done);
+        self.job.progress.settle();
     }
 }
 
@@ -244,17 +230,11 @@ impl Drop for Step<'_> {
 
 impl Job {
     fn new(path: PathBuf, measured: Option<Magnitudes>, pieces: usize) -> Self {
-        let progress = Progress {
-            left: pieces,
-            cancelled: false,
-            failure: None,
-        };
         Self {
             path,
             measured,
             largest: AtomicU32::default(),
-            progress: Mutex::new(progress),
-            done: Condvar::new(),
+            progress: Countdown::new(pieces, Progress::default()),
         }
     }
 
@@ -275,18 +255,16 @@ impl Job {
     }
 
     fn goes_on(&self) -> bool {
-        let progress = lock(&self.progress);
-        !progress.cancelled && progress.failure.is_none()
+        self.progress
+            .known(|progress| !progress.cancelled && progress.failure.is_none())
     }
 
     fn cancel(&self) {
-        lock(&self.progress).cancelled = true;
+        self.progress.known(|progress| progress.cancelled = true);
     }
 
     fn finish(&self, end: End) {
-        let mut progress = lock(&self.progress);
-        progress.left = progress.left.saturating_sub(1);
-        match end {
+        self.progress.finish(|progress| match end {
             End::Read => {}
             End::Cancelled => progress.cancelled = true,
             End::Failed(error) => {
@@ -294,9 +272,6 @@ impl Job {
                 progress.cancelled = true;
                 progress.failure.get_or_insert(error);
             }
-        }
-        if progress.left == 0 {
-            self.done.notify_all();
-        }
+        });
     }
 }
