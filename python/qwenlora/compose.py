@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
 from collections import defaultdict
@@ -21,7 +22,7 @@ from qwenlora.limit import MaxRank
 from qwenlora.lock import lock_of
 from qwenlora.lora_set import LoraSet
 from qwenlora.memory import DeviceMemory
-from qwenlora.offload import OffloadLayout, turn_on
+from qwenlora.offload import turn_on
 from qwenlora.placement import Deltas, Journal, Placer, path_units, restore_all
 from qwenlora.plan import PieceKind, Skip, StackPlan, plan_stack
 from qwenlora.planned import Planned
@@ -47,7 +48,7 @@ from qwenlora.structure import (
     remember_structure,
     structure_of,
 )
-from qwenlora.targets import Target, transformer_of
+from qwenlora.targets import transformer_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -225,8 +226,7 @@ class _Composition:
         """Compose, or find that there is nothing to do."""
         wanted = self._wanted
         structure = self._structure()
-        layout, targets = structure.layout, structure.targets
-        unchanged = wanted.key == self._state.stack and _fits(layout, targets)
+        unchanged = wanted.key == self._state.stack and _fits(structure)
         if unchanged and not self._strict:
             return self._state.report
         # Also where the stack is in place already: what `strict` raises, it raises always.
@@ -453,16 +453,13 @@ def _needed(plan: StackPlan, structure: Structure, entering: Collection[KeptGrou
     return max(0, plan.added_bytes + structure.base_bytes - there)
 
 
-def _fits(layout: OffloadLayout | None, targets: Mapping[str, Target]) -> bool:
+def _fits(structure: Structure) -> bool:
     """Whether every offloaded slot can be copied into the buffers as they are now.
 
     Offload may be turned on after composing, which copies block 0 into new buffers.
     """
-    if layout is None:
-        return True
     rooms: dict[str, set[Hashable]] = defaultdict(set)
-    offloaded = [target for target in targets.values() if target.row.offloaded]
-    for target in (*offloaded, *layout.all_twins(offloaded)):
+    for target in (*itertools.chain(*structure.offloaded.values()), *structure.twins):
         rooms[target.row.pattern].add(slot_of(target).room())
     return all(len(found) == 1 for found in rooms.values())
 

@@ -304,14 +304,14 @@ class _Gram:
 
     def add_product(self, total: Tensor, left: Tensor) -> None:
         """Add left (n, m, R) @ U^T U to a total (n, m, R)."""
-        own = total[:, :, self.ranks]
+        own = left[:, :, self.ranks]
         if isinstance(self.ranks, torch.Tensor):
             # What an index takes is a copy.
-            total[:, :, self.ranks] = own + _product(left[:, :, self.ranks], self.values)
-        elif len(own) == 1:
-            own[0].addmm_(left[0, :, self.ranks], self.values[0])
+            total[:, :, self.ranks] += _product(own, self.values)
+        elif len(total) == 1:
+            total[0, :, self.ranks].addmm_(own[0], self.values[0])
         else:
-            own.baddbmm_(left[:, :, self.ranks], self.values)
+            total[:, :, self.ranks].baddbmm_(own, self.values)
 
 
 @dataclass(frozen=True)

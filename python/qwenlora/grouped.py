@@ -144,8 +144,6 @@ class GroupBuilder:
     _sharing: dict[tuple[int, int], tuple[int, ...]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        devices = {group.device for group in self.groups}
-        device = next((device for device in devices if device.type == "cuda"), None)
         # Pinned memory is given out in powers of two.
         self.load_bytes = 1 << max(1, self.options.staging_bytes // BUFFERS).bit_length() - 1
         self._loads = [
@@ -157,7 +155,7 @@ class GroupBuilder:
             self.sources,
             self.fetchers,
             self.options,
-            pinned=device is not None,
+            pinned=bool(self._devices()),
         )
 
     def begin(self) -> None:
@@ -276,6 +274,7 @@ class GroupBuilder:
         return Built([kept.deltas], [])
 
     def _devices(self) -> set[torch.device]:
+        """The GPUs of the groups."""
         return {group.device for group in self.groups if group.device.type == "cuda"}
 
     def _device_limit(self, device: torch.device, limit: int | None, memory: DeviceMemory) -> int:

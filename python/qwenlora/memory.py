@@ -28,7 +28,7 @@ class DeviceMemory:
 
     def ask(self, device: torch.device) -> None:
         """Ask now what is asked only once: later the driver may be busy."""
-        if device.type == "cuda" and device not in self._free:
+        if device not in self._free:
             self._free[device], _ = torch.cuda.mem_get_info(device)
 
     def changed(self) -> None:

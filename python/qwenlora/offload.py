@@ -8,7 +8,6 @@ manager itself is never rebuilt.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,11 +85,6 @@ class OffloadLayout:
             target.twin(block.get_submodule(inner), f"buffer {index}: {inner}")
             for index, block in enumerate(self._manager.buffer_blocks)
         ]
-
-    def all_twins(self, targets: Iterable[Target]) -> list[Target]:
-        """The buffer slots of all these slots, each once."""
-        one_per_pattern = {t.row.pattern: t for t in targets if t.row.offloaded}
-        return [twin for target in one_per_pattern.values() for twin in self.twins(target)]
 
     def synchronise(self) -> None:
         """Wait until no copy from the host's tensors is under way."""

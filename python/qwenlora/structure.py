@@ -105,7 +105,10 @@ class Structure:
     @cached_property
     def twins(self) -> Sequence[Target]:
         """Under offload, the slots of the buffer blocks."""
-        return [] if self.layout is None else self.layout.all_twins(self.targets.values())
+        layout = self.layout
+        if layout is None:
+            return []
+        return [twin for own in self.offloaded.values() for twin in layout.twins(own[0])]
 
     @cached_property
     def bare_records(self) -> Mapping[str, SlotRecord]:

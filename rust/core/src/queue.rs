@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 /// About the size of a band: many per factor, so that threads end together, yet long runs of memory.
@@ -141,6 +141,43 @@ impl<T> Countdown<T> {
     pub(crate) fn settle(&self) {
         let unfinished = |counted: &mut Counted<T>| counted.left > 0;
         drop(self.done.wait_while(lock(&self.counted), unfinished));
+    }
+}
+
+/// Threads that work until their queue tells them that it is closed.
+#[derive(Debug)]
+pub(crate) struct Crew {
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Crew {
+    /// Starts up to `threads` threads, each with its number; fewer where the system gives no more.
+    pub(crate) fn start(
+        name: &str,
+        threads: NonZeroUsize,
+        work: impl Fn(usize) + Clone + Send + 'static,
+    ) -> Self {
+        let start = |worker| {
+            let work = work.clone();
+            let named = thread::Builder::new().name(name.to_owned());
+            named.spawn(move || work(worker)).ok()
+        };
+        Self {
+            threads: (0..threads.get()).map_while(start).collect(),
+        }
+    }
+
+    /// Whether the system gave none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.threads.is_empty()
+    }
+
+    /// Waits until all have ended.
+    pub(crate) fn join(&mut self) {
+        for thread in self.threads.drain(..) {
+            // One that panicked has told so; what it had to do does not count as done.
+            let _ = thread.join();
+        }
     }
 }
 

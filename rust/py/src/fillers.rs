@@ -9,7 +9,7 @@ use qwenlora_core::packed::{Fillers as CoreFillers, Filling as CoreFilling};
 
 use crate::bytes::{Place, check_apart, collide};
 use crate::pack::{PackedArgument, PackedTuple, borrowed};
-use crate::reader::SIGNALS;
+use crate::signals::wait_until;
 
 /// Threads that fill one list of recipes after another, in the order in which that was asked for.
 #[pyclass(frozen, module = "qwenlora._core")]
@@ -64,11 +64,8 @@ impl Fillers {
                 }
                 Start::After(before) => before,
             };
-            while !before.is_done() {
-                // What became of it is told to whoever asked for it.
-                let _ = py.detach(|| before.wait(SIGNALS));
-                py.check_signals()?;
-            }
+            // What became of it is told to whoever asked for it.
+            let _ = wait_until(py, |timeout| before.wait(timeout))?;
         }
     }
 
@@ -139,13 +136,8 @@ pub(crate) struct Filling {
 impl Filling {
     /// Returns when all is filled; raises where that failed.
     fn wait(&self, py: Python<'_>) -> PyResult<()> {
-        loop {
-            let waited = py.detach(|| self.filling.wait(SIGNALS));
-            if waited.map_err(|e| PyRuntimeError::new_err(e.to_string()))? {
-                return Ok(());
-            }
-            py.check_signals()?;
-        }
+        wait_until(py, |timeout| self.filling.wait(timeout))?
+            .map_err(|e| PyRuntimeError::new_err(e.to_string()))
     }
 
     /// Whether nobody uses the memory any more, whatever became of it.

@@ -15,6 +15,7 @@ mod fillers;
 mod findings;
 mod pack;
 mod reader;
+mod signals;
 mod stack_plan;
 mod watch;
 

@@ -3,7 +3,6 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -18,9 +17,7 @@ use qwenlora_core::source::{
 use crate::bytes::Dest;
 use crate::error;
 use crate::file_plan::{SourceTuple, source_tuple};
-
-/// How long a wait goes on before it is asked whether the user wants to stop.
-pub(crate) const SIGNALS: Duration = Duration::from_millis(50);
+use crate::signals::wait_until;
 
 /// An open file whose identity is checked before and after reading.
 #[pyclass(frozen, module = "qwenlora._core")]
@@ -64,9 +61,8 @@ impl TensorReader {
 
     /// Fills `dest` from `(offset in the file, length, offset in dest)`, all in bytes.
     ///
-    /// `dest` is borrowed exclusively from NumPy
-    /// for the call, so the GIL can be released while Rust writes into it; the caller must not
-    /// touch it from another thread until the call returns.
+    /// `dest` is borrowed exclusively from NumPy for the call, so the GIL can be released while Rust
+    /// writes into it; the caller must not touch it from another thread until the call returns.
     #[pyo3(signature = (ranges, dest, *, threads))]
     fn read_into(
         &self,
@@ -184,13 +180,9 @@ impl Reading {
     /// Waits until the buffer is filled; raises what reading it came upon. Returns the largest
     /// magnitude (NaN where there is one), where that was asked for.
     fn wait(&self, py: Python<'_>) -> PyResult<Option<f64>> {
-        loop {
-            let waited = py.detach(|| self.reading.wait(SIGNALS));
-            if waited.map_err(|e| error::from_source(py, &e))? {
-                return Ok(self.reading.peak());
-            }
-            py.check_signals()?;
-        }
+        wait_until(py, |timeout| self.reading.wait(timeout))?
+            .map_err(|e| error::from_source(py, &e))?;
+        Ok(self.reading.peak())
     }
 }
 

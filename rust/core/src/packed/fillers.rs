@@ -6,14 +6,13 @@ use std::num::NonZeroUsize;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use thiserror::Error;
 
 use super::band::{self, Band};
 use super::{PackError, Recipe, check_all};
-use crate::queue::{Apart, Countdown, lock};
+use crate::queue::{Apart, Countdown, Crew, lock};
 
 /// Threads that carry out recipes in the order in which they come.
 ///
@@ -21,7 +20,7 @@ use crate::queue::{Apart, Countdown, lock};
 #[derive(Debug)]
 pub struct Fillers {
     queue: Arc<Queue>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Crew,
     wanted: NonZeroUsize,
 }
 
@@ -63,15 +62,10 @@ impl Fillers {
     /// Starts up to `threads` threads; where the system gives none, filling happens when asked for.
     pub fn new(threads: NonZeroUsize) -> Self {
         let queue = Arc::new(Queue::default());
-        let start = |worker| {
-            let own = Arc::clone(&queue);
-            let named = thread::Builder::new().name("qwenlora-fill".to_owned());
-            named.spawn(move || own.work(worker)).ok()
-        };
-        let started = (0..threads.get()).map_while(start).collect();
+        let own = Arc::clone(&queue);
         Self {
+            threads: Crew::start("qwenlora-fill", threads, move |worker| own.work(worker)),
             queue,
-            threads: started,
             wanted: threads,
         }
     }
@@ -83,14 +77,12 @@ impl Fillers {
     pub fn fill(&self, recipes: Vec<Recipe<'static>>) -> Result<Filling, PackError> {
         check_all(&recipes)?;
         let bands: Vec<_> = recipes.into_iter().flat_map(band::cut).collect();
-        let mut waiting = lock(&self.queue.waiting);
-        if let (true, Some(last)) = (bands.is_empty(), waiting.jobs.back()) {
-            // Nothing to do is done when all before it is.
-            let job = Arc::clone(last);
-            return Ok(Filling { job });
-        }
+        let is_empty = bands.is_empty();
         let job = Arc::new(Job::new(bands, self.wanted));
-        if job.progress.is_done() {
+        let mut waiting = lock(&self.queue.waiting);
+        if is_empty {
+            // Nothing to do is done when all before it is.
+            let job = waiting.jobs.back().map_or(job, Arc::clone);
             return Ok(Filling { job });
         }
         waiting.jobs.push_back(Arc::clone(&job));
@@ -108,10 +100,7 @@ impl Drop for Fillers {
     fn drop(&mut self) {
         lock(&self.queue.waiting).closed = true;
         self.queue.more.notify_all();
-        for thread in self.threads.drain(..) {
-            // None panics: what panics within one is caught.
-            let _ = thread.join();
-        }
+        self.threads.join();
     }
 }
 

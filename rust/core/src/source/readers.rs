@@ -7,13 +7,12 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use super::ranges::{self, ByteRange, Piece};
 use super::{SourceError, SourceFile};
 use crate::magnitude::{Magnitudes, Pattern};
-use crate::queue::{Countdown, lock};
+use crate::queue::{Countdown, Crew, lock};
 
 /// Threads that read ranges of files into buffers, in the order in which that was asked for.
 ///
@@ -21,7 +20,7 @@ use crate::queue::{Countdown, lock};
 #[derive(Debug)]
 pub struct Readers {
     queue: Arc<Queue>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Crew,
 }
 
 /// A buffer that is being filled.
@@ -73,12 +72,8 @@ impl Readers {
     /// Starts up to `threads` threads; where the system gives none, reading happens when asked for.
     pub fn new(threads: NonZeroUsize) -> Self {
         let queue = Arc::new(Queue::default());
-        let start = |_| {
-            let own = Arc::clone(&queue);
-            let named = thread::Builder::new().name("qwenlora-read".to_owned());
-            named.spawn(move || own.work()).ok()
-        };
-        let threads = (0..threads.get()).map_while(start).collect();
+        let own = Arc::clone(&queue);
+        let threads = Crew::start("qwenlora-read", threads, move |_| own.work());
         Self { queue, threads }
     }
 
@@ -129,10 +124,7 @@ impl Drop for Readers {
         }
         drop(waiting);
         self.queue.more.notify_all();
-        for thread in self.threads.drain(..) {
-            // A reader that panicked has told so; its buffer never counts as read.
-            let _ = thread.join();
-        }
+        self.threads.join();
     }
 }
 
