@@ -18,7 +18,9 @@ import qwenlora
 from qwenlora import _core, pack
 from qwenlora.branch import BRANCH_DOWN, BRANCH_UP
 from qwenlora.emulation import EmulatedConfig, Precision, random_transformer
+from qwenlora.emulation.delay import LazyWorkers, SleepyWorkers
 from qwenlora.layout import LowRankSide
+from qwenlora.workers import RustWorkers, employ
 
 WIDTH = 128
 TEXT_WIDTH = 96
@@ -49,6 +51,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+# ---- threads beside a composition ----
+
+WORKERS = {
+    "rust": RustWorkers,
+    "lazy": LazyWorkers,
+    "sleepy": lambda: SleepyWorkers(seed=0),
+}
+DELAYED = {"test_atomicity", "test_kept", "test_offload", "test_paths", "test_refusals"}
+"""Modules whose tests run with slow threads, too: none may read what is not there yet."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.module.__name__.rpartition(".")[2] in DELAYED:
+        metafunc.fixturenames.append("workers")
+        metafunc.parametrize("workers", WORKERS, indirect=True)
+
+
+@pytest.fixture
+def workers(request):
+    with employ(WORKERS[request.param]()):
+        yield
 
 
 # ---- LoRA files ----

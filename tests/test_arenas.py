@@ -120,7 +120,7 @@ def part_of(row, slots, ranks, rank_begin, *, dtype, factors=(1.0, 0.3, -2.5)):
 
 def same_factors(one, other):
     one.finish()
-    pairs = zip(one.factors(), other.factors(), strict=True)
+    pairs = zip(one.factors().wait(), other.factors().wait(), strict=True)
     return all(torch.equal(a, b) for own, its in pairs for a, b in zip(own, its, strict=True))
 
 
@@ -144,7 +144,7 @@ def test_rust_packs_what_torch_does(formed_bytes, dtype, ranks, targets, filler,
     # Factors of another strength, over what is there.
     again = part_of(row, range(1, 3), ranks, 0, dtype=dtype, factors=(0.7, 1.0, 1e-3))
     base_tiles = row.base_rank // 16
-    rewrite_packed_ups(arenas[0]._up, again, base_tiles=base_tiles, threads=2)
+    rewrite_packed_ups(arenas[0]._factors[1].wait(), again, base_tiles=base_tiles, threads=2)
     arena.write_packed_ups(arenas[1]._up, again, base_tiles=base_tiles)
     assert same_factors(*arenas)
 
@@ -162,7 +162,7 @@ def test_bases_come_with_the_first_deltas(cleared, targets, filler):
     made.write(part)
     made.finish()
     filler.wait()
-    downs, ups = made.factors()
+    downs, ups = made.factors().wait()
     for target, down, up in zip(targets, downs, ups, strict=True):
         for name, factor in (("proj_down", down), ("proj_up", up)):
             base = getattr(target.module, name)

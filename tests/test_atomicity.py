@@ -15,7 +15,7 @@ import qwenlora
 from qwenlora import Placement, branch, slots, staging
 from qwenlora.arena import BranchArena, PackedArena
 from qwenlora.errors import ModelStateError, NonFiniteError
-from qwenlora.host_arena import HostPackedArena
+from qwenlora.host_arena import HostFactor, HostPackedArena
 from qwenlora.placement import Journal
 from qwenlora.plan import SlotKind
 from qwenlora.slots import PackedSlot, SideBranchSlot
@@ -161,6 +161,8 @@ def _failing_allocation(monkeypatch, fault: Fault):
         (SideBranchSlot, "prepare"),
         (PackedArena, "_with_base"),
         (PackedArena, "write"),
+        (HostFactor, "__init__"),
+        (HostPackedArena, "write"),
         (BranchArena, "__init__"),
         (BranchArena, "write"),
         (staging, "_host_buffer"),

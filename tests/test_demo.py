@@ -113,7 +113,7 @@ def test_damaged_base_fails(capsys, monkeypatch):
 
         def damaged():
             finish()
-            downs, _ = made.factors()
+            downs, _ = made.factors().wait()
             for down, target in zip(downs, targets, strict=True):
                 if target.path.endswith("1.img_mlp.net.2"):
                     down.view(-1)[0] += 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qwenlora
-from qwenlora import errors
+from qwenlora import ComposeOptions, Placement, errors
 from qwenlora.branch import BRANCH_DOWN
 
 EXACT = 2e-6
@@ -133,6 +133,55 @@ def test_float16_overflow_is_an_error(make_model, probe, Draft):
         assert isinstance(caught.value, ArithmeticError)
     qwenlora.reset_loras(model)
     assert probe.snapshot(model).differences(before) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("offloaded", [False, True])
+@pytest.mark.parametrize("placement", [Placement.WHOLE, Placement.BY_PATH])
+def test_a_damaged_file_is_refused_each_time(
+    dtype, bad, offloaded, placement, make_model, probe, Draft, tmp_path
+):
+    """The slot with the damage is named, whatever else is being filled, and nothing is applied."""
+    model = make_model(num_layers=3, dtype=dtype)
+    if offloaded:
+        model.set_offload(True)
+    before = probe.snapshot(model)
+    draft = Draft(1)
+    for block in range(3):
+        for name in ("attn.to_q", "img_mlp.net.2", "txt_mlp.net.0.proj"):
+            draft.add(f"transformer_blocks.{block}.{name}", 4)
+    draft.tensors[draft.key("transformer_blocks.2.img_mlp.net.2", "up")][5, 1] = bad
+    path = draft.save(tmp_path / "damaged.safetensors")
+    options = ComposeOptions(placement=placement)
+    for _ in range(5):
+        qwenlora.clear_cache()
+        with pytest.raises(
+            errors.NonFiniteError, match=r"`transformer_blocks\.2\.img_mlp\.net\.2`"
+        ):
+            qwenlora.compose_loras(model, path, options=options)
+        qwenlora.reset_loras(model)
+        assert probe.snapshot(model).differences(before) == []
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_strengths_that_just_fit_are_applied_each_time(
+    offloaded, make_model, probe, Draft, tmp_path
+):
+    model = make_model(num_layers=3, dtype=torch.float16)
+    if offloaded:
+        model.set_offload(True)
+    draft = Draft(1)
+    for block in range(3):
+        draft.add(f"transformer_blocks.{block}.attn.to_q", 4, up=torch.full((128, 4), 100.0))
+    path = draft.save(tmp_path / "large.safetensors")
+    for _ in range(5):
+        qwenlora.clear_cache()
+        qwenlora.compose_loras(model, (path, 600.0))
+        probe.assert_holds(model, [(draft, 600.0)], within=2e-3)
+        with pytest.raises(errors.NonFiniteError, match=r"attn\.to_qkv.*float16"):
+            qwenlora.compose_loras(model, (path, 700.0))
+        qwenlora.reset_loras(model)
 
 
 @pytest.mark.parametrize("not_a_model", [None, "model", {}, torch.zeros(1), object()])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 
@@ -17,6 +17,7 @@ from qwenlora.allocation import evenly, rest_from, split
 from qwenlora.bulk import in_spans
 from qwenlora.layout import FRAGMENT, MODULATION_PLANES, TILE, RowOrder, round_up
 from qwenlora.memory import zero_bytes
+from qwenlora.pending import Pending
 from qwenlora.targets import factors_of
 
 if TYPE_CHECKING:
@@ -30,11 +31,17 @@ __all__ = [
     "BranchArena",
     "PackedArena",
     "Part",
+    "SlotFactors",
+    "added_finite",
+    "in_slots",
     "scaled_into",
     "write_branch_ups",
     "write_packed_ups",
 ]
 
+
+SlotFactors: TypeAlias = "tuple[Sequence[Tensor], Sequence[Tensor]]"
+"""Every slot's `down`, and every slot's `up`."""
 
 _APART_BYTES = 64 << 20
 """Tensors that lie apart are copied about this much at a time."""
@@ -79,18 +86,18 @@ class Arena(Protocol):
     def write(self, part: Part) -> None:
         """Write one LoRA's deltas in some slots."""
 
-    def factors(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Every slot's `down`, and every slot's `up`, as their layers hold them; at any time."""
+    def factors(self) -> Pending[SlotFactors]:
+        """The tensors as their layers hold them, once all that was written by then is there."""
 
     def finish(self) -> None:
         """All deltas are written."""
 
     def finite(self) -> list[bool]:
-        """Slot by slot, whether all that was written is finite."""
+        """Slot by slot, whether all that was written is finite; waits until it is there."""
 
 
 class PackedArena:
-    """Packed low-rank branches: the base's fragments, then the LoRAs'.
+    """Packed low-rank branches on a device: the base's fragments, then the LoRAs'.
 
     Memory of a factor is (slots, C/16, R/16, 256).
     """
@@ -102,15 +109,13 @@ class PackedArena:
         self._down = self._with_base(targets, "proj_down", row.in_features)
         self._up = self._with_base(targets, "proj_up", row.out_features)
 
-    def factors(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    def factors(self) -> Pending[SlotFactors]:
         """Packed (in, R) and (out, R) of every slot."""
-        # (slots, C/16, R/16, 256) -> (slots, C, R) in name
-        down, up = (arena.view(arena.shape[0], -1, self._rank) for arena in (self._down, self._up))
-        return split(down), split(up)
+        return Pending.ready((in_slots(self._down), in_slots(self._up)))
 
     def finite(self) -> list[bool]:
         """Slot by slot, whether all that is not the base is finite."""
-        return _finite(self._down[:, :, self._base_tiles :], self._up[:, :, self._base_tiles :])
+        return added_finite(self._down, self._up, self._base_tiles)
 
     def finish(self) -> None:
         """Nothing is left to do."""
@@ -132,15 +137,21 @@ class PackedArena:
     def _with_base(self, targets: Sequence[Target], name: str, channels: int) -> Tensor:
         olds = factors_of([target.module for target in targets], name)
         shape = (len(targets), channels // TILE, self._rank // TILE, FRAGMENT)
-        arena = self._allocate(shape, olds[0])
-        self._copy_base(arena, olds)
+        arena = torch.empty(shape, dtype=olds[0].dtype, device=olds[0].device)
+        _copy_base(arena[:, :, : self._base_tiles], olds)
         return arena
 
-    def _allocate(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
 
-    def _copy_base(self, arena: Tensor, olds: list[Tensor]) -> None:
-        _copy_base(arena[:, :, : self._base_tiles], olds)
+def in_slots(arena: Tensor) -> Sequence[Tensor]:
+    """The packed factor (C, R) of each slot of (slots, C/16, R/16, 256)."""
+    slots, _, rank_tiles, _ = arena.shape
+    # (slots, C/16, R/16, 256) -> (slots, C, R) in name
+    return split(arena.view(slots, -1, rank_tiles * TILE))
+
+
+def added_finite(down: Tensor, up: Tensor, base_tiles: int) -> list[bool]:
+    """Slot by slot, whether all that is not the base is finite in (slots, C/16, R/16, 256)."""
+    return _finite(down[:, :, base_tiles:], up[:, :, base_tiles:])
 
 
 def write_packed_ups(arena: Tensor, part: Part, *, base_tiles: int) -> None:
@@ -317,9 +328,9 @@ class BranchArena:
         self._down = zeros(len(targets), rank, first.row.in_features)
         self._up = zeros(len(targets), first.row.out_features, rank)
 
-    def factors(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    def factors(self) -> Pending[SlotFactors]:
         """(R, in) and (out, R) of every slot."""
-        return split(self._down), split(self._up)
+        return Pending.ready((split(self._down), split(self._up)))
 
     def finite(self) -> list[bool]:
         """Slot by slot, whether all of it is finite."""

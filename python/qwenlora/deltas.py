@@ -14,17 +14,21 @@ from qwenlora import cache
 from qwenlora.branch import KronShape, ScaledKron
 from qwenlora.errors import NonFiniteError
 from qwenlora.limit import Fitted, Limiter, MaxRank, rank_taken, sum_energy
+from qwenlora.pending import Pending
 from qwenlora.pieces import LoraPieces, Refusal, ScaledPair, fetch_pieces, scaled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qwenlora.arena import SlotFactors
     from qwenlora.plan import Piece, SlotPlan
     from qwenlora.source import LoraSource, TensorFetcher
     from qwenlora.spec import ComposeOptions, LoraSpec
     from qwenlora.targets import Target
 
 __all__ = ["DeltaBuilder", "GroupDeltas", "SlotDeltas", "non_finite", "require_finite", "uniform"]
+
+NO_FACTORS: Pending[SlotFactors] = Pending.ready(((), ()))
 
 
 @dataclass(frozen=True)
@@ -112,15 +116,13 @@ class GroupDeltas:
         targets: The slots.
         rank: Ranks of the deltas, without padding.
         rank_added: Ranks that each slot will hold beyond its base.
-        downs: Each slot's new `down`; empty for slots without packed ranks that return to the base.
-        ups: Each slot's new `up`.
+        factors: Every slot's new `down` and `up`; none in the record of what is in place.
     """
 
     targets: tuple[Target, ...]
     rank: int
     rank_added: int
-    downs: Sequence[Tensor] = ()
-    ups: Sequence[Tensor] = ()
+    factors: Pending[SlotFactors] = NO_FACTORS
 
     @property
     def composed(self) -> bool:
@@ -139,7 +141,7 @@ class GroupDeltas:
 
     def without_tensors(self) -> GroupDeltas:
         """The record of deltas that are in place."""
-        return replace(self, downs=(), ups=())
+        return replace(self, factors=NO_FACTORS)
 
 
 class DeltaBuilder:

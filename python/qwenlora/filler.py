@@ -6,11 +6,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qwenlora import _core
 from qwenlora.threads import fillers_for
+from qwenlora.workers import employed
 
 if TYPE_CHECKING:
     from qwenlora.staging import Copied
+    from qwenlora.workers import Fillers, Filling
 
 __all__ = ["Filler"]
 
@@ -24,8 +25,8 @@ class Filler:
 
     def __init__(self, *, threads: int | None = None) -> None:
         self._threads = fillers_for(threads)
-        self._fillers: _core.Fillers | None = None
-        self._begun: deque[_core.Filling] = deque()
+        self._fillers: Fillers | None = None
+        self._begun: deque[Filling] = deque()
 
     def fill(self, recipes: Sequence[tuple[Any, ...]]) -> None:
         """Fill when what was begun before is done; returns while little is begun.
@@ -38,7 +39,7 @@ class Filler:
         while self._begun and (self._begun[0].query() or len(self._begun) >= _BEHIND):
             self._begun.popleft().wait()
         if self._fillers is None:
-            self._fillers = _core.Fillers(threads=self._threads)
+            self._fillers = employed().fillers(self._threads)
         self._begun.append(self._fillers.fill(recipes))
 
     def begun(self) -> Copied | None:

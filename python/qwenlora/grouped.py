@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from qwenlora import cache
-from qwenlora.arena import Arena, Part
+from qwenlora.arena import Arena, Part, SlotFactors
 from qwenlora.deltas import GroupDeltas, non_finite
 from qwenlora.filler import Filler
 from qwenlora.host_arena import arena_of
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qwenlora.bulk import Group, Stack
     from qwenlora.kept import KeptGroup
     from qwenlora.memory import DeviceMemory
+    from qwenlora.pending import Pending
     from qwenlora.source import LoraSource, TensorFetcher
     from qwenlora.spec import ComposeOptions, LoraSpec
     from qwenlora.targets import Target
@@ -89,13 +90,13 @@ class _Laid:
         layouts: By LoRA, where its ranks lie.
         rank: Ranks that each slot will hold beyond its base.
         arena: All slots' tensors.
-        factors: Every slot's `down`, and every slot's `up`.
+        factors: Every slot's `down` and `up`.
     """
 
     layouts: Mapping[int, Layout]
     rank: int
     arena: Arena
-    factors: tuple[Sequence[Tensor], Sequence[Tensor]]
+    factors: Pending[SlotFactors]
 
 
 @dataclass
@@ -228,8 +229,9 @@ class GroupBuilder:
         Raises:
             NonFiniteError: A delta holds NaN or infinity.
         """
-        # While host memory is still being filled. All is read, so that threads can end, too.
+        # Host memory is still being filled: what has to be looked at there is waited for.
         self._judge()
+        # All is read, so that threads can end, too.
         self._loader.close()
         self.wait()
 
@@ -407,19 +409,23 @@ def _overflown(entry: _Unchecked) -> Target | None:
 
 def _built(group: Group, empty: Sequence[Target], laid: _Laid, differing: set[int]) -> Built:
     ranks = sum(layout.rank for layout in laid.layouts.values())
-    downs, ups = laid.factors
     count, rank = len(group.targets), laid.rank
-    alike = GroupDeltas(group.targets, ranks, rank, downs[:count], ups[:count])
-    if differing:
-        own = [slot for slot in range(count) if slot not in differing]
-        alike = replace(
-            alike,
-            targets=tuple(group.targets[slot] for slot in own),
-            downs=[downs[slot] for slot in own],
-            ups=[ups[slot] for slot in own],
-        )
-    zero = GroupDeltas(tuple(empty), 0, rank, downs[count:], ups[count:])
+    own = [slot for slot in range(count) if slot not in differing]
+    targets = group.targets if len(own) == count else tuple(group.targets[slot] for slot in own)
+    alike = GroupDeltas(targets, ranks, rank, _of_slots(laid.factors, own))
+    others = range(count, count + len(empty))
+    zero = GroupDeltas(tuple(empty), 0, rank, _of_slots(laid.factors, others))
     return Built(
         deltas=[deltas for deltas in (alike, zero) if deltas.targets],
         rest=[group.targets[slot] for slot in sorted(differing)],
     )
+
+
+def _of_slots(factors: Pending[SlotFactors], slots: Sequence[int]) -> Pending[SlotFactors]:
+    """The factors of some slots."""
+
+    def chosen(both: SlotFactors) -> SlotFactors:
+        downs, ups = ([own[slot] for slot in slots] for own in both)
+        return downs, ups
+
+    return factors.then(chosen)

@@ -18,10 +18,22 @@ import numpy.typing as npt
 import torch
 
 from qwenlora import _core
-from qwenlora.arena import Arena, BranchArena, PackedArena, Part, scaled_into, write_packed_ups
-from qwenlora.layout import TILE, RowOrder, round_up
+from qwenlora.arena import (
+    Arena,
+    BranchArena,
+    PackedArena,
+    Part,
+    SlotFactors,
+    added_finite,
+    in_slots,
+    scaled_into,
+    write_packed_ups,
+)
+from qwenlora.layout import FRAGMENT, TILE, RowOrder, round_up
 from qwenlora.memory import host_bytes, new_bytes
+from qwenlora.pending import Pending
 from qwenlora.plan import SlotKind
+from qwenlora.targets import FACTORS, factors_of
 from qwenlora.threads import fillers_for
 
 if TYPE_CHECKING:
@@ -30,7 +42,7 @@ if TYPE_CHECKING:
     from qwenlora.filler import Filler
     from qwenlora.targets import Target
 
-__all__ = ["HostPackedArena", "arena_of", "rewrite_packed_ups"]
+__all__ = ["HostFactor", "HostPackedArena", "arena_of", "rewrite_packed_ups"]
 
 _Bytes: TypeAlias = "npt.NDArray[np.uint8]"
 _Column: TypeAlias = "tuple[Any, ...]"
@@ -58,7 +70,67 @@ def arena_of(targets: Sequence[Target], rank: int, *, row_order: RowOrder, fille
     return PackedArena(targets, rank)
 
 
-class HostPackedArena(PackedArena):
+class HostFactor:
+    """One factor of many slots in host memory: (slots, C/16, R/16, 256), which a filler writes.
+
+    Recipes get its memory to write to. Whoever reads it waits for the filler.
+    """
+
+    def __init__(self, olds: Sequence[Tensor], channels: int, rank: int, filler: Filler) -> None:
+        """Allocate, pinned where the old tensors are.
+
+        Args:
+            olds: What the slots hold now: their base comes from there.
+            channels: Rows of a slot's factor.
+            rank: Ranks to hold, the base's included.
+            filler: Fills the memory.
+        """
+        shape = (len(olds), channels // TILE, rank // TILE, FRAGMENT)
+        first = olds[0]
+        self._olds = olds
+        self._filler = filler
+        self._memory = (
+            torch.empty(shape, dtype=first.dtype, pin_memory=True)
+            if first.is_pinned()
+            else _empty(shape, first.dtype)
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of its elements."""
+        return self._memory.dtype
+
+    def recipe(self, slots: range, columns: Sequence[_Column]) -> tuple[Any, ...]:
+        """What `fill_packed` writes to some slots."""
+        return _recipe(self._memory, slots, columns)
+
+    def base(self, slots: range, tiles: int) -> _Column:
+        """The base of some slots, as a column of `tiles` fragments."""
+        own = self._olds[slots.start : slots.stop]
+        sources = [(host_bytes(old), old.shape[1] // TILE) for old in own]
+        return ("fragments", sources, 0, tiles)
+
+    def forget_olds(self) -> None:
+        """Keep old tensors alive no longer: nothing will be copied from them."""
+        self._olds = ()
+
+    def wait(self) -> Tensor:
+        """The memory, when all that was begun is there."""
+        self._filler.wait()
+        return self._memory
+
+    def slots(self) -> Pending[Sequence[Tensor]]:
+        """The packed factor (C, R) of each slot, when all that was begun is there."""
+        own, wait = in_slots(self._memory), self._filler.wait
+
+        def waited() -> Sequence[Tensor]:
+            wait()
+            return own
+
+        return Pending(waited)
+
+
+class HostPackedArena:
     """Packed low-rank branches in host memory, pinned where the old ones are.
 
     A slot's base is copied together with the first deltas that join it: new memory is then touched
@@ -66,41 +138,50 @@ class HostPackedArena(PackedArena):
     """
 
     def __init__(self, targets: Sequence[Target], rank_added: int, *, filler: Filler) -> None:
+        row = targets[0].row
+        rank, modules = row.base_rank + rank_added, [target.module for target in targets]
+        channels = (row.in_features, row.out_features)
+        self._factors = [
+            HostFactor(factors_of(modules, name), size, rank, filler)
+            for name, size in zip(FACTORS, channels, strict=True)
+        ]
         self._filler = filler
-        self._olds: list[Sequence[Tensor]] = []
+        self._slots = len(targets)
+        self._base_tiles = row.base_rank // TILE
+        self._added = rank_added // TILE
         self._bare = 0
         """The first slot without its base; those behind it have none, either."""
-        super().__init__(targets, rank_added)
-        self._added = self._rank // TILE - self._base_tiles
+
+    def factors(self) -> Pending[SlotFactors]:
+        """Packed (in, R) and (out, R) of every slot."""
+        downs, ups = (factor.slots() for factor in self._factors)
+        return Pending(lambda: (downs.wait(), ups.wait()))
+
+    def finite(self) -> list[bool]:
+        """Slot by slot, whether all that is not the base is finite."""
+        down, up = (factor.wait() for factor in self._factors)
+        return added_finite(down, up, self._base_tiles)
 
     def finish(self) -> None:
         """Begin to copy the base of slots that no deltas have joined."""
-        self._copy_bases(len(self._down), "keep")
+        self._copy_bases(self._slots, "keep")
 
     def clear(self) -> None:
         """Zero all that is not the base."""
         if self._bare:
-            self._filler.wait()
-            super().clear()
-        self._copy_bases(len(self._down), "zero")
+            for factor in self._factors:
+                factor.wait()[:, :, self._base_tiles :].zero_()
+        self._copy_bases(self._slots, "zero")
 
     def write(self, part: Part) -> None:
         """Begin to pack one LoRA's deltas; its ranks are padded to 16 with zeros."""
         self._copy_bases(part.slots.start, "keep")
-        deltas = _Deltas(part, self._up.dtype)
+        deltas = _Deltas(part, self._factors[0].dtype)
         begin = part.rank_begin // TILE
         before, after = ("keep", begin), ("keep", self._added - begin - deltas.tiles)
         for slots in deltas.spans(cut=self._bare):
             down, up = deltas.down_column(slots), deltas.up_column(slots, "up")
             self._fill(slots, [before, down, after], [before, up, after])
-
-    def _allocate(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        if like.is_pinned():
-            return torch.empty(shape, dtype=like.dtype, pin_memory=True)
-        return _empty(shape, like.dtype)
-
-    def _copy_base(self, arena: Tensor, olds: list[Tensor]) -> None:
-        self._olds.append(olds)
 
     def _copy_bases(self, stop: int, rest: str) -> None:
         """Copy the base of slots that have none, up to `stop`."""
@@ -110,19 +191,17 @@ class HostPackedArena(PackedArena):
 
     def _fill(self, slots: range, down: Sequence[_Column], up: Sequence[_Column]) -> None:
         """Fill slots, of which all have their base or none has."""
-        arenas, recipes = (self._down, self._up), []
-        for arena, olds, columns in zip(arenas, self._olds, (down, up), strict=True):
+        recipes = []
+        for factor, columns in zip(self._factors, (down, up), strict=True):
             base: _Column = ("keep", self._base_tiles)
             if slots.start >= self._bare:
-                own = olds[slots.start : slots.stop]
-                sources = [(host_bytes(old), old.shape[1] // TILE) for old in own]
-                base = ("fragments", sources, 0, self._base_tiles)
-            recipes.append(_recipe(arena, slots, [base, *columns]))
+                base = factor.base(slots, self._base_tiles)
+            recipes.append(factor.recipe(slots, [base, *columns]))
         self._filler.fill(recipes)
         self._bare = max(self._bare, slots.stop)
-        if self._bare == len(self._down):
-            # Nothing here keeps old tensors alive that are not needed any more.
-            self._olds = [(), ()]
+        if self._bare == self._slots:
+            for factor in self._factors:
+                factor.forget_olds()
 
 
 def rewrite_packed_ups(arena: Tensor, part: Part, *, base_tiles: int, threads: int | None) -> None:

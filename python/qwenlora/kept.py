@@ -19,11 +19,13 @@ from qwenlora.allocation import is_part
 from qwenlora.bulk import Group
 from qwenlora.deltas import GroupDeltas
 from qwenlora.memory import DEVICE_RESERVE, DeviceMemory
+from qwenlora.pending import Pending
 from qwenlora.targets import FACTORS, factors_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qwenlora.arena import SlotFactors
     from qwenlora.grouped import PlacedGroup
     from qwenlora.spec import ComposeOptions
     from qwenlora.state import AppliedState
@@ -77,7 +79,8 @@ class LeftGroup:
         downs, ups = ([parameter.data for parameter in own] for own in parameters)
         layouts = {} if self.placed is None else self.placed.layouts
         ranks = sum(layout.rank for layout in layouts.values())
-        deltas = GroupDeltas(self.group.targets, ranks, self.rank_added, downs, ups)
+        factors: SlotFactors = (downs, ups)
+        deltas = GroupDeltas(self.group.targets, ranks, self.rank_added, Pending.ready(factors))
         return KeptGroup(self.group, self.placed, self.rank_added, deltas, parameters)
 
 

@@ -26,12 +26,14 @@ from qwenlora.branch import (
 from qwenlora.deltas import SlotDeltas
 from qwenlora.errors import NonFiniteError
 from qwenlora.layout import FRAGMENT, TILE
+from qwenlora.pending import Pending
 from qwenlora.plan import SlotKind
 from qwenlora.targets import FACTORS, factors_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from qwenlora.arena import SlotFactors
     from qwenlora.deltas import GroupDeltas
     from qwenlora.kept import KeptGroup
     from qwenlora.pieces import ScaledPair
@@ -100,7 +102,7 @@ def prepare_group(deltas: GroupDeltas, left: KeptGroup | None = None) -> Change:
     changes: list[Change] = []
     if targets[0].kind is SlotKind.SVDQ:
         modules = [target.module for target in targets]
-        changes.append(_PackedChange(modules, (deltas.downs, deltas.ups), left))
+        changes.append(_PackedChange(modules, deltas.factors, left))
         changes += [
             SideBranchSlot(target).prepare(SlotDeltas(target))
             for target in targets
@@ -109,7 +111,7 @@ def prepare_group(deltas: GroupDeltas, left: KeptGroup | None = None) -> Change:
     else:
         changes += [
             _BranchChange(target.module, new=low_rank_branch(target, factors))
-            for target, *factors in zip(targets, deltas.downs, deltas.ups, strict=True)
+            for target, *factors in zip(targets, *deltas.factors.wait(), strict=True)
         ]
     changes += [
         ValueSlot(target).prepare(SlotDeltas(target))
@@ -213,9 +215,11 @@ class PackedSlot:
         up: Tensor = self._module.proj_up
         return _PackedChange(
             modules=[self._module],
-            new=(
-                [self._joined(down, [pair.down for pair in pairs], rank_added)],
-                [self._joined(up, [pair.up for pair in pairs], rank_added)],
+            new=Pending.ready(
+                (
+                    [self._joined(down, [pair.down for pair in pairs], rank_added)],
+                    [self._joined(up, [pair.up for pair in pairs], rank_added)],
+                )
             ),
         )
 
@@ -280,7 +284,7 @@ class _PackedChange:
     """
 
     modules: Sequence[nn.Module]
-    new: tuple[Sequence[Tensor], Sequence[Tensor]]
+    new: Pending[SlotFactors]
     left: InitVar[KeptGroup | None] = None
     old: Sequence[Sequence[Tensor]] = field(init=False)
     old_data: Sequence[Sequence[Tensor]] = field(init=False)
@@ -289,14 +293,14 @@ class _PackedChange:
     def __post_init__(self, left: KeptGroup | None) -> None:
         if left is not None:
             self.old = left.parameters
-            self.old_data = (left.deltas.downs, left.deltas.ups)
+            self.old_data = left.deltas.factors.wait()
             self.plain = left.group.plain
             return
         self.old = [factors_of(self.modules, name) for name in FACTORS]
         self.old_data = [[parameter.data for parameter in own] for own in self.old]
 
     def make(self) -> None:
-        for name, old, new in zip(FACTORS, self.old, self.new, strict=True):
+        for name, old, new in zip(FACTORS, self.old, self.new.wait(), strict=True):
             _point_all(self.modules, name, old, new, plain=self.plain)
 
     def unmake(self) -> None:

@@ -18,11 +18,11 @@ from qwenlora.threads import fillers_for
 if TYPE_CHECKING:
     from qwenlora.plan import TensorRef
     from qwenlora.spec import LoraSpec
+    from qwenlora.workers import Readers, Reading
 
 __all__ = [
     "FileSource",
     "LoraSource",
-    "Reading",
     "Run",
     "StateDictSource",
     "TensorFetcher",
@@ -72,17 +72,6 @@ class Run(NamedTuple):
     begin: int
 
 
-class Reading(Protocol):
-    """A buffer that is being filled."""
-
-    def wait(self) -> float | None:
-        """Return when it is filled; raise what reading came upon.
-
-        Returns:
-            The largest magnitude, NaN where there is one; None where it was not measured.
-        """
-
-
 class TensorFetcher(Protocol):
     """Reads tensors while one composition lasts."""
 
@@ -93,7 +82,7 @@ class TensorFetcher(Protocol):
         self,
         runs: Iterable[Run],
         buffer: torch.Tensor,
-        readers: _core.Readers,
+        readers: Readers,
         *,
         measure: torch.dtype | None,
     ) -> Reading:
@@ -256,7 +245,7 @@ class _FileFetcher:
         self,
         runs: Iterable[Run],
         buffer: torch.Tensor,
-        readers: _core.Readers,
+        readers: Readers,
         *,
         measure: torch.dtype | None,
     ) -> Reading:
@@ -328,7 +317,7 @@ class _StateDictFetcher:
         self,
         runs: Iterable[Run],
         buffer: torch.Tensor,
-        readers: _core.Readers,
+        readers: Readers,
         *,
         measure: torch.dtype | None,
     ) -> Reading:

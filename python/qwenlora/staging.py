@@ -25,13 +25,15 @@ from qwenlora.layout import LowRankSide, round_up
 from qwenlora.memory import new_bytes
 from qwenlora.source import NAMES, Run
 from qwenlora.threads import readers_for
+from qwenlora.workers import employed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qwenlora.source import LoraSource, Reading, TensorFetcher
+    from qwenlora.source import LoraSource, TensorFetcher
     from qwenlora.spec import ComposeOptions
     from qwenlora.targets import Target
+    from qwenlora.workers import Readers, Reading
 
 __all__ = ["Block", "Copied", "Findings", "Load", "Loader", "Staged", "loads_of"]
 
@@ -255,7 +257,7 @@ class Loader:
         self._pinned = pinned
         self.cache_bytes = options.cache_bytes
         self._threads = readers_for(options.threads)
-        self._readers: _core.Readers | None = None
+        self._readers: Readers | None = None
         self._from_cache: set[Load] = set()
         self._used: deque[tuple[Tensor, Copied | None]] = deque()
         self._lock = threading.Lock()
@@ -334,7 +336,7 @@ class Loader:
 
     def _begin(self, load: Load) -> Callable[[], Staged]:
         """Begin to read a load; returns what waits for it."""
-        self._readers = readers = self._readers or _core.Readers(threads=self._threads)
+        self._readers = readers = self._readers or employed().readers(self._threads)
         fetcher = self._fetchers[load.stack.lora]
 
         def start(buffer: Tensor) -> tuple[Tensor, Reading]:
