@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from qwenlora import _core, errors
+from qwenlora.modules import modules_of, pattern
 from qwenlora.plan import SlotKind, slot_map
-from qwenlora.targets import device_of, factors_of, find_targets, modules_of, pattern
+from qwenlora.targets import device_of, factors_of, find_targets
 
 LINEAR = "transformer_blocks.0.attn.to_qkv"
 MODULATION = "transformer_blocks.0.img_mod.1"

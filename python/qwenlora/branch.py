@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from qwenlora.hooked import is_marked, mark_hooked, unmark_hooked
 from qwenlora.layout import RowOrder
 from qwenlora.pack import interleave_modulation
 from qwenlora.plan import SlotKind
@@ -140,6 +141,7 @@ def is_clean(module: nn.Module) -> bool:
         _LAYOUT not in module.__dict__
         and not any(name.startswith(_PREFIX) for name in module._buffers)
         and add_side_branch not in module._forward_hooks.values()
+        and not is_marked(module)
     )
 
 
@@ -174,6 +176,7 @@ def set_branch(module: nn.Module, branch: Branch | None) -> None:
     module.__dict__[_LAYOUT] = branch.layout
     for name, tensor in branch.tensors.items():
         module.register_buffer(name, tensor, persistent=False)
+    mark_hooked(module)
     if add_side_branch not in module._forward_hooks.values():
         module.register_forward_hook(add_side_branch, with_kwargs=True)
 
@@ -308,6 +311,7 @@ def _remove_hook(module: nn.Module) -> None:
     for key in [k for k, hook in module._forward_hooks.items() if hook is add_side_branch]:
         del module._forward_hooks[key]
         module._forward_hooks_with_kwargs.pop(key, None)
+    unmark_hooked(module)
 
 
 def row_order_of(kind: SlotKind) -> RowOrder:

@@ -15,7 +15,7 @@ import torch
 
 from qwenlora import cache
 from qwenlora.deltas import DeltaBuilder, GroupDeltas, SlotDeltas
-from qwenlora.errors import EnergyLossError, NothingToApplyError
+from qwenlora.errors import EnergyLossError, NothingToApplyError, UnsupportedModelError
 from qwenlora.grouped import GroupBuilder
 from qwenlora.kept import KeptGroup, Room, base_versions, groups_left, rest_beside
 from qwenlora.limit import MaxRank
@@ -98,7 +98,7 @@ def compose_loras(
         EnergyLossError: With `strict`, a delta whose truncation would lose too much.
         RankError: `max_rank` leaves nothing, or a slot has no room.
         NonFiniteError: A composed tensor would hold NaN or infinity.
-        UnsupportedModelError: The model has no slots.
+        UnsupportedModelError: The model has no slots, or it is not known, or not understood.
         ModelStateError: Something else changed the model's slots.
     """
     model = transformer_of(model)
@@ -163,6 +163,7 @@ def plan_report(model: nn.Module, wanted: LoraSet) -> ComposeReport:
     model = transformer_of(model)
     with lock_of(model):
         structure = structure_of(model, read_state(model))
+        _require_known(model, wanted, structure)
         planned = _plan(wanted, structure, strict=False)
     targets, plan = structure.targets, planned.plan
     slots = SlotReports.of(
@@ -207,6 +208,19 @@ def _plan(wanted: LoraSet, structure: Structure, *, strict: bool) -> Planned:
     return structure.remember((what, settings), plan)
 
 
+def _require_known(model: nn.Module, wanted: LoraSet, structure: Structure) -> None:
+    """Compose nothing on a model that is not in the tables, unless a part of it is asked for."""
+    path = structure.unknown
+    if path is None or not wanted.specs or wanted.options.unknown_model == "partial":
+        return
+    raise UnsupportedModelError(
+        f"`{path}` is a quantized layer of a model that is not known: nothing is composed on this"
+        f" {type(model).__name__}"
+        "\nhint: known are Qwen-Image and the models of its family;"
+        ' `ComposeOptions(unknown_model="partial")` applies what fits and lists the rest'
+    )
+
+
 def _takes_modulation(spec: LoraSpec, options: ComposeOptions) -> bool:
     return options.modulation and spec.modulation
 
@@ -229,6 +243,7 @@ class _Composition:
         unchanged = wanted.key == self._state.stack and _fits(structure)
         if unchanged and not self._strict:
             return self._state.report
+        _require_known(self._model, wanted, structure)
         # Also where the stack is in place already: what `strict` raises, it raises always.
         planned = _plan(wanted, structure, strict=self._strict)
         if unchanged:

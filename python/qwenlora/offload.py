@@ -8,11 +8,13 @@ manager itself is never rebuilt.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qwenlora.errors import UnsupportedModelError
+from qwenlora.modules import inner_of, submodule_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["OffloadLayout", "offload_of", "turn_on"]
 
 
-def offload_of(model: nn.Module) -> OffloadLayout | None:
-    """The model's offload, where it is on.
+def offload_of(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> OffloadLayout | None:
+    """The model's offload, where it is on; `modules` is what `modules_of` gave for the model.
 
     Raises:
         UnsupportedModelError: It is on, and its manager is not of the kind that is known.
@@ -37,8 +39,8 @@ def offload_of(model: nn.Module) -> OffloadLayout | None:
             f"the model is offloaded by a {type(manager).__name__}, which is not known"
             "\nhint: turn its offload off"
         )
-    first_block = manager.blocks[0]
-    path = next((name for name, module in model.named_modules() if module is first_block), None)
+    first_block = inner_of(manager.blocks[0])
+    path = next((path for path, module in modules if module is first_block), None)
     if path is None or not path.endswith(".0"):
         raise UnsupportedModelError("the offloaded blocks are not blocks of this model")
     return OffloadLayout(manager, path.removesuffix("0"))
@@ -82,7 +84,7 @@ class OffloadLayout:
         """The slots of both buffer blocks that this offloaded slot is copied into."""
         _, _, inner = target.path.removeprefix(self._prefix).partition(".")
         return [
-            target.twin(block.get_submodule(inner), f"buffer {index}: {inner}")
+            target.twin(submodule_of(block, inner), f"buffer {index}: {inner}")
             for index, block in enumerate(self._manager.buffer_blocks)
         ]
 

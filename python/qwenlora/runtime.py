@@ -19,6 +19,7 @@ import torch
 
 from qwenlora.compose import bring
 from qwenlora.errors import ModelStateError
+from qwenlora.hooked import mark_hooked
 from qwenlora.lock import lock_of
 from qwenlora.lora_set import NO_LORAS, LoraSet
 from qwenlora.offload import turn_on
@@ -77,6 +78,7 @@ class ComfyQwenImageWrapper:
             module.__dict__[_ATTRIBUTE] = runtime
             module.register_forward_pre_hook(_before_forward, with_kwargs=True)
             module.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
+            mark_hooked(module)
         runtime._bind(module)
         return runtime
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, Union
+from typing import TYPE_CHECKING, Literal, TypeAlias, Union
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,6 +127,8 @@ class ComposeOptions:
             memory instead of failing.
         offload: Turn the model's block offload on before composing, where it is off. False leaves
             the choice of whoever loaded the model alone.
+        unknown_model: What becomes of a model with quantized layers that no known model has.
+            "refuse" composes nothing on it, "partial" composes what fits and lists the rest.
         threads: Threads that read files and fill host memory; by default up to 16, and as many as
             leave a quarter of the cores to the interpreter where they read.
         progress: Called before each slot and before each batch that is compressed.
@@ -142,8 +144,15 @@ class ComposeOptions:
     staging_bytes: int = 128 << 20
     margin_bytes: int = 512 << 20
     offload: bool = False
+    unknown_model: Literal["refuse", "partial"] = "refuse"
     threads: int | None = None
     progress: Progress | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.unknown_model not in ("refuse", "partial"):
+            raise ValueError(
+                f"unknown_model is {self.unknown_model!r}: it is 'refuse' or 'partial'"
+            )
 
 
 def as_specs(loras: Item | Sequence[Item]) -> tuple[LoraSpec, ...]:

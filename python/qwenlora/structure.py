@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, TypeVar
 from qwenlora import _core
 from qwenlora.bulk import Group
 from qwenlora.kept import KeptSets
+from qwenlora.modules import modules_of
 from qwenlora.offload import OffloadLayout, offload_of
 from qwenlora.plan import SlotKind, slot_map
 from qwenlora.slots import slot_of
 from qwenlora.state import SlotRecord, check_branches, check_intact
-from qwenlora.targets import FACTORS, Target, factors_of, find_targets, modules_of
+from qwenlora.targets import FACTORS, Target, factors_of, find_targets
+from qwenlora.understood import unknown_layer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,14 +49,16 @@ class Structure:
     Attributes:
         targets: The slots by path, in module order.
         layout: Its block offload, where that is on.
+        unknown: Path of a quantized layer that no known model has; None where there is none.
         placed: How the last composition lies in its slots, where it consists of groups alone.
         kept: Sets that were left.
     """
 
     def __init__(self, model: nn.Module, base_ranks: Mapping[str, int]) -> None:
-        self.layout: OffloadLayout | None = offload_of(model)
         modules = modules_of(model)
+        self.layout: OffloadLayout | None = offload_of(model, modules)
         self.targets: dict[str, Target] = find_targets(model, base_ranks, modules=modules)
+        self.unknown = unknown_layer(self.targets, modules)
         self._offload = _offload_state(model)
         own = self.targets.values()
         self._watch = _core.Watch(

@@ -6,7 +6,6 @@ share its name.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,8 +13,10 @@ import torch
 
 from qwenlora.errors import ModelStateError, UnsupportedModelError
 from qwenlora.layout import RANK_MULTIPLE, TILE
+from qwenlora.modules import inner_of, is_wrapper, modules_of, pattern
 from qwenlora.offload import offload_of
 from qwenlora.plan import SlotKind
+from qwenlora.understood import require_understood
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,8 +30,6 @@ __all__ = [
     "device_of",
     "factors_of",
     "find_targets",
-    "modules_of",
-    "pattern",
     "transformer_of",
 ]
 
@@ -45,8 +44,6 @@ _HOST = torch.device("cpu")
 _META = torch.device("meta")
 _Facts = tuple[SlotKind, torch.dtype, int, int, int]
 """Kind, dtype, inputs, outputs and base rank of a slot."""
-_NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
-"""A block's number: a whole segment of a path."""
 
 
 class SlotRow(NamedTuple):
@@ -110,35 +107,11 @@ def device_of(module: nn.Module) -> torch.device:
     return _HOST
 
 
-def pattern(path: str) -> str:
-    """The path with its block's number replaced by `*`."""
-    return _NUMBER.sub("*", path, count=1)
-
-
-def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """What `named_modules` gives, in half the time."""
-    found: list[tuple[str, nn.Module]] = []
-    seen: set[nn.Module] = set()
-
-    def visit(path: str, module: nn.Module) -> None:
-        seen.add(module)
-        found.append((path, module))
-        children = module._modules
-        if children:
-            prefix = f"{path}." if path else ""
-            for name, child in children.items():
-                if child is not None and child not in seen:
-                    visit(prefix + name, child)
-
-    visit("", model)
-    return found
-
-
 def find_targets(
     model: nn.Module,
     base_ranks: Mapping[str, int],
     *,
-    modules: Iterable[tuple[str, nn.Module]] | None = None,
+    modules: Sequence[tuple[str, nn.Module]] | None = None,
 ) -> dict[str, Target]:
     """Find every layer that can carry a delta.
 
@@ -151,12 +124,12 @@ def find_targets(
         Targets by path, in module order.
 
     Raises:
-        UnsupportedModelError: The model is no transformer with such layers, or it is offloaded in
-            a way that is not known.
+        UnsupportedModelError: The model is no transformer with such layers, their forward is not
+            understood, or it is offloaded in a way that is not known.
         ModelStateError: A packed layer's tensors contradict each other.
     """
-    layout = offload_of(model)
     modules = modules_of(model) if modules is None else modules
+    layout = offload_of(model, modules)
     targets = {target.row.path: target for target in _found(modules, base_ranks, layout)}
     svdq = SlotKind.SVDQ
     packed = [target for target in targets.values() if target.kind is svdq]
@@ -167,11 +140,12 @@ def find_targets(
             f"{type(model).__name__} has no Nunchaku SVDQuant layer"
             "\nhint: load a Nunchaku Qwen-Image transformer; other models take LoRAs natively"
         )
+    require_understood(targets, {path for path, _ in modules})
     return targets
 
 
 def transformer_of(model: object) -> nn.Module:
-    """The transformer itself: what `torch.compile` wrapped, or the module given.
+    """The transformer itself: what `torch.compile` or another wrapped, or the module given.
 
     Raises:
         UnsupportedModelError: It is no module.
@@ -181,8 +155,7 @@ def transformer_of(model: object) -> nn.Module:
             f"expected a transformer module, got {type(model).__name__}"
             "\nhint: with a diffusers pipeline, pass `pipeline.transformer`"
         )
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, torch.nn.Module) else model
+    return inner_of(model)
 
 
 def _require_own_factors(packed: Sequence[Target]) -> None:
@@ -221,6 +194,9 @@ def _found(
         plain = kinds.get(kind)
         if plain is None:
             plain = kinds[kind] = _is_plain(kind)
+        if not plain and is_wrapper(module):
+            # It would answer with the tensors of what it wraps.
+            continue
         tensors = _tensors(module) if plain else _asked_tensors(module)
         facts = _facts(path, module, tensors, base_ranks) if tensors else None
         if facts is not None:
