@@ -7,7 +7,7 @@ UV := $(BIN)/uv
 RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) Cargo.toml Cargo.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python lint format bench fuzz clean
+.PHONY: help setup demo test test-rust test-models test-python lint format bench fuzz clean
 
 help: ## Show the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -31,10 +31,15 @@ setup: $(VENV)/.tools $(VENV)/.installed ## Create .venv and build the extension
 demo: setup ## Compose LoRAs into an emulated model and measure the error
 	$(BIN)/qwenlora demo
 
-test: test-rust test-python ## Run all tests
+test: test-rust test-models test-python ## Run all tests
 
 test-rust:
 	cargo test --locked --quiet
+
+# In a folder of their own: another configuration of the same crates.
+test-models:
+	RUSTFLAGS="--cfg loom" cargo test --locked --quiet --profile loom --target-dir target/loom \
+		-p qwenlora-core --lib loom
 
 test-python: setup
 	$(BIN)/pytest -q
@@ -42,6 +47,8 @@ test-python: setup
 lint: setup ## Check formatting, lints, types and stubs
 	cargo fmt --check
 	cargo clippy --locked --quiet --workspace --all-targets -- -D warnings
+	RUSTFLAGS="--cfg loom" cargo clippy --locked --quiet --profile test --target-dir target/loom \
+		-p qwenlora-core --lib -- -D warnings
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy --no-error-summary

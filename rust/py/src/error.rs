@@ -40,6 +40,7 @@ fn source_class(error: &SourceError) -> &'static str {
         | SourceError::Ended { .. }
         | SourceError::Changed { .. }
         | SourceError::Stopped { .. }
+        | SourceError::Panicked { .. }
         | SourceError::NotAScalar { .. }
         | SourceError::NoNumber { .. }
         | SourceError::Range { .. } => "LoraReadError",

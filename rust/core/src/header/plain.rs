@@ -240,6 +240,7 @@ impl<const MAX: usize> Counts<MAX> {
 }
 
 #[cfg(test)]
+#[cfg(not(loom))]
 mod tests {
     use proptest::collection::vec;
     use proptest::prelude::*;

@@ -70,6 +70,12 @@ pub enum SourceError {
         /// The file.
         path: PathBuf,
     },
+    /// A thread panicked while it read, and has told so.
+    #[error("{}: reading failed: a thread panicked", Quoted::path(.path))]
+    Panicked {
+        /// The file.
+        path: PathBuf,
+    },
     /// A value was asked of a tensor that does not have one element.
     #[error("{}: tensor {tensor} is not a single value: shape {shape:?}", Quoted::path(.path))]
     NotAScalar {
