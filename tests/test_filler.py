@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import gc
 import itertools
+import signal
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -248,3 +251,90 @@ def test_many_threads_ask(fillers):
         thread.join(LONG)
     assert len(done) == 4 * 5
     assert any((memory == value).all() for value in range(1, 5))
+
+
+# ---- interrupts ----
+
+SLOTS, MEMBERS = 32, 4096
+
+
+@pytest.fixture
+def interrupted():
+    """Calls something with an interrupt that is pending: only what waits in there comes upon it."""
+
+    def call(function, *args):
+        with pytest.raises(KeyboardInterrupt):
+            # Python looks for interrupts between its own instructions: there is none in here.
+            list(map(partial.__call__, [partial(_thread.interrupt_main), partial(function, *args)]))
+
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield call
+    signal.signal(signal.SIGINT, kept)
+
+
+def slow(dest):
+    """Fill 64 MiB with 1 from so many small factors that one thread takes a while."""
+    source = np.full(SLOTS * TILE_BYTES, 1, dtype=np.uint8)
+    members = [(source, None, 16 * at, 16, 16, 0) for at in range(MEMBERS)]
+    return [(dest, SLOTS, 16 * MEMBERS, 2, [("up", 1, members)])]
+
+
+def slow_memory():
+    return np.full(SLOTS * MEMBERS * TILE_BYTES, 7, dtype=np.uint8)
+
+
+TRIES = 20
+"""A thread may be so late that all was filled before the interrupt came: then once more."""
+
+
+@pytest.mark.parametrize("after", ["waits again", "lets go", "closes"])
+def test_a_wait_that_is_interrupted_loses_nothing(after, interrupted):
+    dest = slow_memory()
+    for _ in range(TRIES):
+        fillers = _core.Fillers(threads=1)
+        dest[:] = 7
+        filling = fillers.fill(slow(dest))
+        interrupted(filling.wait)
+        was_filling = not filling.query()
+        if after == "waits again":
+            filling.wait()
+        elif after == "closes":
+            fillers.close()
+        del filling
+        # Nobody writes to it any more.
+        assert (dest == 1).all()
+        dest[:] = 9
+        fillers.close()
+        assert (dest == 9).all()
+        if was_filling:
+            return
+    pytest.fail("no wait was interrupted")
+
+
+def test_what_waits_for_memory_in_use_can_be_interrupted(interrupted):
+    dest = slow_memory()
+    for _ in range(TRIES):
+        fillers = _core.Fillers(threads=1)
+        dest[:] = 7
+        filling = fillers.fill(slow(dest))
+        interrupted(fillers.fill, zeroing(dest))
+        was_filling = not filling.query()
+        filling.wait()
+        # Where it came too late, the second request was begun, and done when its filling was gone.
+        assert (dest == 1).all() or not was_filling
+        # The arrays are nobody's.
+        fillers.fill(zeroing(dest)).wait()
+        assert not dest.any()
+        fillers.close()
+        if was_filling:
+            return
+    pytest.fail("nothing was interrupted")
+
+
+def test_a_filler_that_is_interrupted_can_be_closed(own, interrupted):
+    dests = [slow_memory() for _ in range(2)]
+    for dest in dests:
+        own.fill(slow(dest))
+    interrupted(own.wait)
+    own.close()
+    assert all((dest == 1).all() for dest in dests)

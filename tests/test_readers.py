@@ -438,6 +438,36 @@ def test_a_wait_can_be_interrupted(file, reader, interrupt):
     pytest.fail("no wait was interrupted")
 
 
+def test_a_reading_that_is_interrupted_and_let_go_writes_nothing_more(file, reader, interrupt):
+    _, content = file
+    # A thread may be so late that all was read before: then once more.
+    for _ in range(20):
+        readers = _core.Readers(threads=1)
+        begun = [read_slowly(readers, reader) for _ in range(4)]
+        reading, dest = begun.pop()
+        timer = threading.Timer(0.01, interrupt)
+        try:
+            timer.start()
+            reading.wait()
+            timer.join()
+            time.sleep(10)
+        except KeyboardInterrupt:
+            timer.join()
+        del reading
+        is_untouched = (dest == BEFORE).all()
+        dest[:] = 0x55
+        # Those before it go on, and so does what comes later.
+        begun.append(read_slowly(readers, reader))
+        for other, buffer in begun:
+            other.wait()
+            assert np.array_equal(buffer, content[: 2 * SLOW : 2])
+        readers.close()
+        assert (dest == 0x55).all()
+        if is_untouched:
+            return
+    pytest.fail("no wait was interrupted before its turn came")
+
+
 # ---- Loader ----
 
 RANKS = (4, 6)

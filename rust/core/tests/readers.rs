@@ -496,6 +496,55 @@ fn nothing_writes_to_the_buffer_of_a_dropped_reading() {
 }
 
 #[test]
+fn a_dropped_reading_waits_for_none_before_it() {
+    let file = Open::new(400_000, 1);
+    let slow = every_second_byte(&file);
+    let readers = Readers::new(threads(1));
+    // A thread may be so late that all was read before: then once more.
+    let is_early = (0..100).any(|_| {
+        let [first, last] = [&slow, &slow].map(|own| Filling::begin(&readers, &file, own, 200_000));
+        let untouched = *last.taken_back() == [BEFORE; 200_000];
+        let is_early = !first.wait(Duration::ZERO).unwrap();
+        assert!(*first.filled() == *file.expected(&slow, 200_000));
+        is_early && untouched
+    });
+    assert!(is_early);
+}
+
+#[test]
+fn a_thread_that_panics_is_told_by_its_file() {
+    let path = PathBuf::from("a/lora.safetensors");
+    let error = SourceError::Panicked { path };
+    let told = "`a/lora.safetensors`: reading failed: a thread panicked";
+    assert_eq!(error.to_string(), told);
+}
+
+/// What was measured is told of a buffer that is filled, not of a part of it.
+#[test]
+fn there_is_no_peak_before_the_end() {
+    const PIECE: usize = 8 * MIB;
+    let (file, cut) = (Open::new(4 * PIECE, 1), Open::new(4 * PIECE, 2));
+    cut.cut_short(3 * PIECE);
+    let readers = Readers::new(threads(1));
+    let begin = |file| {
+        let whole = [range(0, 4 * PIECE, 0)];
+        Filling::begin_measured(&readers, file, &whole, 4 * PIECE, Some(Dtype::BF16))
+    };
+    let [filling, failing] = [&file, &cut].map(begin);
+    let peak = |filling: &Filling| filling.reading.as_ref().unwrap().peak();
+    while peak(&filling).is_none() {
+        assert!(!filling.wait(Duration::ZERO).unwrap() || peak(&filling).is_some());
+        std::thread::yield_now();
+    }
+    assert!(filling.wait(Duration::ZERO).unwrap());
+    failing.wait(LONG).unwrap_err();
+    assert_eq!(peak(&failing), None);
+    for filling in [filling, failing] {
+        filling.taken_back();
+    }
+}
+
+#[test]
 fn nothing_to_read_is_done_at_once() {
     let file = Open::new(400_000, 1);
     let readers = Readers::new(threads(1));

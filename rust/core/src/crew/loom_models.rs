@@ -350,3 +350,17 @@ fn nothing_writes_to_what_was_let_go() {
         assert_eq!(written(&other), [1, 0]);
     });
 }
+
+#[test]
+fn what_is_given_up_takes_nothing_else_with_it() {
+    check(|| {
+        let (crew, one, other) = (crew::<Reading>(1), memory(), memory());
+        let first = begin(&crew, &one, &BOTH, None);
+        let second = begin(&crew, &other, &BOTH, None);
+        second.give_up();
+        second.settle();
+        assert_eq!(Arc::strong_count(&other), 1);
+        assert_eq!(outcome(&first), None);
+        assert_written(&one);
+    });
+}
