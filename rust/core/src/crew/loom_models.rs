@@ -249,12 +249,12 @@ fn a_crew_that_gives_up_ends_while_others_wait() {
         let (crew, memory) = (crew::<Reading>(1), memory());
         let begun = begin(&crew, &memory, &BOTH, None);
         let (own, buffer) = (begun.clone(), Arc::clone(&memory));
-        let waiting = spawn(move || match outcome(&own) {
-            None => assert_eq!(written(&buffer), [1, 1]),
-            Some(lapse) => {
-                assert_eq!(lapse, Lapse::GivenUp);
-                assert_ne!(written(&buffer), [1, 1]);
-            }
+        let waiting = spawn(move || {
+            let outcome = outcome(&own);
+            let is_written = written(&buffer) == [1, 1];
+            assert_eq!(outcome, (!is_written).then_some(Lapse::GivenUp));
+            // This thread's and the test's: no piece is left.
+            assert_eq!(Arc::strong_count(&buffer), 2);
         });
         crew.give_up();
         drop(crew);
@@ -296,6 +296,7 @@ fn a_piece_that_fails_ends_its_request_alone() {
         let first = begin(&crew, &one, &[Piece::Failing(0), Piece::Written(1)], None);
         let second = begin(&crew, &other, &BOTH, None);
         assert_eq!(outcome(&first), Some(Lapse::Failed(0)));
+        assert_eq!(Arc::strong_count(&one), 1);
         // The other one may have been in work.
         assert!(matches!(written(&one), [1, 0 | 1]));
         assert_eq!(outcome(&second), None);
