@@ -61,7 +61,6 @@ class ComfyQwenImageWrapper:
         self.options = ComposeOptions()
         self._transformer: weakref.ref[nn.Module] | None = None
         self._asked: tuple[object, ...] = ()
-        self._refused = 0
         self._settled: tuple[LoraSet | Unmakeable, object, object] | None = None
 
     @classmethod
@@ -181,33 +180,26 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if not isinstance(runtime, ComfyQwenImageWrapper):
         return
     lock = lock_of(module)
+    # Compiled code calls hooks from frames of its own: none tells when the forward ends.
     frame = _forward_frame()
-    try:
-        lock.acquire(frame or sys._getframe())
-    except ModelStateError:
-        # The hook after this refused forward runs all the same: the lock is not its to release.
-        runtime._refused += 1
-        raise
+    holder = frame or sys._getframe()
+    lock.acquire(holder)
+    is_settled = False
     try:
         runtime._bind(module)
         runtime._settle(_options_of(args, kwargs))
-    except BaseException:
-        lock.release()
-        raise
-    if frame is None:
-        # Compiled code calls hooks from frames of its own: none tells when the forward ends.
-        lock.release()
+        is_settled = True
+    finally:
+        if frame is None or not is_settled:
+            lock.release(holder)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _after_forward(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
-    runtime = module.__dict__.get(_ATTRIBUTE)
-    if isinstance(runtime, ComfyQwenImageWrapper) and runtime._refused:
-        runtime._refused -= 1
-        return
-    lock_of(module).release()
+    # Where the forward was refused, the lock is held for the one around it.
+    lock_of(module).release(_forward_frame())
 
 
 def _forward_frame() -> FrameType | None:
