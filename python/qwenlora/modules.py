@@ -52,26 +52,28 @@ def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     was before somebody wrapped its parts.
     """
     found: list[tuple[str, nn.Module]] = []
-    seen: set[nn.Module] = set()
-
-    def visit(path: str, module: nn.Module) -> None:
-        seen.add(module)
-        found.append((path, module))
-        children = module._modules
-        if not children:
-            return
-        if len(children) == 1 and is_wrapper(module):
-            inner = _only_child(module)
-            if inner not in seen:
-                visit(path, inner)
-            return
-        prefix = f"{path}." if path else ""
-        for name, child in children.items():
-            if child is not None and child not in seen:
-                visit(prefix + name, child)
-
-    visit("", model)
+    _visit("", model, found, set())
     return found
+
+
+# A function within would refer to itself, and keep the model alive until cycles are looked for.
+def _visit(
+    path: str, module: nn.Module, found: list[tuple[str, nn.Module]], seen: set[nn.Module]
+) -> None:
+    seen.add(module)
+    found.append((path, module))
+    children = module._modules
+    if not children:
+        return
+    if len(children) == 1 and is_wrapper(module):
+        inner = _only_child(module)
+        if inner not in seen:
+            _visit(path, inner, found, seen)
+        return
+    prefix = f"{path}." if path else ""
+    for name, child in children.items():
+        if child is not None and child not in seen:
+            _visit(prefix + name, child, found, seen)
 
 
 def pattern(path: str) -> str:
