@@ -1,7 +1,9 @@
-"""An exception at every instruction of what takes a lock: the next call works."""
+"""An exception at every instruction of what takes a lock, or writes to a model: all goes on."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 import sys
 import threading
@@ -12,11 +14,23 @@ from types import CodeType, FrameType
 import pytest
 import torch
 
+import qwenlora
+from qwenlora import (
+    ComposeOptions,
+    Placement,
+    branch,
+    compose,
+    placement,
+    rescale,
+    runtime,
+    slots,
+    state,
+)
 from qwenlora import lock as lock_module
-from qwenlora import runtime
 from qwenlora.errors import ModelStateError
 from qwenlora.lock import ModelLock, lock_of
 from qwenlora.runtime import ComfyQwenImageWrapper
+from qwenlora.state import read_state
 
 ERRORS = [KeyboardInterrupt, TimeoutError]
 """What passes by hooks that are always called, and what does not."""
@@ -43,15 +57,23 @@ def codes_of(*owners: object) -> set[CodeType]:
 class Interruption:
     """Raises once, before the n-th instruction that some functions run; `count` were run."""
 
-    def __init__(self, codes: set[CodeType], at: int, error: type[BaseException]) -> None:
+    def __init__(
+        self, codes: set[CodeType], at: int, error: type[BaseException], *, again: int = 0
+    ) -> None:
+        """With `again` it raises once more, so many instructions later."""
         self._codes = codes
         self._at = at
         self._error = error
+        self._again = again
         self.count = 0
 
     @property
     def happened(self) -> bool:
         return self.count > self._at
+
+    @property
+    def is_over(self) -> bool:
+        return self.count > self._at + self._again
 
     def __enter__(self) -> Interruption:
         self._kept = sys.gettrace()
@@ -64,17 +86,17 @@ class Interruption:
         sys.settrace(self._kept)
 
     def _call(self, frame: FrameType, _event: str, _argument: object) -> Callable | None:
-        if self.happened or frame.f_code not in self._codes:
+        if self.is_over or frame.f_code not in self._codes:
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         return self._instruction
 
     def _instruction(self, _frame: FrameType, event: str, _argument: object) -> Callable | None:
-        if event != "opcode" or self.happened:
+        if event != "opcode" or self.is_over:
             return self._instruction
         self.count += 1
-        if self.happened:
-            raise self._error(f"injected before instruction {self._at}")
+        if self.count - 1 in (self._at, self._at + self._again):
+            raise self._error(f"injected before instruction {self.count - 1}")
         return self._instruction
 
 
@@ -290,3 +312,249 @@ def test_the_lock_does_not_keep_what_the_holder_knows(how):
 
     hold()
     assert gone == [True]
+
+
+# ---- writing to a model ----
+
+JOURNAL_CODES = codes_of(
+    compose.compose_loras,
+    compose.bring,
+    compose._Composition.run,
+    compose._Composition._rescale,
+    compose._Composition._compose,
+    compose._Composition._structure,
+    placement.Journal,
+    placement.Placer.whole,
+    placement.Placer.by_path,
+    placement.Placer._replace,
+    placement.restore_all,
+    rescale.Rescaling,
+    rescale._Write,
+    slots._Changes,
+    slots._PackedChange.make,
+    slots._PackedChange.unmake,
+    slots._BranchChange.make,
+    slots._BranchChange.unmake,
+    slots._ValueChange.make,
+    slots._ValueChange.unmake,
+    slots._ValueChange._record,
+    slots._point,
+    slots._point_all,
+    slots._point_back,
+    slots.PackedSlot.restore,
+    slots.SideBranchSlot.restore,
+    slots.ValueSlot.restore,
+    branch.set_branch,
+    branch._remove_hook,
+    state.write_state,
+    state.write_default,
+    torch.nn.Module.register_forward_hook,
+    torch.nn.Module.register_buffer,
+)
+
+
+class Written:
+    """A tiny model, and what it holds before and after a change."""
+
+    def __init__(self, make_model, probe, draft, folder, *, change: str, options) -> None:
+        self._probe = probe
+        # Stored values cannot be rescaled where they lie.
+        values = change != "rescale"
+        first, second = (self._file(draft(s), folder / f"{s}", values=values) for s in (1, 2))
+        begin, end = {
+            "compose": ([], [second]),
+            "replace": ([first], [second]),
+            "reset": ([first], []),
+            "rescale": ([(first, 1.0)], [(first, 0.5)]),
+        }[change]
+        self.stacks = {"before": begin, "after": end}
+        self.options = options
+        self.model = make_model()
+        self.base = probe.snapshot(self.model)
+        self.held, self.told = {}, {}
+        for name, stack in self.stacks.items():
+            self.told[name] = qwenlora.compose_loras(self.model, stack, options=options)
+            self.held[name] = probe.snapshot(self.model).tensors
+        assert (self.held["before"] == self.held["after"]) is False
+        self.restart()
+
+    def _file(self, draft, path, *, values):
+        rank = 4 if path.name == "1" else 20
+        draft.add("img_in", rank).add("transformer_blocks.0.attn.to_out.0", rank)
+        if values:
+            draft.put("proj_out", "diff_b", 64)
+        return draft.save(path.with_suffix(".safetensors"))
+
+    def restart(self) -> None:
+        qwenlora.compose_loras(self.model, self.stacks["before"], options=self.options)
+
+    def change(self) -> None:
+        qwenlora.compose_loras(self.model, self.stacks["after"], options=self.options)
+
+    def check_truth(self) -> None:
+        """What is said to be in the model is there, bit for bit."""
+        assert not lock_of(self.model).is_mine()
+        if read_state(self.model).in_flight:
+            assert not qwenlora.applied(self.model).complete
+            return
+        report, tensors = qwenlora.applied(self.model), self._probe.snapshot(self.model).tensors
+        if report.failure is not None:
+            assert tensors == self.base.tensors
+            return
+        key = [(lora.name, lora.strength) for lora in report.loras]
+        names = [n for n, r in self.told.items() if key == [(o.name, o.strength) for o in r.loras]]
+        assert any(tensors == self.held[name] for name in names)
+
+    def check_next(self, then: str) -> None:
+        """The next change is right, whichever it is."""
+        if then == "reset":
+            qwenlora.reset_loras(self.model)
+            assert self._probe.snapshot(self.model).differences(self.base) == []
+        else:
+            qwenlora.compose_loras(self.model, self.stacks[then], options=self.options)
+            assert self._probe.snapshot(self.model).tensors == self.held[then]
+        self.restart()
+        assert self._probe.snapshot(self.model).tensors == self.held["before"]
+
+
+def _interrupt_writing(
+    written: Written, then: str, *, begin: int = 0, step: int = 1, again: int = 0
+) -> int:
+    """Interrupt at every `step`-th instruction from `begin` on; how often it was."""
+    at, count = begin, 0
+    while True:
+        interruption = Interruption(JOURNAL_CODES, at, KeyboardInterrupt, again=again)
+        with interruption, contextlib.suppress(KeyboardInterrupt):
+            written.change()
+        if not interruption.happened:
+            return count
+        try:
+            written.check_truth()
+            written.check_next(then)
+        except (AssertionError, qwenlora.QwenLoraError) as error:
+            raise AssertionError(f"interrupted before instruction {at}, {again} later") from error
+        at += step
+        count += 1
+
+
+CHANGES = ["compose", "replace", "reset", "rescale"]
+NEXT = ["before", "after", "reset"]
+
+
+@pytest.mark.parametrize("placement", [Placement.WHOLE, Placement.BY_PATH])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_after_interruptions_at_many_instructions(
+    change, placement, make_model, probe, Draft, tmp_path
+):
+    options = ComposeOptions(placement=placement)
+    written = Written(make_model, probe, Draft, tmp_path, change=change, options=options)
+    for begin, again in enumerate((0, 1, 20, 90)):
+        then = NEXT[begin % len(NEXT)]
+        assert _interrupt_writing(written, then, begin=begin, step=61, again=again) > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("again", "then"),
+    [*((0, then) for then in NEXT), *((again, "reset") for again in (1, 3, 7, 19, 47, 113, 257))],
+)
+@pytest.mark.parametrize("placement", [Placement.WHOLE, Placement.BY_PATH])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_after_an_interruption_at_every_instruction(
+    change, placement, again, then, make_model, probe, Draft, tmp_path
+):
+    options = ComposeOptions(placement=placement)
+    written = Written(make_model, probe, Draft, tmp_path, change=change, options=options)
+    assert _interrupt_writing(written, then, step=11 if again else 1, again=again) > 50
+
+
+def test_strengths_are_known_after_an_interruption_behind_the_last_write(
+    model, lora, probe, monkeypatch
+):
+    """The old strengths, asked for again, were taken to lie in the slots still."""
+    qwenlora.compose_loras(model, (lora[0], 1.0))
+    before = probe.snapshot(model)
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rescale.Rescaling, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            qwenlora.compose_loras(model, (lora[0], 0.5))
+    qwenlora.compose_loras(model, (lora[0], 1.0))
+    assert probe.snapshot(model).tensors == before.tensors
+
+
+@pytest.mark.parametrize("half", ["proj_down", "proj_up"])
+def test_a_slot_of_two_ranks_is_found_after_a_second_interruption(
+    half, model, lora, probe, monkeypatch
+):
+    base = probe.snapshot(model)
+
+    def halves(change):
+        at = slots.FACTORS.index(half)
+        old, new = change.old[at], change.new[at]
+        slots._point_all(change.modules, half, old, new, plain=False)
+        raise KeyboardInterrupt
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slots._PackedChange, "make", halves)
+        patch.setattr(slots._PackedChange, "unmake", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            qwenlora.compose_loras(model, lora[0])
+    assert not qwenlora.applied(model).complete
+    qwenlora.reset_loras(model)
+    assert probe.snapshot(model).differences(base) == []
+
+
+WRAPPER_CODES = codes_of(
+    ComfyQwenImageWrapper.of.__func__,
+    runtime._is_hooked,
+    runtime._unhook,
+    torch.nn.Module.register_forward_pre_hook,
+    torch.nn.Module.register_forward_hook,
+)
+
+
+def test_a_wrapper_is_whole_after_an_interruption_at_every_instruction(model, lora, probe):
+    expected = copy.deepcopy(model)
+    qwenlora.compose_loras(expected, lora[0])
+    output = probe.output(expected)
+    ats = itertools.count()
+    interrupted = True
+    while interrupted:
+        own = copy.deepcopy(model)
+        at = next(ats)
+        with Interruption(WRAPPER_CODES, at, KeyboardInterrupt) as interruption:
+            with contextlib.suppress(KeyboardInterrupt):
+                ComfyQwenImageWrapper.of(own)
+        interrupted = interruption.happened
+        ComfyQwenImageWrapper.of(own).loras.append(lora[0])
+        hooks = (own._forward_pre_hooks, own._forward_hooks)
+        assert [len(found) for found in hooks] == [1, 1]
+        if at % 10 == 0:
+            assert torch.equal(probe.output(own), output)
+        assert not lock_of(own).is_mine()
+    assert at > 50
+
+
+def test_offload_that_was_half_turned_on_is_turned_on(make_model, lora, probe, monkeypatch):
+    from qwenlora.emulation import transformer
+
+    model = make_model(num_layers=2)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    options = ComposeOptions(offload=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(transformer, "CPUOffloadManager", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            qwenlora.compose_loras(model, lora[0], options=options)
+    assert model.offload
+    qwenlora.compose_loras(model, lora[0], options=options)
+    assert model.offload_manager is not None

@@ -160,7 +160,7 @@ def is_whole(module: nn.Module) -> bool:
     return (
         all(module._buffers.get(name) is not None for name in names)
         and all(low_rank) == any(low_rank)
-        and add_side_branch in module._forward_hooks.values()
+        and _is_hooked(module)
     )
 
 
@@ -172,12 +172,14 @@ def set_branch(module: nn.Module, branch: Branch | None) -> None:
         delattr(module, name)
     module.__dict__.pop(_LAYOUT, None)
     if branch is None:
+        unmark_hooked(module)
         return
     module.__dict__[_LAYOUT] = branch.layout
     for name, tensor in branch.tensors.items():
         module.register_buffer(name, tensor, persistent=False)
     mark_hooked(module)
-    if add_side_branch not in module._forward_hooks.values():
+    if not _is_hooked(module):
+        _remove_hook(module)
         module.register_forward_hook(add_side_branch, with_kwargs=True)
 
 
@@ -306,12 +308,18 @@ def kron_product(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     return torch.matmul(w1, torch.matmul(tokens, w2.mT)).flatten(-2)
 
 
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether the hook is there, with all that it was registered with."""
+    keys = [key for key, hook in module._forward_hooks.items() if hook is add_side_branch]
+    return len(keys) == 1 and keys[0] in module._forward_hooks_with_kwargs
+
+
 def _remove_hook(module: nn.Module) -> None:
     # By function, not by handle: the handle of a deep copy would point at the original.
     for key in [k for k, hook in module._forward_hooks.items() if hook is add_side_branch]:
-        del module._forward_hooks[key]
+        # Last of all the hook itself: what an interrupt leaves is found by it.
         module._forward_hooks_with_kwargs.pop(key, None)
-    unmark_hooked(module)
+        del module._forward_hooks[key]
 
 
 def row_order_of(kind: SlotKind) -> RowOrder:

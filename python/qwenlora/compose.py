@@ -273,13 +273,17 @@ class _Composition:
                 done += 1
 
         journal = self._journal(structure)
-        journal.begin()
+        # Until all of it is done, nobody knows what strengths lie in the slots.
+        structure.placed = None
         try:
+            journal.begin()
             rescaling.make(tell)
             journal.done(self._rescaled_state())
         except BaseException:
+            journal.begin()
             rescaling.unmake()
             journal.undone()
+            structure.placed = placed
             raise
         finally:
             rescaling.close()

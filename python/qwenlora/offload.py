@@ -52,7 +52,10 @@ def turn_on(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: The model has no offload to turn on.
     """
-    if getattr(model, "offload", False):
+    is_on = bool(getattr(model, "offload", False))
+    # A switch that was interrupted says that it is on, and has no manager yet.
+    is_half = is_on and getattr(model, "offload_manager", model) is None
+    if is_on and not is_half:
         return
     switch = getattr(model, "set_offload", None)
     if switch is None:
@@ -62,6 +65,8 @@ def turn_on(model: nn.Module) -> None:
     # Moving or pinning an inference tensor outside that mode leaves it neither one nor the other.
     first = next(model.parameters(), None)
     with torch.inference_mode(first is not None and first.is_inference()):
+        if is_half:
+            switch(False)
         switch(True)
 
 

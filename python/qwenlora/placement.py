@@ -18,6 +18,7 @@ from qwenlora.plan import SlotKind
 from qwenlora.report import NO_SLOTS, ComposeReport
 from qwenlora.slots import Change, prepare_group, slot_of
 from qwenlora.state import AppliedState, write_state
+from qwenlora.steps import forget_steps
 
 if TYPE_CHECKING:
     from torch import nn
@@ -103,6 +104,8 @@ class Journal:
         """Slots are about to be written."""
         if self._structure.layout is not None:
             self._structure.layout.synchronise()
+        # What was computed with the stack before must not outlive it, whatever comes between.
+        forget_steps(self._model)
         write_state(self._model, self._in_flight)
 
     def done(self, state: AppliedState) -> None:
@@ -157,8 +160,8 @@ class Placer:
         for fetcher in self._fetchers:
             fetcher.finish()
         begun: list[Change] = []
-        self._journal.begin()
         try:
+            self._journal.begin()
             for change, deltas in prepared:
                 self._tell_write(deltas)
                 begun.append(change)
@@ -174,8 +177,8 @@ class Placer:
     def by_path(self, state_of: Callable[[Sequence[Deltas]], AppliedState]) -> None:
         """One path at a time, old tensors let go as it goes; an error ends in the bare base."""
         done: list[Deltas] = []
-        self._journal.begin()
         try:
+            self._journal.begin()
             for unit in self._units:
                 done += self._replace(unit)
             # At the end: an error ends in the base in any case, and to ask waits for the device.

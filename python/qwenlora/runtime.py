@@ -75,6 +75,9 @@ class ComfyQwenImageWrapper:
         if not isinstance(runtime, cls):
             runtime = cls()
             module.__dict__[_ATTRIBUTE] = runtime
+        if not _is_hooked(module):
+            # None, or what an interrupt left of them.
+            _unhook(module)
             module.register_forward_pre_hook(_before_forward, with_kwargs=True)
             module.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
             mark_hooked(module)
@@ -172,6 +175,28 @@ class ComfyQwenImageWrapper:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_transformer": None, "_settled": None}
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether both hooks are there, each with all that it was registered with."""
+    before = [key for key, hook in module._forward_pre_hooks.items() if hook is _before_forward]
+    after = [key for key, hook in module._forward_hooks.items() if hook is _after_forward]
+    return (
+        len(before) == len(after) == 1
+        and before[0] in module._forward_pre_hooks_with_kwargs
+        and after[0] in module._forward_hooks_with_kwargs
+        and after[0] in module._forward_hooks_always_called
+    )
+
+
+def _unhook(module: nn.Module) -> None:
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if hook in (_before_forward, _after_forward):
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

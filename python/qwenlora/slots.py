@@ -241,16 +241,12 @@ class PackedSlot:
         tiles, base_tiles = channels // TILE, self._base_rank // TILE
         host = current.detach().cpu().view(tiles, rank // TILE, FRAGMENT)[:, :base_tiles]
         device = current.device
-        # Let go of the composed tensor first: the smaller one then fits in its place.
-        _point(self._module, name, torch.empty(0, dtype=current.dtype, device=device))
-        del current
+        # Let go of the composed tensor first: the smaller one then fits in its place. Until it is
+        # there, the base is not where it belongs, but not lost.
         base = host.reshape(channels, self._base_rank)
-        try:
-            _point(self._module, name, base.to(device))
-        except torch.OutOfMemoryError:
-            # Not where it belongs, but not lost.
-            _point(self._module, name, base)
-            raise
+        _point(self._module, name, base)
+        del current
+        _point(self._module, name, base.to(device))
 
     def _joined(self, current: Tensor, added: Sequence[Tensor], rank_added: int) -> Tensor:
         channels, rank = current.shape

@@ -54,10 +54,12 @@ class Structure:
         kept: Sets that were left.
     """
 
-    def __init__(self, model: nn.Module, base_ranks: Mapping[str, int]) -> None:
+    def __init__(self, model: nn.Module, state: AppliedState) -> None:
         modules = modules_of(model)
         self.layout: OffloadLayout | None = offload_of(model, modules)
-        self.targets: dict[str, Target] = find_targets(model, base_ranks, modules=modules)
+        self.targets: dict[str, Target] = find_targets(
+            model, state.base_ranks, modules=modules, in_flight=state.in_flight
+        )
         self.unknown = unknown_layer(self.targets, modules)
         self._offload = _offload_state(model)
         own = self.targets.values()
@@ -199,7 +201,7 @@ def found_structure(model: nn.Module, state: AppliedState) -> Structure:
         UnsupportedModelError: The model has no slots.
         ModelStateError: Something else changed its slots.
     """
-    found = Structure(model, state.base_ranks)
+    found = Structure(model, state)
     if not state.in_flight:
         in_place = {
             path: slot_of(found.targets[path]).rank_added()

@@ -112,6 +112,7 @@ def find_targets(
     base_ranks: Mapping[str, int],
     *,
     modules: Sequence[tuple[str, nn.Module]] | None = None,
+    in_flight: bool = False,
 ) -> dict[str, Target]:
     """Find every layer that can carry a delta.
 
@@ -119,6 +120,7 @@ def find_targets(
         model: The transformer.
         base_ranks: Base rank of the slots that are composed now; the others' is their whole rank.
         modules: What `modules_of` gave for it, where that is at hand.
+        in_flight: Whether slots were being written: the two factors of one may differ in rank.
 
     Returns:
         Targets by path, in module order.
@@ -130,7 +132,7 @@ def find_targets(
     """
     modules = modules_of(model) if modules is None else modules
     layout = offload_of(model, modules)
-    targets = {target.row.path: target for target in _found(modules, base_ranks, layout)}
+    targets = {target.row.path: target for target in _found(modules, base_ranks, layout, in_flight)}
     svdq = SlotKind.SVDQ
     packed = [target for target in targets.values() if target.kind is svdq]
     _require_own_factors(packed)
@@ -186,6 +188,7 @@ def _found(
     modules: Iterable[tuple[str, nn.Module]],
     base_ranks: Mapping[str, int],
     layout: OffloadLayout | None,
+    in_flight: bool,
 ) -> Iterator[Target]:
     """The slots among modules; raises as `find_targets` does."""
     kinds: dict[type[nn.Module], bool] = {}
@@ -198,7 +201,7 @@ def _found(
             # It would answer with the tensors of what it wraps.
             continue
         tensors = _tensors(module) if plain else _asked_tensors(module)
-        facts = _facts(path, module, tensors, base_ranks) if tensors else None
+        facts = _facts(path, module, tensors, base_ranks, in_flight) if tensors else None
         if facts is not None:
             offloaded = layout is not None and layout.holds(path)
             yield _target(path, module, facts, tensors, offloaded)
@@ -226,11 +229,15 @@ def _tensors(module: nn.Module) -> Mapping[str, object]:
 
 
 def _facts(
-    path: str, module: nn.Module, tensors: Mapping[str, object], base_ranks: Mapping[str, int]
+    path: str,
+    module: nn.Module,
+    tensors: Mapping[str, object],
+    base_ranks: Mapping[str, int],
+    in_flight: bool,
 ) -> _Facts | None:
     if "qweight" in tensors:
         if _has_tensors(tensors, "proj_down", "proj_up", "qweight"):
-            return _svdq(path, tensors, base_ranks.get(path))
+            return _svdq(path, tensors, base_ranks.get(path), in_flight)
         if _has_tensors(tensors, "qweight", "wscales", "wzeros"):
             return _awq(module, tensors)
     if isinstance(module, torch.nn.Linear):
@@ -277,12 +284,14 @@ def _table(module: nn.Module, tensors: Mapping[str, object]) -> _Facts | None:
     return None
 
 
-def _svdq(path: str, tensors: Mapping[str, Any], base_rank: int | None) -> _Facts:
+def _svdq(path: str, tensors: Mapping[str, Any], base_rank: int | None, in_flight: bool) -> _Facts:
     down: Tensor = tensors["proj_down"]
     up: Tensor = tensors["proj_up"]
     inputs, ranks = _packed_shape(path, "proj_down", down)
     outputs, up_ranks = _packed_shape(path, "proj_up", up)
-    if ranks != up_ranks or down.dtype != up.dtype or down.device != up.device:
+    is_alike = ranks == up_ranks or in_flight
+    ranks = min(ranks, up_ranks)
+    if not is_alike or down.dtype != up.dtype or down.device != up.device:
         raise ModelStateError(
             f"`{path}`: proj_down is {_show(down)} and proj_up {_show(up)}\nhint: reload the model"
         )
