@@ -52,6 +52,15 @@ def test_moving_is_least_and_enough(peak):
     assert exponent == 0 or moved < 2**-6
 
 
+@given(peak=peaks, above=st.integers(0, 40))
+def test_the_largest_of_all_does_not_overflow(peak, above):
+    largest = peak * 2.0**above
+    exponent = exponent_of(peak, HALF, largest=largest)
+    assert 0 <= exponent <= exponent_of(peak, HALF)
+    assert exponent == 0 or largest * 2.0**exponent < 2**15
+    assert peak * 2.0**exponent >= 2**-7 or largest * 2.0 ** (exponent + 1) >= 2**15
+
+
 @given(up=peaks, down=peaks)
 def test_down_gives_what_it_can_spare_and_else_both_are_alike(up, down):
     exponent = exponent_beside(up, down, HALF)

@@ -79,7 +79,7 @@ def merged(tiny, tmp_path):
 
 
 def modules_of(path):
-    """(down, up) float64 of each module of a merged file; every alpha is checked."""
+    """(down, up) float64 of each module of a merged file, `up` times the scale of its alpha."""
     tensors = load_file(path)
     halves = {}
     for key in tensors:
@@ -89,8 +89,11 @@ def modules_of(path):
             down, up = tensors[key], tensors[f"{stem}.lora_up.weight"]
             alpha = tensors[f"{stem}.alpha"]
             assert (alpha.dtype, alpha.shape) == (torch.float32, ())
-            assert float(alpha) == down.shape[0] == up.shape[1]
-            halves[stem.removeprefix(PREFIX)] = (down.double(), up.double())
+            assert down.shape[0] == up.shape[1]
+            scale = float(alpha) / down.shape[0]
+            assert math.frexp(scale)[0] == 0.5, "no power of two"
+            assert scale == 1 or down.dtype == torch.float16
+            halves[stem.removeprefix(PREFIX)] = (down.double(), scale * up.double())
     return halves
 
 
@@ -610,12 +613,158 @@ def test_what_is_not_finite_is_named(Draft, merged, tmp_path):
 
 def test_what_is_too_small_for_the_dtype_is_named(Draft, merged):
     report, _ = merged(
-        (Draft(1).add("proj_out", 4), 1e-9),
+        (Draft(1).add("proj_out", 4), 1e-30),
         (Draft(2).add("img_in", 4), 1.0),
         dtype=torch.float16,
     )
     assert report.vanished == ("proj_out",)
     assert not report.complete
+
+
+# ---- small values in float16 ----
+
+HALF = 4e-4
+"""Relative error of a delta whose halves are rounded to float16; measured: 2.8e-4."""
+
+
+def alphas_of(path):
+    tensors = load_file(path)
+    return {key.split(".")[1]: float(t) for key, t in tensors.items() if key.endswith(".alpha")}
+
+
+def half_pair(Draft, seed, *, down=0.02, up=1e-2, dtype=torch.float16, alpha=None, rank=8):
+    """A LoRA of `proj_out` with halves of these magnitudes, and its delta."""
+    draft = Draft(seed, dtype=dtype)
+    halves = {"down": draft.random(rank, 128), "up": draft.random(64, rank)}
+    for role, size in (("down", down), ("up", up)):
+        half = halves[role].double()
+        halves[role] = (half / half.std() * size).to(dtype)
+        draft.tensors[draft.key("proj_out", role)] = halves[role]
+    if alpha is not None:
+        draft.tensors[draft.key("proj_out", "alpha")] = torch.tensor(alpha)
+    delta = halves["up"].double() @ halves["down"].double()
+    return draft, delta * (1.0 if alpha is None else alpha / rank)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
+@pytest.mark.parametrize("alpha", [None, 1.0, 3e-4])
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.3, -1e-4])
+def test_small_ups_are_not_lost(size, alpha, strength, Draft, merged):
+    draft, delta = half_pair(Draft, 1, up=size, alpha=alpha)
+    report, path = merged((draft, strength), dtype=None)
+    assert (report.dtype, report.vanished) == ("F16", ())
+    (found,) = deltas_of(path).values()
+    assert error(found, strength * delta) < HALF
+
+
+def test_what_loses_nothing_keeps_its_bits(Draft, merged):
+    """Values that are subnormal in the source stay what they are; alpha stays the rank."""
+    for size, strength in ((1e-2, 0.5), (1e-6, 1.0), (1e-6, -1.0), (1e-6, 2.0)):
+        draft, _ = half_pair(Draft, 1, up=size)
+        _, path = merged((draft, strength), dtype=None)
+        up = load_file(path)[f"{PREFIX}proj_out.lora_up.weight"]
+        assert torch.equal(up, draft.tensors[draft.key("proj_out", "up")] * strength)
+        assert alphas_of(path) == {"proj_out": 8.0}
+
+
+def test_down_is_never_changed_by_a_small_up(Draft, merged):
+    draft, _ = half_pair(Draft, 1, up=1e-5, alpha=1.0)
+    _, path = merged((draft, 0.5), dtype=None)
+    down = load_file(path)[f"{PREFIX}proj_out.lora_down.weight"]
+    assert torch.equal(down, draft.tensors[draft.key("proj_out", "down")])
+    assert 0 < alphas_of(path)["proj_out"] < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("down", "up"), [(1e-7, 1e2), (1e-2, 1e-7), (1e-6, 1e-6)])
+def test_small_halves_of_wider_dtypes_are_written_in_float16(down, up, dtype, Draft, merged):
+    draft, delta = half_pair(Draft, 1, down=down, up=up, dtype=dtype)
+    _, path = merged((draft, 0.7), dtype=torch.float16)
+    (found,) = deltas_of(path).values()
+    assert error(found, 0.7 * delta) < HALF
+    # What has float32's exponents moves nothing: `deltas_of` checks the alphas.
+    _, path = merged((draft, 0.7), dtype=dtype)
+    deltas_of(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_ranks_of_opposite_magnitudes_are_both_kept(dtype, Draft, merged):
+    """One LoRA's `up` is large beside a small `down`, the other's the reverse; deltas are alike."""
+    first, delta = half_pair(Draft, 1, down=2e-3, up=4.0, dtype=dtype)
+    second, other = half_pair(Draft, 2, down=400.0, up=2e-5, dtype=dtype)
+    _, path = merged((first, 0.3), (second, 0.3), dtype=torch.float16)
+    (found,) = deltas_of(path).values()
+    assert error(found, 0.3 * (delta + other)) < HALF
+    # Alone in the sum: what is left once the first's own halves are taken away.
+    down, up = modules_of(path)["proj_out"]
+    assert error(up[:, 8:] @ down[8:], 0.3 * other) < HALF
+
+
+def test_nothing_overflows_where_small_ranks_stand_beside_large_ones(Draft, merged):
+    large, delta = half_pair(Draft, 1, down=1e-5, up=5e3, dtype=torch.float32)
+    small, other = half_pair(Draft, 2, down=1e3, up=1e-7, dtype=torch.float32)
+    _, path = merged((large, 1.0), (small, 1.0), dtype=torch.float16)
+    (found,) = deltas_of(path).values()
+    assert error(found, delta + other) < 5e-2
+    assert all(bool(t.isfinite().all()) for t in load_file(path).values())
+
+
+@pytest.mark.parametrize("cut", [Cut(rank=3), Cut(rank=8), Cut(energy=0.9)])
+def test_what_is_cut_is_not_lost_either(cut, Draft, merged):
+    first, delta = half_pair(Draft, 1, up=1e-5)
+    second, other = half_pair(Draft, 2, up=1e-5)
+    report, path = merged((first, 0.5), (second, 0.3), cut=cut, dtype=None)
+    (found,), (module,) = deltas_of(path).values(), report.modules
+    lost = energy_lost(found, 0.5 * delta + 0.3 * other)
+    assert lost == pytest.approx(module.share_lost, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_every_kind_is_written_in_float16(name, Draft, merged):
+    drafts, expected = stacks(Draft)[name]
+    _, path = merged(*((draft, 1e-5) for draft in drafts), dtype=torch.float16)
+    (found,) = deltas_of(path).values()
+    assert error(found, 1e-5 * expected) < HALF
+
+
+def test_modules_move_each_by_its_own_power(Draft, merged):
+    draft, delta = half_pair(Draft, 1, up=1e-5)
+    draft.add("img_in", 4).tensors[draft.key("img_in", "up")] *= 0.5
+    _, path = merged((draft, 0.3), dtype=torch.float16)
+    assert alphas_of(path)["proj_out"] < 1
+    assert alphas_of(path)["img_in"] == 4
+    assert error(deltas_of(path)["proj_out"], 0.3 * delta) < HALF
+
+
+def test_small_values_are_written_in_float32(Draft, merged):
+    """There is no alpha beside them."""
+    draft = Draft(1, dtype=torch.float16).add("proj_out", 4).put("proj_out", "diff_b", 64)
+    draft.put("img_in", "diff_b", 128)
+    for target, factor in (("proj_out", 1e-4), ("img_in", 1.0)):
+        key = draft.key(target, "diff_b")
+        draft.tensors[key] = draft.tensors[key] * factor
+    _, path = merged((draft, 0.3), dtype=None, diffs=True)
+    tensors = load_file(path)
+    small, usual = (tensors[f"{PREFIX}{name}.diff_b"] for name in ("proj_out", "img_in"))
+    assert (small.dtype, usual.dtype) == (torch.float32, torch.float16)
+    expected = 0.3 * draft.tensors[draft.key("proj_out", "diff_b")].double()
+    assert error(small.double(), expected) < FLOAT32
+
+
+def test_diffusers_reads_small_values_alike(dense, tiny, merged, tmp_path):  # noqa: F811
+    """It splits alpha over both halves, in their dtype: both keep more than `up` alone had."""
+    write, options = oracles.CASES["kohya"]
+    case = write(dense, tmp_path, **options)
+    model = oracles.EmulatedQwenImageTransformer.from_diffusers(
+        dense, rank=32, precision=oracles.Precision.EXACT, dtype=torch.float32
+    )
+    tiny(model)
+    _, path = merged((case.source, 1e-4), dtype=torch.float16)
+    assert any(alpha < 1e-1 for alpha in alphas_of(path).values())
+    expected = {n: 1e-4 * d for n, d in oracles.oracle_deltas(case.oracle).items()}
+    found = oracles.oracle_deltas(oracles.read_by_pipeline(dense, path))
+    assert found.keys() == expected.keys()
+    assert max(error(found[name], expected[name]) for name in expected) < 2e-3
 
 
 # ---- the file ----

@@ -29,15 +29,16 @@ MOST = 63
 """Largest exponent: the inverses of two still leave an alpha a normal float32."""
 
 
-def exponent_of(peak: float, dtype: torch.dtype) -> int:
+def exponent_of(peak: float, dtype: torch.dtype, *, largest: float | None = None) -> int:
     """How far up values must move before they are rounded to a dtype.
 
-    It is a function of the largest magnitude alone, so it is the same on every device and in every
-    order of reading. Values that it moves cannot overflow: the largest ends below 2^-6 (float16).
+    It is a function of magnitudes alone, so it is the same on every device and in every order of
+    reading. Nothing overflows by it.
 
     Args:
-        peak: The largest magnitude of the values.
+        peak: The largest magnitude of the values that matter.
         dtype: What they will be rounded to.
+        largest: The largest magnitude of all, where that is another one.
 
     Returns:
         The exponent of two, 0 to `MOST`. It is 0 where the largest value has `ROOM`, is zero or is
@@ -45,7 +46,10 @@ def exponent_of(peak: float, dtype: torch.dtype) -> int:
     """
     if not _is_narrow(dtype) or peak == 0 or not math.isfinite(peak):
         return 0
-    return min(max(0, _lowest(dtype) - _exponent(peak)), MOST)
+    highest = (
+        _exponent(torch.finfo(dtype).max) - 1 - _exponent(peak if largest is None else largest)
+    )
+    return max(0, min(_lowest(dtype) - _exponent(peak), highest, MOST))
 
 
 def exponent_beside(up_peak: float, down_peak: float, dtype: torch.dtype) -> int:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenlora.errors import NonFiniteError, NothingToApplyError
+from qwenlora.merge.balanced import round_pair, value_dtype
 from qwenlora.merge.combine import Joined, combine
 from qwenlora.merge.diffs import Value, is_value, sum_values
 from qwenlora.merge.member import Member
 from qwenlora.merge.output import atomic_file, check_output
-from qwenlora.merge.planned import ALPHA_DTYPE, PREFIX, MergePlan, covers, pair_shapes
+from qwenlora.merge.planned import PREFIX, MergePlan, covers, pair_shapes
 from qwenlora.merge.report import MergeReport, ModuleReport, metadata_of
 from qwenlora.merge.writer import SafetensorsWriter
 from qwenlora.pieces import is_zero, read_pieces
@@ -200,13 +201,14 @@ class _Job:
         if joined is None or is_zero(joined.down, joined.up):
             self._zero.append(path)
             return
-        pair = [self._rounded(path, half, own) for half in (joined.down, joined.up)]
-        if is_zero(*pair):
+        pair = round_pair(joined, self._plan.dtype)
+        for half in (pair.down, pair.up):
+            self._check_finite(path, half, own)
+        if is_zero(pair.down, pair.up):
             self._vanished.append(path)
             return
-        alpha = torch.tensor(joined.rank, dtype=ALPHA_DTYPE)
         shapes = pair_shapes(path, (sides[0], joined.rank, sides[1]), self._plan.dtype)
-        for (key, _, _), tensor in zip(shapes, (*pair, alpha), strict=True):
+        for (key, _, _), tensor in zip(shapes, (pair.down, pair.up, pair.alpha), strict=True):
             writer.add(key, tensor)
         self._modules.append(ModuleReport(path, joined.rank, joined.energy, joined.energy_lost))
 
@@ -216,18 +218,14 @@ class _Job:
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise self._not_finite(path, members) from error
 
-    def _rounded(self, path: str, tensor: Tensor, members: Sequence[Member]) -> Tensor:
-        """A tensor in the dtype of the result."""
-        # float8 casts through float32: torch has no direct cast to every half type.
-        wide = tensor.to(torch.float32) if tensor.itemsize == 1 else tensor
-        rounded = wide.to(self._plan.dtype)
+    def _check_finite(self, path: str, rounded: Tensor, members: Sequence[Member]) -> None:
         if not bool(torch.isfinite(torch.stack(torch.aminmax(rounded))).all()):
             raise self._not_finite(path, members)
-        return rounded
 
     def _write_values(self, sums: Mapping[str, Tensor], writer: SafetensorsWriter) -> None:
         for key, values in sums.items():
-            rounded = self._rounded(key, values, ())
+            rounded = values.to(value_dtype(values, self._plan.dtype))
+            self._check_finite(key, rounded, ())
             if bool(rounded.any()):
                 writer.add(PREFIX + key, rounded)
                 self._values.append(key)

@@ -13,6 +13,7 @@ import torch
 from qwenlora.console import size
 from qwenlora.errors import NothingToApplyError
 from qwenlora.lora_set import LoraSet
+from qwenlora.merge.balanced import ALPHA_DTYPE
 from qwenlora.merge.diffs import is_value, value_keys
 from qwenlora.merge.known import KnownSlot, known_slots
 from qwenlora.merge.member import has_full_rank
@@ -30,8 +31,6 @@ __all__ = ["PREFIX", "MergeOptions", "MergePlan", "pair_shapes"]
 
 PREFIX = "diffusion_model."
 """What every key begins with."""
-ALPHA_DTYPE = torch.float32
-"""Of an alpha: it holds every rank, unlike bfloat16."""
 _DIFFS_REASON = "a delta of a bias, norm or table, which diffusers refuses in a file (`--diffs`)"
 
 
@@ -132,7 +131,8 @@ class MergePlan:
             if self.options.diffs:
                 values = [piece for piece in slot.pieces if is_value(piece, slot)]
                 shapes = dict(row for piece in values for row in value_keys(piece, known))
-                yield from ((PREFIX + key, self.dtype, shape) for key, shape in shapes.items())
+                # Small values are written in float32.
+                yield from ((PREFIX + key, torch.float32, shape) for key, shape in shapes.items())
 
     def rank_bounds(self) -> dict[str, int]:
         """The most ranks that each module may have, by its path."""
