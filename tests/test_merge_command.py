@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qwenlora import cli, merge
@@ -207,14 +208,22 @@ PARTIAL      o.safetensors
   left out   1 of c: DoRA is not supported: without its magnitudes the pair
              would be another LoRA
     e.g.     img_in
+  left out   1 of c: text encoder
+    e.g.     text_encoder.x.lora_A.weight
 
   source     c x 1: 1 module
   file       25.3 KiB, BF16, in [time]
   ranks      4
-  ignored    1 of c: text encoder
-    e.g.     text_encoder.x.lora_A.weight
 """
     )
+
+
+def test_what_is_no_loss_is_ignored(run, folder):
+    write_lora(folder / "c.safetensors", _aux__0f1e=torch.ones(1))
+    status, out, err = run("c.safetensors", "-o", "o.safetensors")
+    assert (status, err) == (0, "")
+    assert out.startswith("MERGED ")
+    assert out.endswith("  ignored    1 of c: bookkeeping\n    e.g.     _aux.0f1e\n")
 
 
 def test_the_screen_of_values(run, folder):
@@ -272,7 +281,142 @@ def test_json_is_one_line(run):
     }
 
 
+# ---- metadata ----
+
+
+def with_metadata(path: Path, **metadata: str) -> Path:
+    """The file, with metadata; `__` stands for a dot in their names."""
+    save_file(load_file(path), path, {k.replace("__", "."): v for k, v in metadata.items()})
+    return path
+
+
+def metadata_of(path: Path) -> tuple[dict[str, str], list[dict]]:
+    """A merged file's own metadata, and its sources'."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    sources = json.loads(metadata.pop("qwenlora.merge"))["sources"]
+    assert metadata.pop("format") == "pt"
+    metadata.pop("lora_adapter_metadata", None)
+    return metadata, [source.get("metadata", {}) for source in sources]
+
+
+OWN = {
+    "modelspec__trigger_phrase": "ohwx 人",
+    "modelspec__title": "Style",
+    "ss_training_comment": 'say "ohwx"',
+    "ss_tag_frequency": '{"10_ohwx": {"ohwx": 10}}',
+    "ss_base_model_version": "qwen_image",
+}
+STORED = {
+    "ss_network_module": "networks.lora",
+    "ss_network_dim": "4",
+    "ss_network_alpha": "1",
+    "sshs_model_hash": "0123",
+    "modelspec__hash_sha256": "0x4567",
+}
+
+
+def dotted(metadata: dict[str, str]) -> dict[str, str]:
+    return {key.replace("__", "."): value for key, value in metadata.items()}
+
+
+def test_one_sources_metadata_stay(run, folder):
+    """All but what says how its tensors were stored."""
+    with_metadata(folder / "a.safetensors", **OWN, **STORED, format="pt")
+    status, out, _ = run("a.safetensors:0.5", "-o", "o.safetensors")
+    assert status == 0
+    assert metadata_of(folder / "o.safetensors") == (dotted(OWN), [dotted(STORED)])
+    assert "  metadata   5 of the sources' entries kept, 5 listed in `qwenlora.merge`\n" in out
+    run("a.safetensors", "-o", "p.safetensors", "--rank", 2)
+    assert metadata_of(folder / "p.safetensors")[0] == dotted(OWN)
+
+
+def test_of_several_sources_stays_what_they_agree_on(run, folder):
+    other = {"modelspec__trigger_phrase": "zxcv, ohwx 人", "ss_base_model_version": "qwen_image"}
+    with_metadata(folder / "a.safetensors", **OWN, **STORED)
+    with_metadata(folder / "b.safetensors", **other, ss_training_comment="zxcv")
+    status, out, _ = run("a.safetensors", "b.safetensors:0.5", "-o", "o.safetensors", "--json")
+    own, listed = metadata_of(folder / "o.safetensors")
+    assert status == 0
+    assert own == {
+        "ss_base_model_version": "qwen_image",
+        "modelspec.trigger_phrase": "ohwx 人, zxcv",
+    }
+    # Every word of every source is somewhere.
+    agreed = {"ss_base_model_version": "qwen_image"}
+    assert {**listed[0], **agreed} == dotted({**OWN, **STORED})
+    assert {**listed[1], **agreed} == dotted({**other, "ss_training_comment": "zxcv"})
+    document = json.loads(out)
+    assert set(document["metadata_kept"]) == set(own)
+    assert [set(names) for names in document["metadata_listed"]] == [set(own) for own in listed]
+    assert document["metadata_dropped"] == [[], []]
+
+
+def test_what_is_subtracted_lends_no_words(run, folder):
+    with_metadata(folder / "a.safetensors", **OWN)
+    with_metadata(folder / "b.safetensors", modelspec__trigger_phrase="not this")
+    run("a.safetensors", "b.safetensors:-0.5", "-o", "o.safetensors")
+    own, listed = metadata_of(folder / "o.safetensors")
+    assert own == {"modelspec.trigger_phrase": "ohwx 人"}
+    assert listed[1] == {"modelspec.trigger_phrase": "not this"}
+
+
+def test_the_metadata_of_a_merge_stay_through_another(run, folder):
+    with_metadata(folder / "a.safetensors", **OWN, **STORED)
+    run("a.safetensors", "-o", "o.safetensors")
+    run("o.safetensors", "-o", "p.safetensors")
+    own, (listed,) = metadata_of(folder / "p.safetensors")
+    assert own == dotted(OWN)
+    (first,) = json.loads(listed["qwenlora.merge"])["sources"]
+    assert (first["name"], first["metadata"]) == ("a", dotted(STORED))
+
+
+def test_metadata_without_end_are_named(run, folder, monkeypatch):
+    monkeypatch.setattr("qwenlora.merge.metadata.MOST_BYTES", 2000)
+    with_metadata(folder / "a.safetensors", **OWN, ss_datasets="x" * 3000)
+    with_metadata(folder / "b.safetensors", modelspec__title="B", ss_datasets="y" * 3000)
+    for sources in (["a.safetensors"], ["a.safetensors", "b.safetensors"]):
+        status, out, _ = run(*sources, "-o", "o.safetensors", "--force")
+        assert status == 0
+        assert "             1 entry of a too long to keep, e.g. `ss_datasets`\n" in out
+        own, (listed, *_) = metadata_of(folder / "o.safetensors")
+        assert {**listed, **own}["modelspec.trigger_phrase"] == "ohwx 人"
+        assert "ss_datasets" not in {**listed, **own}
+
+
 # ---- exit statuses ----
+
+
+@pytest.mark.parametrize(
+    ("keys", "status"),
+    [
+        ((), 0),
+        (("text_encoder.model.layers.0.self_attn.q_proj.lora_A.weight",), 1),
+        (("lora_te_model_layers_0_mlp_up_proj.lora_down.weight",), 1),
+        (("text_encoders.qwen25_7b.layers.0.mlp.up_proj.lora_A.weight",), 1),
+        (("vae.decoder.conv_in.weight",), 1),
+        (("bundle_emb.trigger.qwen_out",), 1),
+        (("pipe.perceiver_resampler.latents",), 1),
+        (("transformer_blocks.60.attn.to_q.lora_A.weight",), 1),
+        (("some.other.lora_A.weight",), 1),
+        (("_aux.0f1e2d3c",), 0),
+        (("proj_out.base_layer.weight",), 0),
+        (("_aux.0f1e2d3c", "lora_te_model_layers_0_mlp_up_proj.lora_down.weight"), 1),
+    ],
+)
+def test_the_exit_status_is_that_of_qwenlora_keys(keys, status, run, folder, capfd):
+    """What is left out of a source is left out, of which component it may be."""
+    path = write_lora(folder / "c.safetensors", **{key: torch.ones(4, 4) for key in keys})
+    assert run("c.safetensors", "-o", "o.safetensors")[0] == status
+    assert cli.main(["keys", str(path)]) == status
+    capfd.readouterr()
+    found = run("a.safetensors", "c.safetensors:0.5", "-o", "p.safetensors", "--json")
+    assert (found[0], json.loads(found[1])["complete"]) == (status, status == 0)
+
+
+def test_a_source_that_is_off_leaves_nothing_out(run, folder):
+    write_lora(folder / "c.safetensors", lora_te_x__lora_down__weight=torch.ones(4, 4))
+    assert run("a.safetensors", "c.safetensors:0", "-o", "o.safetensors")[0] == 0
 
 
 def test_sources_that_give_nothing(run, folder):
@@ -300,6 +444,69 @@ def test_sources_that_give_nothing(run, folder):
         assert err.startswith("error: ")
         assert len(err.splitlines()) <= 2
     assert listing(folder) == before
+
+
+def test_folders_that_are_no_sources_say_what_they_hold(run, folder):
+    contents = {
+        "pickled": ["adapter_model.bin", "adapter_config.json"],
+        "pickles": ["a.PT", "b.ckpt", "c.bin", "readme.md"],
+        "one": ["pytorch_lora_weights.safetensors", "optimizer.bin"],
+        "short": ["adapter_model.sft", "b.SFT"],
+        "empty": ["readme.md"],
+    }
+    for name, files in contents.items():
+        (folder / name).mkdir()
+        for file in files:
+            (folder / name / file).touch()
+    expected = {
+        "pickled": (
+            r"`pickled` has its weights in `adapter_model\.bin`: a pickle can run any code.*",
+            r"convert it once: `python -c .*'adapter_model\.safetensors'\)\"` in `pickled`",
+        ),
+        "pickles": (
+            r"`pickles` holds 3 pickles, e\.g\. `a\.PT`, and no LoRA file: .*",
+            "convert.*",
+        ),
+        "one": (
+            r"`one` is a folder without `adapter_model\.safetensors`: it holds 1 LoRA file, and"
+            r" 1 pickle",
+            r"name the file itself: `one.pytorch_lora_weights\.safetensors`",
+        ),
+        "short": (
+            r".*: it holds 2 LoRA files",
+            r"name the file itself: `short.adapter_model\.sft`",
+        ),
+        "empty": (r".*, or any other LoRA file", "name the LoRA file itself, .*"),
+    }
+    for name, (message, hint) in expected.items():
+        status, out, err = run("a.safetensors", f"{name}:0.5", "-o", "o.safetensors")
+        assert (status, out) == (3, "")
+        assert re.fullmatch(f"error: {message}\nhint: {hint}\n", err), err
+    assert not (folder / "o.safetensors").exists()
+
+
+def test_a_folder_that_cannot_be_listed_is_named(run, folder, monkeypatch):
+    (folder / "closed").mkdir()
+    error = PermissionError(13, "Permission denied")
+    fail_at(monkeypatch, "qwenlora.merge.folder.Path.iterdir", error, call=0)
+    status, _, err = run("closed", "-o", "o.safetensors")
+    assert (status, err) == (3, "error: cannot list `closed`: Permission denied\n")
+
+
+def test_pickled_weights_beside_others_are_said(run, folder):
+    (folder / "peft").mkdir()
+    write_lora(folder / "peft" / "adapter_model.safetensors")
+    (folder / "peft" / "adapter_model.bin").touch()
+    status, _, err = run("peft", "-o", "o.safetensors")
+    assert status == 0
+    assert err == "note: `peft` holds `adapter_model.bin`, too: it is a pickle, and is not read\n"
+
+
+def test_the_short_ending_is_read_and_written(run, folder):
+    (folder / "a.safetensors").rename(folder / "a.sft")
+    assert run("a.sft", "-o", "o.SFT")[0] == 0
+    assert run("o.SFT:0.5", "b.safetensors", "-o", "p.safetensors")[0] == 0
+    assert load_file(folder / "o.SFT").keys() == load_file(folder / "p.safetensors").keys()
 
 
 def test_a_damaged_source_is_named(run, folder):

@@ -125,7 +125,11 @@ class RankGroup:
 
 @dataclass(frozen=True)
 class Skip:
-    """A module, or a tensor, that is left out; `matters` where the delta lacks it."""
+    """A module, or a tensor, that is left out.
+
+    `matters` where the delta lacks it; `harmless` where nothing that was trained is lost with it,
+    of another component either.
+    """
 
     lora: int
     name: str
@@ -133,6 +137,7 @@ class Skip:
     reason: str
     piece: str | None
     matters: bool
+    harmless: bool = False
 
 
 AlikeTensor: TypeAlias = "tuple[int, Sequence[int], Sequence[int]]"

@@ -37,10 +37,10 @@ that ComfyUI, diffusers and qwenlora read alike. Needs no GPU and no model.
 
 Usage: qwenlora merge FILE[:STRENGTH]... -o FILE [OPTIONS]
 
-A source is a .safetensors file of any trainer and kind (LoRA, LoKr, LoHa,
-full), or a PEFT folder. Behind its last colon stands its strength, 1 where
-there is none; negative ones subtract. One source alone turns a LoKr, a LoHa or
-a full delta into a plain LoRA.
+A source is a .safetensors or .sft file of any trainer and kind (LoRA, LoKr,
+LoHa, full), or a PEFT folder. Behind its last colon stands its strength, 1
+where there is none; negative ones subtract. One source alone turns a LoKr, a
+LoHa or a full delta into a plain LoRA.
 
 Options:
   -o, --output FILE         the file to write; it must not exist
@@ -63,14 +63,15 @@ Without --rank and --energy the result is exact: ranks add up, equal halves are
 shared, and only the rounding to the dtype is lost. LoKr of whole factors and
 full deltas have full rank: exact files of them are large. The energy of a
 delta is its squared Frobenius norm; what is lost is reported and written into
-the file's metadata.
+the file's metadata. There stand the sources' own entries, too: those of one
+source as they were; of several what all agree on, and every trigger phrase.
 
 The file appears when it is whole: an error, a full disk or Ctrl-C leaves what
 was there before. Memory stays near what one layer takes.
 
 Exit status:
    0  all that the sources train is in the file
-   1  a part is left out; the report says what and why
+   1  a part is left out, as a text encoder's; the report says what and why
    2  nothing of a source can be merged, or it is another model's; no file
    3  a source cannot be read, is damaged, or too large for the dtype; no file
   64  the arguments make no sense

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qwenlora.merge.folder import LORA_ENDINGS
 from qwenlora.spec import LokrScale
 
 __all__ = ["DTYPE_NAMES", "Arguments", "UsageError", "parse"]
@@ -15,7 +16,6 @@ __all__ = ["DTYPE_NAMES", "Arguments", "UsageError", "parse"]
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
 """What `--dtype` takes."""
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_SUFFIX = ".safetensors"
 
 
 class UsageError(Exception):
@@ -121,9 +121,10 @@ def _source(text: str) -> tuple[Path, float]:
 
 def _output(_: str, value: str) -> Path:
     path = Path(value)
-    if path.suffix.lower() != _SUFFIX:
+    if path.suffix.lower() not in LORA_ENDINGS:
         raise UsageError(
-            f"`{value}` does not end in {_SUFFIX}\nhint: programs tell the format by the name"
+            f"`{value}` does not end in {' or '.join(LORA_ENDINGS)}"
+            "\nhint: programs tell the format by the name"
         )
     return path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from qwenlora.errors import NonFiniteError, NothingToApplyError
 from qwenlora.merge.balanced import round_pair, value_dtype
 from qwenlora.merge.combine import Joined, combine
 from qwenlora.merge.diffs import Value, is_value, sum_values
+from qwenlora.merge.folder import check_folder, folder_notes
 from qwenlora.merge.member import Member
 from qwenlora.merge.output import atomic_file, check_output
 from qwenlora.merge.planned import PREFIX, MergePlan, covers, pair_shapes
@@ -73,8 +75,10 @@ def merge_loras(
     started = time.perf_counter()
     paths = [Path(spec.source) for spec in specs if not isinstance(spec.source, Mapping)]
     check_output(output, paths, force=options.force)
+    for path in paths:
+        check_folder(path)
     plan = MergePlan.of(specs, options)
-    for text in plan.size_notes():
+    for text in (*itertools.chain(*map(folder_notes, paths)), *plan.size_notes()):
         note(text)
     with contextlib.ExitStack() as closing, torch.no_grad():
         fetchers = []
@@ -115,13 +119,19 @@ class _Job:
         plan = self._plan
         bounds = plan.rank_bounds().items()
         modules = [ModuleReport(path, rank, None, 0.0) for path, rank in bounds]
-        return metadata_of(self._loras(), modules, plan.options.cut, has_ranks=True)
+        return metadata_of(self._loras(), modules, plan.options.cut, plan.inherited, has_ranks=True)
 
     def metadata(self) -> dict[str, str]:
         """The metadata of what has been written."""
         ranks = {module.rank for module in self._modules}
-        cut = self._plan.options.cut
-        return metadata_of(self._loras(), self._modules, cut, has_ranks=len(ranks) > 1)
+        plan = self._plan
+        return metadata_of(
+            self._loras(),
+            self._modules,
+            plan.options.cut,
+            plan.inherited,
+            has_ranks=len(ranks) > 1,
+        )
 
     def write(self, slot: SlotPlan, writer: SafetensorsWriter) -> None:
         """Read, join and write all modules of a slot."""
@@ -147,6 +157,11 @@ class _Job:
 
     def report(self, output: Path, size_bytes: int, seconds: float) -> MergeReport:
         """What has been written."""
+        inherited = self._plan.inherited
+        dropped = [
+            tuple(name for at, name in inherited.dropped if at == lora)
+            for lora in range(len(inherited.listed))
+        ]
         return MergeReport(
             path=str(output),
             size_bytes=size_bytes,
@@ -157,6 +172,9 @@ class _Job:
             zero=tuple(self._zero),
             vanished=tuple(self._vanished),
             seconds=seconds,
+            metadata_kept=tuple(inherited.kept),
+            metadata_listed=tuple(map(tuple, inherited.listed)),
+            metadata_dropped=tuple(dropped),
         )
 
     def _loras(self) -> tuple[LoraReport, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from qwenlora.merge.balanced import ALPHA_DTYPE
 from qwenlora.merge.diffs import is_value, value_keys
 from qwenlora.merge.known import KnownSlot, known_slots
 from qwenlora.merge.member import has_full_rank
+from qwenlora.merge.metadata import Inherited, inherit
 from qwenlora.plan import Skip, SlotPlan, plan_stack, slot_map
 from qwenlora.source import DTYPES
 from qwenlora.spec import ComposeOptions, LokrScale, LoraSpec
+from qwenlora.words import counted
 
 if TYPE_CHECKING:
     from qwenlora.merge.cut import Cut
@@ -66,6 +69,7 @@ class MergePlan:
         options: How to merge.
         known: The slots of the released model, by path.
         dtype: Dtype of what is written.
+        inherited: What the file says in the sources' own words.
     """
 
     specs: tuple[LoraSpec, ...]
@@ -76,6 +80,7 @@ class MergePlan:
     options: MergeOptions
     known: Mapping[str, KnownSlot]
     dtype: torch.dtype
+    inherited: Inherited
 
     @classmethod
     def of(cls, specs: Sequence[LoraSpec], options: MergeOptions) -> MergePlan:
@@ -109,6 +114,12 @@ class MergePlan:
             options=options,
             known=known,
             dtype=options.dtype or _narrowest_dtype(stack, diffs=options.diffs),
+            inherited=inherit(
+                [
+                    (_metadata(source), spec.strength)
+                    for spec, source in zip(wanted.specs, wanted.sources, strict=True)
+                ]
+            ),
         )
 
     def weights(self, slot: SlotPlan) -> dict[str, list[Piece]]:
@@ -155,7 +166,7 @@ class MergePlan:
         if full:
             adapters = ", ".join(sorted(set().union(*full.values())))
             most = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self.bounds())
-            modules = "1 module has" if len(full) == 1 else f"{len(full)} modules have"
+            modules = counted(len(full), "module has", "modules have")
             yield (
                 f"{modules} full rank ({adapters}): written exactly, the file takes up to"
                 f" {size(most)}"
@@ -187,6 +198,11 @@ def pair_shapes(
         (f"{stem}.lora_up.weight", dtype, (out, rank)),
         (f"{stem}.alpha", ALPHA_DTYPE, ()),
     )
+
+
+def _metadata(source: LoraSource) -> dict[str, str]:
+    metadata: dict[str, str] = json.loads(source.plan.to_json())["metadata"]
+    return metadata
 
 
 def _skipped_values(stack: StackPlan) -> Iterator[Skip]:

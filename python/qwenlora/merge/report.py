@@ -8,17 +8,15 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from qwenlora import _core
+from qwenlora.merge.metadata import METADATA, PEFT_METADATA
 
 if TYPE_CHECKING:
     from qwenlora.merge.cut import Cut
+    from qwenlora.merge.metadata import Inherited
     from qwenlora.report import LoraReport
 
-__all__ = ["METADATA", "MergeReport", "ModuleReport", "metadata_of"]
+__all__ = ["MergeReport", "ModuleReport", "metadata_of"]
 
-METADATA = "qwenlora.merge"
-"""Entry of the file's metadata that says what it was made of."""
-PEFT_METADATA = "lora_adapter_metadata"
-"""Entry of the file's metadata that diffusers reads."""
 SCHEMA = 1
 """Version of the documents; fields may be added within it."""
 _NO_SHARE = 1e-30
@@ -61,6 +59,9 @@ class MergeReport:
         zero: Modules whose sum is zero, left out exactly.
         vanished: Modules whose sum is too small for the dtype, left out.
         seconds: Time that it took.
+        metadata_kept: Entries of the sources' metadata that are the file's, too.
+        metadata_listed: By source, entries that are listed in `qwenlora.merge`.
+        metadata_dropped: By source, entries that are too long for the file.
     """
 
     path: str
@@ -72,11 +73,15 @@ class MergeReport:
     zero: tuple[str, ...]
     vanished: tuple[str, ...]
     seconds: float
+    metadata_kept: tuple[str, ...] = ()
+    metadata_listed: tuple[tuple[str, ...], ...] = ()
+    metadata_dropped: tuple[tuple[str, ...], ...] = ()
 
     @property
     def complete(self) -> bool:
-        """Whether nothing of the model's was left out."""
-        return not self.vanished and all(lora.complete for lora in self.loras)
+        """Whether all that the sources train is in the file, other components' deltas included."""
+        skipped = (skip for lora in self.loras for skip in lora.skipped)
+        return not self.vanished and all(skip.harmless for skip in skipped)
 
     @property
     def share_lost(self) -> float:
@@ -104,17 +109,19 @@ def metadata_of(
     loras: Sequence[LoraReport],
     modules: Sequence[ModuleReport],
     cut: Cut | None,
+    inherited: Inherited,
     *,
     has_ranks: bool,
 ) -> dict[str, str]:
     """What the file says of itself.
 
-    There is nothing of the machine or the time in it: the same sources give the same bytes.
+    Nothing of the machine or the time is added: the same sources give the same bytes.
 
     Args:
         loras: The sources.
         modules: The modules written.
         cut: How they were truncated.
+        inherited: What it says in the sources' own words.
         has_ranks: Whether each module's rank is said, as diffusers needs it where they differ.
     """
     worst = max((module.share_lost for module in modules), default=0.0)
@@ -126,16 +133,17 @@ def metadata_of(
                 "name": lora.name,
                 "strength": lora.strength,
                 "modules": lora.modules_applied,
-                "left_out": sum(skip.matters for skip in lora.skipped),
+                "left_out": sum(not skip.harmless for skip in lora.skipped),
+                **({"metadata": dict(listed)} if listed else {}),
             }
-            for lora in loras
+            for lora, listed in zip(loras, inherited.listed, strict=True)
         ],
         "modules": len(modules),
         "cut": None if cut is None else {k: v for k, v in asdict(cut).items() if v is not None},
         "energy_lost": _share(_share_lost(modules)),
         "energy_lost_worst": _share(worst),
     }
-    metadata = {"format": "pt", METADATA: json.dumps(document)}
+    metadata = {"format": "pt", **inherited.kept, METADATA: json.dumps(document)}
     if has_ranks:
         metadata[PEFT_METADATA] = json.dumps(_peft_config(modules))
     return metadata

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from qwenlora.console import plain, size
+from qwenlora.merge.metadata import METADATA
+from qwenlora.words import counted
 
 if TYPE_CHECKING:
     from qwenlora.merge.cut import Cut
@@ -35,8 +37,8 @@ def paint(report: MergeReport, cut: Cut | None) -> str:
 
 
 def _summary(report: MergeReport, cut: Cut | None) -> str:
-    modules = _count(len(report.modules), "module")
-    values = f" and {_count(len(report.values), 'value')}" if report.values else ""
+    modules = counted(len(report.modules), "module")
+    values = f" and {counted(len(report.values), 'value')}" if report.values else ""
     if cut is None:
         return f"{modules}{values}, exact to the rounding of {report.dtype}"
     worst = report.worst
@@ -51,10 +53,10 @@ def _summary(report: MergeReport, cut: Cut | None) -> str:
 def _losses(report: MergeReport) -> Iterator[_Row]:
     """What the result lacks, and why."""
     for lora in report.loras:
-        matters = [skip for skip in lora.skipped if skip.matters]
-        yield from _reasons("  left out", lora, matters)
+        lost = [skip for skip in lora.skipped if not skip.harmless]
+        yield from _reasons("  left out", lora, lost)
     if report.vanished:
-        text = f"{_count(len(report.vanished), 'sum')} too small for {report.dtype}"
+        text = f"{counted(len(report.vanished), 'sum')} too small for {report.dtype}"
         yield "  left out", f"{text}: `--dtype bf16` holds them"
         yield "    e.g.", report.vanished[0]
 
@@ -69,11 +71,24 @@ def _facts(report: MergeReport) -> Iterator[_Row]:
     if report.values:
         text = "of biases, norms and tables: ComfyUI and qwenlora read them, diffusers refuses"
         yield "  values", f"{len(report.values)}, {text} the file"
+    yield from _metadata(report)
     if report.zero:
-        yield "  zero", f"{_count(len(report.zero), 'sum')} of nothing, e.g. `{report.zero[0]}`"
+        yield "  zero", f"{counted(len(report.zero), 'sum')} of nothing, e.g. `{report.zero[0]}`"
     for lora in report.loras:
-        harmless = [skip for skip in lora.skipped if not skip.matters]
+        harmless = [skip for skip in lora.skipped if skip.harmless]
         yield from _reasons("  ignored", lora, harmless)
+
+
+def _metadata(report: MergeReport) -> Iterator[_Row]:
+    """What became of the sources' metadata, where they have any."""
+    kept, listed = len(report.metadata_kept), sum(map(len, report.metadata_listed))
+    if kept or listed:
+        text = f"{kept} of the sources' entries kept, {listed} listed in `{METADATA}`"
+        yield "  metadata", text
+    for lora, dropped in zip(report.loras, report.metadata_dropped, strict=True):
+        if dropped:
+            entries = counted(len(dropped), "entry", "entries")
+            yield "", f"{entries} of {lora.name} too long to keep, e.g. `{dropped[0]}`"
 
 
 def _reasons(label: str, lora: LoraReport, skips: Sequence[Skip]) -> Iterator[_Row]:
@@ -87,7 +102,7 @@ def _reasons(label: str, lora: LoraReport, skips: Sequence[Skip]) -> Iterator[_R
 def _modules(lora: LoraReport) -> str:
     if lora.all_zero:
         return "all zero"
-    return _count(lora.modules_applied, "module")
+    return counted(lora.modules_applied, "module")
 
 
 def _ranks(ranks: Sequence[int]) -> str:
@@ -98,10 +113,6 @@ def _ranks(ranks: Sequence[int]) -> str:
         return ", ".join(f"{rank} ({count})" for rank, count in counts)
     ordered = sorted(ranks)
     return f"{ordered[0]} to {ordered[-1]}, median {ordered[len(ordered) // 2]}"
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def _lines(label: str, text: str) -> Iterator[str]:

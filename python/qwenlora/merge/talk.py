@@ -7,6 +7,7 @@ import sys
 import time
 
 from qwenlora.console import plain
+from qwenlora.words import counted
 
 __all__ = ["Talk"]
 
@@ -39,7 +40,7 @@ class Talk:
         self.erase()
         # A terminal that is written to its last column may begin a line of its own.
         width = shutil.get_terminal_size().columns - 1
-        text = f"merging: {done} of {everything} layers"[: max(0, width)]
+        text = f"merging: {done} of {counted(everything, 'layer')}"[: max(0, width)]
         sys.stderr.write(text)
         sys.stderr.flush()
         self._drawn = len(text)

@@ -110,6 +110,8 @@ pub struct Skip {
     pub piece: Option<PieceKind>,
     /// Whether the delta is incomplete without it.
     pub matters: bool,
+    /// Whether nothing that was trained is lost with it, of another component either.
+    pub harmless: bool,
 }
 
 /// A tensor of a file.

@@ -112,6 +112,7 @@ impl<'s> Planner<'s> {
             reason,
             piece: Some(module.adapter.piece()),
             matters: kind != SkipKind::TurnedOff,
+            harmless: false,
         };
         match &module.fault {
             Some(Fault::Unsupported(text)) => {
@@ -201,6 +202,7 @@ impl<'s> Planner<'s> {
                     reason: reason.clone(),
                     piece: Some(PieceKind::Vector),
                     matters: true,
+                    harmless: false,
                 });
             }
         }
@@ -219,6 +221,7 @@ impl<'s> Planner<'s> {
                     reason: reason.kind().to_owned(),
                     piece: None,
                     matters: reason.is_of_model() && !is_base,
+                    harmless: reason.is_harmless() || is_base,
                 });
             }
         }
@@ -297,6 +300,7 @@ fn skip_beside(
         reason,
         piece: Some(delta.piece_kind()),
         matters: true,
+        harmless: false,
     })
 }
 
