@@ -218,6 +218,27 @@ PARTIAL      o.safetensors
     )
 
 
+def test_sources_of_one_name_are_told_apart(run, folder):
+    for name in ("cats", "dogs"):
+        (folder / name).mkdir()
+        write_lora(folder / name / "w.safetensors", seed=len(name))
+    lost = {"lora_te_x.lora_down.weight": torch.ones(4, 4)}
+    write_lora(folder / "dogs" / "w.safetensors", **lost)
+    status, out, _ = run("cats/w.safetensors", "dogs/w.safetensors:0.5", "-o", "o.safetensors")
+    assert status == 1
+    assert "  left out   1 of dogs/w: text encoder\n" in out
+    assert "  source     cats/w x 1: 1 module\n  source     dogs/w x 0.5: 1 module\n" in out
+    tensors = load_file(folder / "dogs" / "w.safetensors")
+    tensors["proj_out.lora_B.weight"][0, 0] = float("nan")
+    save_file(tensors, folder / "dogs" / "w.safetensors")
+    status, _, err = run("cats/w.safetensors", "dogs/w.safetensors", "-o", "p.safetensors")
+    assert (status, err) == (3, "error: `proj_out`: a tensor of `dogs/w` holds NaN or infinity\n")
+    only = {"proj_out.diff_b": torch.ones(64)}
+    save_file(only, folder / "dogs" / "w.safetensors")
+    status, _, err = run("cats/w.safetensors", "dogs/w.safetensors", "-o", "p.safetensors")
+    assert (status, err[:33]) == (2, "error: nothing of `dogs/w` can be")
+
+
 def test_what_is_no_loss_is_ignored(run, folder):
     write_lora(folder / "c.safetensors", _aux__0f1e=torch.ones(1))
     status, out, err = run("c.safetensors", "-o", "o.safetensors")

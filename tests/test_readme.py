@@ -46,7 +46,7 @@ def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
     report, plan = names["report"], names["plan"]
-    assert "2 LoRAs on 1 slots" in report.summary()  # type: ignore[attr-defined]
+    assert "2 LoRAs on 1 slot," in report.summary()  # type: ignore[attr-defined]
     assert plan["verdict"] == "reject"  # type: ignore[index]
 
 

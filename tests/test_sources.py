@@ -163,7 +163,8 @@ def test_a_modulation_lora_with_modulation_off_is_no_error(model):
         model, tensors, options=qwenlora.ComposeOptions(modulation=False)
     )
     assert report.slots == ()
-    assert [skip.reason for skip in report.loras[0].skipped] == ["modulation layers are turned off"]
+    (skip,) = report.loras[0].skipped
+    assert skip.reason == "modulation layers are turned off: `ComposeOptions(modulation=False)`"
 
 
 def test_files_are_planned_side_by_side_and_state_dicts_here(lora, Draft, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from qwenlora import ComposeOptions, LoraSet, LoraSpec, read_keys
 from qwenlora.compose import plan_report
 from qwenlora.errors import QwenLoraError
+from qwenlora.words import counted
 
 from . import host
 from .rows import MAX_STRENGTH, InputError, Row, as_flag, as_row, read_rows
@@ -102,7 +103,9 @@ def extend_model(model: ModelPatcher, request: Request) -> tuple[ModelPatcher, s
     # Text is encoded and models are loaded before the first step asks for them.
     wanted.read_ahead(limit_bytes=host.spare_bytes(), first=len(before.specs))
     text = report.text()
-    without = [spec.title for spec in wanted.specs if not spec.modulation]
+    without = [
+        name for name, spec in zip(wanted.names, wanted.specs, strict=True) if not spec.modulation
+    ]
     if without:
         text += (
             "\n  modulation layers (img_mod, txt_mod) are switched off (apply_awq_mod) for: "
@@ -304,10 +307,11 @@ def _describe(name: str, plan: Mapping[str, Any]) -> Iterator[str]:
     )
     for (adapter, rank, supported), count in kinds.most_common():
         ranked = "" if rank is None else f" of rank {rank}"
-        yield f"  {count} modules: {adapter}{ranked}{'' if supported else ', not supported'}"
+        modules = counted(count, "module")
+        yield f"  {modules}: {adapter}{ranked}{'' if supported else ', not supported'}"
     reasons = Counter(tensor["reason"] for tensor in plan["tensors"] if tensor["reason"])
     for reason, count in reasons.most_common():
-        yield f"  left out: {count} tensors, {reason}"
+        yield f"  left out: {counted(count, 'tensor')}, {reason}"
 
 
 # ---- for saved workflows ----

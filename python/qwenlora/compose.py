@@ -26,7 +26,7 @@ from qwenlora.offload import turn_on
 from qwenlora.placement import Deltas, Journal, Placer, path_units, restore_all
 from qwenlora.plan import PieceKind, Skip, StackPlan, plan_stack
 from qwenlora.planned import Planned
-from qwenlora.report import THIRDED, ComposeReport, LoraReport, SlotReport, SlotReports
+from qwenlora.report import THIRDED, TURNED_OFF, ComposeReport, LoraReport, SlotReport, SlotReports
 from qwenlora.rescale import Placed, prepare_rescaling
 from qwenlora.slots import slot_of
 from qwenlora.source import TensorFetcher
@@ -49,6 +49,7 @@ from qwenlora.structure import (
     structure_of,
 )
 from qwenlora.targets import transformer_of
+from qwenlora.words import counted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -191,8 +192,8 @@ def plan_report(model: nn.Module, wanted: LoraSet) -> ComposeReport:
 def _plan(wanted: LoraSet, structure: Structure, *, strict: bool) -> Planned:
     options = wanted.options
     items = [
-        (spec.title, source.plan, spec.strength, _takes_modulation(spec, options))
-        for spec, source in zip(wanted.specs, wanted.sources, strict=True)
+        (name, source.plan, spec.strength, options.modulation and spec.modulation)
+        for name, spec, source in zip(wanted.names, wanted.specs, wanted.sources, strict=True)
     ]
 
     def plan() -> Planned:
@@ -203,7 +204,7 @@ def _plan(wanted: LoraSet, structure: Structure, *, strict: bool) -> Planned:
         return Planned(stack, targets, together=wanted.max_rank != "auto")
 
     # Strengths change no plan. File plans are compared as objects: the key keeps them alive.
-    what = tuple((title, plan, modulation) for title, plan, _, modulation in items)
+    what = tuple((name, plan, modulation) for name, plan, _, modulation in items)
     settings = (options.truncated_rank, options.lokr_scale, wanted.max_rank, strict)
     return structure.remember((what, settings), plan)
 
@@ -219,10 +220,6 @@ def _require_known(model: nn.Module, wanted: LoraSet, structure: Structure) -> N
         "\nhint: known are Qwen-Image and the models of its family;"
         ' `ComposeOptions(unknown_model="partial")` applies what fits and lists the rest'
     )
-
-
-def _takes_modulation(spec: LoraSpec, options: ComposeOptions) -> bool:
-    return options.modulation and spec.modulation
 
 
 class _Composition:
@@ -516,21 +513,32 @@ def _lora_reports(
     for index, (spec, source) in enumerate(zip(wanted.specs, wanted.sources, strict=True)):
         zero = tuple(d.target.path for d in done if index in d.zero)
         refused = _refused(index, plan, done)
+        skipped = (skip for skip in plan.skipped if skip.lora == index)
         notes = list(source.plan.notes)
         if any(index in deltas.thirded for deltas in done):
             notes.append(THIRDED)
         reports.append(
             LoraReport(
-                name=spec.title,
+                name=wanted.names[index],
                 strength=spec.strength,
                 modules_applied=plan.applied_modules[index] - len(refused),
-                skipped=tuple(skip for skip in plan.skipped if skip.lora == index) + refused,
+                skipped=(*(_with_wish(skip, spec, wanted.options) for skip in skipped), *refused),
                 notes=tuple(notes),
                 zero_slots=zero,
                 all_zero=bool(zero) and len(zero) == planned.held.get(index, 0),
             )
         )
     return tuple(reports)
+
+
+def _with_wish(skip: Skip, spec: LoraSpec, options: ComposeOptions) -> Skip:
+    """Say who wished for what is turned off."""
+    if skip.kind != TURNED_OFF:
+        return skip
+    by_all = "" if options.modulation else "`ComposeOptions(modulation=False)`"
+    by_one = "" if spec.modulation else "`LoraSpec(modulation=False)`"
+    wish = " and ".join(filter(None, (by_all, by_one)))
+    return replace(skip, reason=f"{skip.reason}: {wish}")
 
 
 def _refused(lora: int, plan: StackPlan, done: Sequence[SlotDeltas]) -> tuple[Skip, ...]:
@@ -564,6 +572,7 @@ def _judge_refusals(loras: Sequence[LoraReport], *, strict: bool) -> None:
             )
         if lora.modules_applied == 0:
             raise NothingToApplyError(
-                f"nothing of `{lora.name}` can be applied: {len(refused)} modules are left out,"
-                f" the first `{first.name}`: {first.reason}"
+                f"nothing of `{lora.name}` can be applied:"
+                f" {counted(len(refused), 'module is', 'modules are')} left out, the first"
+                f" `{first.name}`: {first.reason}"
             )

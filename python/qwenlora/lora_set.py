@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenlora import cache
 from qwenlora.errors import RankError
+from qwenlora.names import names_of
 from qwenlora.source import LoraSource, known_source, open_source
 from qwenlora.spec import ComposeOptions, LoraSpec, as_specs
 
@@ -80,6 +82,11 @@ class LoraSet:
         options = options or ComposeOptions()
         specs = as_specs(loras)
         return cls(specs, _opened(specs, options), max_rank, options)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """What the LoRAs are called in reports and errors, in the same order; no two alike."""
+        return names_of(self.specs)
 
     def extended(self, loras: Item | Sequence[Item]) -> LoraSet:
         """The set with more LoRAs at its end; this one stays as it is."""

@@ -21,6 +21,7 @@ from qwenlora.lowrank import pack_factor, unpack_factor
 from qwenlora.pack import interleave_modulation
 from qwenlora.plan import PieceKind, SlotKind
 from qwenlora.values import ValueDelta, value_of
+from qwenlora.words import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -265,7 +266,7 @@ def _rank_members(
 
 def _too_much(factors: Factors, limit: float) -> str:
     return (
-        f"a full delta on a quantized layer: {factors.rank} ranks would lose"
+        f"a full delta on a quantized layer: {counted(factors.rank, 'rank')} would lose"
         f" {factors.share_lost:.1%} of its energy, more than the {limit:.1%} allowed"
         " (ComposeOptions.max_energy_lost, truncated_rank)"
     )

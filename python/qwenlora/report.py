@@ -7,16 +7,28 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, overload
 
+from qwenlora.words import counted
+
 if TYPE_CHECKING:
     from qwenlora.plan import Skip
 
-__all__ = ["NO_SLOTS", "THIRDED", "ComposeReport", "LoraReport", "SlotReport", "SlotReports"]
+__all__ = [
+    "NO_SLOTS",
+    "THIRDED",
+    "TURNED_OFF",
+    "ComposeReport",
+    "LoraReport",
+    "SlotReport",
+    "SlotReports",
+]
 
 THIRDED = (
     "its fused q, k, v are block-diagonal with an alpha of at most a third of the rank: if it seems"
     " too weak, its converter copied alpha from one projection; use three times the strength"
 )
 """The note on a LoRA with `LoraPair.thirded` pairs."""
+TURNED_OFF = "turned_off"
+"""The kind of what is left out because the caller wished so."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +36,7 @@ class LoraReport:
     """One LoRA of the stack.
 
     Attributes:
-        name: Its name.
+        name: Its name; no other of the stack has it.
         strength: Its strength.
         modules_applied: Modules whose deltas are in the model.
         skipped: What is left out, with reasons; tensors of other components included.
@@ -43,8 +55,13 @@ class LoraReport:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing of the model's was left out."""
+        """Whether nothing of the model's was left out, except what the caller turned off."""
         return not any(skip.matters for skip in self.skipped)
+
+    @property
+    def turned_off(self) -> tuple[Skip, ...]:
+        """What is left out because the caller wished so."""
+        return tuple(skip for skip in self.skipped if skip.kind == TURNED_OFF)
 
 
 @dataclass(frozen=True)
@@ -164,7 +181,7 @@ class ComposeReport:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing of the model's was left out of any LoRA."""
+        """Whether nothing of the model's was left out of any LoRA, except what was turned off."""
         return self.failure is None and all(lora.complete for lora in self.loras)
 
     @property
@@ -186,9 +203,8 @@ class ComposeReport:
             return f"base model: composing failed ({self.failure})"
         if not self.loras:
             return "base model: no LoRA"
-        count = "1 LoRA" if len(self.loras) == 1 else f"{len(self.loras)} LoRAs"
         parts = [
-            f"{count} on {len(self.slots)} slots",
+            f"{counted(len(self.loras), 'LoRA')} on {counted(len(self.slots), 'slot')}",
             f"rank {_span(slot.rank_added for slot, _ in self.slots.counted())}",
             f"{self.added_bytes / 1e6:.1f} MB",
             f"{self.seconds:.2f} s",
@@ -199,7 +215,8 @@ class ComposeReport:
             count for slot, count in self.slots.counted() if slot.energy_lost is not None
         )
         if compressed:
-            parts.append(f"{compressed} slots compressed, up to {self.energy_lost:.2%} energy lost")
+            slots = counted(compressed, "slot")
+            parts.append(f"{slots} compressed, up to {self.energy_lost:.2%} energy lost")
         if self.saved_bytes:
             parts.append(f"{self.saved_bytes / 1e6:.1f} MB saved")
         return f"{', '.join(parts)}; {'; '.join(self._remarks())}"
@@ -208,11 +225,11 @@ class ComposeReport:
         """Several lines for a person: the summary, then each LoRA with what it lacks."""
         lines = [self.summary(), *self._compression()]
         for lora in self.loras:
-            lines.append(f"  {lora.name} x {lora.strength:g}: {lora.modules_applied} modules")
-            reasons = Counter((skip.reason, skip.matters) for skip in lora.skipped)
-            for (reason, matters), count in reasons.most_common():
+            modules = counted(lora.modules_applied, "module")
+            lines.append(f"  {lora.name} x {lora.strength:g}: {modules}")
+            reasons = Counter((skip.reason, _mark(skip)) for skip in lora.skipped)
+            for (reason, mark), count in reasons.most_common():
                 example = next(skip.name for skip in lora.skipped if skip.reason == reason)
-                mark = "not applied" if matters else "ignored"
                 lines.append(f"    {mark}: {count} x {reason} (e.g. {example})")
             if lora.all_zero:
                 lines.append("    its delta is all zero")
@@ -234,7 +251,8 @@ class ComposeReport:
             return []
         line = (
             f"  compressed: rank {_span(slot.rank_exact for slot in cut)} to"
-            f" {_span(slot.rank_added for slot in cut)} on {len(cut)} of {len(self.slots)} slots,"
+            f" {_span(slot.rank_added for slot in cut)} on {len(cut)} of"
+            f" {counted(len(self.slots), 'slot')},"
             f" {self.total_energy_lost:.3%} of the energy lost in all, {self.energy_lost:.3%} at"
             f" worst; {self.saved_bytes / 1e6:.1f} MB less than exact"
         )
@@ -249,9 +267,18 @@ class ComposeReport:
             if left_out:
                 reason = Counter(skip.reason for skip in left_out).most_common(1)[0][0]
                 remarks.append(f"`{lora.name}` lacks {len(left_out)} ({reason})")
+            if lora.turned_off:
+                reason = lora.turned_off[0].reason
+                remarks.append(f"`{lora.name}` without {len(lora.turned_off)} ({reason})")
             if lora.all_zero:
                 remarks.append(f"`{lora.name}` is all zero")
         return remarks or ["complete"]
+
+
+def _mark(skip: Skip) -> str:
+    if skip.kind == TURNED_OFF:
+        return "left out as wished"
+    return "not applied" if skip.matters else "ignored"
 
 
 NO_SLOTS = SlotReports(())

@@ -63,7 +63,8 @@ class LoraSpec:
     Attributes:
         source: Path of a safetensors file or PEFT folder, or a state dict in memory.
         strength: Factor on the whole delta; may be negative; 0 means absent.
-        name: Name in reports; by default the file's stem.
+        name: Name in reports; by default the file's stem, with folders before it where another file
+            of the stack has the same.
         modulation: Whether its deltas of the modulation layers are applied.
     """
 
@@ -78,7 +79,7 @@ class LoraSpec:
 
     @property
     def title(self) -> str:
-        """The name in reports."""
+        """The name in reports, unless another LoRA of the stack has it, too (`LoraSet.names`)."""
         if self.name is not None:
             return self.name
         if isinstance(self.source, Mapping):

@@ -14,6 +14,7 @@ from qwenlora.branch import is_whole
 from qwenlora.errors import ModelStateError
 from qwenlora.lora_set import NO_LORAS, LoraSet
 from qwenlora.report import NO_SLOTS, ComposeReport
+from qwenlora.words import counted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -142,8 +143,8 @@ def check_intact(state: AppliedState, added: Mapping[str, int]) -> None:
         if added.get(path) != record.rank_added:
             found = f"it holds {added[path]}" if path in added else "it is gone"
             raise ModelStateError(
-                f"`{path}` was left with {record.rank_added} ranks beyond its base, now {found}:"
-                " something else changed the model\nhint: reload the model"
+                f"`{path}` was left with {counted(record.rank_added, 'rank')} beyond its base, now"
+                f" {found}: something else changed the model\nhint: reload the model"
             )
 
 

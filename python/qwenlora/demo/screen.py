@@ -11,6 +11,7 @@ from qwenlora.demo.files import LoraFile
 from qwenlora.demo.measure import BOUND, Errors
 from qwenlora.demo.model import BASE_RANK
 from qwenlora.emulation import EmulatedQwenImageTransformer
+from qwenlora.words import counted
 
 __all__ = ["Screen"]
 
@@ -83,14 +84,15 @@ class Screen:
         self._text(f"before  the model's output is {moved:.1%} away from the base's", hanging=8)
         if not different:
             self._text(
-                f"after   {tensors} tensors and the model's output are the base's, bit for bit;"
-                " no hook is left",
+                f"after   {counted(tensors, 'tensor')} and the model's output are the base's, bit"
+                " for bit; no hook is left",
                 hanging=8,
             )
         else:
             shown = ", ".join(different[:_MANY_DIFFERENCES])
             more = ", ..." if len(different) > _MANY_DIFFERENCES else ""
-            self._text(f"after   {len(different)} DIFFERENCES: {shown}{more}", hanging=8)
+            found = counted(len(different), "DIFFERENCE")
+            self._text(f"after   {found}: {shown}{more}", hanging=8)
         self._line()
 
     def mistakes(self) -> None:

@@ -181,7 +181,7 @@ class _Job:
         plan = self._plan
         return tuple(
             LoraReport(
-                name=spec.title,
+                name=plan.names[index],
                 strength=spec.strength,
                 modules_applied=plan.applied[index],
                 skipped=tuple(skip for skip in plan.skipped if skip.lora == index),
@@ -253,7 +253,7 @@ class _Job:
     def _not_finite(self, path: str, members: Sequence[Member]) -> NonFiniteError:
         for member in members:
             if not member.is_finite:
-                name = self._plan.specs[member.piece.lora].title
+                name = self._plan.names[member.piece.lora]
                 return NonFiniteError(f"`{path}`: a tensor of `{name}` holds NaN or infinity")
         return NonFiniteError(
             f"`{path}` would hold NaN or infinity in {NAMES[self._plan.dtype]}"

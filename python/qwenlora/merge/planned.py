@@ -62,6 +62,7 @@ class MergePlan:
 
     Attributes:
         specs: The LoRAs, none of strength 0.
+        names: What they are called, no two alike.
         sources: Their files, in the same order.
         slots: The slots that they reach, in model order.
         skipped: What is left out.
@@ -73,6 +74,7 @@ class MergePlan:
     """
 
     specs: tuple[LoraSpec, ...]
+    names: tuple[str, ...]
     sources: tuple[LoraSource, ...]
     slots: tuple[SlotPlan, ...]
     skipped: tuple[Skip, ...]
@@ -98,8 +100,8 @@ class MergePlan:
             raise NothingToApplyError("every strength is 0: there is nothing to merge")
         known = known_slots()
         items = [
-            (spec.title, source.plan, spec.strength, True)
-            for spec, source in zip(wanted.specs, wanted.sources, strict=True)
+            (name, source.plan, spec.strength, True)
+            for name, spec, source in zip(wanted.names, wanted.specs, wanted.sources, strict=True)
         ]
         stack = plan_stack(
             items, slot_map(known.values()), max_rank=None, strict=False, options=settings
@@ -107,10 +109,11 @@ class MergePlan:
         values = () if options.diffs else tuple(_skipped_values(stack))
         return cls(
             specs=wanted.specs,
+            names=wanted.names,
             sources=wanted.sources,
             slots=stack.slots,
             skipped=(*stack.skipped, *values),
-            applied=_applied_modules(stack, wanted.specs, diffs=options.diffs),
+            applied=_applied_modules(stack, wanted.names, diffs=options.diffs),
             options=options,
             known=known,
             dtype=options.dtype or _narrowest_dtype(stack, diffs=options.diffs),
@@ -214,18 +217,16 @@ def _skipped_values(stack: StackPlan) -> Iterator[Skip]:
                 yield Skip(piece.lora, key, "value", _DIFFS_REASON, piece.kind.value, True)
 
 
-def _applied_modules(
-    stack: StackPlan, specs: Sequence[LoraSpec], *, diffs: bool
-) -> tuple[int, ...]:
-    applied: list[set[str]] = [set() for _ in specs]
+def _applied_modules(stack: StackPlan, names: Sequence[str], *, diffs: bool) -> tuple[int, ...]:
+    applied: list[set[str]] = [set() for _ in names]
     for slot in stack.slots:
         for piece in slot.pieces:
             if diffs or not is_value(piece, slot):
                 applied[piece.lora].add(piece.target)
-    for spec, modules in zip(specs, applied, strict=True):
+    for name, modules in zip(names, applied, strict=True):
         if not modules:
             raise NothingToApplyError(
-                f"nothing of `{spec.title}` can be merged: all of it are deltas of biases, norms"
+                f"nothing of `{name}` can be merged: all of it are deltas of biases, norms"
                 " or tables\nhint: `--diffs` writes them; diffusers refuses such a file"
             )
     return tuple(len(modules) for modules in applied)

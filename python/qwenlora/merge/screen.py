@@ -56,8 +56,8 @@ def _losses(report: MergeReport) -> Iterator[_Row]:
         lost = [skip for skip in lora.skipped if not skip.harmless]
         yield from _reasons("  left out", lora, lost)
     if report.vanished:
-        text = f"{counted(len(report.vanished), 'sum')} too small for {report.dtype}"
-        yield "  left out", f"{text}: `--dtype bf16` holds them"
+        sums = counted(len(report.vanished), "sum")
+        yield "  left out", f"{sums} too small for {report.dtype}, but not for `--dtype bf16`"
         yield "    e.g.", report.vanished[0]
 
 

@@ -73,7 +73,12 @@ impl<'s> Planner<'s> {
                 || "it holds no module of this model".to_owned(),
                 |s| {
                     let (name, reason) = (&s.name, &s.reason);
-                    format!("{count} modules are left out, the first `{name}`: {reason}")
+                    let modules = if count == 1 {
+                        "module is"
+                    } else {
+                        "modules are"
+                    };
+                    format!("{count} {modules} left out, the first `{name}`: {reason}")
                 },
             );
             return Err(if misfits > 0 && misfits * 2 >= count {
