@@ -127,7 +127,7 @@ def test_damaged_base_fails(capsys, monkeypatch):
     assert main([]) == 1
     screen = capsys.readouterr().out
     assert "mlp (svdq) is off by" in screen
-    assert "DIFFERENCES: transformer_blocks.1.img_mlp.net.2.proj_down" in screen
+    assert "2 DIFFERENCES: transformer_blocks.1.img_mlp.net.2.proj_down" in screen
     assert "step 4: the reset is not bit-exact" in screen
     assert "all within" not in screen
 

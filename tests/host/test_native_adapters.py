@@ -121,6 +121,29 @@ def test_the_host_reads_a_merged_file_as_its_sources(
 
 
 @pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("strength", [0.5, 1e-4])
+def test_the_host_reads_small_values_of_a_merged_file(strength, tmp_path):
+    """In float16 the power of two that keeps them is in alpha."""
+    generator = torch.Generator().manual_seed(5)
+    stem = "diffusion_model.proj_out"
+    halves = {"lora_down": 0.02 * torch.randn(8, 3072, generator=generator)}
+    halves["lora_up"] = 1e-4 * torch.randn(64, 8, generator=generator)
+    source = {f"{stem}.{name}.weight": half.half() for name, half in halves.items()}
+    save_file(source | {f"{stem}.alpha": torch.tensor(1.0)}, tmp_path / "source.safetensors")
+    spec = LoraSpec(tmp_path / "source.safetensors", strength)
+    merge_loras([spec], tmp_path / "merged.safetensors", MergeOptions())
+    merged = load_file(tmp_path / "merged.safetensors")
+    assert merged[f"{stem}.lora_up.weight"].dtype == torch.float16
+    up, down = (source[f"{stem}.{name}.weight"].double() for name in ("lora_up", "lora_down"))
+    comfy_lora = importlib.import_module("comfy.lora")
+    key = f"{stem}.weight"
+    loaded = comfy_lora.load_lora(merged, {stem: key}, log_missing=False)
+    patches = [(1.0, loaded[key], 1.0, None, None)]
+    found = comfy_lora.calculate_weight(patches, torch.zeros(64, 3072), key).double()
+    assert error(found, strength / 8 * up @ down) < 4e-4
+
+
+@pytest.mark.usefixtures("host")
 def test_the_host_reads_the_values_of_a_merged_file(tmp_path):
     comfy_lora = importlib.import_module("comfy.lora")
     norm, linear = f"{BLOCK}.attn.norm_q", "proj_out"

@@ -91,7 +91,7 @@ class Screen:
         else:
             shown = ", ".join(different[:_MANY_DIFFERENCES])
             more = ", ..." if len(different) > _MANY_DIFFERENCES else ""
-            found = counted(len(different), "DIFFERENCE")
+            found = counted(len(different), "DIFFERENCE", "DIFFERENCES")
             self._text(f"after   {found}: {shown}{more}", hanging=8)
         self._line()
 
