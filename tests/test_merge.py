@@ -667,6 +667,16 @@ def test_what_loses_nothing_keeps_its_bits(Draft, merged):
         assert alphas_of(path) == {"proj_out": 8.0}
 
 
+def test_a_merged_file_merged_again_keeps_its_bits(Draft, merged):
+    draft, _ = half_pair(Draft, 1, up=1e-5, alpha=1.0)
+    _, path = merged((draft, 0.3), dtype=None)
+    _, again = merged((path, 1.0), dtype=None)
+    first, second = load_file(path), load_file(again)
+    assert alphas_of(path)["proj_out"] < 1
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
 def test_down_is_never_changed_by_a_small_up(Draft, merged):
     draft, _ = half_pair(Draft, 1, up=1e-5, alpha=1.0)
     _, path = merged((draft, 0.5), dtype=None)

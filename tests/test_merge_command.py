@@ -436,6 +436,8 @@ def test_the_exit_status_is_that_of_qwenlora_keys(keys, status, run, folder, cap
 
 
 def test_a_source_that_is_off_leaves_nothing_out(run, folder):
+    (folder / "empty").mkdir()
+    assert run("a.safetensors", "empty:0", "-o", "n.safetensors")[0] == 0
     write_lora(folder / "c.safetensors", lora_te_x__lora_down__weight=torch.ones(4, 4))
     assert run("a.safetensors", "c.safetensors:0", "-o", "o.safetensors")[0] == 0
 

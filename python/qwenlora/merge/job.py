@@ -75,10 +75,15 @@ def merge_loras(
     started = time.perf_counter()
     paths = [Path(spec.source) for spec in specs if not isinstance(spec.source, Mapping)]
     check_output(output, paths, force=options.force)
-    for path in paths:
+    read = [
+        Path(spec.source)
+        for spec in specs
+        if spec.strength and not isinstance(spec.source, Mapping)
+    ]
+    for path in read:
         check_folder(path)
     plan = MergePlan.of(specs, options)
-    for text in (*itertools.chain(*map(folder_notes, paths)), *plan.size_notes()):
+    for text in (*itertools.chain(*map(folder_notes, read)), *plan.size_notes()):
         note(text)
     with contextlib.ExitStack() as closing, torch.no_grad():
         fetchers = []
