@@ -73,13 +73,8 @@ def merge_loras(
         OutputError: The file must not, or cannot, be written.
     """
     started = time.perf_counter()
-    paths = [Path(spec.source) for spec in specs if not isinstance(spec.source, Mapping)]
-    check_output(output, paths, force=options.force)
-    read = [
-        Path(spec.source)
-        for spec in specs
-        if spec.strength and not isinstance(spec.source, Mapping)
-    ]
+    check_output(output, _paths(specs), force=options.force)
+    read = _paths([spec for spec in specs if spec.strength != 0])
     for path in read:
         check_folder(path)
     plan = MergePlan.of(specs, options)
@@ -103,6 +98,12 @@ def merge_loras(
             raise NothingToApplyError("the sum of all deltas is zero: nothing is left to write")
         writer.finish(job.metadata())
     return report
+
+
+def _paths(specs: Sequence[LoraSpec]) -> list[Path]:
+    """The files and folders that are named, each once."""
+    sources = (spec.source for spec in specs)
+    return list(dict.fromkeys(Path(s) for s in sources if not isinstance(s, Mapping)))
 
 
 class _Job:
