@@ -497,6 +497,7 @@ def _slot_report(deltas: Deltas) -> SlotReport:
         report,
         energy_lost=deltas.energy_lost,
         energy=deltas.energy,
+        energy_is_bound=deltas.energy_is_bound,
         rank_exact=deltas.rank_exact,
         krons=deltas.kron_count,
         dense=deltas.dense_held,

@@ -50,6 +50,8 @@ GRAM_NOISE = 4e-6
 """Rounding of a Gram matrix, relative to its Frobenius norm."""
 CANCELLED = 1e-2
 """Below this share of its ranks' own energies a sum's energy is left to the exact way."""
+ROUNDING = 1e-13
+"""A sum of less than this share of its halves' energies is what float32 leaves of zero."""
 SMALLEST, LARGEST = 1e-30, 1e30
 """Energies of a half that are far from the limits of float32."""
 PANELS = {torch.float32: 128, torch.bfloat16: 256}
@@ -254,7 +256,8 @@ def decomposed(sum_: LowRankSum) -> Truncation:
     energies = values.to(torch.float64).square().cpu()
     total = float(energies.sum())
     tails = energies.flip(0).cumsum(0).flip(0) - energies
-    kept = 1 - tails / total if total > 0 else torch.ones_like(energies)
+    least = ROUNDING * math.prod(float(torch.linalg.matrix_norm(r)) ** 2 for r in (r_down, r_up))
+    kept = 1 - tails / total if total > least else torch.ones_like(energies)
 
     def halves(rank: int) -> tuple[Tensor, Tensor]:
         root = values[:rank].sqrt()

@@ -13,7 +13,8 @@ import torch
 from qwenlora import cache
 from qwenlora.branch import KronShape, ScaledKron
 from qwenlora.errors import NonFiniteError
-from qwenlora.limit import Fitted, Limiter, MaxRank, rank_taken, sum_energy
+from qwenlora.limit import Fitted, Limiter, MaxRank, rank_taken
+from qwenlora.loss import LoraShare, WholeDelta
 from qwenlora.pending import Pending
 from qwenlora.pieces import LoraPieces, Refusal, ScaledPair, fetch_pieces, scaled
 
@@ -47,8 +48,10 @@ class SlotDeltas:
         dense: (out, in) in the slot's dtype: runs beside a plain linear.
         dense_held: Whether the layer holds one.
         values: What is added to stored parameters, by name: float64, in storage order.
-        energy_lost: Share of the sum's energy that truncation dropped; None where there was none.
-        energy: Energy of the low-rank sum, where it had to be known.
+        energy_lost: Share of the whole delta's energy that truncation dropped; None where there was
+            none.
+        energy: Energy of the whole delta, where it had to be known.
+        energy_is_bound: Whether both are at most so, instead of measured.
         rank_exact: Ranks that the slot would hold for the exact sum.
         zero: Indices of LoRAs whose delta here is all zero, hence left out exactly.
         thirded: Indices of LoRAs whose alpha here may be a third of what is meant.
@@ -70,6 +73,7 @@ class SlotDeltas:
     dense_held: bool = False
     kron_count: int = 0
     energy: float | None = None
+    energy_is_bound: bool = False
     rank_exact: int = 0
 
     @property
@@ -227,7 +231,8 @@ class _SlotSum:
         self._krons: list[ScaledKron] = []
         self._dense: Tensor | None = None
         self._values: dict[str, Tensor] = {}
-        self._cut: float | None = None
+        self._shares: list[LoraShare] = []
+        self._rows: list[tuple[int, tuple[int, int]]] = []
         self._zero: list[int] = []
         self._thirded: list[int] = []
         self._refused: list[tuple[int, Refusal]] = []
@@ -245,8 +250,9 @@ class _SlotSum:
             pair = scaled(own.pair, strength, dtype=target.dtype, device=target.device)
             self._pairs.append(pair)
             self._supports.append(own.pair.scale != 0)
-            if own.pair.energy_lost is not None:
-                self._cut = (self._cut or 0.0) + own.pair.energy_lost * strength**2
+            self._shares.append(LoraShare(lora, strength, pair, own.cuts))
+        if own.krons or own.dense is not None or not (own.pair is None or own.pair.zero):
+            self._rows += [(lora, rows) for rows in own.rows]
         self._krons += [ScaledKron.of(kron, strength, target) for kron in own.krons]
         if own.dense is not None:
             dense = own.dense.to(target.device) * strength
@@ -258,8 +264,24 @@ class _SlotSum:
 
     def hand_over(self, limiter: Limiter, rank_limit: int | None) -> None:
         """Give the low-rank deltas away, to be brought under their limit."""
-        limiter.add(self._target, self._pairs, self._supports, rank_limit)
-        self._pairs, self._supports = [], []
+        limiter.add(self._target, self._pairs, self._supports, rank_limit, self._whole())
+        self._pairs, self._supports, self._shares = [], [], []
+
+    def _whole(self) -> WholeDelta | None:
+        """All of it, where the low-rank deltas are not all, or were cut before they are summed."""
+        beside = bool(self._krons) or self._dense is not None
+        if not self._shares or not (beside or any(share.cuts for share in self._shares)):
+            return None
+        # One file may be in the stack twice: its deltas are the same objects, of two LoRAs.
+        shared = frozenset(
+            (share.lora, at)
+            for share in self._shares
+            for at, cut in enumerate(share.cuts)
+            if not cut.lone
+            or any(cut.overlaps(rows) for lora, rows in self._rows if lora != share.lora)
+        )
+        shares, krons = tuple(self._shares), tuple(self._krons)
+        return WholeDelta(self._target, shares, krons, self._dense, shared)
 
     def finish(self, fitted: Fitted) -> SlotDeltas:
         """The slot's deltas, the low-rank ones as they came back."""
@@ -278,8 +300,9 @@ class _SlotSum:
             dense=None if self._dense is None else self._dense.to(target.dtype),
             dense_held=self._dense is not None,
             values=self._values,
-            energy_lost=_share_lost(fitted, self._cut, target),
+            energy_lost=fitted.energy_lost,
             energy=fitted.energy,
+            energy_is_bound=fitted.is_bound,
             zero=tuple(self._zero),
             thirded=tuple(self._thirded),
             refused=tuple(self._refused),
@@ -326,21 +349,3 @@ def non_finite(target: Target) -> NonFiniteError:
 def _by_lora(plan: SlotPlan) -> Iterator[tuple[int, list[Piece]]]:
     for lora, pieces in itertools.groupby(plan.pieces, key=lambda piece: piece.lora):
         yield lora, list(pieces)
-
-
-def _share_lost(fitted: Fitted, cut: float | None, target: Target) -> float | None:
-    """The share of the sum's energy that is lost in all.
-
-    Args:
-        fitted: What is kept, and the share that the sum's own compression lost.
-        cut: Energy cut off LoRA by LoRA, before they were summed; what several LoRAs lost over the
-            same rows is taken for uncorrelated.
-        target: The slot.
-    """
-    share = fitted.energy_lost
-    if cut is None:
-        return share
-    kept = sum_energy(fitted.pairs, target)
-    summed = kept / (1 - share) if share and share < 1 else kept
-    total = summed + cut
-    return (total - kept) / total if total > 0 else 0.0

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from qwenlora.plan import Piece
 
-__all__ = ["Factors", "dense_of", "factors_of", "kron_factors"]
+__all__ = ["Factors", "delta_rows", "dense_of", "factors_of", "kron_factors"]
 
 NEGLIGIBLE = 1e-12
 """Singular values below this share of the largest are rounding noise of float64."""
@@ -105,6 +105,23 @@ def dense_of(piece: Piece, tensors: Mapping[str, Tensor]) -> Tensor:
         return _hadamard_matrix(tensors).to(torch.float32)
     factors = factors_of(piece, tensors, torch.device("cpu"))
     return factors.up.to(torch.float32) @ factors.down.to(torch.float32)
+
+
+def delta_rows(tensors: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+    """Some rows (n, in) float32 of a LoKr or a LoHa, without its scale.
+
+    Args:
+        tensors: Its tensors by role, on one device.
+        rows: Which rows, on that device.
+    """
+    if "hada_w1_a" in tensors:
+        own = {**tensors, "hada_w1_a": tensors["hada_w1_a"][rows]}
+        own["hada_w2_a"] = tensors["hada_w2_a"][rows]
+        return _hadamard_matrix(own).to(torch.float32)
+    w1, w2 = (factor.to(torch.float32) for factor in kron_factors(tensors))
+    first, second = rows // w2.shape[0], rows % w2.shape[0]
+    # (n, im, 1) * (n, 1, il) -> (n, im il)
+    return (w1[first].unsqueeze(2) * w2[second].unsqueeze(1)).flatten(1)
 
 
 def kron_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ to it. So each slot takes the rank r, a multiple of 16, at which
     energy lost(r) + AUTO_PRICE * r / (ranks of the exact sum)
 
 is least, and stays exact where no r is below AUTO_PRICE: giving up all of the rank would be worth
-AUTO_PRICE of the energy, half of it half as much. No slot loses more than AUTO_PRICE.
+AUTO_PRICE of the energy, half of it half as much. The energy is that of the sum of what becomes
+rank. No slot loses more than AUTO_PRICE of it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -23,13 +24,15 @@ import torch
 from qwenlora.compress import LowRankSum, Truncation, decomposed, energy, iterated
 from qwenlora.errors import NonFiniteError
 from qwenlora.layout import RANK_MULTIPLE, LowRankSide, round_up
+from qwenlora.loss import Loss
 from qwenlora.lowrank import pack_factor
-from qwenlora.pieces import ScaledPair, unpacked
+from qwenlora.pieces import ScaledPair, logical_pairs
 from qwenlora.plan import SlotKind
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qwenlora.loss import WholeDelta
     from qwenlora.targets import Target
 
 __all__ = [
@@ -38,7 +41,6 @@ __all__ = [
     "Limiter",
     "MaxRank",
     "rank_taken",
-    "sum_energy",
     "worthwhile_rank",
 ]
 
@@ -65,14 +67,17 @@ class Fitted:
     Attributes:
         pairs: The deltas in the slot's dtype and layout.
         rank_exact: Ranks that the slot would hold for the exact sum.
-        energy_lost: Share of the sum's energy that truncation dropped; None where there was none.
-        energy: Energy of the sum; None where it was not needed.
+        energy_lost: Share of the energy that truncation dropped; None where there was none.
+        energy: Energy of the sum, or of the slot's whole delta where that was given; None where it
+            was not needed.
+        is_bound: Whether both are at most so, instead of measured.
     """
 
     pairs: tuple[ScaledPair, ...]
     rank_exact: int
     energy_lost: float | None = None
     energy: float | None = None
+    is_bound: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class _Waiting:
     Attributes:
         at: Its place among all.
         exact: What the slot carries where no rank is given up; None where that is too much.
+        whole: What the sum is a part of, where it is not all of it.
     """
 
     at: int
@@ -90,6 +96,7 @@ class _Waiting:
     limit: int
     rank_exact: int
     exact: tuple[ScaledPair, ...] | None
+    whole: WholeDelta | None
 
     @property
     def rank_needed(self) -> int:
@@ -106,6 +113,7 @@ class _Waiting:
         """Bytes held until its batch is done: the halves, and some matrices of all its ranks."""
         ranks = self.sum_.rank
         exact = sum(pair.down.nbytes + pair.up.nbytes for pair in self.exact or ())
+        exact += 0 if self.whole is None else self.whole.nbytes
         return self.sum_.nbytes + exact + 4 * ranks * (3 * ranks + 8 * min(self.limit, ranks))
 
 
@@ -129,6 +137,7 @@ class Limiter:
         pairs: Sequence[ScaledPair],
         supports: Sequence[Tensor],
         limit: int | None,
+        whole: WholeDelta | None = None,
     ) -> None:
         """Take the next slot's deltas.
 
@@ -138,6 +147,8 @@ class Limiter:
             supports: For each (parts, r) bool on the host: in which of the slot's equal row parts a
                 rank has values.
             limit: Most ranks; None for any number.
+            whole: All that the slot's LoRAs ask of it, where these are not all of it: what is lost
+                is then measured against it.
         """
         at = self._added
         self._added += 1
@@ -145,14 +156,14 @@ class Limiter:
         taken = sum(rank_taken(pair, target) for pair in pairs)
         fits = limit is None or (rank <= limit and taken <= round_up(limit, RANK_MULTIPLE))
         if fits and not (self._auto and taken > RANK_MULTIPLE):
-            self._done[at] = Fitted(tuple(pairs), taken)
+            self._done[at] = _stated(Fitted(tuple(pairs), taken), target, whole)
         elif not fits and limit is not None and rank <= limit:
-            self._done[at] = Fitted((_closed(pairs, target),), taken)
+            self._done[at] = _stated(Fitted((_closed(pairs, target),), taken), target, whole)
         else:
-            sum_ = LowRankSum.of(_logical(pairs, target), supports)
+            sum_ = LowRankSum.of(logical_pairs(pairs, target), supports)
             exact = self._exact(pairs, target) if fits else None
             most = rank if limit is None else limit
-            self._wait(_Waiting(at, target, sum_, most, taken, exact))
+            self._wait(_Waiting(at, target, sum_, most, taken, exact, whole))
 
     def finish(self) -> list[Fitted]:
         """All slots, in the order in which they were added."""
@@ -179,7 +190,9 @@ class Limiter:
         waiting, self._waiting = self._waiting, []
         self._before_batch(len(self._done))
         for batch in _grouped(waiting):
-            self._done.update(_thrifty(batch) if self._auto else _limited(batch))
+            done = _thrifty(batch) if self._auto else _limited(batch)
+            for own in batch:
+                self._done[own.at] = _stated(done[own.at], own.target, own.whole)
 
 
 def _in_batches(device: torch.device) -> bool:
@@ -295,7 +308,7 @@ def _cut(waiting: _Waiting, truncation: Truncation, rank: int) -> Fitted:
 
 def _closed(pairs: Sequence[ScaledPair], target: Target) -> ScaledPair:
     """Only the padding between the LoRAs is too much: closing the gaps is exact."""
-    factors = _logical(pairs, target)
+    factors = logical_pairs(pairs, target)
     down = torch.cat([pair[0] for pair in factors])
     return _placed(down, torch.cat([pair[1] for pair in factors], dim=1), target)
 
@@ -314,12 +327,24 @@ def rank_taken(pair: ScaledPair, target: Target) -> int:
     return pair.rank_padded if target.kind is SlotKind.SVDQ else pair.rank
 
 
-def sum_energy(pairs: Sequence[ScaledPair], target: Target) -> float:
-    """Squared Frobenius norm of the sum of pairs in the slot's layout."""
-    return energy(LowRankSum.of(_logical(pairs, target))) if pairs else 0.0
+def _stated(fitted: Fitted, target: Target, whole: WholeDelta | None) -> Fitted:
+    """The same with what is lost of the slot's whole delta."""
+    if whole is None or not (whole.is_cut or fitted.energy is not None):
+        return fitted
+    if whole.is_plain:
+        loss = _added_up(fitted, target, whole.cut_energy)
+    else:
+        loss = whole.loss(fitted.pairs)
+    share = loss.share if whole.is_cut or fitted.energy_lost is not None else None
+    return replace(fitted, energy_lost=share, energy=loss.energy, is_bound=loss.is_bound)
 
 
-def _logical(pairs: Sequence[ScaledPair], target: Target) -> list[tuple[Tensor, Tensor]]:
-    """Pairs as (down (r, in), up (out, r)), whatever the slot's layout."""
-    packed = target.kind is SlotKind.SVDQ
-    return [unpacked(pair) if packed else (pair.down, pair.up) for pair in pairs]
+def _added_up(fitted: Fitted, target: Target, cut: float) -> Loss:
+    """What was cut off is orthogonal to the sum of what was kept, and to any truncation of it."""
+    summed = fitted.energy
+    if summed is None:
+        sum_ = LowRankSum.of(logical_pairs(fitted.pairs, target)) if fitted.pairs else None
+        summed = 0.0 if sum_ is None else energy(sum_)
+    total = summed + cut
+    lost = summed * (fitted.energy_lost or 0.0) + cut
+    return Loss(total, lost / total if total > 0 else 0.0)

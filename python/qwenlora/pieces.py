@@ -8,8 +8,8 @@ stacked (`down` by rows, `up` block-diagonal); a missing member is a block of ze
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from qwenlora.targets import Target
 
 __all__ = [
+    "CutPiece",
     "KronPair",
     "LoraPair",
     "LoraPieces",
@@ -39,6 +40,7 @@ __all__ = [
     "fetch_pieces",
     "is_thirded",
     "is_zero",
+    "logical_pairs",
     "read_pieces",
     "same_dtype",
     "scaled",
@@ -64,8 +66,6 @@ class LoraPair:
         zero: Whether the delta is all zero.
         thirded: Whether a fused file's `up` is block-diagonal while its scale is at most 1/3: a
             converter that stacked q, k and v may have copied alpha from one of them.
-        energy_lost: Squared Frobenius norm of what was cut off, scale included; None where nothing
-            had to be.
     """
 
     down: Tensor
@@ -75,7 +75,6 @@ class LoraPair:
     packed: bool
     zero: bool
     thirded: bool = False
-    energy_lost: float | None = None
 
     @property
     def nbytes(self) -> int:
@@ -101,6 +100,37 @@ class KronPair:
 
 
 @dataclass(frozen=True)
+class CutPiece:
+    """A delta that was cut to become rank.
+
+    Attributes:
+        row_begin: Its first logical row.
+        row_count: Its rows.
+        scale: Factor on it.
+        energy_lost: Squared Frobenius norm of what was cut off, scale included.
+        lone: Whether no other delta of its LoRA lies in its rows.
+        exact: The tensors that it is made of, by role; None where they are as large as the layer,
+            or it is not alone in its rows.
+    """
+
+    row_begin: int
+    row_count: int
+    scale: float
+    energy_lost: float
+    lone: bool
+    exact: Mapping[str, Tensor] | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(tensor.nbytes for tensor in (self.exact or {}).values())
+
+    def overlaps(self, rows: tuple[int, int]) -> bool:
+        """Whether it writes some of these rows: the first, and how many."""
+        return self.row_begin < sum(rows) and rows[0] < self.row_begin + self.row_count
+
+
+@dataclass(frozen=True)
 class Refusal:
     """A module of which too much would be lost.
 
@@ -123,6 +153,8 @@ class LoraPieces:
         dense: (out, in) float32, scale included: all that a plain linear runs as a matrix.
         values: What is added to stored values.
         refused: Modules left out for what they would lose.
+        cuts: What was cut to become rank.
+        rows: Which rows the deltas of the layer's weight write: of each the first, and how many.
     """
 
     pair: LoraPair | None = None
@@ -130,6 +162,8 @@ class LoraPieces:
     dense: Tensor | None = None
     values: tuple[ValueDelta, ...] = ()
     refused: tuple[Refusal, ...] = ()
+    cuts: tuple[CutPiece, ...] = ()
+    rows: tuple[tuple[int, int], ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -137,7 +171,8 @@ class LoraPieces:
         own = [kron.w1 for kron in self.krons] + [kron.w2 for kron in self.krons]
         own += [value.delta for value in self.values]
         own += [] if self.dense is None else [self.dense]
-        return sum(t.nbytes for t in own) + (0 if self.pair is None else self.pair.nbytes)
+        held = sum(t.nbytes for t in own) + sum(cut.nbytes for cut in self.cuts)
+        return held + (0 if self.pair is None else self.pair.nbytes)
 
     @property
     def zero(self) -> bool:
@@ -192,6 +227,7 @@ def fetch_pieces(
     if slot.kind in (SlotKind.NORM, SlotKind.EMBEDDING):
         return LoraPieces(values=tuple(value_of(p, tensors, slot) for p, tensors in read))
     ranks, refused = _rank_members(read, slot, target, max_energy_lost)
+    carried = [(p, t) for p, t in read if p.kind is not PieceKind.VECTOR and not _is_in(refused, p)]
     dense = [(p, t["diff"]) for p, t in read if _is_matrix(p, slot)]
     vectors = [(p, t) for p, t in read if p.kind is PieceKind.VECTOR]
     krons = [
@@ -205,6 +241,8 @@ def fetch_pieces(
         dense=_dense_sum(dense) if dense else None,
         values=tuple(value_of(p, tensors, slot, target.row.out_features) for p, tensors in vectors),
         refused=tuple(refused),
+        cuts=tuple(_cut_pieces(ranks, carried)),
+        rows=tuple(_rows_of(piece) for piece, _ in carried),
     )
 
 
@@ -264,6 +302,10 @@ def _rank_members(
     return members, refused
 
 
+def _is_in(refused: Sequence[Refusal], piece: Piece) -> bool:
+    return piece.kind is PieceKind.DENSE and piece.target in {own.target for own in refused}
+
+
 def _too_much(factors: Factors, limit: float) -> str:
     return (
         f"a full delta on a quantized layer: {counted(factors.rank, 'rank')} would lose"
@@ -303,17 +345,39 @@ def _fuse(members: Sequence[tuple[Piece, Factors]], slot: SlotPlan, target: Targ
         packed=False,
         zero=zero,
         thirded=thirded,
-        energy_lost=_energy_lost(members),
     )
     return _packed(pair) if slot.kind is SlotKind.SVDQ else pair
 
 
-def _energy_lost(members: Sequence[tuple[Piece, Factors]]) -> float | None:
-    """Of pieces over different rows the energies add up."""
-    cut = [(piece, factors) for piece, factors in members if factors.energy is not None]
-    if not any(factors.energy_lost for _, factors in cut):
-        return None
-    return sum(factors.energy_lost * piece.scale**2 for piece, factors in cut)
+def _cut_pieces(
+    members: Sequence[tuple[Piece, Factors]],
+    carried: Sequence[tuple[Piece, Mapping[str, Tensor]]],
+) -> Iterator[CutPiece]:
+    """What is to be known of deltas that were cut, beside the pair that is left of them."""
+    tensors_of = {id(piece): tensors for piece, tensors in carried}
+    for piece, factors in members:
+        if not factors.energy_lost > 0:
+            continue
+        cut = CutPiece(
+            row_begin=piece.row_begin,
+            row_count=piece.row_count,
+            scale=piece.scale,
+            energy_lost=factors.energy_lost * piece.scale**2,
+            lone=True,
+            exact=None,
+        )
+        if any(cut.overlaps(_rows_of(other)) for other, _ in carried if other is not piece):
+            yield replace(cut, lone=False)
+        elif piece.kind is PieceKind.DENSE:
+            yield cut
+        else:
+            tensors = tensors_of[id(piece)]
+            # Copies: what is read is a view of a buffer that holds the other tensors, too.
+            yield replace(cut, exact={role: tensor.clone() for role, tensor in tensors.items()})
+
+
+def _rows_of(piece: Piece) -> tuple[int, int]:
+    return piece.row_begin, piece.row_count
 
 
 def scaled(
@@ -369,6 +433,12 @@ def unpacked(pair: ScaledPair) -> tuple[Tensor, Tensor]:
     return down, up
 
 
+def logical_pairs(pairs: Sequence[ScaledPair], target: Target) -> list[tuple[Tensor, Tensor]]:
+    """Pairs as (down (r, in), up (out, r)), whatever the slot's layout."""
+    packed = target.kind is SlotKind.SVDQ
+    return [unpacked(pair) if packed else (pair.down, pair.up) for pair in pairs]
+
+
 def _packed(pair: LoraPair) -> LoraPair:
     """Bring a logical pair to the packed layout; ranks are padded to 16 with zeros."""
     return LoraPair(
@@ -379,7 +449,6 @@ def _packed(pair: LoraPair) -> LoraPair:
         packed=True,
         zero=pair.zero,
         thirded=pair.thirded,
-        energy_lost=pair.energy_lost,
     )
 
 

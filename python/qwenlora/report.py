@@ -74,13 +74,14 @@ class SlotReport:
         base_rank: Rank of the base branch.
         rank: Ranks of the deltas, shared downs counted once, without padding.
         rank_added: Ranks that the slot holds beyond the base, with padding.
-        energy_lost: 1 - |kept|^2 / |sum|^2 where the sum or a part of it was truncated, else None;
-            what several LoRAs each lost over the same rows is taken for uncorrelated.
-        energy: |sum|^2 where it had to be known.
+        energy_lost: |delta - kept|^2 / |delta|^2 of the slot's whole delta where a part of it was
+            truncated, else None. Infinite where no bound can be given.
+        energy: |delta|^2 where it had to be known.
         rank_exact: Ranks that the exact sum would hold beyond the base, with padding.
         krons: Kronecker products that run beside the layer.
         dense: Whether a dense delta runs beside the layer.
         values: Names of the parameters whose values differ from the base's.
+        energy_is_bound: Whether `energy_lost` and `energy` are at most so, instead of measured.
     """
 
     path: str
@@ -94,6 +95,7 @@ class SlotReport:
     values: tuple[str, ...] = ()
     energy: float | None = None
     rank_exact: int = 0
+    energy_is_bound: bool = False
 
 
 class SlotReports(Sequence[SlotReport]):
@@ -193,9 +195,20 @@ class ComposeReport:
     def total_energy_lost(self) -> float:
         """The share that all slots whose energy is known lost together; 0 where none is."""
         known = [slot for slot in self.slots if slot.energy is not None]
-        energy = sum(slot.energy or 0.0 for slot in known)
-        lost = sum((slot.energy or 0.0) * (slot.energy_lost or 0.0) for slot in known)
+        measured = [slot for slot in known if not slot.energy_is_bound]
+        energy, lost = _energies(measured)
+        # A slot that lost more than the rest weighs the more, the larger it is.
+        bounds = [slot for slot in known if slot.energy_is_bound]
+        for slot in sorted(bounds, key=lambda slot: slot.energy_lost or 0.0, reverse=True):
+            if (slot.energy_lost or 0.0) * energy > lost or not energy:
+                own, own_lost = _energies([slot])
+                energy, lost = energy + own, lost + own_lost
         return lost / energy if energy > 0 else 0.0
+
+    @property
+    def energy_is_bound(self) -> bool:
+        """Whether some slot's energy lost is a bound: then the two figures are at most so."""
+        return any(slot.energy_is_bound for slot, _ in self.slots.counted())
 
     def summary(self) -> str:
         """One line for a log."""
@@ -217,6 +230,8 @@ class ComposeReport:
         if compressed:
             slots = counted(compressed, "slot")
             parts.append(f"{slots} compressed, up to {self.energy_lost:.2%} energy lost")
+            if self.energy_is_bound:
+                parts[-1] += " (a bound)"
         if self.saved_bytes:
             parts.append(f"{self.saved_bytes / 1e6:.1f} MB saved")
         return f"{', '.join(parts)}; {'; '.join(self._remarks())}"
@@ -249,12 +264,13 @@ class ComposeReport:
         cut = [slot for slot in self.slots if slot.energy_lost is not None]
         if not cut:
             return []
+        most = "at most " if self.energy_is_bound else ""
         line = (
             f"  compressed: rank {_span(slot.rank_exact for slot in cut)} to"
             f" {_span(slot.rank_added for slot in cut)} on {len(cut)} of"
             f" {counted(len(self.slots), 'slot')},"
-            f" {self.total_energy_lost:.3%} of the energy lost in all, {self.energy_lost:.3%} at"
-            f" worst; {self.saved_bytes / 1e6:.1f} MB less than exact"
+            f" {most}{self.total_energy_lost:.3%} of the energy lost in all, {most}"
+            f"{self.energy_lost:.3%} at worst; {self.saved_bytes / 1e6:.1f} MB less than exact"
         )
         if self.saved_bus_bytes:
             line += f", {self.saved_bus_bytes / 1e6:.1f} MB less per forward over the bus"
@@ -283,6 +299,12 @@ def _mark(skip: Skip) -> str:
 
 NO_SLOTS = SlotReports(())
 """Of a base model."""
+
+
+def _energies(slots: Iterable[SlotReport]) -> tuple[float, float]:
+    """The energy of slots' deltas, and what of it is lost."""
+    known = [(slot.energy or 0.0, slot.energy_lost or 0.0) for slot in slots]
+    return sum(energy for energy, _ in known), sum(energy * share for energy, share in known)
 
 
 def _span(values: Iterable[int]) -> str:

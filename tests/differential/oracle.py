@@ -1,0 +1,91 @@
+"""What a model's slots hold, unpacked by the element formulas alone, in float64.
+
+Nothing here is the engine's: packed positions come from `qwenlora._reference`, one element at a
+time, and branches are read from the buffers that their layers carry.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import torch
+
+from qwenlora import _reference
+from qwenlora.layout import LowRankSide
+
+KRON = re.compile(r"qwenlora_kron(\d+)_w1")
+
+
+@functools.cache
+def positions(ranks: int, channels: int, side: LowRankSide) -> torch.Tensor:
+    """(ranks, channels): where a packed matrix holds each element."""
+    rows = [
+        [_reference.lowrank_position(rank, channel, ranks, side) for channel in range(channels)]
+        for rank in range(ranks)
+    ]
+    return torch.tensor(rows)
+
+
+def unpacked(packed: torch.Tensor, side: LowRankSide) -> torch.Tensor:
+    """A packed (C, R) as (R, C) float64."""
+    channels, ranks = packed.shape
+    return packed.detach().double().reshape(-1)[positions(ranks, channels, side)]
+
+
+@functools.cache
+def vector_positions(channels: int) -> torch.Tensor:
+    """Where a packed bias holds each channel."""
+    return torch.tensor([_reference.vector_position(channel) for channel in range(channels)])
+
+
+def packed_pair(module: torch.nn.Module, base_rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ranks (R, in), (R, out) that a packed layer holds beyond its base."""
+    down = unpacked(module.proj_down, LowRankSide.DOWN)
+    up = unpacked(module.proj_up, LowRankSide.UP)
+    return down[base_rank:], up[base_rank:]
+
+
+def kept(model: torch.nn.Module, path: str, base_rank: int) -> torch.Tensor:
+    """The (out, in) delta that a slot holds, rows as in files."""
+    module = model.get_submodule(path)
+    delta = torch.zeros(sizes(module), dtype=torch.float64)
+    if hasattr(module, "proj_down"):
+        down, up = packed_pair(module, base_rank)
+        delta += up.mT @ down
+    buffers = {name: buffer.double() for name, buffer in module.named_buffers(recurse=False)}
+    beside = torch.zeros_like(delta)
+    if "qwenlora_down" in buffers:
+        beside += buffers["qwenlora_up"] @ buffers["qwenlora_down"]
+    beside += buffers.get("qwenlora_dense", 0)
+    modulation = is_modulation(path)
+    if modulation:
+        beside = _reference.deinterleave_modulation(beside)
+    for name in buffers:
+        found = KRON.fullmatch(name)
+        if found:
+            first = module._qwenlora_branch.krons[int(found[1])]
+            product = torch.kron(buffers[name], buffers[name[:-1] + "2"])
+            beside[first : first + len(product)] += product
+    return delta + beside
+
+
+def bias(model: torch.nn.Module, path: str) -> torch.Tensor:
+    """A layer's bias (out,), rows as in files."""
+    module = model.get_submodule(path)
+    stored = module.bias.detach().double()
+    if hasattr(module, "proj_down"):
+        return stored[vector_positions(len(stored))]
+    if is_modulation(path):
+        return _reference.deinterleave_modulation(stored)
+    return stored
+
+
+def is_modulation(path: str) -> bool:
+    """Whether a layer's rows are interleaved."""
+    return path.endswith(("img_mod.1", "txt_mod.1"))
+
+
+def sizes(module: torch.nn.Module) -> tuple[int, int]:
+    """(out, in) of a layer."""
+    return module.out_features, module.in_features
