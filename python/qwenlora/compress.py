@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qwenlora.decomposition import singular, triangular
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -250,9 +252,9 @@ def decomposed(sum_: LowRankSum) -> Truncation:
         torch.linalg.LinAlgError: A value is not finite, or too large to decompose.
     """
     down, up = sum_.pair()
-    q_down, r_down = torch.linalg.qr(down.mT)
-    q_up, r_up = torch.linalg.qr(up)
-    left, values, right = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
+    q_down, r_down = triangular(down.mT)
+    q_up, r_up = triangular(up)
+    left, values, right = singular(r_up @ r_down.mT)
     energies = values.to(torch.float64).square().cpu()
     total = float(energies.sum())
     tails = energies.flip(0).cumsum(0).flip(0) - energies

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qwenlora.decomposition import eigenvectors, orthonormal, singular, triangular
 from qwenlora.layout import LowRankSide
 from qwenlora.lowrank import unpack_factor
 from qwenlora.plan import PieceKind
@@ -73,6 +74,9 @@ def factors_of(piece: Piece, tensors: Mapping[str, Tensor], device: torch.device
 
     Returns:
         The pair: in the stored dtype for a plain pair, else in float32.
+
+    Raises:
+        torch.linalg.LinAlgError: What must be decomposed holds NaN or infinity, or is too large.
     """
     if piece.kind is PieceKind.DENSE:
         return _truncated(tensors["diff"].to(device, torch.float32), piece.rank_budget)
@@ -194,10 +198,10 @@ def _kron_pair(tensors: Mapping[str, Tensor], budget: int | None) -> Factors:
 def _factor_svd(tensors: Mapping[str, Tensor], name: str) -> _Svd:
     """Decompose one factor in float64: the direct one, or the product of its two halves."""
     if name in tensors:
-        return _Svd(*torch.linalg.svd(tensors[name].double(), full_matrices=False))
-    q_left, r_left = torch.linalg.qr(tensors[f"{name}_a"].double())
-    q_right, r_right = torch.linalg.qr(tensors[f"{name}_b"].double().mT)
-    left, values, right = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
+        return _Svd(*singular(tensors[name].double()))
+    q_left, r_left = triangular(tensors[f"{name}_a"].double())
+    q_right, r_right = triangular(tensors[f"{name}_b"].double().mT)
+    left, values, right = singular(r_left @ r_right.mT)
     return _Svd(q_left @ left, values, right @ q_right.mT)
 
 
@@ -218,9 +222,7 @@ def _best(delta: Tensor, rank: int) -> Factors:
     """
     turned = delta.shape[0] < delta.shape[1]
     tall = delta.mT if turned else delta
-    _, vectors = torch.linalg.eigh(tall.mT @ tall)
-    # Eigenvalues ascend: the leading ones are last.
-    right = vectors[:, -rank:].flip(1)
+    right = eigenvectors(tall.mT @ tall)[:, -rank:].flip(1)
     left = tall @ right
     values = torch.linalg.vector_norm(left, dim=0)
     root = values.sqrt().clamp_min(torch.finfo(values.dtype).tiny)
@@ -249,10 +251,10 @@ def _truncated(delta: Tensor, budget: int | None) -> Factors:
     rank = full if budget is None else min(budget, full)
     energy = _squared_norm(delta)
     if full <= EXACT_SVD_SIDE or rank + OVERSAMPLING >= full:
-        left, values, right = torch.linalg.svd(delta, full_matrices=False)
+        left, values, right = singular(delta)
     else:
         basis = _range(delta, rank + OVERSAMPLING)
-        inner, values, right = torch.linalg.svd(basis.mT @ delta, full_matrices=False)
+        inner, values, right = singular(basis.mT @ delta)
         left = basis @ inner
     if float(values[0]) > 0:
         rank = min(rank, int((values > values[0] * torch.finfo(values.dtype).eps).sum()))
@@ -270,10 +272,9 @@ def _range(delta: Tensor, size: int) -> Tensor:
     """An orthonormal basis (rows, size) of the directions in which a matrix is large."""
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(delta.shape[1], size, generator=generator).to(delta.device)
-    basis: Tensor = torch.linalg.qr(delta @ probe).Q
+    basis = orthonormal(delta @ probe)
     for _ in range(POWER_ITERATIONS):
-        back, _ = torch.linalg.qr(delta.mT @ basis)
-        basis, _ = torch.linalg.qr(delta @ back)
+        basis = orthonormal(delta @ orthonormal(delta.mT @ basis))
     return basis
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 
 from qwenlora.compress import LowRankSum, Truncation, decomposed, energy, iterated
+from qwenlora.decomposition import is_finite
 from qwenlora.errors import NonFiniteError
 from qwenlora.layout import RANK_MULTIPLE, LowRankSide, round_up
 from qwenlora.loss import Loss
@@ -287,17 +288,15 @@ def _truncations(batch: Sequence[_Waiting], rank: int) -> list[Truncation]:
 def _decomposed(waiting: _Waiting) -> Truncation:
     """Decompose one sum, naming its slot where that cannot be done."""
     target, sum_ = waiting.target, waiting.sum_
-    # The decomposition would fail on them with a message that names nothing.
-    for half in (sum_.down, *(block.up for block in sum_.blocks)):
-        if half.numel() and not torch.isfinite(torch.stack(torch.aminmax(half))).all():
-            raise NonFiniteError(
-                f"`{target.path}` would hold NaN or infinity in {target.dtype}"
-                "\nhint: a LoRA of the stack is damaged, or its strength is too high"
-            )
     try:
         return decomposed(sum_)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise NonFiniteError(f"`{target.path}`: its deltas are too large to sum") from error
+        if all(map(is_finite, (sum_.down, *(block.up for block in sum_.blocks)))):
+            raise NonFiniteError(f"`{target.path}`: its deltas are too large to sum") from error
+        raise NonFiniteError(
+            f"`{target.path}` would hold NaN or infinity in {target.dtype}"
+            "\nhint: a LoRA of the stack is damaged, or its strength is too high"
+        ) from error
 
 
 def _cut(waiting: _Waiting, truncation: Truncation, rank: int) -> Fitted:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qwenlora.decomposition import is_finite
 from qwenlora.errors import NonFiniteError
 from qwenlora.factors import Factors, factors_of, kron_factors
 from qwenlora.layout import FRAGMENT, TILE, LowRankSide, RowOrder, round_up
@@ -292,9 +293,9 @@ def _rank_members(
         try:
             factors = factors_of(piece, tensors, target.device)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise NonFiniteError(
-                f"`{piece.target}`: a tensor of its {piece.adapter} holds NaN or infinity"
-            ) from error
+            finite = all(map(is_finite, tensors.values()))
+            what = "its {} is too large" if finite else "a tensor of its {} holds NaN or infinity"
+            raise NonFiniteError(f"`{piece.target}`: {what.format(piece.adapter)}") from error
         if piece.kind is PieceKind.DENSE and factors.share_lost > max_energy_lost:
             refused.append(Refusal(piece.target, _too_much(factors, max_energy_lost)))
         else:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qwenlora.decomposition import is_finite
 from qwenlora.factors import Factors, dense_of, factors_of
 from qwenlora.pieces import is_thirded, is_zero
 from qwenlora.plan import PieceKind
@@ -69,7 +70,7 @@ class Member:
     @property
     def is_finite(self) -> bool:
         """Whether no tensor holds NaN or infinity."""
-        return all(bool(t.to(torch.float32).isfinite().all()) for t in self.tensors.values())
+        return all(map(is_finite, self.tensors.values()))
 
     def factors(self) -> Factors:
         """The exact pair of the module's rows, without `factor`."""
