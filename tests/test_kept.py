@@ -54,6 +54,26 @@ def base_bytes(model):
 # ---- the base in host memory ----
 
 
+@pytest.mark.parametrize("blocks", [1, BLOCKS])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_zero_deltas_are_said_again_after_a_return(blocks, everywhere, make_model, Draft, tmp_path):
+    """Their slots hold the base, which is kept: the report of a return is the first one's."""
+    model = make_model(num_layers=blocks)
+    draft, other = Draft(1), Draft.full(seed=2, blocks=blocks)
+    for block in range(blocks):
+        target = f"transformer_blocks.{block}.attn.to_add_out"
+        draft.add(target, 4, down=torch.zeros(4, 128))
+        draft.add(f"transformer_blocks.{block}.attn.to_out.0", 4)
+        if everywhere:
+            draft.tensors[draft.key(f"transformer_blocks.{block}.attn.to_out.0", "up")].zero_()
+    path, second = draft.save(tmp_path / "zero.safetensors"), other.save(tmp_path / "o.safetensors")
+    for again in range(3):
+        (lora,) = qwenlora.compose_loras(model, path).loras
+        assert len(lora.zero_slots) == blocks * (1 + everywhere), f"return {again}"
+        assert lora.all_zero == everywhere
+        qwenlora.compose_loras(model, second)
+
+
 def test_a_reset_puts_the_very_base_back(model, loras, probe):
     base, before = places(model), probe.snapshot(model)
     for lora in (loras[0], loras[2]):

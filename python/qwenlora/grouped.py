@@ -267,7 +267,10 @@ class GroupBuilder:
 
     def _kept(self, group: Group) -> KeptGroup | None:
         kept = self.kept.get(group.targets[0].path)
-        return kept if kept is not None and kept.of(group.targets) else None
+        if kept is None or not kept.of(group.targets):
+            return None
+        # Deltas that left the base in place were all zero, which is to be found and said again.
+        return kept if kept.rank_added or not group.stacks else None
 
     def _built_before(self, kept: KeptGroup, tell: Callable[[int], None]) -> Built:
         tell(len(kept.group.targets))
