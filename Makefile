@@ -7,7 +7,7 @@ UV := $(BIN)/uv
 RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) Cargo.toml Cargo.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-models test-python lint format bench fuzz clean
+.PHONY: help setup demo test test-rust test-models test-python lint format bench fuzz differential clean
 
 help: ## Show the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -89,6 +89,15 @@ fuzz: ## Fuzz what reads files, each target for FUZZ_SECONDS (needs nightly Rust
 			-max_total_time=$(FUZZ_SECONDS) -max_len=16384 -timeout=10 -rss_limit_mb=2048 \
 			-print_final_stats=1 $${words:+-dict=dictionaries/$$words.dict} || exit 1; \
 	done
+
+# One process and one thread: the tensors are small.
+SECONDS ?= 60
+FIRST_SEED ?= 10000
+SEED ?=
+
+differential: setup ## Random models, files and histories against an oracle, for SECONDS; or one SEED
+	$(BIN)/pytest -q tests/differential -m slow $(if $(SEED),--seed $(SEED),\
+		--seconds $(SECONDS) --first-seed $(FIRST_SEED))
 
 clean: ## Remove what the verbs made
 	rm -rf $(VENV) target fuzz/target

@@ -1,7 +1,7 @@
 """What a model's slots hold, unpacked by the element formulas alone, in float64.
 
-Nothing here is the engine's: packed positions come from `qwenlora._reference`, one element at a
-time, and branches are read from the buffers that their layers carry.
+Nothing here is the engine's: packed positions are those of the formulas of one element in
+`qwenlora._reference`, and branches are read from the buffers that their layers carry.
 """
 
 from __future__ import annotations
@@ -20,11 +20,9 @@ KRON = re.compile(r"qwenlora_kron(\d+)_w1")
 @functools.cache
 def positions(ranks: int, channels: int, side: LowRankSide) -> torch.Tensor:
     """(ranks, channels): where a packed matrix holds each element."""
-    rows = [
-        [_reference.lowrank_position(rank, channel, ranks, side) for channel in range(channels)]
-        for rank in range(ranks)
-    ]
-    return torch.tensor(rows)
+    # The formula of one element, of all at once.
+    rank, channel = torch.arange(ranks).unsqueeze(1), torch.arange(channels)
+    return _reference.lowrank_position(rank, channel, ranks, side)
 
 
 def unpacked(packed: torch.Tensor, side: LowRankSide) -> torch.Tensor:
@@ -37,6 +35,13 @@ def unpacked(packed: torch.Tensor, side: LowRankSide) -> torch.Tensor:
 def vector_positions(channels: int) -> torch.Tensor:
     """Where a packed bias holds each channel."""
     return torch.tensor([_reference.vector_position(channel) for channel in range(channels)])
+
+
+@functools.cache
+def modulation_positions(channels: int) -> torch.Tensor:
+    """Where an interleaved layer holds each row of a file."""
+    rows = torch.arange(channels, dtype=torch.float64).unsqueeze(1)
+    return torch.argsort(_reference.interleave_modulation(rows).flatten())
 
 
 def packed_pair(module: torch.nn.Module, base_rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,9 +63,8 @@ def kept(model: torch.nn.Module, path: str, base_rank: int) -> torch.Tensor:
     if "qwenlora_down" in buffers:
         beside += buffers["qwenlora_up"] @ buffers["qwenlora_down"]
     beside += buffers.get("qwenlora_dense", 0)
-    modulation = is_modulation(path)
-    if modulation:
-        beside = _reference.deinterleave_modulation(beside)
+    if is_modulation(path):
+        beside = beside[modulation_positions(len(beside))]
     for name in buffers:
         found = KRON.fullmatch(name)
         if found:
@@ -77,7 +81,7 @@ def bias(model: torch.nn.Module, path: str) -> torch.Tensor:
     if hasattr(module, "proj_down"):
         return stored[vector_positions(len(stored))]
     if is_modulation(path):
-        return _reference.deinterleave_modulation(stored)
+        return stored[modulation_positions(len(stored))]
     return stored
 
 
