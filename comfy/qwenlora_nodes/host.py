@@ -23,6 +23,8 @@ from qwenlora.runtime import OPTIONS_KEY
 from qwenlora.state import read_state
 from qwenlora.targets import FACTORS
 
+from .names import nearest, same_name
+
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
     from torch import nn
@@ -74,7 +76,23 @@ def lora_path(name: str) -> str:
         path = folder_paths.get_full_path(_LORAS, spelling)
         if path is not None:
             return str(path)
-    raise LoraNotFoundError(f"LoRA {name!r} is in none of ComfyUI's folders for `{_LORAS}`")
+    raise LoraNotFoundError(
+        f"LoRA {name!r} is in none of ComfyUI's folders for `{_LORAS}`\nhint: {_instead(name)}"
+    )
+
+
+def _instead(name: str) -> str:
+    """What to take in the place of a name that is missing."""
+    there = lora_names()
+    if not there:
+        folders = ", ".join(map(str, folder_paths.get_folder_paths(_LORAS)))
+        return f"there is no LoRA at all in {folders}: put the file there"
+    if any(same_name(name, other) for other in there):
+        return "ComfyUI lists it, but its file is gone: put it back, or choose another"
+    alike = ", ".join(map(repr, nearest(name, there)))
+    if not alike:
+        return "no name there is like it: choose one from the list, or put the file there"
+    return f"the nearest: {alike}"
 
 
 def file_identity(name: str) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qwenlora import ComposeOptions, LoraSet, LoraSpec, read_keys
 from qwenlora.compose import plan_report
-from qwenlora.errors import QwenLoraError
+from qwenlora.errors import LoraNotFoundError, QwenLoraError
 from qwenlora.words import counted
 
 from . import host
@@ -71,8 +71,32 @@ class Request:
     @property
     def fingerprint(self) -> str:
         """Equal for requests that lead to the same model: settings, and each file's identity."""
-        loras = [(row.name, row.strength, *host.file_identity(row.name)) for row in self.active]
+        loras = [(row.name, row.strength, _identity(row.name)) for row in self.active]
         return json.dumps([loras, self.modulation, self.offload])
+
+    def find_files(self) -> tuple[str, ...]:
+        """Paths of the active rows' files.
+
+        Raises:
+            LoraNotFoundError: Files are missing: each is told with its input and the nearest names.
+        """
+        paths, missing = [], []
+        for row in self.active:
+            try:
+                paths.append(host.lora_path(row.name))
+            except LoraNotFoundError as error:
+                missing.append(f"{row.source}: {error}")
+        if missing:
+            raise LoraNotFoundError("\n".join(missing))
+        return tuple(paths)
+
+
+def _identity(name: str) -> tuple[int, int] | None:
+    """A file's identity; None where it is missing, which the node itself will tell."""
+    try:
+        return host.file_identity(name)
+    except LoraNotFoundError:
+        return None
 
 
 def extend_model(model: ModelPatcher, request: Request) -> tuple[ModelPatcher, str]:
@@ -93,8 +117,8 @@ def extend_model(model: ModelPatcher, request: Request) -> tuple[ModelPatcher, s
     before = host.set_of(model) or LoraSet.of(options=options)
     wanted = before.extended(
         [
-            LoraSpec(host.lora_path(row.name), row.strength, modulation=request.modulation)
-            for row in request.active
+            LoraSpec(path, row.strength, modulation=request.modulation)
+            for path, row in zip(request.find_files(), request.active, strict=True)
         ]
     )
     if request.offload:
@@ -157,13 +181,25 @@ def _name(tooltip: str, *, skippable: bool = False) -> tuple[list[str], dict[str
 
 
 def _model() -> dict[str, Any]:
-    return {"model": ("MODEL", {"tooltip": _MODEL_TIP})}
+    return {"model": ("MODEL", {"tooltip": _MODEL_TIP, "lazy": True})}
+
+
+def _validate_name(lora_name: object) -> bool | str:
+    """Whether a file is there, whichever way its name is spelled; otherwise why not."""
+    try:
+        row = as_row({"lora_name": lora_name})
+        _ = row.name and host.lora_path(row.name)
+    except (InputError, QwenLoraError) as error:
+        return str(error)
+    return True
 
 
 class _LoraNode:
     """What the loaders share.
 
-    `VALIDATE_INPUTS` and `IS_CHANGED` take any input, so the server leaves every check to us.
+    The server puts what `VALIDATE_INPUTS` says at every input that it takes. So nodes of one LoRA
+    take the name alone. Those of rows need all their values to judge one, and do so when they run:
+    before the model is loaded, for the server asks `check_lazy_status` first.
     """
 
     RETURN_TYPES: ClassVar[tuple[str, ...]] = ("MODEL", "STRING")
@@ -186,19 +222,29 @@ class _LoraNode:
 
     @classmethod
     def VALIDATE_INPUTS(cls, **inputs: Any) -> bool | str:
-        """Check what is no link: files and ranges."""
-        try:
-            for row in cls.request(inputs).active:
-                host.lora_path(row.name)
-        except (InputError, QwenLoraError) as error:
-            return str(error)
+        """Keep the server from judging values one by one."""
+        del inputs
         return True
 
     @classmethod
     def IS_CHANGED(cls, model: object = None, **inputs: Any) -> str:
         """What the node's output depends on beside the model."""
         del model
-        return cls.request(inputs).fingerprint
+        try:
+            return cls.request(inputs).fingerprint
+        except InputError as error:
+            return str(error)
+
+    def check_lazy_status(self, model: object = None, **inputs: Any) -> list[str]:
+        """Check values and files, then ask for the model.
+
+        Raises:
+            InputError: A value is of no use.
+            LoraNotFoundError: Files are missing.
+        """
+        del model
+        self.request(inputs).find_files()
+        return ["model"]
 
     def load(self, model: ModelPatcher, **inputs: Any) -> tuple[ModelPatcher, str]:
         """Run the node."""
@@ -222,6 +268,11 @@ class QwenLoraLoader(_LoraNode):
             "required": {**_model(), "lora_name": _name(_NAME_TIP)},
             "optional": {"strength": _strength()},
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, lora_name: object = None) -> bool | str:
+        """Check that the file is there."""
+        return _validate_name(lora_name)
 
     @classmethod
     def request(cls, inputs: Inputs) -> Request:
@@ -278,12 +329,8 @@ class QwenLoraInspect:
 
     @classmethod
     def VALIDATE_INPUTS(cls, lora_name: str | None = None) -> bool | str:
-        """Check that the file is there, whichever way its name is spelled."""
-        try:
-            _ = lora_name is None or host.lora_path(lora_name)
-        except QwenLoraError as error:
-            return str(error)
-        return True
+        """Check that the file is there."""
+        return _validate_name(lora_name)
 
     @classmethod
     def IS_CHANGED(cls, lora_name: str | None = None) -> str:
@@ -364,8 +411,16 @@ class NunchakuQwenImageLoraLoader(_SavedStack):
         names = ("lora_strength", "cpu_offload", "save_precompiled_lora")
         return {
             "required": {**_model(), "lora_name": _name(_NAME_TIP)},
-            "optional": {name: _saved_input(name) for name in names},
+            "optional": {
+                **{name: _saved_input(name) for name in names},
+                "lora_strength": _strength(),
+            },
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, lora_name: object = None) -> bool | str:
+        """Check that the file is there."""
+        return _validate_name(lora_name)
 
     @classmethod
     def request(cls, inputs: Inputs) -> Request:

@@ -30,6 +30,7 @@ _FIELDS = {
     "enabled": "enabled",
     "on": "enabled",
 }
+_FLAT_NAME = "loras.{}.lora_name"
 _FLAT = re.compile(r"loras\.(\d+)\.(\w+)")
 _NUMBERED = re.compile(r"(\w+)_(\d+)")
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
@@ -46,11 +47,13 @@ class Row:
     """One row.
 
     Attributes:
+        source: The input that it comes from.
         name: The file's name as the host lists it; empty where none is chosen.
         strength: Factor on the delta.
         enabled: Whether it is switched on.
     """
 
+    source: str
     name: str
     strength: float
     enabled: bool
@@ -72,10 +75,10 @@ def read_rows(inputs: Mapping[str, Any], *, limit: int | None = None) -> tuple[R
         InputError: A value is of no use.
     """
     found = [*_listed(inputs), *_flat(inputs), *_dicts(inputs), *_plain(inputs, limit)]
-    return tuple(as_row(fields) for fields in found)
+    return tuple(as_row(fields, source) for source, fields in found)
 
 
-def as_row(fields: Fields) -> Row:
+def as_row(fields: Fields, source: str = "lora_name") -> Row:
     """One row from its fields, under any of their names.
 
     Raises:
@@ -88,7 +91,8 @@ def as_row(fields: Fields) -> Row:
     if not isinstance(name, str):
         raise InputError(f"a LoRA's name is {name!r}: it must be a file's name")
     strength = _strength(values.get("strength", 1.0), name)
-    return Row("" if name == "None" else name, strength, as_flag(values.get("enabled"), True))
+    enabled = as_flag(values.get("enabled"), True)
+    return Row(source, "" if name == "None" else name, strength, enabled)
 
 
 def as_flag(value: object, default: bool) -> bool:
@@ -111,43 +115,52 @@ def _strength(value: object, name: str) -> float:
     return strength
 
 
-def _listed(inputs: Mapping[str, Any]) -> Iterator[Fields]:
+def _listed(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Fields]]:
     rows = inputs.get("loras")
     if isinstance(rows, Mapping):
         # The server unwraps a list's envelope for inputs that are declared only.
         rows = rows.get("__value__", list(rows.values()))
     if isinstance(rows, (list, tuple)):
-        yield from (row for row in rows if isinstance(row, Mapping))
+        for index, row in enumerate(rows):
+            if isinstance(row, Mapping):
+                yield _FLAT_NAME.format(index), row
 
 
-def _flat(inputs: Mapping[str, Any]) -> Iterable[Fields]:
+def _flat(inputs: Mapping[str, Any]) -> Iterable[tuple[str, Fields]]:
     return _gathered(
-        (int(match[1]), match[2], value)
-        for key, value in inputs.items()
-        if (match := _FLAT.fullmatch(key))
+        _FLAT_NAME,
+        (
+            (int(match[1]), match[2], value)
+            for key, value in inputs.items()
+            if (match := _FLAT.fullmatch(key))
+        ),
     )
 
 
-def _dicts(inputs: Mapping[str, Any]) -> Iterator[Fields]:
+def _dicts(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Fields]]:
     """Rows under any name: files of other versions hold them where newer ones have a switch."""
     for key, value in inputs.items():
         if key != "loras" and isinstance(value, Mapping) and _FIELDS.keys() & value.keys():
-            yield value
+            yield key, value
 
 
-def _plain(inputs: Mapping[str, Any], limit: int | None) -> Iterable[Fields]:
+def _plain(inputs: Mapping[str, Any], limit: int | None) -> Iterable[tuple[str, Fields]]:
     return _gathered(
-        (int(match[2]), match[1], value)
-        for key, value in inputs.items()
-        if (match := _NUMBERED.fullmatch(key))
-        and match[1] in _FIELDS
-        and not isinstance(value, Mapping)
-        and (limit is None or int(match[2]) <= limit)
+        "lora_name_{}",
+        (
+            (int(match[2]), match[1], value)
+            for key, value in inputs.items()
+            if (match := _NUMBERED.fullmatch(key))
+            and match[1] in _FIELDS
+            and not isinstance(value, Mapping)
+            and (limit is None or int(match[2]) <= limit)
+        ),
     )
 
 
-def _gathered(cells: Iterable[tuple[int, str, Any]]) -> list[Fields]:
+def _gathered(source: str, cells: Iterable[tuple[int, str, Any]]) -> Iterator[tuple[str, Fields]]:
+    """Rows out of their cells, each with the input's name that `source` gives for its number."""
     rows: dict[int, dict[str, Any]] = {}
     for index, field, value in cells:
         rows.setdefault(index, {})[field] = value
-    return [rows[index] for index in sorted(rows)]
+    return ((source.format(index), rows[index]) for index in sorted(rows))

@@ -490,34 +490,207 @@ def test_a_rival_pack_is_named(graph, files, emulated_qwen, qwen, caplog, first)
 
 
 @pytest.mark.parametrize(
-    ("inputs", "words"),
+    ("inputs", "field"),
     [
-        ({"lora_name": "missing.safetensors"}, "missing.safetensors"),
-        ({"lora_name": "../a/../secret.safetensors"}, "secret"),
-        ({"lora_name": A, "strength": 100.5}, "from -100 to 100"),
-        ({"lora_name": A, "strength": "NaN"}, "from -100 to 100"),
+        ({"lora_name": "missing.safetensors"}, "lora_name"),
+        ({"lora_name": "../a/../secret.safetensors"}, "lora_name"),
+        ({"lora_name": 3}, "lora_name"),
+        ({"lora_name": A, "strength": 100.5}, "strength"),
+        ({"lora_name": A, "strength": "x"}, "strength"),
+        ({"lora_name": "missing.safetensors", "strength": -100.5}, "lora_name"),
     ],
 )
-def test_the_loader_validates(bench, graph, inputs, words):
+def test_the_loader_validates(bench, graph, inputs, field):
     refused = graph.run(bench.prompt(one=[("QwenLoraLoader", inputs)]))
     assert refused.status == 400
-    assert any(words in message for message in messages(refused, "one 0"))
+    told = [error["extra_info"]["input_name"] for error in refused.node_errors["one 0"]["errors"]]
+    assert told.count(field) == 1
+    assert set(told) <= {"lora_name", "strength"}
 
 
 @pytest.mark.parametrize(
-    ("inputs", "words"),
+    ("node", "inputs", "words"),
     [
-        ({"loras.0.lora_name": "missing.safetensors"}, "missing.safetensors"),
-        ({"loras.0.lora_name": A, "loras.0.strength": -101}, "from -100 to 100"),
-        ({"loras.0.lora_name": A, "loras.0.strength": "x"}, "from -100 to 100"),
-        ({"loras.0.lora_name": 3}, "file's name"),
-        ({"lora_1": {"lora": "missing.safetensors"}}, "missing.safetensors"),
+        ("QwenLoraLoader", {"lora_name": A, "strength": "NaN"}, "from -100 to 100"),
+        ("QwenLoraStack", {"loras.0.lora_name": "missing.safetensors"}, "loras.0.lora_name: LoRA"),
+        ("QwenLoraStack", {"loras": [{"lora_name": "missing.sft"}]}, "loras.0.lora_name: LoRA"),
+        ("QwenLoraStack", {"lora_1": {"lora": "missing.safetensors"}}, "lora_1: LoRA 'missing"),
+        ("QwenLoraStack", {"loras.0.lora_name": A, "loras.0.strength": -101}, "from -100 to 100"),
+        ("QwenLoraStack", {"loras.0.lora_name": A, "loras.0.strength": "x"}, "from -100 to 100"),
+        ("QwenLoraStack", {"loras.0.lora_name": 3}, "file's name"),
     ],
 )
-def test_the_stack_validates(bench, graph, inputs, words):
-    refused = graph.run(bench.prompt(one=[("QwenLoraStack", inputs)]))
-    assert refused.status == 400
-    assert any(words in message for message in messages(refused, "one 0"))
+def test_what_a_run_refuses_is_told_once_and_before_the_model_is_loaded(
+    bench, graph, caplog, node, inputs, words
+):
+    if isinstance(inputs.get("loras"), list):
+        inputs = {"loras": {"__value__": inputs["loras"]}}
+    prompt = bench.prompt(sample=False, one=[(node, inputs)])
+    failed = graph.run(prompt)
+    assert failed.error["node_id"] == "one 0"
+    assert failed.error["exception_message"].count(words) == 1
+    assert failed.executed == ["one 0"]
+    assert not [r for r in caplog.records if r.levelno == logging.WARNING]
+
+
+# ---- names that are missing ----
+
+
+def put(files, host, *names):
+    for name in names:
+        path = host.loras / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(files[A], path)
+
+
+LIKE = [
+    ("Style-V1.safetensors", "Qwen/Style-V1.safetensors"),
+    ("other/folder/Style-V1.safetensors", "Qwen/Style-V1.safetensors"),
+    ("other\\Style-V1.safetensors", "Qwen/Style-V1.safetensors"),
+    ("Qwen/Style-V1.safetensors", "Style-V1.safetensors"),
+    ("QWEN/STYLE-V1.SAFETENSORS", "Qwen/Style-V1.safetensors"),
+    ("Qwen/style-v1.safetensors", "Qwen/Style-V1.safetensors"),
+    ("Qwen/Style-V1", "Qwen/Style-V1.safetensors"),
+    ("Style-V1", "Style-V1.sft"),
+    ("Style-V1.safetensors", "Style-V1.sft"),
+    ("Style-V1.sft", "Qwen/Style-V1.safetensors"),
+    ("style_v1.safetensors", "Qwen/Style V1.safetensors"),
+    ("Style-V2.safetensors", "Qwen/Style-V1.safetensors"),
+    ("Stlye-V1.safetensors", "Style-V1.safetensors"),
+]
+
+
+def said(done, node):
+    """The one message of a node, refused by validation or failed when it ran."""
+    if done.status == 400:
+        (error,) = done.node_errors[node]["errors"]
+        assert error["extra_info"]["input_name"] == "lora_name"
+        return error["details"]
+    assert done.error["node_id"] == node
+    return done.error["exception_message"]
+
+
+@pytest.mark.parametrize(("asked", "there"), LIKE)
+def test_a_missing_name_is_told_with_the_nearest(bench, graph, files, host, asked, there):
+    put(files, host, there)
+    text = said(graph.run(bench.prompt(sample=False, one=[load(asked)])), "one 0")
+    assert text.count(f"LoRA {asked!r} is in none of ComfyUI's folders") == 1
+    assert f"hint: the nearest: '{there}'" in text
+
+
+@pytest.mark.parametrize(
+    ("node", "field"),
+    [
+        ("QwenLoraStack", "loras.0.lora_name"),
+        ("QwenLoraStack", "lora_name_1"),
+        ("NunchakuQwenImageLoraLoader", "lora_name"),
+        ("NunchakuQwenImageLoraStack", "lora_name_1"),
+        ("NunchakuQwenImageLoraStackV1", "lora_1"),
+        ("NunchakuQwenImageLoraStackV2", "lora_name_1"),
+        ("NunchakuQwenImageLoraStackV3", "lora_name_1"),
+    ],
+)
+def test_every_node_tells_the_nearest(bench, graph, files, host, node, field):
+    asked, there = LIKE[0]
+    put(files, host, there)
+    value = {"lora_name": asked, "lora_strength": 1.0} if field == "lora_1" else asked
+    text = said(graph.run(bench.prompt(sample=False, one=[(node, {field: value})])), "one 0")
+    assert text.startswith(field)
+    assert text.count(f"LoRA {asked!r} is in none of ComfyUI's folders") == 1
+    assert f"hint: the nearest: '{there}'" in text
+
+
+def test_inspect_tells_the_nearest(bench, graph, files, host):
+    put(files, host, "Qwen/Style-V1.safetensors")
+    prompt = {"look": graph.node("QwenLoraInspect", lora_name="style-v1")}
+    assert "'Qwen/Style-V1.safetensors'" in said(graph.run(prompt), "look")
+
+
+def test_the_nearest_comes_first_and_three_are_enough(bench, graph, files, host):
+    near = ["x/Style.safetensors", "x/y/Style.safetensors", "z/style.safetensors", "Style.sft"]
+    put(files, host, *near, "Styles.safetensors", "unrelated.safetensors")
+    text = said(
+        graph.run(bench.prompt(sample=False, one=[load("x/y/w/Style.safetensors")])), "one 0"
+    )
+    assert text.endswith(
+        "the nearest: 'x/y/Style.safetensors', 'x/Style.safetensors', 'z/style.safetensors'"
+    )
+    text = said(graph.run(bench.prompt(sample=False, one=[load("nothing alike")])), "one 0")
+    assert "no name there is like it" in text
+
+
+def test_every_missing_row_is_told_and_no_other(bench, graph, files, host):
+    put(files, host, "Qwen/Style.safetensors")
+    rows = {
+        "loras.0.lora_name": "Style.safetensors",
+        "loras.1.lora_name": A,
+        "loras.2.lora_name": "gone.safetensors",
+        "loras.3.lora_name": "off.safetensors",
+        "loras.3.enabled": False,
+        "loras.4.lora_name": "zero.safetensors",
+        "loras.4.strength": 0.0,
+        "loras.5.lora_name": "None",
+        "loras.6.lora_name": "",
+    }
+    text = said(graph.run(bench.prompt(sample=False, one=[("QwenLoraStack", rows)])), "one 0")
+    assert text.splitlines() == [
+        "loras.0.lora_name: LoRA 'Style.safetensors' is in none of ComfyUI's folders for `loras`",
+        "hint: the nearest: 'Qwen/Style.safetensors'",
+        "loras.2.lora_name: LoRA 'gone.safetensors' is in none of ComfyUI's folders for `loras`",
+        "hint: no name there is like it: choose one from the list, or put the file there",
+    ]
+    del rows["loras.0.lora_name"], rows["loras.2.lora_name"]
+    (model,) = bench.models(one=[("QwenLoraStack", rows)])
+    assert wanted(model) == [("a", 1.0)]
+
+
+def test_rows_past_the_count_need_no_file(bench):
+    rows = {"lora_count": 1, "lora_name_1": A, "lora_name_2": "missing.safetensors"}
+    (model,) = bench.models(one=[("NunchakuQwenImageLoraStack", rows)])
+    assert wanted(model) == [("a", 1.0)]
+
+
+@pytest.mark.parametrize("asked", ["folder\\c.safetensors", "folder/c.safetensors"])
+@pytest.mark.parametrize(
+    ("node", "field"),
+    [("QwenLoraLoader", "lora_name"), ("QwenLoraStack", "lora_name_1")],
+)
+def test_both_separators_find_a_file(bench, node, field, asked):
+    (model,) = bench.models(one=[(node, {field: asked})])
+    assert wanted(model) == [("c", 1.0)]
+
+
+def test_names_that_differ_in_case_are_two_files(bench, files, host):
+    put(files, host, "Case.safetensors")
+    if (host.loras / "case.safetensors").exists():
+        pytest.skip("this file system does not tell case")
+    put(files, host, "case.safetensors")
+    models = bench.models(one=[load("Case.safetensors")], two=[load("case.safetensors")])
+    assert [wanted(model)[0][0] for model in models] == ["Case", "case"]
+
+
+def test_an_empty_folder_is_named(bench, graph, host):
+    shutil.rmtree(host.loras)
+    host.loras.mkdir()
+    text = said(graph.run(bench.prompt(sample=False, one=[load(A)])), "one 0")
+    assert f"there is no LoRA at all in {host.loras}" in text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
+def test_a_link_that_leads_nowhere_is_told(bench, graph, files, host):
+    files[B].unlink()
+    files[B].symlink_to(host.loras / "nowhere.safetensors")
+    text = said(graph.run(bench.prompt(sample=False, one=[load(B)])), "one 0")
+    assert "its file is gone" in text
+
+
+def test_a_missing_name_out_of_a_link_is_told_before_the_model_is_loaded(bench, graph):
+    stack = ("QwenLoraStack", {"loras.0.lora_name": ["name", 0]})
+    prompt = bench.prompt(sample=False, one=[stack])
+    prompt["name"] = graph.source("missing.safetensors")
+    failed = graph.run(prompt)
+    assert "loras.0.lora_name: LoRA 'missing.safetensors'" in said(failed, "one 0")
+    assert "model" not in failed.executed
 
 
 def test_rows_that_are_off_need_no_file(bench):
