@@ -7,14 +7,16 @@ import importlib.metadata
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import comfy.hooks
 import comfy.model_management
+import comfy.model_patcher
 import comfy.utils
 import folder_paths
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from qwenlora import ComfyQwenImageWrapper, LoraSet
 from qwenlora.errors import LoraNotFoundError, UnsupportedModelError
@@ -34,11 +36,11 @@ __all__ = [
     "file_identity",
     "lora_names",
     "lora_path",
+    "patches_notice",
     "progress",
     "set_of",
     "spare_bytes",
     "transformer_of",
-    "warn_of_patches",
     "warn_of_rivals",
     "warn_once",
     "with_set",
@@ -52,7 +54,12 @@ _LOADER = "Nunchaku Qwen Image DiT Loader"
 _OTHER_WRAPPER = "ComfyQwenImageWrapper"
 """Class that an older node pack puts in the transformer's place; it shares its name with ours."""
 
+_BLOCKS = "transformer_blocks"
+"""In the name of every block's weight, whichever way a file spells it."""
+
+_PACKED = ".qweight"
 _FIRST_WITH_GROUPS = (1, 57)
+_EVENTS = 1024
 _PROGRESS_STEPS = 50
 _SPARE_SHARE = 4
 """Of free host memory: text encoders and other models are being read at the same time."""
@@ -141,12 +148,51 @@ def transformer_of(model: ModelPatcher) -> nn.Module:
     return inner  # type: ignore[no-any-return]
 
 
-def warn_of_patches(model: ModelPatcher | None) -> None:
-    """Say that what ComfyUI's own LoRA loader did to a Nunchaku model has no effect."""
-    if getattr(model, "patches", None):
+def patches_notice(model: ModelPatcher) -> str:
+    """Say what becomes of the patches that ComfyUI's own nodes gave a model; empty without any.
+
+    The log gets it, too, once for each change of them.
+    """
+    patches = getattr(model, "patches", None)
+    if not patches:
+        return ""
+    reach = "have no effect on it"
+    if type(model).load is comfy.model_patcher.ModelPatcher.load:
+        reach = "reach its plain layers alone"
+    text = (
+        "this Nunchaku model carries patches of ComfyUI's own LoRA loaders or merging nodes, which"
+        f" {reach}: load LoRAs with a qwenlora node"
+    )
+    warn_once(text, model.patches_uuid)
+    return text
+
+
+def _warn_of_hooks(
+    model: ModelPatcher,
+    hooks: comfy.hooks.HookGroup,
+    target: Mapping[str, Any],
+    model_options: Mapping[str, Any] | None,
+    registered: comfy.hooks.HookGroup,
+) -> None:
+    """Say what becomes of the LoRA hooks that a run's prompts bring; ComfyUI calls it before it."""
+    del hooks, target, model_options
+    for hook in registered.get_type(comfy.hooks.EnumHookType.Weight):
+        # A keyframe's strength is that of the run before, and may be 0 where its own is not.
+        is_off = hook.strength_model == 0 and hook.strength != 0
+        if is_off or not any(_BLOCKS in key for key in hook.weights or ()):
+            continue
+        reached = model.hook_patches.get(hook.hook_ref, {})
+        if any(key.endswith(_PACKED) for key in reached):
+            fate = "changes packed weights as if they were plain numbers, which makes them wrong"
+        elif reached:
+            count = f"{len(reached)} weight{'' if len(reached) == 1 else 's'}"
+            fate = f"reaches the plain layers alone ({count}), not the quantized blocks"
+        else:
+            fate = "has no effect"
         warn_once(
-            "this Nunchaku model carries patches of ComfyUI's own LoRA loader, which have no"
-            " effect on it: load those LoRAs with a qwenlora node"
+            "on this Nunchaku model a LoRA hook of ComfyUI's (Create Hook LoRA and the like)"
+            f" {fate}: load the LoRA with a qwenlora node",
+            hook.hook_ref,
         )
 
 
@@ -177,6 +223,8 @@ def with_set(
     # Graphs that were compiled before the first LoRA do not run the hook on the transformer.
     clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, _KEY)
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, _reconcile)
+    clone.remove_callbacks_with_key(CallbacksMP.ON_REGISTER_ALL_HOOK_PATCHES, _KEY)
+    clone.add_callback_with_key(CallbacksMP.ON_REGISTER_ALL_HOOK_PATCHES, _KEY, _warn_of_hooks)
     # The hook serves the branches without a set, which have no wrapper.
     ComfyQwenImageWrapper.of(transformer)
     return clone
@@ -212,7 +260,9 @@ def _reconcile(executor: Any, *args: Any, **kwargs: Any) -> Any:
         # Their position has changed between versions, but they come last.
         options = next((arg for arg in reversed(args) if isinstance(arg, Mapping)), None)
     model = executor.class_obj
-    warn_of_patches(getattr(model, "current_patcher", None))
+    patcher = getattr(model, "current_patcher", None)
+    if patcher is not None:
+        patches_notice(patcher)
     ComfyQwenImageWrapper.of(model.diffusion_model).reconcile(options)
     return executor(*args, **kwargs)
 
@@ -228,9 +278,10 @@ def progress(phase: str, done: int, total: int) -> None:
         comfy.utils.ProgressBar(total).update_absolute(done)
 
 
-@functools.cache
-def warn_once(text: str) -> None:
-    """Log a line the first time only."""
+@functools.lru_cache(maxsize=_EVENTS)
+def warn_once(text: str, event: Hashable = None) -> None:
+    """Log a line the first time only; where it is of an event, the first time for that event."""
+    del event
     _log.warning("%s", text)
 
 

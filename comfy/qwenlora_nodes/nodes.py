@@ -108,7 +108,6 @@ def extend_model(model: ModelPatcher, request: Request) -> tuple[ModelPatcher, s
     if not request.active:
         return model, "no LoRA is active here: the model is passed on as it is"
     transformer = host.transformer_of(model)
-    host.warn_of_patches(model)
     # The host plans its device's memory without what we would keep there beside the model, and an
     # offloaded model leaves little host memory to pin.
     options = ComposeOptions(
@@ -135,6 +134,8 @@ def extend_model(model: ModelPatcher, request: Request) -> tuple[ModelPatcher, s
             "\n  modulation layers (img_mod, txt_mod) are switched off (apply_awq_mod) for: "
             + ", ".join(without)
         )
+    if notice := host.patches_notice(model):
+        text += f"\n  {notice}"
     return host.with_set(model, wanted, transformer, report.added_bytes), text
 
 
