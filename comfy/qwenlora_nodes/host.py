@@ -220,9 +220,12 @@ def with_set(
     announced = clone.get_attachment(_KEY) or 0
     clone.size = clone.model_size() - announced + added_bytes
     clone.set_attachments(_KEY, added_bytes)
-    # Graphs that were compiled before the first LoRA do not run the hook on the transformer.
-    clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, _KEY)
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, _reconcile)
+    # Graphs that were compiled before the first LoRA do not run the hook on the transformer. First
+    # is outermost: before a wrapper of ComfyUI's puts compiled modules in their places.
+    wrappers = clone.wrappers.setdefault(WrappersMP.APPLY_MODEL, {})
+    others = {key: found for key, found in wrappers.items() if key != _KEY}
+    wrappers.clear()
+    wrappers.update({_KEY: [_reconcile], **others})
     clone.remove_callbacks_with_key(CallbacksMP.ON_REGISTER_ALL_HOOK_PATCHES, _KEY)
     clone.add_callback_with_key(CallbacksMP.ON_REGISTER_ALL_HOOK_PATCHES, _KEY, _warn_of_hooks)
     # The hook serves the branches without a set, which have no wrapper.
