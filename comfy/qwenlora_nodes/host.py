@@ -52,7 +52,7 @@ _KEY = "qwenlora"
 _LORAS = "loras"
 _LOADER = "Nunchaku Qwen Image DiT Loader"
 _OTHER_WRAPPER = "ComfyQwenImageWrapper"
-"""Class that an older node pack puts in the transformer's place; it shares its name with ours."""
+"""Class that other node packs put in the transformer's place, some with an ending to its name."""
 
 _BLOCKS = "transformer_blocks"
 """In the name of every block's weight, whichever way a file spells it."""
@@ -130,22 +130,25 @@ def transformer_of(model: ModelPatcher) -> nn.Module:
     """
     transformer = getattr(getattr(model, "model", None), "diffusion_model", None)
     kind = type(model if transformer is None else transformer)
-    if kind.__name__ == _OTHER_WRAPPER:
+    if kind.__name__.startswith(_OTHER_WRAPPER):
         raise UnsupportedModelError(
             f"this model was wrapped by another LoRA loader (`{kind.__module__}`), which undoes"
-            " what others compose: take its nodes out of the workflow and load the model again"
-            f" with `{_LOADER}`"
+            " what others compose\nhint: take its nodes out of the workflow and load the model"
+            f" again with `{_LOADER}`"
         )
     inner = getattr(transformer, "_orig_mod", transformer)
     blocks = getattr(inner, "transformer_blocks", None)
     is_qwen = bool(blocks) and hasattr(blocks[0], "img_mod") and hasattr(blocks[0], "txt_mod")
-    if not is_qwen or not any(hasattr(module, "proj_down") for module in inner.modules()):
-        raise UnsupportedModelError(
-            "this LoRA loader only works with Nunchaku Qwen Image models, but got"
-            f" {kind.__name__}: load the model with `{_LOADER}`, or use `Load LoRA` for models"
-            " that are not Nunchaku's"
-        )
-    return inner  # type: ignore[no-any-return]
+    is_packed = inner is not None and any(hasattr(m, "proj_down") for m in inner.modules())
+    if is_qwen and is_packed:
+        return inner  # type: ignore[no-any-return]
+    way_out = "use `Load LoRA` for models that are not Nunchaku's"
+    if is_packed:
+        way_out = "use the LoRA nodes that come with this model's own loader"
+    raise UnsupportedModelError(
+        "this LoRA loader only works with Nunchaku Qwen Image models, but got"
+        f" {kind.__name__}\nhint: load the model with `{_LOADER}`, or {way_out}"
+    )
 
 
 def patches_notice(model: ModelPatcher) -> str:

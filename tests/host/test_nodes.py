@@ -430,29 +430,76 @@ def test_one_reconciling_wrapper_however_long_the_chain(bench):
     assert len(model.get_all_wrappers(WrappersMP.APPLY_MODEL)) == 1
 
 
-def test_a_wrong_model_is_named(bench, graph, small_qwen):
-    bench.sources["model"] = graph.source(small_qwen)
-    failed = graph.run(bench.prompt(one=[load(A)]))
-    message = failed.error["exception_message"]
-    assert "QwenImageTransformer2DModel" in message
-    assert "`Nunchaku Qwen Image DiT Loader`" in message
+# ---- models and files that are refused ----
 
 
-def test_another_packs_wrapper_is_named(bench, graph):
-    foreign = type("ComfyQwenImageWrapper", (torch.nn.Module,), {"__module__": "wrappers.other"})
-    model = SimpleNamespace(model=SimpleNamespace(diffusion_model=foreign()))
-    bench.sources["model"] = graph.source(model)
-    failed = graph.run(bench.prompt(sample=False, one=[load(A)]))
-    assert "another LoRA loader (`wrappers.other`)" in failed.error["exception_message"]
+def refused(bench, model, *chain):
+    """What a person is told whose first node refuses a MODEL or a file: once, hint last."""
+    bench.sources["model"] = bench.graph.source(model)
+    failed = bench.graph.run(bench.prompt(sample=False, one=list(chain) or [load(A)]))
+    assert failed.error["node_id"] == "one 0"
+    text = failed.error["exception_message"].strip()
+    lines = text.splitlines()
+    assert len(set(lines)) == len(lines) <= 2
+    assert lines[1:] == [line for line in lines if line.startswith("hint: ")]
+    return text
 
 
-def test_another_models_lora_fails_at_its_node(bench, graph, host):
+def holding(transformer):
+    """A MODEL as far as a node looks at it."""
+    return SimpleNamespace(model=SimpleNamespace(diffusion_model=transformer))
+
+
+def test_a_wrong_model_is_named(bench, small_qwen):
+    text = refused(bench, small_qwen)
+    assert "QwenImageTransformer2DModel" in text
+    assert "hint: load the model with `Nunchaku Qwen Image DiT Loader`" in text
+    assert "use `Load LoRA`" in text
+
+
+def test_a_nunchaku_model_of_another_kind_is_named(bench):
+    layer = bench.model.model.diffusion_model.transformer_blocks[0].attn.to_qkv
+    other = type("NunchakuNextDiT", (torch.nn.Module,), {})()
+    other.layers = torch.nn.ModuleList([layer])
+    text = refused(bench, holding(other))
+    assert "got NunchakuNextDiT" in text
+    assert "this model's own loader" in text
+    assert "`Load LoRA`" not in text
+
+
+@pytest.mark.parametrize("value", [None, object()])
+def test_what_is_no_model_is_named(bench, value):
+    assert f"got {type(value).__name__}" in refused(bench, value)
+
+
+@pytest.mark.parametrize("name", ["ComfyQwenImageWrapper", "ComfyQwenImageWrapperLM"])
+def test_another_packs_wrapper_is_named(bench, name):
+    foreign = type(name, (torch.nn.Module,), {"__module__": "wrappers.other"})
+    assert "another LoRA loader (`wrappers.other`)" in refused(bench, holding(foreign()))
+
+
+def test_a_model_that_the_engine_refuses_is_named(bench):
+    bench.model.model.diffusion_model.offload = True
+    bench.model.model.diffusion_model.offload_manager = object()
+    try:
+        text = refused(bench, bench.model)
+    finally:
+        bench.model.model.diffusion_model.offload = False
+    assert "offloaded by a object, which is not known" in text
+    assert "hint: turn its offload off" in text
+
+
+def test_another_models_lora_fails_at_its_node(bench, host):
     key = "transformer.single_transformer_blocks.0.attn.to_q.lora_{}.weight"
     tensors = {key.format("A"): torch.ones(4, 8), key.format("B"): torch.ones(8, 4)}
     save_file(tensors, str(host.loras / "flux.safetensors"))
-    failed = graph.run(bench.prompt(one=[load("flux.safetensors")]))
-    assert failed.error["node_id"] == "one 0"
-    assert "flux" in failed.error["exception_message"].lower()
+    assert "flux" in refused(bench, bench.model, load("flux.safetensors")).lower()
+
+
+def test_a_file_with_nothing_to_apply_fails_at_its_node(bench, host):
+    save_file({"weight": torch.ones(4, 8)}, str(host.loras / "none.safetensors"))
+    text = refused(bench, bench.model, load("none.safetensors"))
+    assert "`none` cannot be applied: no key names a module" in text
 
 
 @pytest.mark.parametrize("before", [True, False])
