@@ -301,9 +301,10 @@ def warn_of_rivals(ours: Mapping[str, type]) -> None:
             pack = getattr(other, "RELATIVE_PYTHON_MODULE", other.__module__)
             rivals.setdefault(pack, []).append(node_id)
     for pack, ids in rivals.items():
+        what = "a node of the same name" if len(ids) == 1 else "nodes of the same names"
         warn_once(
-            f"`{pack}` registers nodes of the same names as qwenlora ({', '.join(sorted(ids))}):"
-            " the one loaded last is used; remove one of them from custom_nodes"
+            f"`{pack}` registers {what} as qwenlora ({', '.join(sorted(ids))}):"
+            " the one loaded last is used; remove one of the two packs from custom_nodes"
         )
 
 

@@ -530,7 +530,9 @@ def test_a_rival_pack_is_named(graph, files, emulated_qwen, qwen, caplog, first)
     Bench(graph, emulated_qwen, qwen, None).models(one=[load(A)])
     lines = [r for r in caplog.records if "custom_nodes.Rival" in r.getMessage()]
     assert len(lines) == 1
-    assert "NunchakuQwenImageLoraStack" in lines[0].getMessage()
+    assert (
+        "a node of the same name as qwenlora (NunchakuQwenImageLoraStack)" in lines[0].getMessage()
+    )
 
 
 # ---- inputs ----
@@ -947,6 +949,12 @@ def test_inspect(bench, graph, host):
         "  model: qwen-image, 0.2 MB",
         "  2 modules: lora of rank 4",
     ]
+    one = {key.format("q", part): tensors[key.format("q", part)] for part in "AB"}
+    save_file({**one, "unknown": torch.ones(1)}, str(host.loras / "one.safetensors"))
+    prompt["look"]["inputs"]["lora_name"] = "one.safetensors"
+    lines = graph.run(prompt).values["text"].splitlines()
+    assert "  1 module: lora of rank 4" in lines
+    assert lines[-1].startswith("  left out: 1 tensor, ")
     prompt["look"]["inputs"]["lora_name"] = C  # made for the small model
     done = graph.run(prompt)
     assert done.success, done.error
