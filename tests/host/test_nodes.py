@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
@@ -487,6 +488,14 @@ def test_a_model_that_the_engine_refuses_is_named(bench):
         bench.model.model.diffusion_model.offload = False
     assert "offloaded by a object, which is not known" in text
     assert "hint: turn its offload off" in text
+
+
+@pytest.mark.xfail(strict=True, reason="models that are not known are not refused yet")
+def test_a_layer_that_no_known_model_has_is_named(bench):
+    block = bench.model.model.diffusion_model.transformer_blocks[0]
+    block.extra = copy.deepcopy(block.attn.to_add_out)
+    text = refused(bench, bench.model)
+    assert "`transformer_blocks.0.extra`" in text
 
 
 def test_another_models_lora_fails_at_its_node(bench, host):
