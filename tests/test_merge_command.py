@@ -451,7 +451,7 @@ def test_sources_that_give_nothing(run, folder):
     }
     save_file(flux, folder / "flux.safetensors")
     (folder / "broken.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
-    (folder / "pickle.safetensors").write_bytes(b"PK\x03\x04" + bytes(100))
+    (folder / "pickle.safetensors").write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j" + bytes(99))
     before = listing(folder)
     expected = {
         "oft.safetensors": (2, "OFT is not supported"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,9 @@ def _unusable(folder: Path, Draft):
     """(source, error, words of its message) by name."""
     pickle = folder / "pickle.safetensors"
     torch.save({"x": torch.zeros(2)}, pickle)
+    archive = folder / "zip.safetensors"
+    with zipfile.ZipFile(archive, "w") as made:
+        made.writestr("style.safetensors", b"none of this is read")
     flux = Draft(1).put("single_transformer_blocks.0.attn.to_q", "down", 4, 128)
     flux.put("single_transformer_blocks.0.attn.to_q", "up", 128, 4)
     z_image = {
@@ -57,6 +61,12 @@ def _unusable(folder: Path, Draft):
             "l.safetensors",
         ),
         "pickle": (pickle, errors.PickleFileError, "safetensors"),
+        "zip": (archive, errors.LoraFileError, "a zip archive.*: it holds `style.safetensors`"),
+        "a site's message": (
+            _write(folder / "t.safetensors", b"Invalid username or password."),
+            errors.LoraFileError,
+            "plain text.*`Invalid username",
+        ),
         "FLUX": (flux.tensors, errors.OtherModelError, "FLUX"),
         "Z-Image": (z_image, errors.OtherModelError, "Z-Image"),
         "other widths": (wide, errors.OtherModelError, "to_q"),
@@ -83,8 +93,8 @@ _BUILT_IN = {
     "name",
     [
         *("missing", "folder", "empty", "malformed", "header beyond the file", "pickle", "FLUX"),
-        *("Z-Image", "other widths", "no module", "no tensor", "only unsupported"),
-        *("infinite alpha", "not tensors", "complex"),
+        *("Z-Image", "other widths", "no module", "no tensor", "only unsupported", "zip"),
+        *("infinite alpha", "not tensors", "complex", "a site's message"),
     ],
 )
 def test_unusable_loras_raise_and_leave_the_model(name, model, lora, probe, Draft, tmp_path):

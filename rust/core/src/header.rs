@@ -9,7 +9,7 @@
 #![warn(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
 
 mod error;
-mod foreign;
+pub(crate) mod foreign;
 mod json;
 mod plain;
 mod quoted;
@@ -48,14 +48,7 @@ impl Header {
     pub fn read(reader: &mut impl Read, file_len_bytes: u64) -> Result<Self, HeaderError> {
         let bytes = read_bytes(reader, file_len_bytes)?;
         let data_start = LENGTH_BYTES.saturating_add(to_u64(bytes.len()));
-        let text = std::str::from_utf8(&bytes).map_err(|error| HeaderError::NotUtf8 {
-            offset_bytes: LENGTH_BYTES.saturating_add(to_u64(error.valid_up_to())),
-        })?;
-        if !text.starts_with('{') {
-            return Err(HeaderError::NotAnObject {
-                found: Quoted::new(text),
-            });
-        }
+        let text = text_of(&bytes)?;
         let data = Data {
             start_bytes: data_start,
             len_bytes: file_len_bytes.saturating_sub(data_start),
@@ -148,33 +141,39 @@ fn read_bytes(reader: &mut impl Read, file_len_bytes: u64) -> Result<Vec<u8>, He
     if file_len_bytes == 0 {
         return Err(HeaderError::Empty);
     }
-    let Some(after_length_bytes) = file_len_bytes.checked_sub(LENGTH_BYTES) else {
-        return Err(HeaderError::TooShort {
-            len_bytes: file_len_bytes,
-        });
-    };
     let mut start = Vec::new();
     take(reader, LENGTH_BYTES, &mut start)?;
+    let Some(after_length_bytes) = file_len_bytes.checked_sub(LENGTH_BYTES) else {
+        let short = HeaderError::TooShort {
+            len_bytes: file_len_bytes,
+        };
+        return Err(foreign::recognise(&start).unwrap_or(short));
+    };
     let Ok(length) = <[u8; 8]>::try_from(start.as_slice()) else {
         return Err(HeaderError::Ended {
             offset_bytes: to_u64(start.len()),
         });
     };
     let len_bytes = u64::from_le_bytes(length);
-    if len_bytes > MAX_HEADER_BYTES {
-        take(reader, foreign::SNIFF_BYTES, &mut start)?;
-        let max_bytes = MAX_HEADER_BYTES;
-        let unknown = HeaderError::HeaderTooLong {
+    let impossible = if len_bytes > MAX_HEADER_BYTES {
+        Some(HeaderError::HeaderTooLong {
             len_bytes,
-            max_bytes,
-        };
-        return Err(foreign::recognise(&start).unwrap_or(unknown));
-    }
-    if len_bytes > after_length_bytes {
-        return Err(HeaderError::HeaderBeyondFile {
+            max_bytes: MAX_HEADER_BYTES,
+        })
+    } else if len_bytes > after_length_bytes {
+        Some(HeaderError::HeaderBeyondFile {
             len_bytes,
             file_len_bytes,
-        });
+        })
+    } else {
+        None
+    };
+    if let Some(impossible) = impossible {
+        take(reader, foreign::SNIFF_BYTES, &mut start)?;
+        // A header that was cut short begins as it should.
+        let is_cut = start.get(8) == Some(&b'{') && len_bytes <= MAX_HEADER_BYTES;
+        let other = foreign::recognise(&start).filter(|_| !is_cut);
+        return Err(other.unwrap_or(impossible));
     }
     if len_bytes == 0 {
         return Err(HeaderError::HeaderEmpty);
@@ -186,6 +185,27 @@ fn read_bytes(reader: &mut impl Read, file_len_bytes: u64) -> Result<Vec<u8>, He
         return Err(HeaderError::Ended { offset_bytes });
     }
     Ok(bytes)
+}
+
+/// The header as text that begins as an object does.
+fn text_of(bytes: &[u8]) -> Result<&str, HeaderError> {
+    if bytes.first() != Some(&b'{') {
+        // A format whose first bytes happen to be a possible length, as gzip's without a time.
+        let mut start = to_u64(bytes.len()).to_le_bytes().to_vec();
+        take(&mut &*bytes, foreign::SNIFF_BYTES, &mut start)?;
+        if let Some(other) = foreign::recognise(&start) {
+            return Err(other);
+        }
+    }
+    let text = std::str::from_utf8(bytes).map_err(|error| HeaderError::NotUtf8 {
+        offset_bytes: LENGTH_BYTES.saturating_add(to_u64(error.valid_up_to())),
+    })?;
+    if !text.starts_with('{') {
+        return Err(HeaderError::NotAnObject {
+            found: Quoted::new(text),
+        });
+    }
+    Ok(text)
 }
 
 /// Appends up to `len_bytes` bytes; the buffer grows with what the reader really has.

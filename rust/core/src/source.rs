@@ -5,6 +5,7 @@
 //! shrinks would kill the process), and [`SourceFile::verify_unchanged`] says afterwards whether the
 //! bytes belong together.
 
+mod archive;
 mod error;
 mod identity;
 mod ranges;
@@ -22,7 +23,7 @@ pub use ranges::{ByteRange, RangeFault};
 pub use readers::{Readers, Reading};
 
 use crate::dtype::Dtype;
-use crate::header::{Header, Quoted, TensorInfo};
+use crate::header::{Header, HeaderError, Quoted, TensorInfo, foreign};
 use ranges::Piece;
 
 /// Scalars at most this far apart are read together.
@@ -115,9 +116,28 @@ impl SourceFile {
         Header::read(&mut reader, self.identity.size_bytes()).map_err(|source| {
             SourceError::Header {
                 path: self.path.clone(),
-                source,
+                source: match source {
+                    // Its directory says more than its first member.
+                    HeaderError::Zip { .. } => self.zip().unwrap_or(source),
+                    source => source,
+                },
             }
         })
+    }
+
+    /// What a zip archive is, by the names in its directory.
+    fn zip(&self) -> Option<HeaderError> {
+        let members = archive::members(self.identity.size_bytes(), |offset_bytes, len_bytes| {
+            let reader = Positional {
+                file: &self.file,
+                offset_bytes,
+            };
+            let mut bytes = Vec::new();
+            // The buffer grows with what there is, not with what a record promises.
+            reader.take(len_bytes).read_to_end(&mut bytes).ok()?;
+            Some(bytes)
+        });
+        (!members.is_empty()).then(|| foreign::zip(&members))
     }
 
     /// Reads the value of a tensor of one element, whatever its shape's rank.

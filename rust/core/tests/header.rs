@@ -140,7 +140,7 @@ fn other_formats_are_recognised() {
     the file is empty
     hint: a download or a save did not finish; get the file again
     ");
-    assert_snapshot!(refusal(b"PK\x03\x04\x00\x00\x08\x08\x00\x00archive/data.pkl"), @r#"
+    assert_snapshot!(refusal(&zip_start("archive/data.pkl")), @r#"
     the file is a PyTorch pickle, not safetensors; a pickle can run any code while it loads
     hint: convert it once: `python -c "import torch, safetensors.torch as st; st.save_file(torch.load('lora.pt', weights_only=True), 'lora.safetensors')"`
     "#);
@@ -188,6 +188,154 @@ fn other_formats_are_recognised() {
     ");
 }
 
+/// How a zip archive begins whose first member has this name.
+fn zip_start(name: &str) -> Vec<u8> {
+    let mut bytes = b"PK\x03\x04".to_vec();
+    bytes.extend([0; 22]);
+    bytes.extend(u16::try_from(name.len()).expect("short").to_le_bytes());
+    bytes.extend([0; 2]);
+    bytes.extend(name.as_bytes());
+    bytes
+}
+
+#[test]
+fn archives_are_called_so() {
+    assert_snapshot!(refusal(&zip_start("loras/style.safetensors")), @"
+    the file is a zip archive, not safetensors: it holds `loras/style.safetensors`
+    hint: unpack it, and use the file that it holds
+    ");
+    assert_snapshot!(refusal(&zip_start("read me.txt")), @"
+    the file is a zip archive, not safetensors
+    hint: unpack it, and look for a `.safetensors` file in it
+    ");
+    // Without a whole name nothing says that it is a pickle.
+    for zip in [
+        b"PK\x03\x04".as_slice(),
+        b"PK\x05\x06\0\0\0\0\0\0",
+        &[b'P', b'K', 3, 4, 9],
+    ] {
+        assert!(matches!(read(zip), Err(HeaderError::Zip { holds: None })));
+    }
+    // `data.pkl` stands in a folder, as `torch.save` puts it there.
+    assert!(matches!(
+        read(&zip_start("data.pkl")),
+        Err(HeaderError::Zip { .. })
+    ));
+    assert_snapshot!(refusal(b"7z\xbc\xaf\x27\x1c\x00\x04aaaaaaaa"), @"
+    the file is a 7z archive, not safetensors
+    hint: unpack it, and look for a `.safetensors` file in it
+    ");
+    let mut tar = b"style.safetensors".to_vec();
+    tar.resize(257, 0);
+    tar.extend(b"ustar\x0000");
+    for (archive, expected) in [
+        (b"Rar!\x1a\x07\x00\xcf\x90\x73".to_vec(), "rar"),
+        (b"Rar!\x1a\x07\x01\x00".to_vec(), "rar"),
+        (b"\x1f\x8b\x08\x08\x12\x34\x56\x78\x00\x03".to_vec(), "gzip"),
+        (b"\xfd7zXZ\x00\x00\x04".to_vec(), "xz"),
+        (b"BZh91AY&SY".to_vec(), "bzip2"),
+        (b"\x28\xb5\x2f\xfd\x24\x00\x01\x02".to_vec(), "zstd"),
+        (tar, "tar"),
+    ] {
+        let said = refusal(&archive);
+        assert!(said.contains(&format!("{expected} archive")), "{said}");
+    }
+}
+
+/// Without a time in it, gzip begins as a header of 559,903 bytes does.
+#[test]
+fn a_gzip_archive_without_a_time_is_no_header() {
+    let mut gzip = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03".to_vec();
+    for len in [10, 1000, 600_000] {
+        gzip.resize(len, 0xa5);
+        assert!(
+            matches!(read(&gzip), Err(HeaderError::Archive { .. })),
+            "{len}"
+        );
+    }
+    // A header of that length is read.
+    let mut text = "{}".to_owned();
+    text.extend(std::iter::repeat_n(' ', 559_903 - 2));
+    assert!(read(&file(text, 0)).is_ok());
+}
+
+#[test]
+fn pictures_films_and_other_weights_are_called_so() {
+    assert_snapshot!(refusal(b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"), @"
+    the file is a PNG picture, not safetensors
+    hint: it was saved under a LoRA's name; download the LoRA itself
+    ");
+    assert_snapshot!(refusal(b"\x89HDF\r\n\x1a\n\x00\x00\x00"), @"
+    the file is an HDF5 file, not safetensors
+    hint: a LoRA comes as `.safetensors`
+    ");
+    for (bytes, expected) in [
+        (b"\xff\xd8\xff\xe0\x00\x10JFIF".as_slice(), "JPEG"),
+        (b"RIFF\x24\x00\x00\x00WEBPVP8 ", "WebP"),
+        (b"\x00\x00\x00\x20ftypisom\x00", "MP4"),
+        (b"\x00\x00\x00\x20ftypavif\x00", "AVIF"),
+        (b"\x1a\x45\xdf\xa3\x9f\x42\x86\x81", "WebM"),
+        (b"GIF89a\x01\x00\x01\x00", "GIF"),
+        (b"%PDF-1.7\n", "PDF"),
+        (b"\x93NUMPY\x01\x00", "NumPy"),
+    ] {
+        let said = refusal(bytes);
+        assert!(
+            said.starts_with("the file is a") && said.contains(expected),
+            "{said}"
+        );
+    }
+}
+
+#[test]
+fn texts_are_called_so() {
+    assert_snapshot!(refusal(b"Invalid username or password."), @"
+    the file is plain text, not safetensors: `Invalid username or password.`
+    hint: often a site's message in place of the file; download the file itself
+    ");
+    for text in [
+        "Entry not found",
+        "404",
+        "error code: 1020\r\n",
+        "\u{feff}zur Anmeldung n\u{f6}tig",
+    ] {
+        assert!(
+            matches!(read(text.as_bytes()), Err(HeaderError::PlainText { .. })),
+            "{text}"
+        );
+    }
+    // The last character of what is looked at may be cut in two.
+    let long = "\u{e9}".repeat(2000);
+    for cut in [
+        &long.as_bytes()[..1001],
+        long.as_bytes(),
+        &[b"a", long.as_bytes()].concat(),
+    ] {
+        assert!(matches!(read(cut), Err(HeaderError::PlainText { .. })));
+    }
+    for json in ["[\"a\"]", "{\"model_type\": \"lora\"}"] {
+        assert!(matches!(
+            read(json.as_bytes()),
+            Err(HeaderError::JsonText { .. })
+        ));
+    }
+    // Pickles of protocol 0 are text, too.
+    assert!(matches!(
+        read(b"(dp0\nVx\np1\nI1\ns."),
+        Err(HeaderError::Pickle)
+    ));
+    // A byte, and bytes that are no text.
+    for other in [
+        b"\n".as_slice(),
+        b"a",
+        b"a\x00b\x01cdefghi",
+        b"\xff\xfe<\x00h\x00t\x00m\x00",
+    ] {
+        let said = refusal(other);
+        assert!(!said.contains("text"), "{said}");
+    }
+}
+
 /// `\x80\x02` and `<` begin headers of these lengths, too.
 #[test]
 fn lengths_that_look_like_other_formats_are_read() {
@@ -205,9 +353,13 @@ fn lengths_that_look_like_other_formats_are_read() {
 
 #[test]
 fn length() {
-    assert_snapshot!(refusal(b"{}"), @r"
+    assert_snapshot!(refusal(&[2, 0]), @r"
     the file is too short for a safetensors header: 2 bytes
     hint: a download or a save did not finish; get the file again
+    ");
+    assert_snapshot!(refusal(b"{}"), @r"
+    the file is JSON text, not safetensors: `{}`
+    hint: a site's error message, or an index or configuration that belongs beside the file; download the file itself
     ");
     assert_snapshot!(refusal(&3_u64.to_le_bytes()), @r"
     the header ends beyond the file: 3 bytes from byte 8 on, in a file of 8 bytes

@@ -543,3 +543,92 @@ fn ranges_that_do_not_fit_are_refused() {
         SourceError::Range { source: RangeFault::Overlap { earlier, later }, .. } if earlier == good && later == good
     ));
 }
+
+/// A zip archive of stored, empty members, as a program writes it that knows their sizes.
+fn zip(names: &[&str], comment: &[u8]) -> Vec<u8> {
+    let (mut bytes, mut directory) = (Vec::new(), Vec::new());
+    for name in names {
+        let len = u16::try_from(name.len()).unwrap().to_le_bytes();
+        let begin = u32::try_from(bytes.len()).unwrap().to_le_bytes();
+        bytes.extend(b"PK\x03\x04");
+        bytes.extend([0; 22]);
+        bytes.extend(len);
+        bytes.extend([0; 2]);
+        bytes.extend(name.as_bytes());
+        directory.extend(b"PK\x01\x02");
+        directory.extend([0; 24]);
+        directory.extend(len);
+        directory.extend([0; 12]);
+        directory.extend(begin);
+        directory.extend(name.as_bytes());
+    }
+    let [begin, len] = [&bytes, &directory].map(|part| u32::try_from(part.len()).unwrap());
+    bytes.extend(directory);
+    bytes.extend(b"PK\x05\x06");
+    bytes.extend([0; 8]);
+    bytes.extend(len.to_le_bytes());
+    bytes.extend(begin.to_le_bytes());
+    bytes.extend(u16::try_from(comment.len()).unwrap().to_le_bytes());
+    bytes.extend(comment);
+    bytes
+}
+
+fn header_refusal(content: &[u8]) -> String {
+    let (_folder, path) = folder_with(content);
+    let error = SourceFile::open(&path).unwrap().read_header().unwrap_err();
+    message(&error, &path)
+}
+
+#[test]
+fn a_zip_archive_is_a_pickle_only_where_its_directory_says_so() {
+    assert_snapshot!(header_refusal(&zip(&["read me.txt", "a/b.SFT", "c.safetensors"], b"")), @"
+    `lora.safetensors`: the file is a zip archive, not safetensors: it holds `a/b.SFT`
+    hint: unpack it, and use the file that it holds
+    ");
+    assert_snapshot!(header_refusal(&zip(&[], b"nothing")), @"
+    `lora.safetensors`: the file is a zip archive, not safetensors
+    hint: unpack it, and look for a `.safetensors` file in it
+    ");
+    let torch = ["x/.format_version", "x/data/0", "x/data.pkl", "x/version"];
+    for comment in [b"".as_slice(), b"made by a site", b"PK\x05"] {
+        let said = header_refusal(&zip(&torch, comment));
+        assert!(said.contains("a PyTorch pickle"), "{said}");
+    }
+    // One that was cut short has no directory: its first member tells.
+    let cut = zip(&["x/data.pkl", "x/data/0"], b"");
+    let said = header_refusal(&cut[..60]);
+    assert!(said.contains("a PyTorch pickle"), "{said}");
+    let said = header_refusal(&zip(&torch, b"")[..60]);
+    assert!(said.contains("a zip archive"), "{said}");
+}
+
+#[test]
+fn lying_directories_of_archives_are_no_harm() {
+    let whole = zip(&["a.txt", "b/data.pkl"], b"");
+    for at in whole.len() - 22..whole.len() {
+        for byte in [0xff, 0x7f, 1] {
+            let mut lying = whole.clone();
+            lying[at] = byte;
+            let said = header_refusal(&lying);
+            let is_told = ["archive", "pickle", "header length"];
+            assert!(is_told.iter().any(|word| said.contains(word)), "{said}");
+        }
+    }
+    // The record of a large archive, which lies elsewhere.
+    let mut large = zip(&["b/data.pkl"], b"");
+    let end = large.split_off(large.len() - 22);
+    let begin = u64::try_from(large.len()).unwrap();
+    large.extend(b"PK\x06\x06");
+    large.extend([0; 36]);
+    large.extend(56_u64.to_le_bytes());
+    large.extend(40_u64.to_le_bytes());
+    large.extend(b"PK\x06\x07");
+    large.extend([0; 4]);
+    large.extend(begin.to_le_bytes());
+    large.extend([0; 4]);
+    large.extend(&end[..12]);
+    large.extend([0xff; 8]);
+    large.extend([0; 2]);
+    let said = header_refusal(&large);
+    assert!(said.contains("a PyTorch pickle"), "{said}");
+}

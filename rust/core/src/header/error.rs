@@ -36,6 +36,44 @@ pub enum HeaderError {
          st.save_file(torch.load('lora.pt', weights_only=True), 'lora.safetensors')\"`"
     )]
     Pickle,
+    /// A zip archive of other files.
+    #[error(
+        "the file is a zip archive, not safetensors{}\nhint: unpack it, and {}",
+        .holds.as_ref().map(|name| format!(": it holds {name}")).unwrap_or_default(),
+        if .holds.is_some() {
+            "use the file that it holds"
+        } else {
+            "look for a `.safetensors` file in it"
+        }
+    )]
+    Zip {
+        /// The first `.safetensors` file in it, where one is found.
+        holds: Option<Quoted>,
+    },
+    /// An archive that only its own program reads.
+    #[error(
+        "the file is {name}, not safetensors\n\
+         hint: unpack it, and look for a `.safetensors` file in it"
+    )]
+    Archive {
+        /// Its format, with the article.
+        name: &'static str,
+    },
+    /// Something to look at or to run.
+    #[error(
+        "the file is {name}, not safetensors\n\
+         hint: it was saved under a LoRA's name; download the LoRA itself"
+    )]
+    Media {
+        /// Its format, with the article.
+        name: &'static str,
+    },
+    /// Weights in a form that is not read.
+    #[error("the file is {name}, not safetensors\nhint: a LoRA comes as `.safetensors`")]
+    OtherWeights {
+        /// Its format, with the article.
+        name: &'static str,
+    },
     /// A web page.
     #[error(
         "the file is a web page, not safetensors\n\
@@ -62,6 +100,15 @@ pub enum HeaderError {
          download the file itself"
     )]
     JsonText {
+        /// How the text begins.
+        start: Quoted,
+    },
+    /// Any other text: a site's refusal in a sentence, notes.
+    #[error(
+        "the file is plain text, not safetensors: {start}\n\
+         hint: often a site's message in place of the file; download the file itself"
+    )]
+    PlainText {
         /// How the text begins.
         start: Quoted,
     },
