@@ -27,6 +27,9 @@ def _unusable(folder: Path, Draft):
     """(source, error, words of its message) by name."""
     pickle = folder / "pickle.safetensors"
     torch.save({"x": torch.zeros(2)}, pickle)
+    pickled = folder / "pickled"
+    pickled.mkdir()
+    torch.save({"x": torch.zeros(2)}, pickled / "adapter_model.bin")
     archive = folder / "zip.safetensors"
     with zipfile.ZipFile(archive, "w") as made:
         made.writestr("style.safetensors", b"none of this is read")
@@ -61,6 +64,7 @@ def _unusable(folder: Path, Draft):
             "l.safetensors",
         ),
         "pickle": (pickle, errors.PickleFileError, "safetensors"),
+        "pickled folder": (pickled, errors.PickleFileError, "`adapter_model.bin`"),
         "zip": (archive, errors.LoraFileError, "a zip archive.*: it holds `style.safetensors`"),
         "a site's message": (
             _write(folder / "t.safetensors", b"Invalid username or password."),
@@ -94,7 +98,7 @@ _BUILT_IN = {
     [
         *("missing", "folder", "empty", "malformed", "header beyond the file", "pickle", "FLUX"),
         *("Z-Image", "other widths", "no module", "no tensor", "only unsupported", "zip"),
-        *("infinite alpha", "not tensors", "complex", "a site's message"),
+        *("infinite alpha", "not tensors", "complex", "a site's message", "pickled folder"),
     ],
 )
 def test_unusable_loras_raise_and_leave_the_model(name, model, lora, probe, Draft, tmp_path):

@@ -30,9 +30,10 @@ qwenlora-keys [OPTIONS] FILE...
 
 const AFTER_HELP: &str = "\
 One file gives one screen. A folder, or more than three files, give a table
-with one line each: of a folder all .safetensors files in it and below it, in
-order of their names; links that lead out of it are not followed. The report
-goes to standard output; errors, notes and the summary to standard error.
+with one line each: of a folder all .safetensors and .sft files in it and below
+it, in order of their names. Links that lead out of it are not followed, and
+pickles, archives and unfinished downloads are counted. The report goes to
+standard output; errors, notes and the summary to standard error.
 
 Examples:
   qwenlora-keys style.safetensors          what is in it, what would be applied
@@ -230,8 +231,9 @@ fn file() -> Arg {
         .value_hint(ValueHint::AnyPath)
         .required_unless_present_any(["completions", "explain"])
         .help(
-            "a .safetensors file, a PEFT folder (adapter_model.safetensors with\n\
-             its adapter_config.json), or any folder of such",
+            "a .safetensors or .sft file, a PEFT folder (its weights in\n\
+             adapter_model.safetensors, beside them adapter_config.json),\n\
+             or any folder of such",
         )
 }
 

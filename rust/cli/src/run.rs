@@ -15,7 +15,7 @@ use crate::explanation;
 use crate::json;
 use crate::ordered::{self, Event};
 use crate::report;
-use crate::sources::Sources;
+use crate::sources::{Form, Sources};
 use crate::table::{self, Row};
 use crate::talk::{HINT, Talk};
 use crate::tally::count;
@@ -40,6 +40,8 @@ struct Found {
     items: Vec<Item>,
     /// Links that lead out of a folder, left unread.
     links_out: Vec<PathBuf>,
+    /// Files of folders that may hold LoRAs, in a form that is not read.
+    passed_over: Vec<(Form, PathBuf)>,
     /// How many files and PEFT folders there are in all.
     sources: usize,
     /// Whether a folder stands for several of them.
@@ -174,6 +176,7 @@ impl<'r> Run<'r> {
             self.say(trouble)?;
         }
         self.stdout.flush()?;
+        self.note_passed_over(found);
         if let Some(first) = found.links_out.first() {
             let (links, first) = (count(found.links_out.len(), "link"), Quoted::path(first));
             let text = format!("{links} out of the folder left unread, e.g. {first}");
@@ -187,6 +190,21 @@ impl<'r> Run<'r> {
             self.talk.line(&format!("{files}{place}: {summary}"));
         }
         Ok(())
+    }
+
+    /// Files that are not passed over without a word.
+    fn note_passed_over(&mut self, found: &Found) {
+        for form in Form::ALL {
+            let mut own = found.passed_over.iter().filter(|(own, _)| *own == form);
+            if let Some((_, first)) = own.next() {
+                let (files, first) = (count(1 + own.count(), form.noun()), Quoted::path(first));
+                let hint = form.hint();
+                self.talk.say(
+                    "note",
+                    &format!("{files} passed over, e.g. {first}{HINT}{hint}"),
+                );
+            }
+        }
     }
 
     fn find(&mut self) -> Found {
@@ -207,6 +225,7 @@ impl<'r> Run<'r> {
                 .items
                 .extend(sources.paths.into_iter().map(Item::Source));
             found.links_out.extend(sources.links_out);
+            found.passed_over.extend(sources.passed_over);
         }
         self.talk.erase();
         found

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use qwenlora_core::config::{self, PEFT_WEIGHTS};
+use qwenlora_core::config;
 
 use crate::natural;
 
@@ -17,6 +17,81 @@ pub(crate) struct Sources {
     pub(crate) faults: Vec<(PathBuf, FolderError)>,
     /// Links that lead out of the folder, left unread.
     pub(crate) links_out: Vec<PathBuf>,
+    /// Files that may hold LoRAs, in a form that is not read.
+    pub(crate) passed_over: Vec<(Form, PathBuf)>,
+}
+
+/// A form in which LoRAs lie in folders, but are not read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// What `torch.save` writes.
+    Pickle,
+    /// A file to unpack.
+    Archive,
+    /// A download that has not come to its end.
+    Unfinished,
+}
+
+/// Endings of such files, in lower case.
+const PICKLES: [&str; 7] = ["bin", "ckpt", "pickle", "pkl", "pt", "pt2", "pth"];
+const ARCHIVES: [&str; 4] = ["7z", "rar", "tar", "zip"];
+const UNFINISHED: [&str; 5] = ["crdownload", "incomplete", "opdownload", "part", "partial"];
+/// What training programs pickle beside a LoRA: beginnings of names.
+const TRAINING_STATE: [&str; 6] = [
+    "optimizer",
+    "random_states",
+    "rng_state",
+    "scaler",
+    "scheduler",
+    "training_args",
+];
+
+impl Form {
+    /// All of them, in the order in which they are told.
+    pub(crate) const ALL: [Self; 3] = [Self::Pickle, Self::Archive, Self::Unfinished];
+
+    /// The form of a file by its name, and of pickles by their content, since other programs'
+    /// files end like them.
+    fn of(path: &Path) -> Option<Self> {
+        let ending = path.extension()?.to_str()?.to_ascii_lowercase();
+        let ends_in = |endings: &[&str]| endings.contains(&ending.as_str());
+        if ends_in(&UNFINISHED) {
+            Some(Self::Unfinished)
+        } else if ends_in(&ARCHIVES) {
+            Some(Self::Archive)
+        } else if ends_in(&PICKLES) && !is_training_state(path) && config::is_pickle(path) {
+            Some(Self::Pickle)
+        } else {
+            None
+        }
+    }
+
+    /// What one is called.
+    pub(crate) fn noun(self) -> &'static str {
+        match self {
+            Self::Pickle => "PyTorch pickle",
+            Self::Archive => "archive",
+            Self::Unfinished => "unfinished download",
+        }
+    }
+
+    /// The way out.
+    pub(crate) fn hint(self) -> &'static str {
+        match self {
+            Self::Pickle => {
+                "a LoRA in such a file is read once it is converted: `python -c \"import torch, \
+                 safetensors.torch as st; st.save_file(torch.load('lora.pt', weights_only=True), \
+                 'lora.safetensors')\"`"
+            }
+            Self::Archive => "a LoRA in such a file is read once it is unpacked",
+            Self::Unfinished => "get such a file again, or wait for its end",
+        }
+    }
+}
+
+fn is_training_state(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str());
+    name.is_some_and(|name| TRAINING_STATE.iter().any(|start| name.starts_with(start)))
 }
 
 /// Why a folder gave nothing.
@@ -26,7 +101,7 @@ pub(crate) enum FolderError {
     #[error("cannot list the folder: {0}")]
     Unlisted(io::Error),
     /// It holds nothing of ours.
-    #[error("no .safetensors file is in this folder or below it")]
+    #[error("no .safetensors or .sft file is in this folder or below it")]
     Empty,
 }
 
@@ -48,6 +123,9 @@ impl Sources {
         sources.paths.sort_by(|a, b| natural::compare(a, b));
         sources.paths.dedup();
         sources.links_out.sort_by(|a, b| natural::compare(a, b));
+        sources
+            .passed_over
+            .sort_by(|(_, a), (_, b)| natural::compare(a, b));
         if sources.paths.is_empty() && sources.faults.is_empty() {
             sources.faults.push((path.to_owned(), FolderError::Empty));
         }
@@ -81,14 +159,12 @@ impl Sources {
     }
 
     fn add_file(&mut self, path: PathBuf) {
-        if !is_safetensors(&path) {
+        if !config::is_safetensors(&path) {
+            let form = Form::of(&path);
+            self.passed_over.extend(form.map(|form| (form, path)));
             return;
         }
-        // The weights of a PEFT folder stand for the folder.
-        match path.parent() {
-            Some(folder) if path.ends_with(PEFT_WEIGHTS) => self.paths.push(folder.to_owned()),
-            _ => self.paths.push(path),
-        }
+        self.paths.push(source_of(path));
     }
 
     fn add_link(&mut self, path: PathBuf, home: Option<&Path>) {
@@ -100,11 +176,10 @@ impl Sources {
                 }
             }
             Ok(end) => {
-                let is_weights_of_a_source = path.ends_with(PEFT_WEIGHTS)
-                    && path
-                        .parent()
-                        .is_some_and(|folder| self.paths.iter().any(|p| p == folder));
-                if (end.is_dir() || is_safetensors(&path)) && !is_weights_of_a_source {
+                let source = source_of(path.clone());
+                let is_weights_of_a_source = source != path && self.paths.contains(&source);
+                let is_source = end.is_dir() || config::is_safetensors(&path);
+                if is_source && !is_weights_of_a_source {
                     self.links_out.push(path);
                 }
             }
@@ -114,7 +189,12 @@ impl Sources {
     }
 }
 
-fn is_safetensors(path: &Path) -> bool {
-    path.extension()
-        .is_some_and(|ending| ending.eq_ignore_ascii_case("safetensors"))
+/// The weights of a PEFT folder stand for the folder, any other file for itself.
+fn source_of(path: PathBuf) -> PathBuf {
+    match path.parent().filter(|_| config::is_peft_weights(&path)) {
+        Some(folder) if config::weights_path(folder).is_ok_and(|weights| weights == path) => {
+            folder.to_owned()
+        }
+        _ => path,
+    }
 }

@@ -1,16 +1,22 @@
 //! What of a LoRA lies where: the weights of a PEFT folder, its configuration, or the one embedded
 //! in a file's metadata.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::header::Quoted;
+use crate::header::{HeaderError, Quoted};
 use crate::peft::{self, AdapterConfig};
 use crate::plan::PlanError;
-use crate::source::{FileIdentity, SourceFile};
+use crate::source::{FileIdentity, SourceError, SourceFile};
 
 /// The weights of a PEFT folder.
 pub const PEFT_WEIGHTS: &str = "adapter_model.safetensors";
+/// The same weights under the short ending, and as a pickle.
+const PEFT_WEIGHTS_SFT: &str = "adapter_model.sft";
+pub(crate) const PEFT_PICKLE: &str = "adapter_model.bin";
+/// Endings of safetensors files, in lower case.
+const ENDINGS: [&str; 2] = ["safetensors", "sft"];
 /// The configuration beside them.
 pub const PEFT_CONFIG: &str = "adapter_config.json";
 /// A configuration beyond this size is not one.
@@ -38,19 +44,55 @@ impl SourceIdentity {
     }
 }
 
+/// Whether a path ends as safetensors files do, in either case.
+pub fn is_safetensors(path: &Path) -> bool {
+    let ends_in = |ending: &str| ENDINGS.iter().any(|own| ending.eq_ignore_ascii_case(own));
+    path.extension()
+        .is_some_and(|ending| ending.to_str().is_some_and(ends_in))
+}
+
+/// Whether a file is called as the weights of a PEFT folder are.
+pub fn is_peft_weights(path: &Path) -> bool {
+    let own = |name: &OsStr| name == PEFT_WEIGHTS || name == PEFT_WEIGHTS_SFT;
+    path.file_name().is_some_and(own)
+}
+
 /// The file with the weights: the path itself, or the one in a PEFT folder.
 pub fn weights_path(path: &Path) -> Result<PathBuf, PlanError> {
     if !path.is_dir() {
         return Ok(path.to_owned());
     }
-    let weights = path.join(PEFT_WEIGHTS);
-    if weights.is_file() {
-        Ok(weights)
-    } else {
-        Err(PlanError::NotAPeftFolder {
-            folder: Quoted::path(path),
-        })
+    let weights = [PEFT_WEIGHTS, PEFT_WEIGHTS_SFT].map(|name| path.join(name));
+    let found = weights.into_iter().find(|weights| weights.is_file());
+    found.ok_or_else(|| no_weights(path))
+}
+
+/// Why a folder is no source.
+fn no_weights(path: &Path) -> PlanError {
+    let folder = Quoted::path(path);
+    if is_pickle(&path.join(PEFT_PICKLE)) {
+        return PlanError::PickledPeftFolder { folder };
     }
+    let files = fs::read_dir(path).into_iter().flatten().flatten();
+    let mut names: Vec<_> = files
+        .filter(|row| is_safetensors(&row.path()))
+        .map(|row| row.file_name())
+        .collect();
+    names.sort();
+    let lora = names.first().map(|name| Quoted::path(Path::new(name)));
+    PlanError::NotAPeftFolder { folder, lora }
+}
+
+/// Whether a file is a pickle, by its content.
+pub fn is_pickle(path: &Path) -> bool {
+    let header = SourceFile::open(path).and_then(|source| source.read_header());
+    matches!(
+        header,
+        Err(SourceError::Header {
+            source: HeaderError::Pickle,
+            ..
+        })
+    )
 }
 
 /// The configuration in the metadata, else the one beside a PEFT file.
@@ -85,7 +127,7 @@ pub(crate) fn config_of(
 /// The configuration beside a PEFT weights file, opened.
 fn open_config(weights: &Path) -> Result<Option<(fs::File, FileIdentity)>, PlanError> {
     let beside = weights.with_file_name(PEFT_CONFIG);
-    if weights.file_name().is_none_or(|name| name != PEFT_WEIGHTS) || !beside.is_file() {
+    if !is_peft_weights(weights) || !beside.is_file() {
         return Ok(None);
     }
     let unreadable = |detail: String| PlanError::Config {

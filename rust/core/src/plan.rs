@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 
 use crate::check::{self, ModelCheck};
-use crate::config::{self, PEFT_WEIGHTS, SourceIdentity};
+use crate::config::{self, PEFT_PICKLE, PEFT_WEIGHTS, SourceIdentity};
 use crate::header::{MAX_NAME_BYTES, MAX_TENSORS, Quoted};
 use crate::model::{self, Model};
 use crate::module::{self, Module, ModuleError};
@@ -46,8 +46,24 @@ pub enum PlanError {
     #[error(transparent)]
     Source(#[from] SourceError),
     /// A folder without PEFT's weights.
-    #[error("{folder} is a folder without `{PEFT_WEIGHTS}`\nhint: name the LoRA file itself")]
+    #[error(
+        "{folder} is a folder without `{PEFT_WEIGHTS}`\nhint: name the LoRA file itself{}",
+        .lora.as_ref().map(|name| format!(", as {name} in it")).unwrap_or_default()
+    )]
     NotAPeftFolder {
+        /// The folder.
+        folder: Quoted,
+        /// The first LoRA file in it.
+        lora: Option<Quoted>,
+    },
+    /// A folder whose weights PEFT saved as a pickle.
+    #[error(
+        "{folder} holds a PyTorch pickle, `{PEFT_PICKLE}`, and no `{PEFT_WEIGHTS}`; a pickle can \
+         run any code while it loads\n\
+         hint: convert it once, in the folder: `python -c \"import torch, safetensors.torch as st; \
+         st.save_file(torch.load('{PEFT_PICKLE}', weights_only=True), '{PEFT_WEIGHTS}')\"`"
+    )]
+    PickledPeftFolder {
         /// The folder.
         folder: Quoted,
     },

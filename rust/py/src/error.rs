@@ -56,6 +56,7 @@ pub(crate) fn from_source(py: Python<'_>, error: &SourceError) -> PyErr {
 pub(crate) fn from_plan(py: Python<'_>, error: &PlanError) -> PyErr {
     let class = match error {
         PlanError::Source(source) => source_class(source),
+        PlanError::PickledPeftFolder { .. } => "PickleFileError",
         PlanError::NotAPeftFolder { .. } | PlanError::Config { .. } => "LoraReadError",
         PlanError::ConfigContent { .. }
         | PlanError::TooManyTensors { .. }

@@ -162,8 +162,9 @@ fn help() {
            qwenlora-keys --completions SHELL
 
     Arguments:
-      [FILE]...  a .safetensors file, a PEFT folder (adapter_model.safetensors with
-                 its adapter_config.json), or any folder of such
+      [FILE]...  a .safetensors or .sft file, a PEFT folder (its weights in
+                 adapter_model.safetensors, beside them adapter_config.json),
+                 or any folder of such
 
     Options:
           --all                  also list every tensor, and what it is taken for
@@ -175,9 +176,10 @@ fn help() {
       -V, --version              the version
 
     One file gives one screen. A folder, or more than three files, give a table
-    with one line each: of a folder all .safetensors files in it and below it, in
-    order of their names; links that lead out of it are not followed. The report
-    goes to standard output; errors, notes and the summary to standard error.
+    with one line each: of a folder all .safetensors and .sft files in it and below
+    it, in order of their names. Links that lead out of it are not followed, and
+    pickles, archives and unfinished downloads are counted. The report goes to
+    standard output; errors, notes and the summary to standard error.
 
     Examples:
       qwenlora-keys style.safetensors          what is in it, what would be applied

@@ -141,12 +141,142 @@ fn a_peft_folder_is_one_source() {
 }
 
 #[test]
+fn both_endings_are_listed() {
+    let folder = Folder::new();
+    for name in ["one.sft", "two.safetensors", "Three.SFT", "two.sft"] {
+        lora_file::clean().write(folder.join(name));
+    }
+    let outcome = folder.run([folder.path()]);
+    // The short ending is shown: it may be all that tells two files apart.
+    assert_snapshot!(outcome.text(), @"
+    exit 0
+    --- stdout
+    VERDICT  FILE       SIZE  KIND  RANK  SCALE  TRAINS, OR WHY NOT
+    APPLY    one.sft    2.4M  LoRA    16    0.5  attn mod 2/60
+    APPLY    Three.SFT  2.4M  LoRA    16    0.5  attn mod 2/60
+    APPLY    two        2.4M  LoRA    16    0.5  attn mod 2/60
+    APPLY    two.sft    2.4M  LoRA    16    0.5  attn mod 2/60
+    --- stderr
+    4 files in `[dir]`: 4 apply
+    ");
+    fs::remove_file(folder.join("two.safetensors")).unwrap();
+    fs::remove_file(folder.join("Three.SFT")).unwrap();
+    fs::remove_file(folder.join("two.sft")).unwrap();
+    assert_snapshot!(folder.run([folder.path()]).stdout, @"
+    APPLY        [dir]/one.sft
+                 all 8 modules are applied
+
+      model      Qwen-Image
+      producer   musubi-tuner (metadata `ss_network_module`)
+      file       2.4 MiB, 24 tensors, BF16
+      adapters   LoRA (8)
+      ranks      16
+      scales     0.5
+      slots      4, rank at most 48 each
+      attention  2/60 blocks (0-1): attn.to_q attn.to_k attn.to_v
+      modulation 2/60 blocks (0-1): img_mod.1
+    ");
+}
+
+#[test]
+fn a_peft_folder_may_have_the_short_ending() {
+    let folder = Folder::new();
+    let module = "base_model.model.transformer_blocks.40.attn.to_q";
+    let pair = LoraFile::new().peft_pair(module, 8, SQUARE);
+    fs::create_dir(folder.join("peft")).unwrap();
+    fs::write(
+        folder.join("peft/adapter_config.json"),
+        r#"{"lora_alpha": 4}"#,
+    )
+    .unwrap();
+    pair.write(folder.join("peft/adapter_model.sft"));
+    let screen = folder.run([folder.join("peft")]).stdout;
+    assert!(
+        screen.contains("APPLY        [dir]/peft\n") && screen.contains("scales     0.5"),
+        "{screen}"
+    );
+    // Beside the usual name it is a file of its own, which has the same configuration.
+    pair.write(folder.join("peft/adapter_model.safetensors"));
+    assert_snapshot!(folder.run([folder.join("peft")]).stdout, @"
+    VERDICT  FILE                    SIZE  KIND  RANK  SCALE  TRAINS, OR WHY NOT
+    APPLY    peft/                    96K  LoRA     8    0.5  attn 1/60
+    APPLY    peft/adapter_model.sft   96K  LoRA     8    0.5  attn 1/60
+    ");
+}
+
+/// How `torch.save` began files for years.
+const PICKLE: &[u8] = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.";
+
+#[test]
+fn what_is_not_read_is_counted() {
+    let folder = Folder::new();
+    fs::create_dir_all(folder.join("runs/first")).unwrap();
+    lora_file::clean().write(folder.join("style.safetensors"));
+    for name in ["runs/first/adapter_model.bin", "runs/old.PT", "old.ckpt"] {
+        fs::write(folder.join(name), PICKLE).unwrap();
+    }
+    // Not LoRAs: what a program trains on with, and what only ends alike.
+    for name in [
+        "runs/first/optimizer.pt",
+        "runs/first/rng_state_0.pth",
+        "x.txt",
+    ] {
+        fs::write(folder.join(name), PICKLE).unwrap();
+    }
+    fs::write(folder.join("firmware.bin"), b"\x7fELF and so on").unwrap();
+    for name in [
+        "pack.zip",
+        "b.safetensors.part",
+        "Unconfirmed 12.crdownload",
+    ] {
+        fs::write(folder.join(name), b"PK").unwrap();
+    }
+    assert_snapshot!(folder.run([folder.path()]).text(), @r#"
+    exit 0
+    --- stdout
+    APPLY        [dir]/style.safetensors
+                 all 8 modules are applied
+
+      model      Qwen-Image
+      producer   musubi-tuner (metadata `ss_network_module`)
+      file       2.4 MiB, 24 tensors, BF16
+      adapters   LoRA (8)
+      ranks      16
+      scales     0.5
+      slots      4, rank at most 48 each
+      attention  2/60 blocks (0-1): attn.to_q attn.to_k attn.to_v
+      modulation 2/60 blocks (0-1): img_mod.1
+    --- stderr
+    note: 3 PyTorch pickles passed over, e.g. `[dir]/old.ckpt`
+    hint: a LoRA in such a file is read once it is converted: `python -c "import torch, safetensors.torch as st; st.save_file(torch.load('lora.pt', weights_only=True), 'lora.safetensors')"`
+    note: 1 archive passed over, e.g. `[dir]/pack.zip`
+    hint: a LoRA in such a file is read once it is unpacked
+    note: 2 unfinished downloads passed over, e.g. `[dir]/b.safetensors.part`
+    hint: get such a file again, or wait for its end
+    "#);
+    assert_snapshot!(folder.run([folder.join("runs")]).text(), @r#"
+    exit 3
+    --- stderr
+    error: `[dir]/runs`: no .safetensors or .sft file is in this folder or below it
+    note: 2 PyTorch pickles passed over, e.g. `[dir]/runs/first/adapter_model.bin`
+    hint: a LoRA in such a file is read once it is converted: `python -c "import torch, safetensors.torch as st; st.save_file(torch.load('lora.pt', weights_only=True), 'lora.safetensors')"`
+    "#);
+    assert_snapshot!(folder.run([folder.join("runs/first")]).text(), @r#"
+    exit 3
+    --- stderr
+    error: `[dir]/runs/first`: no .safetensors or .sft file is in this folder or below it
+    note: 1 PyTorch pickle passed over, e.g. `[dir]/runs/first/adapter_model.bin`
+    hint: a LoRA in such a file is read once it is converted: `python -c "import torch, safetensors.torch as st; st.save_file(torch.load('lora.pt', weights_only=True), 'lora.safetensors')"`
+    "#);
+}
+
+#[test]
 fn an_empty_folder() {
     let folder = Folder::new();
     assert_snapshot!(folder.run([folder.path()]).text(), @"
     exit 3
     --- stderr
-    error: `[dir]`: no .safetensors file is in this folder or below it
+    error: `[dir]`: no .safetensors or .sft file is in this folder or below it
     ");
 }
 
@@ -207,7 +337,7 @@ fn a_folder_of_links_that_lead_out() {
     assert_snapshot!(folder.run([folder.join("loras")]).text(), @"
     exit 3
     --- stderr
-    error: `[dir]/loras`: no .safetensors file is in this folder or below it
+    error: `[dir]/loras`: no .safetensors or .sft file is in this folder or below it
     note: 1 link out of the folder left unread, e.g. `[dir]/loras/out.safetensors`
     hint: name what they lead to
     ");

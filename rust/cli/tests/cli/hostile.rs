@@ -123,6 +123,6 @@ fn hostile_paths() {
     assert_snapshot!(folder.run([empty]).text(), @r"
     exit 3
     --- stderr
-    error: `[dir]/e�\u{1b}[2J\u{a}dir`: no .safetensors file is in this folder or below it
+    error: `[dir]/e�\u{1b}[2J\u{a}dir`: no .safetensors or .sft file is in this folder or below it
     ");
 }

@@ -34,12 +34,12 @@ fn a_line_per_file_even_where_one_cannot_be_read() {
     assert_eq!((outcome.exit.code(), lines.len()), (3, 3));
     assert_snapshot!(lines[..2].join("\n"), @r#"
     {"schema":1,"path":"[dir]/zero.safetensors","error":"`[dir]/zero.safetensors`: the file is empty\nhint: a download or a save did not finish; get the file again"}
-    {"schema":1,"path":"[dir]/empty","error":"`[dir]/empty`: no .safetensors file is in this folder or below it"}
+    {"schema":1,"path":"[dir]/empty","error":"`[dir]/empty`: no .safetensors or .sft file is in this folder or below it"}
     "#);
     assert_snapshot!(outcome.stderr, @"
     error: `[dir]/zero.safetensors`: the file is empty
     hint: a download or a save did not finish; get the file again
-    error: `[dir]/empty`: no .safetensors file is in this folder or below it
+    error: `[dir]/empty`: no .safetensors or .sft file is in this folder or below it
     ");
     let last: Value = serde_json::from_str(lines[2]).unwrap();
     assert_eq!(
