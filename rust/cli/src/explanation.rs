@@ -98,6 +98,10 @@ fn add_reading(screen: &mut Screen, reading: &Reading, role: Role) {
         [] => row("prefix", "none"),
         some => row("prefix", &some.join(" then ")),
     }
+    if !reading.wrappers.is_empty() {
+        let names: Vec<String> = reading.wrappers.iter().map(|n| format!("`{n}`")).collect();
+        row("wrapper", &format!("{}, taken out", names.join(" then ")));
+    }
     row(
         "path",
         &format!("`{}`", escape::short(&reading.spelling, QUOTED_COLUMNS)),

@@ -45,6 +45,9 @@ pub struct Explanation {
 pub struct Reading {
     /// Prefixes that are cut, in order.
     pub prefixes: Vec<&'static str>,
+    /// Names of wrappers that are taken out, in order: the model was wrapped when it was saved.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub wrappers: Vec<String>,
     /// The path as the key spells it.
     pub spelling: String,
     /// The canonical path.
@@ -184,6 +187,7 @@ impl Reading {
         let resolved = key::resolve_with_prefixes(cut.stem)?;
         Some(Self {
             prefixes: resolved.prefixes,
+            wrappers: resolved.wrappers,
             spelling: resolved.path,
             target: path_of(model::table().target(resolved.target)),
             suffix: key.get(cut.stem.len()..)?.to_owned(),

@@ -1,7 +1,10 @@
 //! One key: `{prefix} path suffix`, resolved by look-up.
 //!
 //! The path is looked up before every prefix is stripped: `transformer.` is a prefix, and also how
-//! an over-dotted `transformer.blocks.0…` begins.
+//! an over-dotted `transformer.blocks.0…` begins. Names of wrappers are taken out of a path that is
+//! not found as it is.
+
+mod wrapper;
 
 use std::borrow::Cow;
 
@@ -29,6 +32,8 @@ pub const PREFIXES: [&str; 14] = [
 
 /// Most prefixes that are stripped from one key; real files stack three.
 const MAX_PREFIXES: usize = 8;
+/// Most places of a key at which a module's path may end; flat keys have about twenty.
+const MAX_JOINTS: usize = 24;
 
 /// Why a key belongs to no module of the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -140,6 +145,8 @@ pub struct Resolved {
     pub target: TargetId,
     /// The prefixes that were stripped, in order.
     pub prefixes: Vec<&'static str>,
+    /// The wrappers' names that were taken out, in order.
+    pub wrappers: Vec<String>,
     /// What was looked up, as it is spelled.
     pub path: String,
 }
@@ -152,7 +159,8 @@ pub fn resolve(stem: &str) -> Option<TargetId> {
 
 fn target_of(stem: &str) -> Option<TargetId> {
     let path = without_processor(stem);
-    find_stripped(&path, &mut Vec::new())
+    let find = |path: &str| find_stripped(path, &mut Vec::new());
+    find(&path).or_else(|| find(&wrapper::unwrap(&path)?.0))
 }
 
 /// The module that a stem names, and how the stem spells it.
@@ -166,13 +174,21 @@ pub fn resolve_with_prefixes(stem: &str) -> Option<Resolved> {
 
 fn resolve_as_it_is(stem: &str) -> Option<Resolved> {
     let path = without_processor(stem);
+    resolve_path(&path, Vec::new()).or_else(|| {
+        let (path, wrappers) = wrapper::unwrap(&path)?;
+        resolve_path(&path, wrappers)
+    })
+}
+
+fn resolve_path(path: &str, wrappers: Vec<String>) -> Option<Resolved> {
     let mut prefixes = Vec::new();
-    let target = find_stripped(&path, &mut prefixes)?;
+    let target = find_stripped(path, &mut prefixes)?;
     let stripped: usize = prefixes.iter().map(|prefix| prefix.len()).sum();
     let path = path.get(stripped..)?.to_owned();
     Some(Resolved {
         target,
         prefixes,
+        wrappers,
         path,
     })
 }
@@ -227,7 +243,9 @@ const TEXT_ENCODERS: [&str; 7] = [
 
 /// The reason, and the module beside which a tensor of unknown kind stands.
 fn foreign(key: &str) -> (Foreign, Option<TargetId>) {
-    let starts = |names: &[&str]| names.iter().any(|name| key.starts_with(name));
+    let unwrapped = wrapper::unwrap(key);
+    let bare = unwrapped.as_ref().map_or(key, |(bare, _)| bare);
+    let starts = |names: &[&str]| names.iter().any(|name| bare.starts_with(name));
     let reason = if key.contains(".base_layer.") {
         Foreign::BaseWeight
     } else if starts(&TEXT_ENCODERS) {
@@ -240,7 +258,7 @@ fn foreign(key: &str) -> (Foreign, Option<TargetId>) {
         Foreign::Bookkeeping
     } else if key.strip_suffix(".bias").and_then(resolve).is_some() {
         Foreign::PlainWeight
-    } else if block_out_of_range(key) {
+    } else if block_out_of_range(bare) {
         Foreign::BlockOutOfRange
     } else if let Some(target) = named_module(key) {
         return (Foreign::UnknownForm, Some(target));
@@ -250,12 +268,11 @@ fn foreign(key: &str) -> (Foreign, Option<TargetId>) {
     (reason, None)
 }
 
-/// Whether the key names a module of a block whose number the model does not have.
+/// Whether the key, or a path without an ending, names a module of a block whose number the model
+/// does not have.
 fn block_out_of_range(key: &str) -> bool {
-    let Some(cut) = suffix::cut(key) else {
-        return false;
-    };
-    let path = without_processor(cut.stem);
+    let stem = suffix::cut(key).map_or(key, |cut| cut.stem);
+    let path = without_processor(stem);
     let in_another_block = |path: &str| {
         BLOCK_GROUPS.iter().find_map(|(group, count)| {
             let rest = strip_flat(strip_flat(path, group)?, "_")?;
@@ -274,13 +291,12 @@ fn block_out_of_range(key: &str) -> bool {
 
 /// The module whose path a leading part of the key is.
 fn named_module(key: &str) -> Option<TargetId> {
-    let dots = key
-        .bytes()
-        .enumerate()
-        .filter(|(_, b)| *b == b'.')
-        .map(|(at, _)| at);
+    let is_flat = !key.contains('.');
+    let is_joint = |byte: u8| byte == b'.' || (is_flat && byte == b'_');
+    let joints = key.bytes().enumerate().filter(|(_, byte)| is_joint(*byte));
     // Deep keys are not modules of ours; the bound keeps a hostile name cheap.
-    dots.take(16).find_map(|at| resolve(key.get(..at)?))
+    let mut starts = joints.take(MAX_JOINTS).map(|(at, _)| at);
+    starts.find_map(|at| resolve(key.get(..at)?))
 }
 
 #[cfg(test)]
@@ -306,6 +322,11 @@ mod tests {
             "lycoris__transformer_blocks_3_attn_to_q",
             "pipe.dit.transformer_blocks.3.attn.to_q",
             "transformer.transformer_blocks.3.attn.processor.to_q",
+            "transformer.transformer_blocks.3._orig_mod.attn.processor.to_q",
+            "module.transformer_blocks.3.module.attn.to_q._orig_mod",
+            "lora_unet_module_transformer_blocks_3__fsdp_wrapped_module_attn_to_q",
+            "lora_unet__orig_mod_transformer_blocks_3_attn_to_q_",
+            "diffusion_model.orig.mod.transformer.blocks.3.attn.to.q",
         ] {
             assert_eq!(path(stem), Some("transformer_blocks.3.attn.to_q"), "{stem}");
         }
@@ -333,6 +354,18 @@ mod tests {
             reason("transformer_blocks.0.attn.to_q.lora_C.weight"),
             Foreign::UnknownForm
         );
+        assert_eq!(
+            reason("lora_unet_transformer_blocks_0_attn_to_q_lora_C_weight"),
+            Foreign::UnknownForm
+        );
+        assert_eq!(
+            reason("_orig_mod.transformer_blocks.60.attn.to_q"),
+            Foreign::BlockOutOfRange
+        );
+        assert_eq!(
+            reason("_orig_mod.text_encoder.q.lora_A.weight"),
+            Foreign::TextEncoder
+        );
         assert_eq!(reason("x.base_layer.weight"), Foreign::BaseWeight);
         assert_eq!(reason("single_blocks.0.x.alpha"), Foreign::NotAModule);
     }
@@ -345,7 +378,7 @@ mod tests {
         let under = |prefixes: usize| "dit.".repeat(prefixes) + module;
         assert_eq!(path(&under(MAX_PREFIXES)), Some(module));
         assert_eq!(path(&under(MAX_PREFIXES + 1)), None);
-        let deep = under(100_000) + ".lora_A.weight";
+        let deep = "_orig_mod.".to_owned() + &under(100_000) + ".lora_A.weight";
         let expected = ParsedKey::Foreign {
             reason: Foreign::NotAModule,
             beside: None,

@@ -21,6 +21,7 @@ fn a_key_is_taken_apart() {
     assert_eq!(
         reading.unwrap(),
         Reading {
+            wrappers: Vec::new(),
             prefixes: vec!["transformer.", "base_model.model."],
             spelling: "transformer_blocks.3.attn.to.out".to_owned(),
             target: "transformer_blocks.3.attn.to_out.0",

@@ -125,6 +125,56 @@ fn spellings_that_were_met_are_read() {
             to_q,
             "PEFT's `state_dict()`",
         ),
+        (
+            "_orig_mod.transformer_blocks.0.attn.to_q.lora_A.weight",
+            to_q,
+            "torch.compile of a whole model",
+        ),
+        (
+            "diffusion_model.transformer_blocks.0._orig_mod.attn.to_q.lora_B.weight",
+            to_q,
+            "torch.compile of a block",
+        ),
+        (
+            "lora_unet__orig_mod_transformer_blocks_0_attn_to_q.alpha",
+            to_q,
+            "the same, flattened",
+        ),
+        (
+            "lora_unet_transformer_blocks_0__orig_mod_attn_to_q.lora_down.weight",
+            to_q,
+            "the same of a block",
+        ),
+        (
+            "transformer_blocks.0.attn.to_q._orig_mod.lora_A.default.weight",
+            to_q,
+            "torch.compile of a layer",
+        ),
+        (
+            "base_model.model._fsdp_wrapped_module.transformer_blocks.0._fsdp_wrapped_module.attn.to_q.lora_A.weight",
+            to_q,
+            "PyTorch's FSDP",
+        ),
+        (
+            "transformer_blocks.0._checkpoint_wrapped_module.attn.to_q.lora_A.weight",
+            to_q,
+            "PyTorch's activation checkpointing",
+        ),
+        (
+            "_forward_module.module.transformer_blocks.0.attn.to_q.lora_A.weight",
+            to_q,
+            "Lightning and DDP",
+        ),
+        (
+            "transformer_blocks.0.module.attn.to_q.lora_A.weight",
+            to_q,
+            "DDP of a block",
+        ),
+        (
+            "_fpw_module.transformer_blocks.0.attn.to_q.lora_A.weight",
+            to_q,
+            "FairScale's FSDP",
+        ),
     ] {
         let reading = Reading::of(key);
         assert_eq!(

@@ -96,6 +96,8 @@ fn producers() {
     comfyui_lorasave                     unknown (ComfyUI keys, as its nodes and LightX2V's extractor write)
     comfyui_lorasave_full_diff           unknown (ComfyUI keys, as diffusion-pipe and many trainers write)
     comfyui_train_lora                   unknown (ComfyUI keys, as its nodes and LightX2V's extractor write)
+    compiled_blocks                      unknown (diffusers keys)
+    compiled_flat                        musubi-tuner (metadata `ss_network_module`)
     control_lora_img_in                  unknown (ComfyUI keys, as diffusion-pipe and many trainers write)
     diffsynth_full60                     probably DiffSynth-Studio (by its keys)
     diffsynth_merged_qkv                 probably DiffSynth-Studio (by its keys)
@@ -112,6 +114,7 @@ fn producers() {
     dot_a_b                              unknown (ComfyUI keys, as diffusion-pipe and many trainers write)
     foreign_keys_mixed_in                unknown (diffusers keys)
     fp8_plain                            unknown (ComfyUI keys, as diffusion-pipe and many trainers write)
+    fsdp_checkpoint_wrapped              unknown
     fused_to_added_qkv                   unknown (plain keys, as VideoX-Fun and converters write)
     kohya_conv4d                         unknown (kohya keys, as musubi-tuner and Civitai's trainer write)
     kohya_resize_mixed_rank              musubi-tuner (metadata `ss_network_module`)

@@ -98,6 +98,54 @@ fn stacked_prefixes_and_an_adapters_name() {
 }
 
 #[test]
+fn a_key_with_wrappers() {
+    let key = "module._fsdp_wrapped_module.transformer_blocks.59._fsdp_wrapped_module.\
+               _checkpoint_wrapped_module.attn.to_v.lora_B.weight";
+    assert_snapshot!(of_corpus("fsdp_checkpoint_wrapped", key), @"
+    exit 0
+    --- stdout
+    APPLIED      module._fsdp_wrapped_module.transformer_blocks.59._fsdp_wrapped_module._checkpoint_wrapped_module.attn.to_v.lora_B.weight
+                 it takes part in what is applied
+
+      file       [dir]/style.safetensors
+      tensor     BF16 3072x16
+      prefix     none
+      wrapper    `module` then `_fsdp_wrapped_module` then `_fsdp_wrapped_module`
+                 then `_checkpoint_wrapped_module`, taken out
+      path       `transformer_blocks.59.attn.to_v`
+      suffix     `.lora_B.weight`
+      role       up: the pair's second factor (LoRA B), out x rank
+      module     transformer_blocks.59.attn.to_v
+      slot       transformer_blocks.59.attn.to_qkv, part 3 of 3
+      adapter    LoRA, rank 16
+      scale      1: neither an alpha nor a configuration
+      with       `module._fsdp_wrapped_module.transform…rapped_module.attn.to_v.lora_A.weight`
+    ");
+    let key = "lora_unet__orig_mod_transformer_blocks_0_attn_to_out_0.alpha";
+    assert_snapshot!(of_corpus("compiled_flat", key), @"
+    exit 0
+    --- stdout
+    APPLIED      lora_unet__orig_mod_transformer_blocks_0_attn_to_out_0.alpha
+                 it takes part in what is applied
+
+      file       [dir]/style.safetensors
+      tensor     F32 scalar = 8
+      prefix     `lora_unet_`
+      wrapper    `_orig_mod`, taken out
+      path       `transformer_blocks_0_attn_to_out_0`
+      suffix     `.alpha`
+      role       alpha: the numerator of the scale, alpha / rank
+      module     transformer_blocks.0.attn.to_out.0
+      slot       transformer_blocks.0.attn.to_out.0
+      adapter    LoRA, rank 16
+      scale      0.5 = alpha 8 / rank 16
+                 by `lora_unet__orig_mod_transformer_blocks_0_attn_to_out_0.alpha`
+      with       `lora_unet__orig_mod_transformer_blocks_0_attn_to_out_0.lora_down.weight`
+                 `lora_unet__orig_mod_transformer_blocks_0_attn_to_out_0.lora_up.weight`
+    ");
+}
+
+#[test]
 fn a_scale_of_the_configuration() {
     let key = "transformer.transformer_blocks.0.attn.to_q.lora_B.weight";
     assert_snapshot!(of_corpus("diffusers_peft_rslora", key), @"
