@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use qwenlora_core::document::SCHEMA;
-use qwenlora_core::explain::{Explanation, Fate, ModuleExplanation, Reading, ScaleRule};
+use qwenlora_core::explain::{Explanation, Fate, ModuleExplanation, Reading, ScaleRule, Unread};
 use qwenlora_core::header::Quoted;
 use qwenlora_core::role::Role;
 use serde::Serialize;
@@ -34,7 +34,7 @@ pub(crate) fn screen(path: &Path, explanation: &Explanation) -> Screen {
     }
     match &explanation.reading {
         Some(reading) => add_reading(&mut screen, reading, explanation.role),
-        None => screen.row(Tone::Faint, "path", NO_MODULE),
+        None => screen.row(Tone::Faint, "path", &unread(&explanation.key)),
     }
     if let Some(module) = &explanation.module {
         add_module(&mut screen, module, &explanation.key);
@@ -42,21 +42,42 @@ pub(crate) fn screen(path: &Path, explanation: &Explanation) -> Screen {
     screen
 }
 
-/// The screen of a key that no file was named for; whether it names a module at all.
+/// The screen of a key that no file was named for.
 pub(crate) fn reading_screen(key: &str, reading: Option<&Reading>) -> Screen {
     let mut screen = Screen::default();
-    let key = escape::short(key, QUOTED_COLUMNS);
+    let shown = escape::short(key, QUOTED_COLUMNS);
     if let Some(reading) = reading {
-        screen.headline(Tone::Good, "KEY", &key);
+        screen.headline(Tone::Good, "KEY", &shown);
         screen.below("as it is read in any file; name one to see its scale and its fate");
         screen.blank();
         add_reading(&mut screen, reading, reading.role);
         screen.row(Tone::Faint, "module", reading.target);
     } else {
-        screen.headline(Tone::Bad, "KEY", &key);
-        screen.below(NO_MODULE);
+        screen.headline(Tone::Bad, "KEY", &shown);
+        screen.below(&unread(key));
     }
     screen
+}
+
+/// What a key says that is no tensor of a module.
+fn unread(key: &str) -> String {
+    match Unread::of(key) {
+        Some(Unread::PathAlone { target }) => format!(
+            "names the module `{target}`, without an ending that says what the tensor is, such as \
+             `.lora_A.weight`"
+        ),
+        Some(Unread::UnknownEnding { target, ending }) => format!(
+            "names the module `{target}`, with an unknown ending: `{}`",
+            escape::short(&ending, QUOTED_COLUMNS)
+        ),
+        Some(Unread::BeyondTheModel(block)) => block,
+        Some(Unread::OfPart(part)) => {
+            format!("belongs to {}, to which nothing is applied", part.name())
+        }
+        Some(Unread::Known(foreign)) => foreign.reason().to_owned(),
+        Some(Unread::OfModel(model)) => format!("{NO_MODULE}, but one as {model} has it"),
+        Some(Unread::Unknown) | None => NO_MODULE.to_owned(),
+    }
 }
 
 const NO_MODULE: &str = "names no module of Qwen-Image or Z-Image";
@@ -122,7 +143,13 @@ fn add_reading(screen: &mut Screen, reading: &Reading, role: Role) {
             &format!("in it the adapter's name, as PEFT writes it: `{name}`"),
         );
     }
-    row("role", &format!("{}: {}", role.name(), meaning(role)));
+    let is_plain = role == Role::Ia3 && reading.suffix == ".weight";
+    let says = if is_plain {
+        PLAIN_WEIGHT
+    } else {
+        meaning(role)
+    };
+    row("role", &format!("{}: {says}", role.name()));
     if let Some(scaled) = reading.scales {
         row("", &format!("of the {} of its module", scaled.name()));
     }
@@ -221,6 +248,10 @@ fn scale_key(rule: &ScaleRule) -> Option<&str> {
     }
 }
 
+/// What the ending of a checkpoint's tensors says.
+const PLAIN_WEIGHT: &str =
+    "the module's own weight, as in a checkpoint; only beside `.on_input` IA3's factors";
+
 /// A tensor's part in its adapter, in words.
 fn meaning(role: Role) -> &'static str {
     match role {
@@ -287,6 +318,9 @@ struct Read<'d> {
     schema: u32,
     key: &'d str,
     reading: Option<&'d Reading>,
+    /// What it is, where it is not read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
 }
 
 /// The line of a key that the file has.
@@ -314,6 +348,7 @@ pub(crate) fn reading_document(key: &str, reading: Option<&Reading>) -> String {
         schema: SCHEMA,
         key,
         reading,
+        reason: reading.is_none().then(|| unread(key)),
     })
 }
 

@@ -1,12 +1,12 @@
 //! Whose file it is: decided by names and shapes, never by what the metadata says.
 
+mod nothing;
+
 use crate::fit::{self, Fit};
 use crate::header::Quoted;
-use crate::key::Foreign;
 use crate::lookalike;
 use crate::model::{self, Model};
 use crate::module::Module;
-use crate::reason::Reason;
 use crate::role::Role;
 use crate::table::KeyTable;
 
@@ -25,6 +25,11 @@ pub enum ModelCheck {
 
 /// Decides whose file it is, and marks modules whose shape is not the released model's.
 pub(crate) fn check_model(modules: &mut [Module], table: &KeyTable) -> ModelCheck {
+    if modules.is_empty()
+        && let Some(text) = nothing::not_an_adapter(table)
+    {
+        return ModelCheck::Nothing(text);
+    }
     let mut seen: Vec<_> = table
         .entries()
         .iter()
@@ -34,14 +39,15 @@ pub(crate) fn check_model(modules: &mut [Module], table: &KeyTable) -> ModelChec
         .collect();
     seen.sort_by_key(|(lookalike, _)| lookalike.place);
     if let Some((other, key)) = seen.iter().find(|(l, _)| l.decides) {
+        let keys = table.entries().iter().map(|e| e.tensor.key.as_str());
         return ModelCheck::Other(format!(
             "a {} LoRA (it has {})",
-            other.model,
+            lookalike::by_blocks(other.model, keys),
             Quoted::new(key)
         ));
     }
     let Some(model) = fit::majority_model(modules) else {
-        return ModelCheck::Nothing(nothing_found(table, seen.first().map(|(l, _)| l.model)));
+        return ModelCheck::Nothing(nothing::nothing_found(table));
     };
     let (mut fitting, mut differing) = (0usize, 0usize);
     let mut example = None;
@@ -101,26 +107,4 @@ fn name_by_width(modules: &[Module], model: Model) -> Option<&'static str> {
     widths.sort_unstable();
     let most = widths.chunk_by(|a, b| a == b).max_by_key(|run| run.len())?;
     lookalike::by_width(model, *most.first()?, has_text_side)
-}
-
-fn nothing_found(table: &KeyTable, lookalike: Option<&str>) -> String {
-    let plain = table
-        .entries()
-        .iter()
-        .any(|e| e.reason == Some(Reason::Foreign(Foreign::PlainWeight)));
-    match lookalike {
-        _ if table.entries().is_empty() => "the file holds no tensor".to_owned(),
-        _ if plain => "a checkpoint, not a LoRA: it holds whole weights".to_owned(),
-        Some(model) => format!("a LoRA of another model, probably {model}"),
-        None => {
-            let key = table
-                .entries()
-                .first()
-                .map_or("", |e| e.tensor.key.as_str());
-            format!(
-                "no key names a module of Qwen-Image (the first is {})",
-                Quoted::new(key)
-            )
-        }
-    }
 }

@@ -130,7 +130,7 @@ impl FilePlan {
     }
 
     fn tensor_row<'p>(entry: &'p Entry, left_out: Option<&&str>, other: bool) -> TensorRow<'p> {
-        let (target, role, reason) = if other && !is_text_encoder(entry) {
+        let (target, role, reason) = if other && !is_told(entry) {
             (None, Role::Ignored, Some(OTHER_MODEL.to_owned()))
         } else {
             let reason = entry.reason.as_ref().map(Reason::text);
@@ -204,9 +204,24 @@ impl FilePlan {
     }
 }
 
-fn is_text_encoder(entry: &Entry) -> bool {
+/// Whether a tensor's own reason says more than that the file is another model's.
+fn is_told(entry: &Entry) -> bool {
     use crate::key::Foreign;
-    entry.reason == Some(Reason::Foreign(Foreign::TextEncoder))
+    match entry.reason {
+        Some(Reason::Foreign(foreign)) => match foreign {
+            Foreign::TextEncoder
+            | Foreign::Vae
+            | Foreign::Embedding
+            | Foreign::UnknownForm
+            | Foreign::PlainWeight
+            | Foreign::BlockOutOfRange => true,
+            Foreign::Bookkeeping
+            | Foreign::BaseWeight
+            | Foreign::TrainedBias
+            | Foreign::NotAModule => false,
+        },
+        _ => false,
+    }
 }
 
 fn path_of(target: &'static Target) -> &'static str {

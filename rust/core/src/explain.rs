@@ -2,6 +2,7 @@
 //! and where it comes from, and what becomes of the tensor.
 
 mod nearest;
+mod unread;
 
 use std::fmt;
 
@@ -16,6 +17,7 @@ use crate::plan::FilePlan;
 use crate::role::Role;
 use crate::suffix;
 use crate::table::Entry;
+pub use unread::Unread;
 
 /// One key of a file, explained.
 #[derive(Debug, Clone, PartialEq, Serialize)]

@@ -9,6 +9,7 @@ mod wrapper;
 use std::borrow::Cow;
 
 use crate::model::{self, BLOCK_GROUPS, TargetId, strip_flat};
+use crate::part::Part;
 use crate::role::Role;
 use crate::suffix;
 
@@ -258,20 +259,28 @@ fn foreign(key: &str) -> (Foreign, Option<TargetId>) {
         Foreign::Bookkeeping
     } else if key.strip_suffix(".bias").and_then(resolve).is_some() {
         Foreign::PlainWeight
-    } else if block_out_of_range(bare) {
+    } else if block_out_of_range(bare).is_some() {
         Foreign::BlockOutOfRange
-    } else if let Some(target) = named_module(key) {
+    } else if let Some((target, _)) = named_module(key) {
         return (Foreign::UnknownForm, Some(target));
     } else {
-        Foreign::NotAModule
+        match Part::of(bare) {
+            Some(Part::TextEncoder) => Foreign::TextEncoder,
+            Some(Part::Vae) => Foreign::Vae,
+            Some(Part::Embedding) => Foreign::Embedding,
+            Some(Part::ControlNet | Part::IpAdapter | Part::Upscaler | Part::ImageEncoder)
+            | None => Foreign::NotAModule,
+        }
     };
     (reason, None)
 }
 
-/// Whether the key, or a path without an ending, names a module of a block whose number the model
-/// does not have.
-fn block_out_of_range(key: &str) -> bool {
-    let stem = suffix::cut(key).map_or(key, |cut| cut.stem);
+/// For a key, or a path without an ending, that names a module of a block whose number the model
+/// does not have: which the model has, in words.
+pub(crate) fn block_out_of_range(key: &str) -> Option<String> {
+    let unwrapped = wrapper::unwrap(key);
+    let bare = unwrapped.as_ref().map_or(key, |(bare, _)| bare);
+    let stem = suffix::cut(bare).map_or(bare, |cut| cut.stem);
     let path = without_processor(stem);
     let in_another_block = |path: &str| {
         BLOCK_GROUPS.iter().find_map(|(group, count)| {
@@ -281,22 +290,26 @@ fn block_out_of_range(key: &str) -> bool {
             let beyond = number
                 .parse::<u32>()
                 .map_or(!number.is_empty(), |n| n >= *count);
-            beyond
-                .then(|| model::table().find(&format!("{group}_0{rest}")))
-                .flatten()
+            let target = beyond.then(|| model::table().find(&format!("{group}_0{rest}")))??;
+            let model = model::table().target(target).model.title();
+            let last = count - 1;
+            Some(format!(
+                "names a block that {model} does not have (its last is `{group}.{last}`)"
+            ))
         })
     };
-    search(&path, &mut Vec::new(), &in_another_block).is_some()
+    search(&path, &mut Vec::new(), &in_another_block)
 }
 
-/// The module whose path a leading part of the key is.
-fn named_module(key: &str) -> Option<TargetId> {
+/// The module whose path a leading part of the key, or all of it, is, and how long that part is.
+pub(crate) fn named_module(key: &str) -> Option<(TargetId, usize)> {
     let is_flat = !key.contains('.');
     let is_joint = |byte: u8| byte == b'.' || (is_flat && byte == b'_');
     let joints = key.bytes().enumerate().filter(|(_, byte)| is_joint(*byte));
     // Deep keys are not modules of ours; the bound keeps a hostile name cheap.
-    let mut starts = joints.take(MAX_JOINTS).map(|(at, _)| at);
-    starts.find_map(|at| resolve(key.get(..at)?))
+    let starts = joints.take(MAX_JOINTS).map(|(at, _)| at);
+    let mut starts = starts.chain([key.len()]);
+    starts.find_map(|at| Some((resolve(key.get(..at)?)?, at)))
 }
 
 #[cfg(test)]

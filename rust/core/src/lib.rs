@@ -32,6 +32,7 @@ mod model_checking;
 pub mod module;
 mod notes;
 pub mod packed;
+pub mod part;
 pub mod peft;
 mod pieces;
 pub mod plan;

@@ -1,21 +1,33 @@
 //! Files of other models: what gives them away, and their names where they can be told.
 
 use crate::model::Model;
+use crate::suffix;
 
 /// (a part of a flattened key, the model it belongs to, whether it decides alone); `#` stands for
 /// a number. The more telling come first: where several are in one file, the first row names it.
 ///
 /// A deciding witness rejects a file even where other keys fit, since FLUX shares Qwen-Image's
 /// attention names and width. The others only put a name to a file of which nothing fits.
-const WITNESSES: [(&str, &str, bool); 27] = [
+const WITNESSES: [(&str, &str, bool); 43] = [
     ("_attn_to_qkv_mlp_proj", "FLUX.2", true),
     ("_stream_modulation_", "FLUX.2", true),
     ("transformer_blocks_#_ff_linear_", "FLUX.2", true),
     ("transformer_blocks_#_ff_context_linear_", "FLUX.2", true),
     ("distilled_guidance_layer_", "Chroma", true),
-    ("single_transformer_blocks_", "FLUX", true),
-    ("double_blocks_", "FLUX", true),
-    ("single_blocks_", "FLUX", true),
+    ("clean_x_embedder_", "FramePack", true),
+    ("double_blocks_#_img_mlp_fc", HUNYUAN, true),
+    ("double_blocks_#_txt_mlp_fc", HUNYUAN, true),
+    ("double_blocks_#_img_mod_linear", HUNYUAN, true),
+    ("double_blocks_#_txt_mod_linear", HUNYUAN, true),
+    ("double_blocks_#_img_attn_q_", HUNYUAN, true),
+    ("double_blocks_#_txt_attn_q_", HUNYUAN, true),
+    ("single_blocks_#_modulation_linear", HUNYUAN, true),
+    ("individual_token_refiner_", HUNYUAN, true),
+    ("context_embedder_token_refiner_", HUNYUAN, true),
+    ("context_embedder_time_text_embed_", HUNYUAN, true),
+    ("single_transformer_blocks_", FLUX_OR_HUNYUAN, true),
+    ("double_blocks_", FLUX_KIN, true),
+    ("single_blocks_", FLUX_KIN, true),
     ("img_mlp_gate_layer", "Qwen-Image-2.1", true),
     ("img_mlp_gate_up", "Qwen-Image-2.1", true),
     ("img_mlp_proj", "Qwen-Image-2.1", true),
@@ -33,20 +45,38 @@ const WITNESSES: [(&str, &str, bool); 27] = [
     ("down_blocks_", "Stable Diffusion", false),
     ("input_blocks_", "Stable Diffusion", false),
     ("mid_block_", "Stable Diffusion", false),
+    ("up_blocks_", "Stable Diffusion", false),
+    ("output_blocks_", "Stable Diffusion", false),
+    ("middle_block_", "Stable Diffusion", false),
     ("double_stream_blocks_", "HiDream", false),
     ("single_stream_blocks_", "HiDream", false),
     ("_cross_attn_", "Wan or another video model", false),
     ("_self_attn_", "Wan or another video model", false),
+    ("audio_attn", "LTX-2", false),
     (
         "transformer_blocks_#_attn1_",
         "a video or Stable Diffusion model",
         false,
     ),
     ("cap_embedder_", "Lumina-Image", false),
+    ("net_blocks_#_", "Cosmos or Anima", false),
 ];
 
+/// HunyuanVideo's own names; HunyuanImage and HunyuanVideo 1.5 share them.
+const HUNYUAN: &str = "HunyuanVideo";
+/// Blocks of these names are in both, in the spelling of diffusers.
+const FLUX_OR_HUNYUAN: &str = "FLUX or HunyuanVideo";
+/// Blocks of these names are in all of them, in the spelling of their authors.
+const FLUX_KIN: &str = "FLUX, Chroma or HunyuanVideo";
 /// Their blocks have the same names, their widths differ.
-const FLUX_OR_SD3: &str = "FLUX or Stable Diffusion 3";
+const FLUX_OR_SD3: &str = "FLUX, HunyuanVideo or Stable Diffusion 3";
+
+/// (the blocks of models that share names, how many FLUX has): HunyuanVideo has a few more.
+const FLUX_BLOCKS: [(&str, u32); 3] = [
+    ("single_transformer_blocks", 38),
+    ("double_blocks", 19),
+    ("single_blocks", 38),
+];
 
 /// (a model of the table, width of an attention linear, the model that has this width under the
 /// same names, whether that one has the text side's linears).
@@ -83,6 +113,30 @@ pub fn witness(key: &str) -> Option<Lookalike> {
         })
 }
 
+/// Which of the models that share a name it is, by the numbers of the blocks: a file trains all of
+/// them as a rule, and FLUX has fewer. `name` where they do not tell.
+pub fn by_blocks<'k>(name: &'static str, keys: impl Iterator<Item = &'k str>) -> &'static str {
+    if ![FLUX_OR_HUNYUAN, FLUX_KIN].contains(&name) {
+        return name;
+    }
+    let beyond = |key: &str| {
+        let flat = suffix::cut(key)
+            .map_or(key, |cut| cut.stem)
+            .replace('.', "_");
+        FLUX_BLOCKS.iter().find_map(|(group, count)| {
+            let (_, rest) = flat.split_once(&format!("{group}_"))?;
+            let number: u32 = rest.split('_').next()?.parse().ok()?;
+            // 1 for a block that FLUX lacks, 0 for its last one.
+            number.saturating_add(1).checked_sub(*count)
+        })
+    };
+    match keys.filter_map(beyond).max() {
+        Some(0) => "FLUX",
+        Some(_) => HUNYUAN,
+        None => name,
+    }
+}
+
 /// The model whose attention has this width under a known model's names.
 pub fn by_width(model: Model, width: u64, has_text_side: bool) -> Option<&'static str> {
     let fits = |row: &&(Model, u64, &str, bool)| {
@@ -93,7 +147,7 @@ pub fn by_width(model: Model, width: u64, has_text_side: bool) -> Option<&'stati
 }
 
 /// A key with its dots flattened and `#` in the place of each number between them.
-fn numberless(key: &str) -> String {
+pub(crate) fn numberless(key: &str) -> String {
     let flat = key.replace('.', "_");
     let segments: Vec<&str> = flat
         .split('_')
@@ -106,7 +160,7 @@ fn numberless(key: &str) -> String {
 }
 
 /// `part` in `flat`, beginning at a word: `double_blocks_` is not in `xdouble_blocks_`.
-fn contains_segment(flat: &str, part: &str) -> bool {
+pub(crate) fn contains_segment(flat: &str, part: &str) -> bool {
     flat.match_indices(part).any(|(at, _)| {
         part.starts_with('_')
             || at == 0
@@ -127,7 +181,31 @@ mod tests {
         for (key, expected) in [
             (
                 "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
-                Some(("FLUX", true)),
+                Some((FLUX_OR_HUNYUAN, true)),
+            ),
+            (
+                "diffusion_model.double_blocks.0.img_mlp.fc1.lora_A.weight",
+                Some((HUNYUAN, true)),
+            ),
+            (
+                "lora_unet_double_blocks_0_txt_mlp_fc2.alpha",
+                Some((HUNYUAN, true)),
+            ),
+            (
+                "lora_unet_single_blocks_3_modulation_linear.alpha",
+                Some((HUNYUAN, true)),
+            ),
+            (
+                "transformer.context_embedder.token_refiner.refiner_blocks.0.attn.to_q.alpha",
+                Some((HUNYUAN, true)),
+            ),
+            (
+                "lora_unet_single_blocks_0_linear1.alpha",
+                Some((FLUX_KIN, true)),
+            ),
+            (
+                "diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight",
+                Some((FLUX_KIN, true)),
             ),
             (
                 "transformer.single_transformer_blocks.12.attn.to_qkv_mlp_proj.lora_A.weight",
@@ -179,6 +257,32 @@ mod tests {
             let dotted = format!("{}.lora_A.weight", target.path);
             assert_eq!(witness(&dotted), None, "{dotted}");
         }
+    }
+
+    #[test]
+    fn the_number_of_blocks_tells_flux_from_its_kin() {
+        let name = |name, keys: &[&str]| by_blocks(name, keys.iter().copied());
+        let single = "transformer.single_transformer_blocks.37.proj_out.lora_A.weight";
+        assert_eq!(name(FLUX_OR_HUNYUAN, &["x", single]), "FLUX");
+        let more = "transformer.single_transformer_blocks.39.proj_out.lora_A.weight";
+        assert_eq!(name(FLUX_OR_HUNYUAN, &[single, more]), HUNYUAN);
+        assert_eq!(
+            name(FLUX_KIN, &["lora_unet_double_blocks_19_img_attn_qkv.alpha"]),
+            HUNYUAN
+        );
+        assert_eq!(
+            name(FLUX_KIN, &["lora_unet_double_blocks_18_img_attn_qkv.alpha"]),
+            "FLUX"
+        );
+        let few = [
+            "single_blocks.0.linear1.alpha",
+            "single_blocks.x.linear1.alpha",
+            "single_blocks",
+        ];
+        assert_eq!(name(FLUX_KIN, &few), FLUX_KIN);
+        let far = "single_blocks.4294967295.linear1.alpha";
+        assert_eq!(name(FLUX_KIN, &[far]), HUNYUAN);
+        assert_eq!(name("Chroma", &[single]), "Chroma");
     }
 
     #[test]

@@ -28,6 +28,14 @@ impl Model {
             Self::ZImage => "z-image",
         }
     }
+
+    /// How people write it.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::QwenImage => "Qwen-Image",
+            Self::ZImage => "Z-Image",
+        }
+    }
 }
 
 impl fmt::Display for Model {

@@ -22,7 +22,8 @@ pub(crate) fn take(plan: &FilePlan, config: Option<&AdapterConfig>) -> Vec<Strin
     let mut notes = Vec::new();
     if plan.check == ModelCheck::Known(Model::QwenImage) && could_be_flux(plan) {
         notes.push(
-            "only attention layers of the first 19 blocks: a FLUX LoRA could look the same"
+            "only attention layers of the first 20 blocks: a FLUX or HunyuanVideo LoRA could look the \
+             same"
                 .to_owned(),
         );
     }
@@ -124,11 +125,11 @@ fn rank_note(plan: &FilePlan, config: &AdapterConfig) -> Option<String> {
         })
 }
 
-/// FLUX has the same names and widths for all linears and norms of the attention, and 19 such
-/// blocks.
+/// FLUX and HunyuanVideo have the same names and widths for all linears and norms of the attention,
+/// and 19 and 20 such blocks.
 fn could_be_flux(plan: &FilePlan) -> bool {
     plan.modules.iter().all(|module| {
         let target = model::table().target(module.target);
-        target.block.is_some_and(|block| block <= 18) && target.path.contains(".attn.")
+        target.block.is_some_and(|block| block <= 19) && target.path.contains(".attn.")
     })
 }

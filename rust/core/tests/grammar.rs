@@ -125,56 +125,6 @@ fn spellings_that_were_met_are_read() {
             to_q,
             "PEFT's `state_dict()`",
         ),
-        (
-            "_orig_mod.transformer_blocks.0.attn.to_q.lora_A.weight",
-            to_q,
-            "torch.compile of a whole model",
-        ),
-        (
-            "diffusion_model.transformer_blocks.0._orig_mod.attn.to_q.lora_B.weight",
-            to_q,
-            "torch.compile of a block",
-        ),
-        (
-            "lora_unet__orig_mod_transformer_blocks_0_attn_to_q.alpha",
-            to_q,
-            "the same, flattened",
-        ),
-        (
-            "lora_unet_transformer_blocks_0__orig_mod_attn_to_q.lora_down.weight",
-            to_q,
-            "the same of a block",
-        ),
-        (
-            "transformer_blocks.0.attn.to_q._orig_mod.lora_A.default.weight",
-            to_q,
-            "torch.compile of a layer",
-        ),
-        (
-            "base_model.model._fsdp_wrapped_module.transformer_blocks.0._fsdp_wrapped_module.attn.to_q.lora_A.weight",
-            to_q,
-            "PyTorch's FSDP",
-        ),
-        (
-            "transformer_blocks.0._checkpoint_wrapped_module.attn.to_q.lora_A.weight",
-            to_q,
-            "PyTorch's activation checkpointing",
-        ),
-        (
-            "_forward_module.module.transformer_blocks.0.attn.to_q.lora_A.weight",
-            to_q,
-            "Lightning and DDP",
-        ),
-        (
-            "transformer_blocks.0.module.attn.to_q.lora_A.weight",
-            to_q,
-            "DDP of a block",
-        ),
-        (
-            "_fpw_module.transformer_blocks.0.attn.to_q.lora_A.weight",
-            to_q,
-            "FairScale's FSDP",
-        ),
     ] {
         let reading = Reading::of(key);
         assert_eq!(
@@ -189,6 +139,56 @@ fn spellings_that_were_met_are_read() {
             Reading::of(key).is_none_or(|reading| reading.target != "img_in"),
             "{key}"
         );
+    }
+}
+
+/// Keys of models that were wrapped when they were saved: each with the wrapper.
+#[test]
+fn keys_of_wrapped_models_are_read() {
+    for (key, wrapper) in [
+        (
+            "_orig_mod.transformer_blocks.0.attn.to_q.lora_A.weight",
+            "torch.compile of a whole model",
+        ),
+        (
+            "diffusion_model.transformer_blocks.0._orig_mod.attn.to_q.lora_B.weight",
+            "torch.compile of a block",
+        ),
+        (
+            "lora_unet__orig_mod_transformer_blocks_0_attn_to_q.alpha",
+            "the same, flattened",
+        ),
+        (
+            "lora_unet_transformer_blocks_0__orig_mod_attn_to_q.lora_down.weight",
+            "the same of a block",
+        ),
+        (
+            "transformer_blocks.0.attn.to_q._orig_mod.lora_A.default.weight",
+            "torch.compile of a layer",
+        ),
+        (
+            "base_model.model._fsdp_wrapped_module.transformer_blocks.0._fsdp_wrapped_module.attn.to_q.lora_A.weight",
+            "PyTorch's FSDP",
+        ),
+        (
+            "transformer_blocks.0._checkpoint_wrapped_module.attn.to_q.lora_A.weight",
+            "PyTorch's activation checkpointing",
+        ),
+        (
+            "_forward_module.module.transformer_blocks.0.attn.to_q.lora_A.weight",
+            "Lightning and DDP",
+        ),
+        (
+            "transformer_blocks.0.module.attn.to_q.lora_A.weight",
+            "DDP of a block",
+        ),
+        (
+            "_fpw_module.transformer_blocks.0.attn.to_q.lora_A.weight",
+            "FairScale's FSDP",
+        ),
+    ] {
+        let target = Reading::of(key).map(|reading| reading.target);
+        assert_eq!(target, Some(TO_Q), "{key} ({wrapper})");
     }
 }
 
@@ -498,7 +498,7 @@ fn state_dicts_keep_the_limits_of_a_header() {
     );
 }
 
-// Checkpoints' weights and other models' names
+// Checkpoints' weights
 
 #[test]
 fn a_checkpoints_weight_matters_unless_the_base_is_saved_along() {
@@ -510,98 +510,6 @@ fn a_checkpoints_weight_matters_unless_the_base_is_saved_along() {
         .plan();
     assert!(matters(&dump).is_empty());
     stack(&dump, true).unwrap();
-}
-
-#[test]
-fn another_models_name_makes_a_note() {
-    let notes_by = |key: &str, name: &str| {
-        let tensors = Tensors::default().peft(&TO_Q.replace(".0.", ".40."), 16);
-        let plan = tensors.metadata(key, name).plan();
-        assert_eq!(plan.verdict(), Verdict::Apply, "{name}");
-        plan.notes().to_vec()
-    };
-    let notes = |name: &str| notes_by("ss_base_model_version", name);
-    for name in [
-        "qwen_image",
-        "Qwen-Image-Edit",
-        "z_image",
-        "zimage",
-        "Z-Image",
-        "",
-    ] {
-        assert!(notes(name).is_empty(), "{name}");
-    }
-    insta::assert_snapshot!(
-        notes("mageflow").join("\n"),
-        @"the metadata names another model, `mageflow`: names and shapes are qwen-image's"
-    );
-    insta::assert_snapshot!(
-        notes_by("modelspec.architecture", "flux-1-dev/lora").join("\n"),
-        @"the metadata names another model, `flux-1-dev/lora`: names and shapes are qwen-image's"
-    );
-    assert!(notes_by("modelspec.architecture", "Qwen-Image-Edit/lora").is_empty());
-}
-
-#[test]
-fn attention_of_the_first_blocks_alone_may_be_another_models() {
-    let notes = |paths: &[&str]| {
-        let tensors = paths
-            .iter()
-            .fold(Tensors::default(), |t, path| t.peft(path, 16));
-        tensors.plan().notes().len()
-    };
-    let text = "transformer_blocks.18.attn.add_q_proj";
-    assert_eq!(notes(&[TO_Q, text]), 1);
-    assert_eq!(notes(&[TO_Q, "transformer_blocks.19.attn.to_q"]), 0);
-    assert_eq!(
-        notes(&[TO_Q, "time_text_embed.timestep_embedder.linear_2"]),
-        0
-    );
-}
-
-#[test]
-fn other_models_are_named_where_they_can_be_told() {
-    let pair = |tensors: Tensors, stem: &str, out: u64, inp: u64| {
-        tensors
-            .tensor(&format!("{stem}.lora_A.weight"), &[16, inp])
-            .tensor(&format!("{stem}.lora_B.weight"), &[out, 16])
-    };
-    let reason = |rows: &[(&str, u64, u64)]| {
-        let tensors = rows.iter().fold(Tensors::default(), |t, (stem, out, inp)| {
-            pair(t, stem, *out, *inp)
-        });
-        let plan = tensors.plan();
-        assert_eq!(plan.verdict(), Verdict::Reject, "{rows:?}");
-        plan.reason().unwrap()
-    };
-    let block = |name: &str| format!("transformer_blocks.3.{name}");
-    insta::assert_snapshot!(
-        reason(&[(&block("attn.to_q"), 3072, 3072), (&block("ff.net.0.proj"), 12288, 3072)]),
-        @"a FLUX or Stable Diffusion 3 LoRA (it has `transformer_blocks.3.ff.net.0.proj.lora_A.weight`)"
-    );
-    insta::assert_snapshot!(
-        reason(&[
-            (&block("ff.net.0.proj"), 12288, 3072),
-            ("single_transformer_blocks.0.attn.to_q", 3072, 3072),
-        ]),
-        @"a FLUX LoRA (it has `single_transformer_blocks.0.attn.to_q.lora_A.weight`)"
-    );
-    insta::assert_snapshot!(
-        reason(&[(&block("attn.to_q"), 4096, 4096)]),
-        @"a LoRA of another model, probably Qwen-Image-2.1: `transformer_blocks.3.attn.to_q` is 4096x4096 where qwen-image has 3072x3072"
-    );
-    insta::assert_snapshot!(
-        reason(&[(&block("attn.to_q"), 1536, 1536), (&block("attn.add_k_proj"), 1536, 1536)]),
-        @"a LoRA of another model, probably Stable Diffusion 3: `transformer_blocks.3.attn.to_q` is 1536x1536 where qwen-image has 3072x3072"
-    );
-    insta::assert_snapshot!(
-        reason(&[("layers.3.attention.to_q", 2304, 2304)]),
-        @"a LoRA of another model, probably Lumina-Image 2.0: `layers.3.attention.to_q` is 2304x2304 where z-image has 3840x3840"
-    );
-    insta::assert_snapshot!(
-        reason(&[(&block("attn.to_q"), 64, 64)]),
-        @"a LoRA of another model: `transformer_blocks.3.attn.to_q` is 64x64 where qwen-image has 3072x3072"
-    );
 }
 
 // Stacks

@@ -228,7 +228,7 @@ fn a_foreign_key_and_bookkeeping() {
 
       file       [dir]/style.safetensors
       tensor     BF16 16x64
-      path       names no module of Qwen-Image or Z-Image
+      path       belongs to a text encoder, to which nothing is applied
     ");
     assert_snapshot!(explain(&lora_file::partial(), "_aux.step"), @"
     exit 0
@@ -238,7 +238,7 @@ fn a_foreign_key_and_bookkeeping() {
 
       file       [dir]/style.safetensors
       tensor     I64 scalar
-      path       names no module of Qwen-Image or Z-Image
+      path       bookkeeping
     ");
 }
 
@@ -249,7 +249,7 @@ fn a_key_of_another_models_file() {
     exit 0
     --- stdout
     LOST         transformer.transformer_blocks.0.attn.to_q.lora_A.weight
-                 its module is not applied: a FLUX LoRA (it has
+                 its module is not applied: a FLUX or HunyuanVideo LoRA (it has
                  `transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight`)
 
       file       [dir]/style.safetensors
@@ -339,6 +339,98 @@ fn a_key_that_the_file_does_not_have() {
 }
 
 #[test]
+fn a_key_that_is_no_tensor_of_a_module() {
+    let folder = Folder::new();
+    let says = |key: &str| {
+        let outcome = folder.run(["--explain", key]);
+        assert_eq!(outcome.exit.code(), 1);
+        let mut lines = outcome.stdout.lines().skip(1).map(str::trim);
+        lines.by_ref().collect::<Vec<_>>().join(" ")
+    };
+    let keys = [
+        "transformer_blocks.0.attn.to_q",
+        "lora_unet__orig_mod_transformer_blocks_0_attn_to_q",
+        "transformer_blocks.0.attn.to_q.lora_a.weight",
+        "lora_unet_transformer_blocks_0_attn_to_q_lora_C_weight",
+        "diffusion_model.transformer_blocks.60.attn.to_q",
+        "layers.30.attention.to_q.lora_A.weight",
+        "text_encoder.model.layers.0.self_attn.q_proj.lora_A.weight",
+        "lora_te_model_layers_0_mlp_up_proj.alpha",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+        "vae.decoder.conv_in.weight",
+        "emb_params",
+        "controlnet_blocks.0.weight",
+        "_aux.step",
+        "transformer_blocks.0.attn.to_q.base_layer.weight",
+        "transformer_blocks.0.attn.to_q.bias",
+        "double_blocks.0.img_mlp.fc1.lora_A.weight",
+        "something.else",
+        "",
+    ];
+    let rows: Vec<String> = keys
+        .iter()
+        .map(|key| format!("{key}: {}", says(key)))
+        .collect();
+    assert_snapshot!(rows.join("\n"), @"
+    transformer_blocks.0.attn.to_q: names the module `transformer_blocks.0.attn.to_q`, without an ending that says what the tensor is, such as `.lora_A.weight`
+    lora_unet__orig_mod_transformer_blocks_0_attn_to_q: names the module `transformer_blocks.0.attn.to_q`, without an ending that says what the tensor is, such as `.lora_A.weight`
+    transformer_blocks.0.attn.to_q.lora_a.weight: names the module `transformer_blocks.0.attn.to_q`, with an unknown ending: `.lora_a.weight`
+    lora_unet_transformer_blocks_0_attn_to_q_lora_C_weight: names the module `transformer_blocks.0.attn.to_q`, with an unknown ending: `_lora_C_weight`
+    diffusion_model.transformer_blocks.60.attn.to_q: names a block that Qwen-Image does not have (its last is `transformer_blocks.59`)
+    layers.30.attention.to_q.lora_A.weight: names a block that Z-Image does not have (its last is `layers.29`)
+    text_encoder.model.layers.0.self_attn.q_proj.lora_A.weight: belongs to a text encoder, to which nothing is applied
+    lora_te_model_layers_0_mlp_up_proj.alpha: belongs to a text encoder, to which nothing is applied
+    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight: belongs to a text encoder, to which nothing is applied
+    vae.decoder.conv_in.weight: belongs to a VAE, to which nothing is applied
+    emb_params: belongs to a textual inversion embedding, to which nothing is applied
+    controlnet_blocks.0.weight: belongs to a ControlNet, to which nothing is applied
+    _aux.step: bookkeeping
+    transformer_blocks.0.attn.to_q.base_layer.weight: base weight saved along
+    transformer_blocks.0.attn.to_q.bias: a checkpoint's weight
+    double_blocks.0.img_mlp.fc1.lora_A.weight: names no module of Qwen-Image or Z-Image, but one as HunyuanVideo has it
+    something.else: names no module of Qwen-Image or Z-Image
+    : names no module of Qwen-Image or Z-Image
+    ");
+    assert_snapshot!(folder.run(["--json", "--explain", keys[2]]).text(), @r#"
+    exit 1
+    --- stdout
+    {"schema":1,"key":"transformer_blocks.0.attn.to_q.lora_a.weight","reading":null,"reason":"names the module `transformer_blocks.0.attn.to_q`, with an unknown ending: `.lora_a.weight`"}
+    "#);
+    // An ending that has two meanings.
+    let key = "transformer_blocks.0.attn.to_q.weight";
+    assert_snapshot!(folder.run(["--explain", key]).text(), @"
+    exit 0
+    --- stdout
+    KEY          transformer_blocks.0.attn.to_q.weight
+                 as it is read in any file; name one to see its scale and its fate
+
+      prefix     none
+      path       `transformer_blocks.0.attn.to_q`
+      suffix     `.weight`
+      role       ia3: the module's own weight, as in a checkpoint; only beside
+                 `.on_input` IA3's factors
+      module     transformer_blocks.0.attn.to_q
+    ");
+}
+
+#[test]
+fn what_a_file_says_of_a_key_does_not_deny_its_module() {
+    let key = "diffusion_model.transformer_blocks.7.attn.to_q.lora_C.weight";
+    let file = lora_file::partial().tensor(key, "F32", &[2]);
+    assert_snapshot!(explain(&file, key), @"
+    exit 0
+    --- stdout
+    LEFT OUT     diffusion_model.transformer_blocks.7.attn.to_q.lora_C.weight
+                 unknown kind of tensor
+
+      file       [dir]/style.safetensors
+      tensor     F32 2
+      path       names the module `transformer_blocks.7.attn.to_q`, with an unknown
+                 ending: `.lora_C.weight`
+    ");
+}
+
+#[test]
 fn a_key_without_a_file() {
     let folder = Folder::new();
     let key = "transformer.transformer_blocks.60.attn.to_q.lora_A.weight";
@@ -346,7 +438,8 @@ fn a_key_without_a_file() {
     exit 1
     --- stdout
     KEY          transformer.transformer_blocks.60.attn.to_q.lora_A.weight
-                 names no module of Qwen-Image or Z-Image
+                 names a block that Qwen-Image does not have (its last is
+                 `transformer_blocks.59`)
     ");
     let key = "lora_unet_transformer_blocks_59_img_mod_1.lora_up.weight";
     assert_snapshot!(folder.run(["--explain", key]).text(), @"

@@ -32,7 +32,7 @@ fn several_files() {
       modulation 2/60 blocks (0-1): img_mod.1
 
     REJECT       [dir]/flux.safetensors
-                 a FLUX LoRA (it has
+                 a FLUX or HunyuanVideo LoRA (it has
                  `transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight`)
       left out   4 tensors: another model's
         e.g.     transformer.transformer_blocks.0.attn.to_q.lora_A.weight

@@ -40,7 +40,7 @@ fn hostile_keys() {
     exit 2
     --- stdout
     REJECT       [dir]/hostile.safetensors
-                 a FLUX LoRA (it has
+                 a FLUX, Chroma or HunyuanVideo LoRA (it has
                  `single_blocks.yyyyyyyyyyyyyyyyyyyyyyy…yyyy…yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy`
                  (914 bytes))
       left out   5 tensors: another model's
@@ -73,7 +73,8 @@ fn hostile_keys_decide_the_verdict() {
     exit 2
     --- stdout
     REJECT       [dir]/hostile.safetensors
-                 a FLUX LoRA (it has `single_blocks.x\u{1b}[2J\u{a}APPLY
+                 a FLUX, Chroma or HunyuanVideo LoRA (it has
+                 `single_blocks.x\u{1b}[2J\u{a}APPLY
                  fine.safetensors\u{d}\u{9b}31m\u{202e}…{60}…zzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzz`
                  (959 bytes))
       left out   1 tensor: another model's

@@ -59,8 +59,8 @@ fn a_partial_file() {
       attention  1/60 blocks (7): attn.to_q attn.to_k attn.to_v attn.to_out.0
       ignored    1 tensor: bookkeeping `_aux`
         e.g.     _aux.step
-      note       only attention layers of the first 19 blocks: a FLUX LoRA could
-                 look the same
+      note       only attention layers of the first 20 blocks: a FLUX or
+                 HunyuanVideo LoRA could look the same
     ");
 }
 
@@ -70,7 +70,7 @@ fn a_file_of_another_model() {
     exit 2
     --- stdout
     REJECT       [dir]/style.safetensors
-                 a FLUX LoRA (it has
+                 a FLUX or HunyuanVideo LoRA (it has
                  `transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight`)
       left out   4 tensors: another model's
         e.g.     transformer.transformer_blocks.0.attn.to_q.lora_A.weight
@@ -111,8 +111,8 @@ fn a_kind_that_is_not_supported() {
       scales     1
       attention  1/60 blocks (0): attn.to_q
                  1/60 blocks (1): attn.to_k
-      note       only attention layers of the first 19 blocks: a FLUX LoRA could
-                 look the same
+      note       only attention layers of the first 20 blocks: a FLUX or
+                 HunyuanVideo LoRA could look the same
     ");
 }
 
@@ -163,9 +163,9 @@ fn a_file_that_is_no_lora() {
     exit 2
     --- stdout
     REJECT       [dir]/style.safetensors
-                 no key names a module of Qwen-Image (the first is
-                 `decoder.conv_in.weight`)
-      left out   1 tensor: not a transformer module `decoder`
+                 a checkpoint of a VAE, not a LoRA: it holds whole weights, as
+                 `decoder.conv_in.weight`
+      left out   1 tensor: VAE `decoder`
         e.g.     decoder.conv_in.weight
 
       model      unknown
@@ -241,8 +241,8 @@ fn a_note_on_what_cannot_be_told() {
       scales     0.25
       slots      1, rank at most 16 (`transformer_blocks.3.attn.to_qkv`)
       attention  1/60 blocks (3): attn.to_q
-      note       only attention layers of the first 19 blocks: a FLUX LoRA could
-                 look the same
+      note       only attention layers of the first 20 blocks: a FLUX or
+                 HunyuanVideo LoRA could look the same
       note       `transformer_blocks.3.attn.to_q` has rank 16, the metadata says 8:
                  the tensors win
     ");
@@ -273,8 +273,8 @@ fn all_tensors() {
       attention  1/60 blocks (7): attn.to_q attn.to_k attn.to_v attn.to_out.0
       ignored    1 tensor: bookkeeping `_aux`
         e.g.     _aux.step
-      note       only attention layers of the first 19 blocks: a FLUX LoRA could
-                 look the same
+      note       only attention layers of the first 20 blocks: a FLUX or
+                 HunyuanVideo LoRA could look the same
 
       diffusion_model.transformer_blocks.7.attn.to_q.lora_A.weight  BF16 16x3072  -> transformer_blocks.7.attn.to_q down
       diffusion_model.transformer_blocks.7.attn.to_q.lora_B.weight  BF16 3072x16  -> transformer_blocks.7.attn.to_q up

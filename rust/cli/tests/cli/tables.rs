@@ -44,7 +44,7 @@ fn a_folder() {
     --- stdout
     VERDICT  FILE                     SIZE  KIND    RANK  SCALE  TRAINS, OR WHY NOT
     ERROR    cut                            the file is too short for a safetensors…
-    REJECT   flux                     384K  a FLUX LoRA
+    REJECT   flux                     384K  a FLUX or HunyuanVideo LoRA
     APPLY    lokr                     4.2M  LoKr    full         attn
     PARTIAL  partial                  879K  LoRA+  16-32         2 of 4 lost: DoRA…
     APPLY    peft/                     96K  LoRA       8         attn 1/60, 1 note
@@ -70,7 +70,7 @@ fn a_wider_terminal() {
     assert_snapshot!(outcome.stdout, @"
     VERDICT  FILE                                      SIZE  KIND    RANK  SCALE  TRAINS, OR WHY NOT
     ERROR    cut                                             the file is too short for a safetensors header: 1 by…
-    REJECT   flux                                      384K  a FLUX LoRA
+    REJECT   flux                                      384K  a FLUX or HunyuanVideo LoRA
     APPLY    lokr                                      4.2M  LoKr    full         attn
     PARTIAL  partial                                   879K  LoRA+  16-32         2 of 4 lost: DoRA is not suppor…
     APPLY    peft/                                      96K  LoRA       8         attn 1/60, 1 note

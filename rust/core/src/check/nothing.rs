@@ -1,0 +1,186 @@
+//! Files in which no tensor is a module's: what they are all the same.
+
+use std::collections::HashMap;
+
+use crate::header::Quoted;
+use crate::key::{self, Foreign};
+use crate::lookalike;
+use crate::model::{self, Target};
+use crate::part::Part;
+use crate::reason::Reason;
+use crate::role::Role;
+use crate::suffix;
+use crate::table::{Entry, KeyTable};
+
+/// Parts of words that name a kind of adapter, in lower case.
+const ADAPTER_WORDS: [&str; 8] = [
+    "lora", "lokr", "loha", "hada_w", "lycoris", "glora", "oft_", "boft_",
+];
+/// How tensors of whole models end.
+const WEIGHT_ENDINGS: [&str; 6] = [
+    ".weight",
+    ".bias",
+    ".gamma",
+    ".beta",
+    ".running_mean",
+    ".running_var",
+];
+/// How tensors of quantized layers end, behind the layer's path.
+const QUANTIZED_ENDINGS: [&str; 15] = [
+    ".qweight",
+    ".wscales",
+    ".wzeros",
+    ".wcscales",
+    ".wtscale",
+    ".smooth_factor",
+    ".smooth_factor_orig",
+    ".proj_down",
+    ".proj_up",
+    ".scale_weight",
+    ".weight_scale",
+    ".weight_scale_2",
+    ".scale_input",
+    ".input_scale",
+    ".comfy_quant",
+];
+/// How those of bitsandbytes begin behind it.
+const QUANTIZED_START: &str = ".weight.";
+
+/// For a file without an adapter's tensor what it is, where that can be told.
+pub(super) fn not_an_adapter(table: &KeyTable) -> Option<String> {
+    let entries = table.entries();
+    if entries.is_empty() {
+        return Some("the file holds no tensor".to_owned());
+    }
+    if entries
+        .iter()
+        .any(|entry| is_of_adapter(entry) || is_of_unknown_kind(entry))
+    {
+        return None;
+    }
+    let (part, example) = main_part(entries).unzip();
+    if part == Some(Part::Embedding) {
+        let (name, key) = (Part::Embedding.name(), Quoted::new(example?));
+        return Some(format!("{name}, not a LoRA (it has {key})"));
+    }
+    let weight = |entry: &&Entry| {
+        let key = entry.tensor.key.as_str();
+        let mut endings = WEIGHT_ENDINGS.iter().chain(&QUANTIZED_ENDINGS);
+        endings.any(|ending| key.ends_with(ending))
+    };
+    let first = entries.iter().find(weight).map(|e| e.tensor.key.as_str());
+    let key = Quoted::new(example.or(first)?);
+    let own = entries.iter().find_map(own_model);
+    // A file with all parts of a pipeline is called by its transformer.
+    let whose = match part.filter(|part| *part == Part::ControlNet || own.is_none()) {
+        Some(part) => format!(" of {}", part.name()),
+        None => match own.or_else(|| lookalike(entries)) {
+            Some(model) => format!(" of {model}"),
+            None => String::new(),
+        },
+    };
+    let words = "not a LoRA: it holds whole weights, as";
+    Some(format!("a checkpoint{whose}, {words} {key}"))
+}
+
+/// For a file of adapters, none of them a module's, whose they are.
+pub(super) fn nothing_found(table: &KeyTable) -> String {
+    let entries = table.entries();
+    if let Some(text) = unknown_form(entries).or_else(|| beyond_the_model(entries)) {
+        return text;
+    }
+    if let Some((part, key)) = main_part(entries) {
+        return format!(
+            "a LoRA of {}: nothing of it is the transformer's (it has {})",
+            part.name(),
+            Quoted::new(key)
+        );
+    }
+    if let Some(model) = lookalike(entries) {
+        return format!("a LoRA of another model, probably {model}");
+    }
+    let key = entries.first().map_or("", |e| e.tensor.key.as_str());
+    format!(
+        "no key names a module of Qwen-Image (the first is {})",
+        Quoted::new(key)
+    )
+}
+
+/// Modules of a known model, with endings that no trainer is known to write.
+fn unknown_form(entries: &[Entry]) -> Option<String> {
+    let (entry, target) = entries.iter().find_map(|e| Some((e, e.beside?)))?;
+    let target = model::table().target(target);
+    Some(format!(
+        "a LoRA of {} of an unknown kind: {} names the module `{}`, with an ending that is not known",
+        title(target),
+        Quoted::new(&entry.tensor.key),
+        target.path
+    ))
+}
+
+fn beyond_the_model(entries: &[Entry]) -> Option<String> {
+    let out_of_range = Some(Reason::Foreign(Foreign::BlockOutOfRange));
+    let entry = entries.iter().find(|e| e.reason == out_of_range)?;
+    let block = key::block_out_of_range(&entry.tensor.key)?;
+    Some(format!(
+        "a LoRA of another model: {} {block}",
+        Quoted::new(&entry.tensor.key)
+    ))
+}
+
+/// Whether a tensor is an adapter's, of whatever model.
+fn is_of_adapter(entry: &Entry) -> bool {
+    let key = &entry.tensor.key;
+    let lower = key.to_lowercase();
+    // Norms of checkpoints end in `.scale`, other parameters in `.alpha`.
+    let is_adapters = |role: Role| role.is_factor() || matches!(role, Role::OftBlocks | Role::OftR);
+    suffix::cut(key).is_some_and(|cut| is_adapters(cut.role))
+        || ADAPTER_WORDS.iter().any(|word| lower.contains(word))
+}
+
+/// Whether a tensor stands beside a module, but is none of a quantized layer's.
+fn is_of_unknown_kind(entry: &Entry) -> bool {
+    let key = &entry.tensor.key;
+    let named = key::named_module(key).filter(|_| entry.beside.is_some());
+    named.is_some_and(|(_, at)| {
+        let ending = key.get(at..).unwrap_or_default();
+        !QUANTIZED_ENDINGS.contains(&ending) && !ending.starts_with(QUANTIZED_START)
+    })
+}
+
+/// The part that most tensors are of which are any's, with the first of its keys.
+fn main_part(entries: &[Entry]) -> Option<(Part, &str)> {
+    let mut counts: HashMap<Part, (usize, &str)> = HashMap::new();
+    for entry in entries {
+        let key = entry.tensor.key.as_str();
+        if let Some(part) = Part::of(key) {
+            counts.entry(part).or_insert((0, key)).0 += 1;
+        }
+    }
+    let most = counts.into_iter();
+    // Of equals the first of the kinds.
+    let most = most.max_by_key(|(part, (count, _))| (*count, std::cmp::Reverse(*part)));
+    most.map(|(part, (_, key))| (part, key))
+}
+
+/// The known model of which the tensor is a module's weight or its kin.
+fn own_model(entry: &Entry) -> Option<&'static str> {
+    let target = entry.beside.or_else(|| {
+        let plain = Some(Reason::Foreign(Foreign::PlainWeight));
+        let stem = entry.tensor.key.rsplit_once('.')?.0;
+        key::resolve(stem).filter(|_| entry.reason == plain)
+    })?;
+    Some(title(model::table().target(target)))
+}
+
+fn title(target: &Target) -> &'static str {
+    target.model.title()
+}
+
+/// The model that the most telling of the keys gives away.
+fn lookalike(entries: &[Entry]) -> Option<&'static str> {
+    let keys = || entries.iter().map(|e| e.tensor.key.as_str());
+    let found = keys().filter_map(lookalike::witness);
+    let found = found.min_by_key(|lookalike| lookalike.place)?;
+    Some(lookalike::by_blocks(found.model, keys()))
+}
