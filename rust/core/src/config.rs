@@ -152,8 +152,9 @@ pub(crate) fn embedded_config(
     metadata
         .iter()
         .find(|(key, _)| key == peft::METADATA_KEY)
-        .map(|(key, json)| AdapterConfig::parse(key, json))
+        .map(|(key, json)| AdapterConfig::parse_embedded(key, json))
         .transpose()
+        .map(Option::flatten)
         .map_err(|source| PlanError::ConfigContent {
             origin: origin.to_owned(),
             source,

@@ -172,6 +172,7 @@ impl Parts<'_> {
         let built = match self
             .refusal(adapter)
             .or_else(|| changed_base(adapter, config))
+            .or_else(|| lost_magnitude(adapter, config))
         {
             Some(fault) => Err(fault),
             None => self.deltas(adapter, raw.value)?,
@@ -241,6 +242,18 @@ fn changed_base(adapter: Adapter, config: Option<&AdapterConfig>) -> Option<Faul
          the pair is no delta of the base that Nunchaku quantized (PEFT can save one that is: \
          `path_initial_model_for_weight_conversion`)"
     )))
+}
+
+/// A pair that was trained as DoRA, and came without its magnitude.
+fn lost_magnitude(adapter: Adapter, config: Option<&AdapterConfig>) -> Option<Fault> {
+    let is_lost = adapter == Adapter::Lora && config?.governs(adapter) && config?.use_dora();
+    is_lost.then(|| {
+        Fault::Broken(
+            "the configuration says `use_dora`, and the magnitude is missing: without it the pair \
+             would be another LoRA"
+                .to_owned(),
+        )
+    })
 }
 
 /// Roles whose single value the plan needs.

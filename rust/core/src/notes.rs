@@ -4,16 +4,32 @@ use crate::adapter::Adapter;
 use crate::check::ModelCheck;
 use crate::delta::{Delta, Form};
 use crate::header::Quoted;
+use crate::key::{self, Foreign};
 use crate::model::{self, Model, ModuleKind, Target};
+use crate::module::{Module, ScaleSource};
 use crate::peft::AdapterConfig;
 use crate::plan::FilePlan;
+use crate::reason::Reason;
 use crate::role::Role;
 use crate::slot::MAX_RANK;
+use crate::table::Entry;
 
 /// Metadata keys under which trainers name the base model.
 const BASE_MODEL_KEYS: [&str; 2] = ["ss_base_model_version", "modelspec.architecture"];
 /// What the names of the known models hold, without `-` and `_`.
 const KNOWN_NAMES: [&str; 2] = ["qwen", "zimage"];
+
+/// How a segment ends that names a scale, in lower case.
+const SCALE_ENDS: [&str; 4] = ["alpha", "scale", "scaling", "multiplier"];
+/// Segments that name one for the whole file.
+const SCALE_NAMES: [&str; 6] = [
+    "alpha",
+    "lora_alpha",
+    "lora_scale",
+    "lora_scaling",
+    "network_alpha",
+    "scaling",
+];
 
 /// Smallest rank of the base branch in the released models.
 const LEAST_BASE_RANK: u64 = 32;
@@ -29,6 +45,7 @@ pub(crate) fn take(plan: &FilePlan, config: Option<&AdapterConfig>) -> Vec<Strin
     }
     notes.extend(name_note(plan));
     notes.extend(cut_notes(plan));
+    notes.extend(scale_note(plan));
     if let Some(config) = config {
         let has_alpha = plan.table.entries().iter().any(|e| e.role == Role::Alpha);
         if has_alpha && config.use_rslora() {
@@ -37,6 +54,7 @@ pub(crate) fn take(plan: &FilePlan, config: Option<&AdapterConfig>) -> Vec<Strin
             );
         }
         notes.extend(rank_note(plan, config));
+        notes.extend(config_note(plan, config));
     }
     notes
 }
@@ -123,6 +141,50 @@ fn rank_note(plan: &FilePlan, config: &AdapterConfig) -> Option<String> {
                 format!("`{path}` has rank {stored}, the metadata says {promised}: the tensors win")
             })
         })
+}
+
+/// Values beside pairs that are called like a scale, but stand where no trainer that is known writes
+/// one.
+fn scale_note(plan: &FilePlan) -> Option<String> {
+    if !matches!(plan.check, ModelCheck::Known(_)) {
+        return None;
+    }
+    let mut unread = plan.table.entries().iter().filter(|e| is_unread_scale(e));
+    let key = Quoted::new(&unread.next()?.tensor.key);
+    Some(match unread.count() {
+        0 => format!("{key} looks like a scale and is not understood: the scale may be wrong"),
+        more => format!(
+            "{} tensors, e.g. {key}, look like scales and are not understood: the scales may be \
+             wrong",
+            more + 1
+        ),
+    })
+}
+
+fn is_unread_scale(entry: &Entry) -> bool {
+    let key = entry.tensor.key.to_lowercase();
+    let is_alone = || SCALE_NAMES.contains(&key.rsplit('.').next().unwrap_or_default());
+    let is_beside = || {
+        let (_, at) = key::named_module(&entry.tensor.key)?;
+        let ending = key.get(at..)?;
+        let is_scale = |segment: &str| SCALE_ENDS.iter().any(|end| segment.ends_with(end));
+        Some(ending.split('.').any(is_scale) && !ending.contains("dora"))
+    };
+    entry.elements() == 1
+        && match entry.reason {
+            Some(Reason::Foreign(Foreign::UnknownForm)) => is_beside().unwrap_or_default(),
+            Some(Reason::Foreign(Foreign::NotAModule)) => is_alone(),
+            _ => false,
+        }
+}
+
+/// A scale of which the configuration says something that is not used.
+fn config_note(plan: &FilePlan, config: &AdapterConfig) -> Option<String> {
+    let unused = config.unused()?;
+    let is_one = |module: &Module| matches!(module.scale_source, ScaleSource::Nothing);
+    plan.modules.iter().any(is_one).then(|| {
+        format!("the configuration {unused}: its alpha is not used, the scale may be wrong")
+    })
 }
 
 /// FLUX and HunyuanVideo have the same names and widths for all linears and norms of the attention,

@@ -1,6 +1,6 @@
 //! What can be wrong with an adapter configuration.
 
-use super::pattern::{MAX_EXPRESSIONS, MAX_PATTERNS, MAX_TABLE_BYTES};
+use super::pattern::{MAX_EXPRESSIONS, MAX_PATTERNS};
 use crate::header::Quoted;
 
 /// Faults of an adapter configuration.
@@ -36,10 +36,10 @@ pub enum ConfigError {
     },
     /// Regular expressions that would take too long to match.
     #[error(
-        "`{origin}` has regular expressions in `{field}` that are too large, over the limit of \
-         {MAX_TABLE_BYTES} bytes in all"
+        "`{origin}` has regular expressions in `{field}` that would take too long to match\n\
+         hint: name modules by their paths, or by parts of them"
     )]
-    LargeExpressions {
+    SlowExpressions {
         /// Where the JSON stood.
         origin: String,
         /// The table.

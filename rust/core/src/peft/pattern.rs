@@ -3,21 +3,27 @@
 use regex_lite::{Regex, RegexBuilder};
 
 use super::ConfigError;
+use super::needed::Needed;
 use crate::header::Quoted;
+use crate::model;
 
 /// Patterns beyond this many are not a trainer's work.
 pub(super) const MAX_PATTERNS: usize = 4096;
-/// Regular expressions beyond this many are not either; trainers write paths or parts of them.
-pub(super) const MAX_EXPRESSIONS: usize = 64;
+/// Regular expressions beyond this many are not either: a model has as many modules.
+pub(super) const MAX_EXPRESSIONS: usize = 1024;
 /// Compiled size of one expression; of usual ones it is about 1 KiB.
 const MAX_EXPRESSION_BYTES: usize = 16 * 1024;
-/// Steps in which a compiled size is measured.
+/// Compiled sizes that are told apart: in steps as long as they are small, then by doubling.
 const SIZE_STEP_BYTES: usize = 256;
+const SMALL_BYTES: usize = 4096;
 /// Length of one expression.
 const MAX_TEXT_BYTES: usize = 4096;
-/// Compiled size of a table's expressions in all. The time that matching takes grows with it: half
-/// a second for 480 modules at most.
-pub(super) const MAX_TABLE_BYTES: usize = 48 * 1024;
+/// Compiled size of a table's expressions in all: a bound of the memory, and of the time that
+/// compiling takes.
+const MAX_TABLE_BYTES: usize = 2 * 1024 * 1024;
+/// Compiled size of expressions, times the paths of the known models on which each has to be tried:
+/// a bound of the time that matching takes, three seconds at most.
+const MAX_WORK_BYTES: usize = 128 * 1024 * 1024;
 
 /// A table of patterns; the first that matches wins.
 #[derive(Debug, Clone)]
@@ -52,18 +58,18 @@ impl<V: Copy> PatternTable<V> {
                 count,
             });
         }
-        let mut size_bytes = 0;
+        let (mut size_bytes, mut work_bytes) = (0_usize, 0_usize);
         let mut table = Vec::with_capacity(rows.len());
         for (text, value) in rows {
-            let (pattern, added_bytes) =
-                Pattern::new(&text).ok_or_else(|| ConfigError::Pattern {
-                    origin: origin.to_owned(),
-                    field,
-                    pattern: Quoted::new(&text),
-                })?;
-            size_bytes += added_bytes;
-            if size_bytes > MAX_TABLE_BYTES {
-                return Err(ConfigError::LargeExpressions {
+            let pattern = Pattern::new(&text).ok_or_else(|| ConfigError::Pattern {
+                origin: origin.to_owned(),
+                field,
+                pattern: Quoted::new(&text),
+            })?;
+            size_bytes = size_bytes.saturating_add(pattern.size_bytes());
+            work_bytes = work_bytes.saturating_add(pattern.work_bytes());
+            if size_bytes > MAX_TABLE_BYTES || work_bytes > MAX_WORK_BYTES {
+                return Err(ConfigError::SlowExpressions {
                     origin: origin.to_owned(),
                     field,
                 });
@@ -88,35 +94,75 @@ enum Pattern {
     /// Compared without an expression, since files list one full path per module.
     Plain(Plain),
     /// Any other expression.
-    Regex(Regex),
+    Regex(Expression),
+}
+
+/// A regular expression.
+#[derive(Debug, Clone)]
+struct Expression {
+    regex: Regex,
+    /// What a path must have before it is worth a try.
+    needed: Needed,
+    /// A bound of its compiled size.
+    size_bytes: usize,
 }
 
 impl Pattern {
-    /// The pattern, with a bound of its compiled size.
-    fn new(text: &str) -> Option<(Self, usize)> {
+    fn new(text: &str) -> Option<Self> {
         if let Some(plain) = Plain::new(text) {
-            return Some((Self::Plain(plain), 0));
+            return Some(Self::Plain(plain));
         }
         if text.len() > MAX_TEXT_BYTES {
             return None;
         }
         // The size cannot be asked for: the least limit that suffices bounds it.
-        (SIZE_STEP_BYTES..=MAX_EXPRESSION_BYTES)
-            .step_by(SIZE_STEP_BYTES)
-            .find_map(|limit_bytes| {
-                RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{text})$"))
-                    .size_limit(limit_bytes)
-                    .build()
-                    .ok()
-                    .map(|regex| (Self::Regex(regex), limit_bytes))
-            })
+        let next = |bytes: &usize| match *bytes {
+            SMALL_BYTES.. => Some(bytes * 2),
+            _ => Some(bytes + SIZE_STEP_BYTES),
+        };
+        let limits = std::iter::successors(Some(SIZE_STEP_BYTES), next);
+        let mut limits = limits.take_while(|bytes| *bytes <= MAX_EXPRESSION_BYTES);
+        limits.find_map(|size_bytes| {
+            let regex = RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{text})$"))
+                .size_limit(size_bytes)
+                .build()
+                .ok()?;
+            Some(Self::Regex(Expression {
+                regex,
+                needed: Needed::of(text),
+                size_bytes,
+            }))
+        })
     }
 
     fn matches(&self, path: &str) -> bool {
         match self {
-            Self::Regex(regex) => regex.is_match(path),
+            Self::Regex(expression) => expression.matches(path),
             Self::Plain(plain) => plain.matches(path.as_bytes()),
         }
+    }
+
+    fn size_bytes(&self) -> usize {
+        match self {
+            Self::Regex(expression) => expression.size_bytes,
+            Self::Plain(_) => 0,
+        }
+    }
+
+    /// What matching it on every path of the known models takes.
+    fn work_bytes(&self) -> usize {
+        let Self::Regex(expression) = self else {
+            return 0;
+        };
+        let paths = model::table().targets().iter();
+        let tried = paths.filter(|target| expression.needed.is_in(&target.path));
+        tried.count().saturating_mul(expression.size_bytes)
+    }
+}
+
+impl Expression {
+    fn matches(&self, path: &str) -> bool {
+        self.needed.is_in(path) && self.regex.is_match(path)
     }
 }
 
@@ -192,7 +238,7 @@ mod tests {
             assert!(is_plain(text), "{text}");
             let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{text})$")).unwrap();
             for path in paths {
-                let matches = Pattern::new(text).unwrap().0.matches(path);
+                let matches = Pattern::new(text).unwrap().matches(path);
                 assert_eq!(matches, regex.is_match(path), "{text} on {path}");
             }
         }
