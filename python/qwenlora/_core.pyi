@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from qwenlora.targets import SlotRow
 
 __all__ = [
+    "MAX_RANK",
+    "MODULATION_PLANES",
+    "RANK_MULTIPLE",
+    "TILE",
+    "TRUNCATED_RANK",
     "FilePlan",
     "Fillers",
     "Filling",
@@ -57,9 +62,14 @@ _Keep: TypeAlias = tuple[Literal["keep"], int]
 # (dest, slots, channels, element_bytes, columns)
 _PackedColumn: TypeAlias = _Fragments | _Down | _Up | _Zero | _Keep
 _PackedRecipe: TypeAlias = tuple[_Bytes, int, int, int, Sequence[_PackedColumn]]
-# (dest, rows, planes, [(source or None for zeros, width_bytes), ...])
 
 __version__: str
+
+MAX_RANK: int
+MODULATION_PLANES: int
+RANK_MULTIPLE: int
+TILE: int
+TRUNCATED_RANK: int
 
 @final
 class FilePlan:

@@ -50,6 +50,9 @@ pub enum LokrScale {
     Network,
 }
 
+/// Ranks that a delta is cut to where nothing else is asked for.
+pub const TRUNCATED_RANK: u64 = 256;
+
 /// What the caller asks for beside the stack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 pub struct StackOptions {
@@ -69,7 +72,7 @@ impl Default for StackOptions {
         Self {
             max_rank: None,
             strict: false,
-            truncated_rank: 128,
+            truncated_rank: TRUNCATED_RANK,
             lokr_scale: LokrScale::Standard,
         }
     }

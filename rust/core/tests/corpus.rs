@@ -310,7 +310,7 @@ fn kinds_of_pieces() {
             vec![
                 "4 Kron in Awq, rank 0",
                 "16 Kron in Svdq, rank 0",
-                "8 LowRank in Svdq, rank 128 of budget 128",
+                "8 LowRank in Svdq, rank 256 of budget 256",
             ],
         ),
         (
@@ -320,7 +320,7 @@ fn kinds_of_pieces() {
         (
             "ai_toolkit_full_layers",
             vec![
-                "2 Dense in Awq, rank 128 of budget 128",
+                "2 Dense in Awq, rank 256 of budget 256",
                 "2 LowRank in Awq, rank 16",
                 "24 LowRank in Svdq, rank 16",
                 "2 Vector in Awq, rank 0",

@@ -14,8 +14,12 @@ fn configured(text: &str) -> FilePlan {
     tensors.metadata(METADATA_KEY, text).plan()
 }
 
+fn scales(plan: &FilePlan) -> Vec<f64> {
+    plan.modules().iter().map(|module| module.scale).collect()
+}
+
 fn scale(plan: &FilePlan) -> f64 {
-    plan.modules().first().unwrap().scale
+    *scales(plan).first().unwrap()
 }
 
 #[test]
@@ -59,9 +63,9 @@ fn what_is_not_used_of_a_configuration_is_said() {
 fn fields_may_stand_in_an_object_of_the_component() {
     let nested =
         r#"{"transformer": {"r": 16, "lora_alpha": 32}, "text_encoder": {"lora_alpha": 1}}"#;
-    assert_eq!(configured(nested).modules().iter().map(|m| m.scale).collect::<Vec<_>>(), [2.0]);
+    assert_eq!(scales(&configured(nested)), [2.0]);
     let patterns = r#"{"transformer": {"lora_alpha": 16, "alpha_pattern": {"to_(q|k)": 4}}}"#;
-    assert_eq!((scale(&configured(patterns)), 1), (0.25, 1));
+    assert_eq!(scales(&configured(patterns)), [0.25]);
 }
 
 #[test]

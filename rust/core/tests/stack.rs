@@ -11,7 +11,8 @@ use qwenlora_core::dtype::Dtype;
 use qwenlora_core::plan::{FilePlan, Verdict};
 use qwenlora_core::slot::{Slot, SlotKind};
 use qwenlora_core::stack::{
-    LokrScale, MAX_KRON_RANK, Piece, Skip, SkipKind, StackError, StackItem, StackOptions, StackPlan,
+    LokrScale, MAX_KRON_RANK, Piece, Skip, SkipKind, StackError, StackItem, StackOptions,
+    StackPlan, TRUNCATED_RANK,
 };
 use state_dict::{TO_Q, Tensors};
 
@@ -110,7 +111,7 @@ fn lokr_low(stem: &str, w1: [u64; 2], w2: [u64; 2], rank: u64) -> Tensors {
 
 #[test]
 fn a_lokr_of_low_rank_is_rank_and_another_a_side_branch() {
-    let budget = MAX_KRON_RANK;
+    let budget = TRUNCATED_RANK;
     for (tensors, expected) in [
         (
             lokr_low(TO_Q, [16, 16], [192, 192], 8),
@@ -334,8 +335,8 @@ fn a_loha_is_the_product_of_its_ranks() {
 #[test]
 fn a_full_delta_is_truncated_where_the_weight_is_quantized() {
     for (stem, shape, expected, bytes) in [
-        (TO_Q, [3072, 3072], (PieceKind::Dense, 128, Some(128)), 0),
-        (MOD, [18432, 3072], (PieceKind::Dense, 128, Some(128)), 0),
+        (TO_Q, [3072, 3072], (PieceKind::Dense, 256, Some(256)), 0),
+        (MOD, [18432, 3072], (PieceKind::Dense, 256, Some(256)), 0),
         (
             IMG_IN,
             [3072, 64],
@@ -450,10 +451,10 @@ fn biases_and_norms_are_vectors() {
     // One bias of 9216 is swapped, however many vectors are added to it.
     assert_eq!(stack.slots[0].branch_bytes, 9216 * 2);
     assert_eq!(stack.slots[1].branch_bytes, 128 * 2);
-    assert_eq!(stack.slots[0].rank, 16 + 128);
+    assert_eq!(stack.slots[0].rank, 16 + 256);
     assert_eq!(
         stack.added_bytes,
-        144 * (9216 + 3072) * 2 + 9216 * 2 + 128 * 2
+        272 * (9216 + 3072) * 2 + 9216 * 2 + 128 * 2
     );
 }
 
@@ -930,7 +931,7 @@ fn the_document_of_a_piece() {
         piece,
         serde_json::json!({
             "kind": "LowRank", "adapter": "lokr", "lora": 0, "target": MLP,
-            "rank": 128, "rank_bound": 3072, "rank_budget": 128, "scale": 1.0,
+            "rank": 256, "rank_bound": 3072, "rank_budget": 256, "scale": 1.0,
             "row_begin": 0, "row_count": 12288, "parameter": null, "tensors": null,
         })
     );
@@ -984,7 +985,7 @@ proptest! {
         let options = StackOptions { truncated_rank, ..StackOptions::default() };
         let stack = stack_on(&tensors.plan(), &slots(), options);
         let budget = truncated_rank.min(992);
-        let expected = if bound > 128 && !in_mlp {
+        let expected = if bound > MAX_KRON_RANK && !in_mlp {
             (PieceKind::Kron, 0, None)
         } else if bound > 992 {
             (PieceKind::LowRank, budget, Some(budget))

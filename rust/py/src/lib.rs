@@ -41,6 +41,17 @@ mod _core {
     #[pymodule_export]
     use super::watch::Watch;
 
+    #[pymodule_export]
+    const MAX_RANK: u64 = qwenlora_core::slot::MAX_RANK;
+    #[pymodule_export]
+    const MODULATION_PLANES: u64 = qwenlora_core::slot::MODULATION_PLANES;
+    #[pymodule_export]
+    const RANK_MULTIPLE: u64 = qwenlora_core::slot::RANK_MULTIPLE;
+    #[pymodule_export]
+    const TILE: usize = qwenlora_core::packed::TILE;
+    #[pymodule_export]
+    const TRUNCATED_RANK: u64 = qwenlora_core::stack::TRUNCATED_RANK;
+
     #[allow(non_upper_case_globals, reason = "Python's name")]
     #[pymodule_export]
     const __version__: &str = env!("CARGO_PKG_VERSION");

@@ -1,0 +1,17 @@
+"""Numbers that stand in Rust and in Python: both say the same."""
+
+from __future__ import annotations
+
+import pytest
+
+from qwenlora import _core, layout
+from qwenlora.spec import ComposeOptions
+
+
+@pytest.mark.parametrize("name", ["MAX_RANK", "MODULATION_PLANES", "RANK_MULTIPLE", "TILE"])
+def test_layouts_have_the_same_numbers(name):
+    assert getattr(layout, name) == getattr(_core, name)
+
+
+def test_the_default_of_truncated_rank_is_the_planners():
+    assert ComposeOptions().truncated_rank == _core.TRUNCATED_RANK
