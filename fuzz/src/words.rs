@@ -1,7 +1,7 @@
 //! The words of the key grammar, as the targets put them together.
 
 /// Spellings of a module's prefix.
-pub const PREFIXES: [&str; 12] = [
+pub const PREFIXES: [&str; 14] = [
     "",
     "diffusion_model.",
     "transformer.",
@@ -14,6 +14,8 @@ pub const PREFIXES: [&str; 12] = [
     "lora_unet__",
     "lycoris_",
     "lora_transformer_",
+    "module._orig_mod.",
+    "lora_unet__orig_mod_",
 ];
 
 /// One suffix per role at least, and every spelling that a rule treats by itself.

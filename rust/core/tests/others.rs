@@ -196,6 +196,29 @@ fn files_that_are_no_loras_are_told_as_what_they_are() {
             "a checkpoint of Wan or another video model, not a LoRA: ",
         ),
         (
+            vec![
+                "model.diffusion_model.input_blocks.1.0.in_layers.0.weight",
+                "first_stage_model.decoder.conv_in.weight",
+                "first_stage_model.encoder.conv_in.weight",
+                "cond_stage_model.transformer.text_model.final_layer_norm.weight",
+            ],
+            "a checkpoint of Stable Diffusion, not a LoRA: it holds whole weights, as `model.diffusion_model.input",
+        ),
+        (
+            vec![
+                "down_blocks.0.resnets.0.conv1.weight",
+                "controlnet_cond_embedding.conv_in.weight",
+            ],
+            "a checkpoint of a ControlNet, not a LoRA: ",
+        ),
+        (
+            vec![
+                "encoder.down_blocks.0.resnets.0.conv1.weight",
+                "decoder.mid_block.attentions.0.to_q.weight",
+            ],
+            "a checkpoint of a VAE, not a LoRA: ",
+        ),
+        (
             vec!["emb_params"],
             "a textual inversion embedding, not a LoRA (it has `emb_params`)",
         ),
@@ -268,6 +291,36 @@ fn loras_of_other_parts_are_told_as_such() {
         assert!(reason.starts_with(expected), "{stem}: {reason}");
         assert_eq!(reasons, [own, own], "{stem}");
     }
+}
+
+/// A LoRA of a whole pipeline is called by its transformer, however little of it that is.
+#[test]
+fn text_encoders_beside_a_transformer_do_not_name_the_file() {
+    for stem in [
+        "lora_unet_down_blocks_0_attentions_0_proj_in",
+        "diffusion_model.blocks.0.cross_attn.q",
+    ] {
+        let text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj";
+        let keys = [
+            format!("{text}.lora_down.weight"),
+            format!("{text}.lora_up.weight"),
+            format!("{text}.alpha"),
+            format!("{stem}.lora_down.weight"),
+        ];
+        let (reason, reasons) = told(&keys.each_ref().map(String::as_str));
+        assert!(
+            reason.starts_with("a LoRA of another model, probably "),
+            "{reason}"
+        );
+        assert_eq!(reasons.first().unwrap(), "text encoder");
+        assert_eq!(reasons.last().unwrap(), "other model");
+    }
+}
+
+#[test]
+fn whole_weights_beside_another_adapter_are_told() {
+    let (reason, _) = told(&["img_in.weight", "text_encoder.q.lora_A.weight"]);
+    insta::assert_snapshot!(reason, @"no adapter of it is of a module of Qwen-Image, only whole weights are");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Files in which no tensor is a module's: what they are all the same.
 
+use std::cmp::Reverse;
 use std::collections::HashMap;
 
 use crate::header::Quoted;
@@ -58,29 +59,59 @@ pub(super) fn not_an_adapter(table: &KeyTable) -> Option<String> {
     {
         return None;
     }
-    let (part, example) = main_part(entries).unzip();
-    if part == Some(Part::Embedding) {
-        let (name, key) = (Part::Embedding.name(), Quoted::new(example?));
-        return Some(format!("{name}, not a LoRA (it has {key})"));
-    }
     let weight = |entry: &&Entry| {
         let key = entry.tensor.key.as_str();
         let mut endings = WEIGHT_ENDINGS.iter().chain(&QUANTIZED_ENDINGS);
         endings.any(|ending| key.ends_with(ending))
     };
     let first = entries.iter().find(weight).map(|e| e.tensor.key.as_str());
-    let key = Quoted::new(example.or(first)?);
-    let own = entries.iter().find_map(own_model);
-    // A file with all parts of a pipeline is called by its transformer.
-    let whose = match part.filter(|part| *part == Part::ControlNet || own.is_none()) {
-        Some(part) => format!(" of {}", part.name()),
-        None => match own.or_else(|| lookalike(entries)) {
-            Some(model) => format!(" of {model}"),
-            None => String::new(),
-        },
+    let (whose, key) = match Owner::of(entries) {
+        Some(Owner::Part(Part::Embedding, key)) => {
+            let (name, key) = (Part::Embedding.name(), Quoted::new(key));
+            return Some(format!("{name}, not a LoRA (it has {key})"));
+        }
+        Some(Owner::Part(part, key)) => (format!(" of {}", part.name()), Some(key)),
+        Some(Owner::Known(model) | Owner::Other(model)) => (format!(" of {model}"), first),
+        None => (String::new(), first),
     };
-    let words = "not a LoRA: it holds whole weights, as";
+    let (key, words) = (Quoted::new(key?), "not a LoRA: it holds whole weights, as");
     Some(format!("a checkpoint{whose}, {words} {key}"))
+}
+
+/// Whose most of a file is.
+enum Owner<'e> {
+    /// A part of a pipeline, with one of its keys.
+    Part(Part, &'e str),
+    /// A known model.
+    Known(&'static str),
+    /// Another model.
+    Other(&'static str),
+}
+
+impl<'e> Owner<'e> {
+    /// A file with all parts of a pipeline is its transformer's; one that steers a transformer has
+    /// some of its names.
+    fn of(entries: &'e [Entry]) -> Option<Self> {
+        let parts: Vec<Option<Part>> = entries.iter().map(|e| Part::of(&e.tensor.key)).collect();
+        let pairs = || entries.iter().zip(&parts);
+        let keys = || pairs().map(|(entry, part)| (entry.tensor.key.as_str(), *part));
+        let steers = |part: Part| matches!(part, Part::ControlNet | Part::IpAdapter);
+        if let Some((part, key)) =
+            keys().find_map(|(key, part)| Some((part.filter(|p| steers(*p))?, key)))
+        {
+            return Some(Self::Part(part, key));
+        }
+        let own = pairs().filter(|(_, part)| part.is_none());
+        if let Some(model) = own.clone().find_map(|(entry, _)| own_model(entry)) {
+            return Some(Self::Known(model));
+        }
+        let others: Vec<&str> = own.map(|(entry, _)| entry.tensor.key.as_str()).collect();
+        if let Some(model) = lookalike_of(&others) {
+            return Some(Self::Other(model));
+        }
+        let found = keys().filter_map(|(key, part)| Some((part?, key)));
+        main_part(found).map(|(part, key)| Self::Part(part, key))
+    }
 }
 
 /// For a file of adapters, none of them a module's, whose they are.
@@ -89,15 +120,21 @@ pub(super) fn nothing_found(table: &KeyTable) -> String {
     if let Some(text) = unknown_form(entries).or_else(|| beyond_the_model(entries)) {
         return text;
     }
-    if let Some((part, key)) = main_part(entries) {
-        return format!(
-            "a LoRA of {}: nothing of it is the transformer's (it has {})",
-            part.name(),
-            Quoted::new(key)
-        );
-    }
-    if let Some(model) = lookalike(entries) {
-        return format!("a LoRA of another model, probably {model}");
+    match Owner::of(entries) {
+        Some(Owner::Part(part, key)) => {
+            return format!(
+                "a LoRA of {}: nothing of it is the transformer's (it has {})",
+                part.name(),
+                Quoted::new(key)
+            );
+        }
+        Some(Owner::Known(model)) => {
+            return format!("no adapter of it is of a module of {model}, only whole weights are");
+        }
+        Some(Owner::Other(model)) => {
+            return format!("a LoRA of another model, probably {model}");
+        }
+        None => {}
     }
     let key = entries.first().map_or("", |e| e.tensor.key.as_str());
     format!(
@@ -148,18 +185,16 @@ fn is_of_unknown_kind(entry: &Entry) -> bool {
     })
 }
 
-/// The part that most tensors are of which are any's, with the first of its keys.
-fn main_part(entries: &[Entry]) -> Option<(Part, &str)> {
+/// The part that is the most frequent, with its first key.
+fn main_part<'e>(found: impl Iterator<Item = (Part, &'e str)>) -> Option<(Part, &'e str)> {
     let mut counts: HashMap<Part, (usize, &str)> = HashMap::new();
-    for entry in entries {
-        let key = entry.tensor.key.as_str();
-        if let Some(part) = Part::of(key) {
-            counts.entry(part).or_insert((0, key)).0 += 1;
-        }
+    for (part, key) in found {
+        counts.entry(part).or_insert((0, key)).0 += 1;
     }
-    let most = counts.into_iter();
     // Of equals the first of the kinds.
-    let most = most.max_by_key(|(part, (count, _))| (*count, std::cmp::Reverse(*part)));
+    let most = counts
+        .into_iter()
+        .max_by_key(|(part, (count, _))| (*count, Reverse(*part)));
     most.map(|(part, (_, key))| (part, key))
 }
 
@@ -178,9 +213,8 @@ fn title(target: &Target) -> &'static str {
 }
 
 /// The model that the most telling of the keys gives away.
-fn lookalike(entries: &[Entry]) -> Option<&'static str> {
-    let keys = || entries.iter().map(|e| e.tensor.key.as_str());
-    let found = keys().filter_map(lookalike::witness);
+fn lookalike_of(keys: &[&str]) -> Option<&'static str> {
+    let found = keys.iter().filter_map(|key| lookalike::witness(key));
     let found = found.min_by_key(|lookalike| lookalike.place)?;
-    Some(lookalike::by_blocks(found.model, keys()))
+    Some(lookalike::by_blocks(found.model, keys.iter().copied()))
 }
