@@ -123,119 +123,122 @@ fn told(keys: &[&str]) -> (String, Vec<String>) {
     (plan.reason().unwrap(), reasons.collect())
 }
 
+/// (keys of a file, how the reason for it begins).
+const NO_LORAS: [(&[&str], &str); 19] = [
+    (
+        &[
+            "model.layers.0.self_attn.q_proj.weight",
+            "model.norm.weight",
+        ],
+        "a checkpoint of a text encoder, not a LoRA: it holds whole weights, as `model.layers.0.self_attn.q_proj.weight`",
+    ),
+    (
+        &[
+            "visual.blocks.0.attn.qkv.weight",
+            "model.layers.0.self_attn.q_proj.weight",
+            "model.layers.0.mlp.up_proj.weight",
+        ],
+        "a checkpoint of a text encoder, not a LoRA: ",
+    ),
+    (
+        &["vision_model.encoder.layers.0.self_attn.k_proj.weight"],
+        "a checkpoint of an image encoder, not a LoRA: ",
+    ),
+    (
+        &["decoder.conv1.weight", "encoder.conv1.weight"],
+        "a checkpoint of a VAE, not a LoRA: ",
+    ),
+    (
+        &["model.1.sub.0.RDB1.conv1.0.weight", "model.0.weight"],
+        "a checkpoint of an upscaler, not a LoRA: ",
+    ),
+    (
+        &[
+            "transformer_blocks.0.attn.to_q.weight",
+            "controlnet_blocks.0.weight",
+        ],
+        "a checkpoint of a ControlNet, not a LoRA: ",
+    ),
+    (
+        &["transformer_blocks.0.attn.to_q.weight", "img_in.bias"],
+        "a checkpoint of Qwen-Image, not a LoRA: it holds whole weights, as `transformer_blocks.0.attn.to_q.weight`",
+    ),
+    (
+        &[
+            "transformer_blocks.0.attn.to_qkv.qweight",
+            "transformer_blocks.0.attn.to_qkv.proj_down",
+            "transformer_blocks.0.img_mod.1.weight.absmax",
+        ],
+        "a checkpoint of Qwen-Image, not a LoRA: ",
+    ),
+    (
+        &["layers.0.attention.to_q.weight"],
+        "a checkpoint of Z-Image, not a LoRA: ",
+    ),
+    (
+        &[
+            "model.diffusion_model.transformer_blocks.0.attn.to_q.weight",
+            "first_stage_model.decoder.conv1.weight",
+            "text_encoders.qwen25_7b.transformer.model.layers.0.self_attn.q_proj.weight",
+        ],
+        "a checkpoint of Qwen-Image, not a LoRA: ",
+    ),
+    (
+        &["double_blocks.0.img_mlp.fc1.weight"],
+        "a checkpoint of HunyuanVideo, not a LoRA: ",
+    ),
+    (
+        &[
+            "blocks.0.self_attn.q.weight",
+            "blocks.0.cross_attn.q.weight",
+        ],
+        "a checkpoint of Wan or another video model, not a LoRA: ",
+    ),
+    (
+        &[
+            "model.diffusion_model.input_blocks.1.0.in_layers.0.weight",
+            "first_stage_model.decoder.conv_in.weight",
+            "first_stage_model.encoder.conv_in.weight",
+            "cond_stage_model.transformer.text_model.final_layer_norm.weight",
+        ],
+        "a checkpoint of Stable Diffusion, not a LoRA: it holds whole weights, as `model.diffusion_model.input",
+    ),
+    (
+        &[
+            "down_blocks.0.resnets.0.conv1.weight",
+            "controlnet_cond_embedding.conv_in.weight",
+        ],
+        "a checkpoint of a ControlNet, not a LoRA: ",
+    ),
+    (
+        &[
+            "encoder.down_blocks.0.resnets.0.conv1.weight",
+            "decoder.mid_block.attentions.0.to_q.weight",
+        ],
+        "a checkpoint of a VAE, not a LoRA: ",
+    ),
+    (
+        &["emb_params"],
+        "a textual inversion embedding, not a LoRA (it has `emb_params`)",
+    ),
+    (
+        &["clip_g", "clip_l"],
+        "a textual inversion embedding, not a LoRA (it has `clip_",
+    ),
+    (
+        &["net.0.weight"],
+        "a checkpoint, not a LoRA: it holds whole weights, as `net.0.weight`",
+    ),
+    (
+        &["something.else"],
+        "no key names a module of Qwen-Image (the first is `something.else`)",
+    ),
+];
+
 #[test]
 fn files_that_are_no_loras_are_told_as_what_they_are() {
-    for (keys, expected) in [
-        (
-            vec![
-                "model.layers.0.self_attn.q_proj.weight",
-                "model.norm.weight",
-            ],
-            "a checkpoint of a text encoder, not a LoRA: it holds whole weights, as `model.layers.0.self_attn.q_proj.weight`",
-        ),
-        (
-            vec![
-                "visual.blocks.0.attn.qkv.weight",
-                "model.layers.0.self_attn.q_proj.weight",
-                "model.layers.0.mlp.up_proj.weight",
-            ],
-            "a checkpoint of a text encoder, not a LoRA: ",
-        ),
-        (
-            vec!["vision_model.encoder.layers.0.self_attn.k_proj.weight"],
-            "a checkpoint of an image encoder, not a LoRA: ",
-        ),
-        (
-            vec!["decoder.conv1.weight", "encoder.conv1.weight"],
-            "a checkpoint of a VAE, not a LoRA: ",
-        ),
-        (
-            vec!["model.1.sub.0.RDB1.conv1.0.weight", "model.0.weight"],
-            "a checkpoint of an upscaler, not a LoRA: ",
-        ),
-        (
-            vec![
-                "transformer_blocks.0.attn.to_q.weight",
-                "controlnet_blocks.0.weight",
-            ],
-            "a checkpoint of a ControlNet, not a LoRA: ",
-        ),
-        (
-            vec!["transformer_blocks.0.attn.to_q.weight", "img_in.bias"],
-            "a checkpoint of Qwen-Image, not a LoRA: it holds whole weights, as `transformer_blocks.0.attn.to_q.weight`",
-        ),
-        (
-            vec![
-                "transformer_blocks.0.attn.to_qkv.qweight",
-                "transformer_blocks.0.attn.to_qkv.proj_down",
-                "transformer_blocks.0.img_mod.1.weight.absmax",
-            ],
-            "a checkpoint of Qwen-Image, not a LoRA: ",
-        ),
-        (
-            vec!["layers.0.attention.to_q.weight"],
-            "a checkpoint of Z-Image, not a LoRA: ",
-        ),
-        (
-            vec![
-                "model.diffusion_model.transformer_blocks.0.attn.to_q.weight",
-                "first_stage_model.decoder.conv1.weight",
-                "text_encoders.qwen25_7b.transformer.model.layers.0.self_attn.q_proj.weight",
-            ],
-            "a checkpoint of Qwen-Image, not a LoRA: ",
-        ),
-        (
-            vec!["double_blocks.0.img_mlp.fc1.weight"],
-            "a checkpoint of HunyuanVideo, not a LoRA: ",
-        ),
-        (
-            vec![
-                "blocks.0.self_attn.q.weight",
-                "blocks.0.cross_attn.q.weight",
-            ],
-            "a checkpoint of Wan or another video model, not a LoRA: ",
-        ),
-        (
-            vec![
-                "model.diffusion_model.input_blocks.1.0.in_layers.0.weight",
-                "first_stage_model.decoder.conv_in.weight",
-                "first_stage_model.encoder.conv_in.weight",
-                "cond_stage_model.transformer.text_model.final_layer_norm.weight",
-            ],
-            "a checkpoint of Stable Diffusion, not a LoRA: it holds whole weights, as `model.diffusion_model.input",
-        ),
-        (
-            vec![
-                "down_blocks.0.resnets.0.conv1.weight",
-                "controlnet_cond_embedding.conv_in.weight",
-            ],
-            "a checkpoint of a ControlNet, not a LoRA: ",
-        ),
-        (
-            vec![
-                "encoder.down_blocks.0.resnets.0.conv1.weight",
-                "decoder.mid_block.attentions.0.to_q.weight",
-            ],
-            "a checkpoint of a VAE, not a LoRA: ",
-        ),
-        (
-            vec!["emb_params"],
-            "a textual inversion embedding, not a LoRA (it has `emb_params`)",
-        ),
-        (
-            vec!["clip_g", "clip_l"],
-            "a textual inversion embedding, not a LoRA (it has `clip_",
-        ),
-        (
-            vec!["net.0.weight"],
-            "a checkpoint, not a LoRA: it holds whole weights, as `net.0.weight`",
-        ),
-        (
-            vec!["something.else"],
-            "no key names a module of Qwen-Image (the first is `something.else`)",
-        ),
-    ] {
-        let (reason, _) = told(&keys);
+    for (keys, expected) in NO_LORAS {
+        let (reason, _) = told(keys);
         assert!(reason.starts_with(expected), "{reason}");
     }
     assert_eq!(told(&[]).0, "the file holds no tensor");
