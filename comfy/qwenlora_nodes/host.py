@@ -139,7 +139,8 @@ def transformer_of(model: ModelPatcher) -> nn.Module:
     inner = getattr(transformer, "_orig_mod", transformer)
     blocks = getattr(inner, "transformer_blocks", None)
     is_qwen = bool(blocks) and hasattr(blocks[0], "img_mod") and hasattr(blocks[0], "txt_mod")
-    is_packed = inner is not None and any(hasattr(m, "proj_down") for m in inner.modules())
+    is_module = isinstance(inner, torch.nn.Module)
+    is_packed = is_module and any(hasattr(module, "proj_down") for module in inner.modules())
     if is_qwen and is_packed:
         return inner  # type: ignore[no-any-return]
     way_out = "use `Load LoRA` for models that are not Nunchaku's"

@@ -468,9 +468,14 @@ def test_a_nunchaku_model_of_another_kind_is_named(bench):
     assert "`Load LoRA`" not in text
 
 
-@pytest.mark.parametrize("value", [None, object()])
+@pytest.mark.parametrize("value", [None, object(), holding(torch.nn.Linear(1, 1))])
 def test_what_is_no_model_is_named(bench, value):
-    assert f"got {type(value).__name__}" in refused(bench, value)
+    name = "Linear" if isinstance(value, SimpleNamespace) else type(value).__name__
+    assert f"got {name}" in refused(bench, value)
+
+
+def test_a_transformer_that_is_no_module_is_named(bench):
+    assert "got SimpleNamespace" in refused(bench, holding(SimpleNamespace()))
 
 
 @pytest.mark.parametrize("name", ["ComfyQwenImageWrapper", "ComfyQwenImageWrapperLM"])
