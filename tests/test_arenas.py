@@ -24,8 +24,8 @@ from qwenlora.arena import PackedArena
 from qwenlora.bulk import Member
 from qwenlora.errors import ModelStateError
 from qwenlora.filler import Filler
-from qwenlora.host_arena import HostPackedArena, rewrite_packed_ups
-from qwenlora.layout import round_up
+from qwenlora.host_arena import HostPackedArena, rewrite_packed
+from qwenlora.layout import LowRankSide, round_up
 from qwenlora.staging import Staged
 from qwenlora.targets import find_targets
 
@@ -144,7 +144,9 @@ def test_rust_packs_what_torch_does(formed_bytes, dtype, ranks, targets, filler,
     # Factors of another strength, over what is there.
     again = part_of(row, range(1, 3), ranks, 0, dtype=dtype, factors=(0.7, 1.0, 1e-3))
     base_tiles = row.base_rank // 16
-    rewrite_packed_ups(arenas[0]._factors[1].wait(), again, base_tiles=base_tiles, threads=2)
+    rewrite_packed(
+        LowRankSide.UP, arenas[0]._factors[1].wait(), again, base_tiles=base_tiles, threads=2
+    )
     arena.write_packed_ups(arenas[1]._up, again, base_tiles=base_tiles)
     assert same_factors(*arenas)
 

@@ -7,13 +7,14 @@ save of one takes its elements alone (see `allocation`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 
 from qwenlora.allocation import evenly, rest_from, split
+from qwenlora.balance import RankPeaks, is_narrow, moved
 from qwenlora.bulk import in_spans
 from qwenlora.layout import FRAGMENT, MODULATION_PLANES, TILE, RowOrder, round_up
 from qwenlora.memory import zero_bytes
@@ -35,7 +36,9 @@ __all__ = [
     "added_finite",
     "in_slots",
     "scaled_into",
+    "write_branch_downs",
     "write_branch_ups",
+    "write_packed_downs",
     "write_packed_ups",
 ]
 
@@ -75,6 +78,42 @@ class Part:
     def span(self) -> slice:
         """The slots as a slice."""
         return slice(self.slots.start, self.slots.stop)
+
+    def balanced(self, dtype: torch.dtype) -> Part:
+        """The same product, each rank out of a dtype's subnormal numbers (see `balance`).
+
+        Where that may change something, `up` comes scaled, both halves in `dtype`, and the factors
+        are 1. The host is asked for what it can tell at once, a device for nothing.
+        """
+        if not is_narrow(dtype):
+            return self
+        exponents = self._exponents(dtype)
+        if exponents.device.type == "cpu" and not exponents.any():
+            return self
+        downs, ups = [], []
+        for member, start, down, up, factor in self._halves():
+            own = exponents[:, start : start + member.rank]
+            downs.append(moved(down.float(), -own.unsqueeze(-1), dtype))
+            ups.append(moved(up.float() * factor, own.unsqueeze(-2), dtype))
+        return replace(self, downs=downs, ups=ups, factors=(1.0,) * len(ups))
+
+    def _exponents(self, dtype: torch.dtype) -> Tensor:
+        """(slots, rank) int32, of ranks that modules share over the rows of all."""
+        found: dict[int, RankPeaks] = {}
+        for _, start, down, up, factor in self._halves():
+            peaks = RankPeaks.of(down.float(), up.float() * factor, dtype)
+            found[start] = peaks.beside(found[start]) if start in found else peaks
+        first = self.downs[0]
+        exponents = torch.zeros(
+            (len(self.slots), self.rank), dtype=torch.int32, device=first.device
+        )
+        for start, peaks in found.items():
+            own = peaks.exponents(dtype)
+            exponents[:, start : start + own.shape[1]] = own
+        return exponents
+
+    def _halves(self) -> Iterator[tuple[Member, int, Tensor, Tensor, float]]:
+        return zip(self.members, self.starts, self.downs, self.ups, self.factors, strict=True)
 
 
 class Arena(Protocol):
@@ -127,11 +166,8 @@ class PackedArena:
 
     def write(self, part: Part) -> None:
         """Pack one LoRA's deltas; its ranks are padded to 16 with zeros."""
-        down = _tiles_of(part, self._down, self._base_tiles)
-        if _in_tiles(part):
-            _pack_downs(down, part)
-        else:
-            _pack_down(down, _joined_down(down, part))
+        part = part.balanced(self._down.dtype)
+        write_packed_downs(self._down, part, base_tiles=self._base_tiles)
         write_packed_ups(self._up, part, base_tiles=self._base_tiles)
 
     def _with_base(self, targets: Sequence[Target], name: str, channels: int) -> Tensor:
@@ -152,6 +188,15 @@ def in_slots(arena: Tensor) -> Sequence[Tensor]:
 def added_finite(down: Tensor, up: Tensor, base_tiles: int) -> list[bool]:
     """Slot by slot, whether all that is not the base is finite in (slots, C/16, R/16, 256)."""
     return _finite(down[:, :, base_tiles:], up[:, :, base_tiles:])
+
+
+def write_packed_downs(arena: Tensor, part: Part, *, base_tiles: int) -> None:
+    """Pack one LoRA's `down` into (slots, C/16, R/16, 256)."""
+    down = _tiles_of(part, arena, base_tiles)
+    if _in_tiles(part):
+        _pack_downs(down, part)
+    else:
+        _pack_down(down, _joined_down(down, part))
 
 
 def write_packed_ups(arena: Tensor, part: Part, *, base_tiles: int) -> None:
@@ -344,8 +389,14 @@ class BranchArena:
 
     def write(self, part: Part) -> None:
         """Write one LoRA's deltas."""
-        _join_downs(self._down[part.span], part, rank_begin=part.rank_begin)
+        part = part.balanced(self._down.dtype)
+        write_branch_downs(self._down, part)
         write_branch_ups(self._up, part, row_order=self._row_order)
+
+
+def write_branch_downs(arena: Tensor, part: Part) -> None:
+    """Write one LoRA's `down` into (slots, R, in)."""
+    _join_downs(arena[part.span], part, rank_begin=part.rank_begin)
 
 
 def write_branch_ups(arena: Tensor, part: Part, *, row_order: RowOrder) -> None:

@@ -9,6 +9,7 @@ alpha, by its inverse: no bit of a normal number changes.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,14 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["exponent_beside", "exponent_of", "loses_small_values"]
+__all__ = [
+    "RankPeaks",
+    "balanced",
+    "exponent_of",
+    "is_narrow",
+    "loses_small_values",
+    "moved",
+]
 
 ROOM = 7
 """Bits between the smallest normal number and the largest value of a factor.
@@ -44,7 +52,7 @@ def exponent_of(peak: float, dtype: torch.dtype, *, largest: float | None = None
         The exponent of two, 0 to `MOST`. It is 0 where the largest value has `ROOM`, is zero or is
         not finite, and for a dtype that has float32's exponents: products are formed in float32.
     """
-    if not _is_narrow(dtype) or peak == 0 or not math.isfinite(peak):
+    if not is_narrow(dtype) or peak == 0 or not math.isfinite(peak):
         return 0
     highest = (
         _exponent(torch.finfo(dtype).max) - 1 - _exponent(peak if largest is None else largest)
@@ -52,26 +60,78 @@ def exponent_of(peak: float, dtype: torch.dtype, *, largest: float | None = None
     return max(0, min(_lowest(dtype) - _exponent(peak), highest, MOST))
 
 
-def exponent_beside(up_peak: float, down_peak: float, dtype: torch.dtype) -> int:
-    """How far `up` moves up where `down` moves down as far: there is no alpha to take the inverse.
+@dataclass(frozen=True)
+class RankPeaks:
+    """What decides how far each rank of a pair moves: a power of two between its two vectors.
 
-    `down` gives what it can spare. Where that is not enough, both are made equally large, which
-    loses least in all.
+    Attributes:
+        up: (..., r) float32, the largest magnitude of each column of `up`, scale included.
+        down: (..., r) float32, that of each row of `down`.
+        loses: (..., r) bool, whether rounding to the dtype changes a subnormal value of the column.
+    """
+
+    up: Tensor
+    down: Tensor
+    loses: Tensor
+
+    @classmethod
+    def of(cls, down: Tensor, up: Tensor, dtype: torch.dtype) -> RankPeaks:
+        """Look at a pair.
+
+        Args:
+            down: (..., r, in) float32.
+            up: (..., out, r) float32, scale included.
+            dtype: What both will be rounded to.
+        """
+        size = up.abs()
+        small = (size < torch.finfo(dtype).tiny) & (up.to(dtype).to(up.dtype) != up)
+        return cls(size.amax(-2), down.abs().amax(-1), small.any(-2))
+
+    def beside(self, other: RankPeaks) -> RankPeaks:
+        """Of two pairs whose ranks are the same: other rows of `up`, an equal `down`."""
+        return RankPeaks(
+            torch.maximum(self.up, other.up), other.down, torch.logical_or(self.loses, other.loses)
+        )
+
+    def exponents(self, dtype: torch.dtype) -> Tensor:
+        """(..., r) int32: `up` is multiplied by two to this power, and `down` divided by it.
+
+        `down` gives what it can spare. Where that is not enough, both are made equally large, which
+        loses least in all. It is a function of magnitudes alone, so it is the same on every device,
+        in every order of reading and for every way of composing.
+        """
+        up, down = (torch.frexp(peak).exponent - 1 for peak in (self.up, self.down))
+        wanted = (_lowest(dtype) - up).clamp(max=MOST)
+        least = torch.maximum(down - _lowest(dtype), torch.div(down - up, 2, rounding_mode="floor"))
+        exponents = torch.minimum(wanted, least).clamp(min=0)
+        has_magnitude = (self.up > 0) & (self.down > 0)
+        finite = torch.isfinite(self.up) & torch.isfinite(self.down)
+        return torch.where(has_magnitude & finite & self.loses, exponents, 0).to(torch.int32)
+
+
+def balanced(down: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A pair in a dtype, rank by rank out of its subnormal numbers.
 
     Args:
-        up_peak: The largest magnitude of `up`, scale included.
-        down_peak: That of `down`.
-        dtype: What both will be rounded to.
-
-    Returns:
-        The exponent of two that `up` is multiplied by and `down` divided by; 0 or more.
+        down: (..., r, in) float32.
+        up: (..., out, r) float32, scale included.
+        dtype: What both are rounded to.
     """
-    wanted = exponent_of(up_peak, dtype)
-    if wanted == 0 or down_peak == 0 or not math.isfinite(down_peak):
-        return 0
-    between = _exponent(down_peak) - _exponent(up_peak)
-    spare = _exponent(down_peak) - _lowest(dtype)
-    return max(0, min(wanted, max(spare, (between + 1) // 2)))
+    if not is_narrow(dtype) or not up.numel() or not down.numel():
+        return down.to(dtype), up.to(dtype)
+    exponents = RankPeaks.of(down, up, dtype).exponents(dtype)
+    return moved(down, -exponents.unsqueeze(-1), dtype), moved(up, exponents.unsqueeze(-2), dtype)
+
+
+def moved(values: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values times powers of two, rounded once to a dtype.
+
+    Args:
+        values: float32.
+        exponents: int32, of a shape that broadcasts.
+        dtype: Of the result.
+    """
+    return torch.ldexp(values, exponents).to(dtype)
 
 
 def loses_small_values(values: Tensor, dtype: torch.dtype) -> bool:
@@ -83,14 +143,14 @@ def loses_small_values(values: Tensor, dtype: torch.dtype) -> bool:
         values: In any floating dtype.
         dtype: What they will be rounded to.
     """
-    if not _is_narrow(dtype):
+    if not is_narrow(dtype):
         return False
     wide = values.to(torch.float32) if values.itemsize == 1 else values
     small = wide[wide.abs() < torch.finfo(dtype).tiny]
     return not torch.equal(small.to(dtype).to(small.dtype), small)
 
 
-def _is_narrow(dtype: torch.dtype) -> bool:
+def is_narrow(dtype: torch.dtype) -> bool:
     """Whether a dtype has fewer exponents than float32."""
     return torch.finfo(dtype).tiny > torch.finfo(torch.float32).tiny
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from qwenlora.balance import balanced, exponent_of, loses_small_values
 from qwenlora.hooked import is_marked, mark_hooked, unmark_hooked
 from qwenlora.layout import RowOrder
 from qwenlora.pack import interleave_modulation
@@ -30,6 +31,7 @@ __all__ = [
     "Branch",
     "BranchLayout",
     "KronShape",
+    "ScaledDense",
     "ScaledKron",
     "add_side_branch",
     "branch_of",
@@ -77,8 +79,13 @@ class ScaledKron:
     def of(cls, kron: KronPair, strength: float, target: Target) -> ScaledKron:
         """Scale in float32 and cast to the slot's dtype, on its device."""
         factor = torch.tensor(kron.scale * strength, dtype=torch.float32)
-        w1 = (kron.w1.to(torch.float32) * factor).to(target.device, target.dtype)
-        w2 = kron.w2.to(torch.float32).to(target.device, target.dtype)
+        w1 = kron.w1.to(torch.float32) * factor
+        w2 = kron.w2.to(torch.float32)
+        # Of the two as of a pair of one rank: a power of two of one is a power of two of the other.
+        down, up = balanced(w2.reshape(1, -1), w1.reshape(-1, 1), target.dtype)
+        w1, w2 = (
+            half.view(whole.shape).to(target.device) for half, whole in ((up, w1), (down, w2))
+        )
         return cls(w1, w2, kron.row_begin)
 
     @property
@@ -88,16 +95,39 @@ class ScaledKron:
 
 
 @dataclass(frozen=True)
+class ScaledDense:
+    """A dense delta ready to be written.
+
+    Attributes:
+        values: (out, in) in the slot's dtype: the delta times a power of two.
+        exponent: Of that power; 0 where the dtype loses no small values.
+    """
+
+    values: Tensor
+    exponent: int
+
+    @classmethod
+    def of(cls, delta: Tensor, target: Target) -> ScaledDense:
+        """Round a delta (out, in) to the slot's dtype."""
+        exponent = 0
+        if loses_small_values(delta, target.dtype):
+            exponent = exponent_of(float(delta.abs().max()), target.dtype)
+        return cls((delta * 2.0**exponent).to(target.dtype), exponent)
+
+
+@dataclass(frozen=True)
 class BranchLayout:
     """What the buffers of a branch mean.
 
     Attributes:
         krons: First row of each Kronecker product, in the order of their buffers.
         row_order: The order of the layer's output rows.
+        dense_exponent: The dense part is the delta times two to this power.
     """
 
     krons: tuple[int, ...] = ()
     row_order: RowOrder = RowOrder.PLANAR
+    dense_exponent: int = 0
 
 
 @dataclass(frozen=True)
@@ -190,7 +220,7 @@ def make_branch(
     rank: int,
     krons: Sequence[ScaledKron],
     kron_room: Sequence[KronShape],
-    dense: Tensor | None,
+    dense: ScaledDense | None,
     row_order: RowOrder,
     pinned: bool,
 ) -> Branch | None:
@@ -202,7 +232,7 @@ def make_branch(
         rank: Ranks to hold, at least the pairs' in all; what exceeds them is zero.
         krons: Kronecker products.
         kron_room: Shapes to hold, at least the products' own; the others are zero.
-        dense: (out, in).
+        dense: A matrix over all of the layer.
         row_order: The order of the layer's rows, for the products.
         pinned: Whether to allocate pinned memory, as the layer's own tensors are: offload copies
             from it asynchronously.
@@ -226,7 +256,7 @@ def make_branch(
             end = ranks.stop
         tensors |= {BRANCH_DOWN: down, BRANCH_UP: up}
     if dense is not None:
-        tensors[BRANCH_DENSE] = zeros(*dense.shape).copy_(dense)
+        tensors[BRANCH_DENSE] = zeros(*dense.values.shape).copy_(dense.values)
     waiting = list(krons)
     for index, shape in enumerate(kron_room):
         w1, w2 = zeros(shape.w1_rows, shape.w1_columns), zeros(shape.w2_rows, shape.w2_columns)
@@ -237,7 +267,9 @@ def make_branch(
         tensors |= dict(zip(kron_names(index), (w1, w2), strict=True))
     if not tensors:
         return None
-    return Branch(BranchLayout(tuple(s.row_begin for s in kron_room), row_order), tensors)
+    exponent = 0 if dense is None else dense.exponent
+    rows = tuple(shape.row_begin for shape in kron_room)
+    return Branch(BranchLayout(rows, row_order, exponent), tensors)
 
 
 def low_rank_branch(target: Target, factors: Sequence[Tensor]) -> Branch:
@@ -262,6 +294,8 @@ def add_side_branch(
     dense = buffers.get(BRANCH_DENSE)
     if dense is not None:
         product = torch.nn.functional.linear(x.to(dense.dtype), dense)
+        if layout.dense_exponent:
+            product = product * 2.0**-layout.dense_exponent
         output = output + product.to(output.dtype)
     if layout.krons:
         output = _add_krons(x, buffers, layout, output)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenlora import cache
-from qwenlora.branch import KronShape, ScaledKron
+from qwenlora.branch import KronShape, ScaledDense, ScaledKron
 from qwenlora.errors import NonFiniteError
 from qwenlora.limit import Fitted, Limiter, MaxRank, rank_taken
 from qwenlora.loss import LoraShare, WholeDelta
@@ -45,7 +45,7 @@ class SlotDeltas:
         kron_room: Shapes of those that the layer holds; more than `krons` where offload wants every
             block to hold the same.
         kron_count: How many the LoRAs brought.
-        dense: (out, in) in the slot's dtype: runs beside a plain linear.
+        dense: A matrix that runs beside a plain linear.
         dense_held: Whether the layer holds one.
         values: What is added to stored parameters, by name: float64, in storage order.
         energy_lost: Share of the whole delta's energy that truncation dropped; None where there was
@@ -64,7 +64,7 @@ class SlotDeltas:
     rank_added: int = 0
     krons: tuple[ScaledKron, ...] = ()
     kron_room: tuple[KronShape, ...] = ()
-    dense: Tensor | None = None
+    dense: ScaledDense | None = None
     values: Mapping[str, Tensor] = field(default_factory=dict)
     energy_lost: float | None = None
     zero: tuple[int, ...] = ()
@@ -98,7 +98,7 @@ class SlotDeltas:
         """All that will be written beside the base, for checking."""
         pairs = [half for pair in self.pairs for half in (pair.down, pair.up)]
         factors = [factor for kron in self.krons for factor in (kron.w1, kron.w2)]
-        dense = [] if self.dense is None else [self.dense]
+        dense = [] if self.dense is None else [self.dense.values]
         return pairs + factors + dense + list(self.values.values())
 
     def without_tensors(self) -> SlotDeltas:
@@ -297,7 +297,7 @@ class _SlotSum:
             krons=krons,
             kron_room=tuple(kron.shape for kron in krons),
             kron_count=len(krons),
-            dense=None if self._dense is None else self._dense.to(target.dtype),
+            dense=None if self._dense is None else ScaledDense.of(self._dense, target),
             dense_held=self._dense is not None,
             values=self._values,
             energy_lost=fitted.energy_lost,

@@ -27,9 +27,10 @@ from qwenlora.arena import (
     added_finite,
     in_slots,
     scaled_into,
+    write_packed_downs,
     write_packed_ups,
 )
-from qwenlora.layout import FRAGMENT, TILE, RowOrder, round_up
+from qwenlora.layout import FRAGMENT, TILE, LowRankSide, RowOrder, round_up
 from qwenlora.memory import host_bytes, new_bytes
 from qwenlora.pending import Pending
 from qwenlora.plan import SlotKind
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from qwenlora.filler import Filler
     from qwenlora.targets import Target
 
-__all__ = ["HostFactor", "HostPackedArena", "arena_of", "rewrite_packed_ups"]
+__all__ = ["HostFactor", "HostPackedArena", "arena_of", "rewrite_packed"]
 
 _Bytes: TypeAlias = "npt.NDArray[np.uint8]"
 _Column: TypeAlias = "tuple[Any, ...]"
@@ -176,6 +177,7 @@ class HostPackedArena:
     def write(self, part: Part) -> None:
         """Begin to pack one LoRA's deltas; its ranks are padded to 16 with zeros."""
         self._copy_bases(part.slots.start, "keep")
+        part = part.balanced(self._factors[0].dtype)
         deltas = _Deltas(part, self._factors[0].dtype)
         begin = part.rank_begin // TILE
         before, after = ("keep", begin), ("keep", self._added - begin - deltas.tiles)
@@ -204,23 +206,29 @@ class HostPackedArena:
                 factor.forget_olds()
 
 
-def rewrite_packed_ups(arena: Tensor, part: Part, *, base_tiles: int, threads: int | None) -> None:
-    """Scale and pack one LoRA's `up` anew, over what an arena has of it; all else stays.
+def rewrite_packed(
+    side: LowRankSide, arena: Tensor, part: Part, *, base_tiles: int, threads: int | None
+) -> None:
+    """Scale and pack one LoRA's factor anew, over what an arena has of it; all else stays.
 
     Args:
-        arena: (slots, C/16, R/16, 256), contiguous, on any device.
+        side: Which factor.
+        arena: (slots, C/16, R/16, 256) of that side, contiguous, on any device.
         part: The LoRA's deltas, with ranks that lie where they lay.
         base_tiles: Fragments of the base in each channel tile.
         threads: Threads that fill host memory; by default up to 16.
     """
     if arena.device.type != "cpu":
-        write_packed_ups(arena, part, base_tiles=base_tiles)
+        write = write_packed_downs if side is LowRankSide.DOWN else write_packed_ups
+        write(arena, part, base_tiles=base_tiles)
         return
     deltas = _Deltas(part, arena.dtype)
     begin = base_tiles + part.rank_begin // TILE
     around = ("keep", begin), ("keep", arena.shape[2] - begin - deltas.tiles)
     for slots in deltas.spans():
-        columns = [around[0], deltas.up_column(slots, "up over"), around[1]]
+        is_down = side is LowRankSide.DOWN
+        own = deltas.down_column(slots) if is_down else deltas.up_column(slots, "up over")
+        columns = [around[0], own, around[1]]
         _core.fill_packed([_recipe(arena, slots, columns)], threads=fillers_for(threads))
 
 

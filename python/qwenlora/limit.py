@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
+from qwenlora.balance import balanced
 from qwenlora.compress import LowRankSum, Truncation, decomposed, energy, iterated
 from qwenlora.decomposition import is_finite
 from qwenlora.errors import NonFiniteError
@@ -301,7 +302,8 @@ def _decomposed(waiting: _Waiting) -> Truncation:
 
 def _cut(waiting: _Waiting, truncation: Truncation, rank: int) -> Fitted:
     best = truncation.cut(rank)
-    pair = _placed(best.down, best.up, waiting.target)
+    halves = balanced(best.down.float(), best.up.float(), waiting.target.dtype)
+    pair = _placed(*halves, waiting.target)
     return Fitted((pair,), waiting.rank_exact, best.energy_lost, best.energy)
 
 

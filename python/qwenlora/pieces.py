@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qwenlora.balance import balanced, is_narrow
 from qwenlora.decomposition import is_finite
 from qwenlora.errors import NonFiniteError
 from qwenlora.factors import Factors, factors_of, kron_factors
@@ -387,7 +388,8 @@ def scaled(
     """Multiply strength and scale into `up` and cast to the slot's dtype.
 
     The factor is formed in float64 and rounded once to float32; value x factor is formed in
-    float32 and rounded once to `dtype`. `down` is only cast.
+    float32 and rounded once to `dtype`. `down` is only cast. Where `dtype` would lose small values
+    of `up`, a power of two moves to `down` (see `balance`).
 
     Args:
         pair: Logical or packed.
@@ -407,9 +409,25 @@ def scaled(
         values = (up.view(parts, -1, rank) * factor.unsqueeze(1)).view_as(up)
     # float8 casts through float32: torch has no direct cast to the half types on every device.
     down = pair.down.to(device)
+    if is_narrow(dtype):
+        return _balanced_pair(down.to(torch.float32), values, pair, dtype)
     if down.itemsize == 1:
         down = down.to(torch.float32)
     return ScaledPair(down=down.to(dtype), up=values.to(dtype), rank=pair.rank)
+
+
+def _balanced_pair(down: Tensor, up: Tensor, pair: LoraPair, dtype: torch.dtype) -> ScaledPair:
+    """Halves in float32, in the layout of `pair`, rounded to a dtype of few exponents."""
+    if not pair.packed:
+        down, up = balanced(down, up, dtype)
+        return ScaledPair(down=down, up=up, rank=pair.rank)
+    down, up = unpack_factor(down, LowRankSide.DOWN), unpack_factor(up, LowRankSide.UP)
+    down, up = balanced(down, up, dtype)
+    return ScaledPair(
+        down=pack_factor(down, LowRankSide.DOWN),
+        up=pack_factor(up, LowRankSide.UP),
+        rank=pair.rank,
+    )
 
 
 def _scale_packed(up: Tensor, factor: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """A change of strengths alone: the same deltas, scaled anew where they lie.
 
 Only `up` holds the strength, so only the LoRAs' own elements of it are written; base tensors, ranks
-and pointers stay. Everything needed is at hand before the first write, and an error writes the old
-strengths again: bit for bit what was there.
+and pointers stay. In float16 a power of two may lie in `down`, another one at another strength:
+there both are written. Everything needed is at hand before the first write, and an error writes the
+old strengths again: bit for bit what was there.
 """
 
 from __future__ import annotations
@@ -13,19 +14,21 @@ from typing import TYPE_CHECKING
 
 from qwenlora import cache
 from qwenlora.allocation import rest_from
-from qwenlora.arena import write_branch_ups
-from qwenlora.branch import BRANCH_UP
+from qwenlora.arena import write_branch_downs, write_branch_ups
+from qwenlora.balance import is_narrow
+from qwenlora.branch import BRANCH_DOWN, BRANCH_UP
 from qwenlora.grouped import Layout, PlacedGroup, may_overflow, part_of, scales_of
-from qwenlora.host_arena import rewrite_packed_ups
-from qwenlora.layout import FRAGMENT, TILE
+from qwenlora.host_arena import rewrite_packed
+from qwenlora.layout import FRAGMENT, TILE, LowRankSide
 from qwenlora.staging import Load, Staged, loads_of
-from qwenlora.targets import factors_of
+from qwenlora.targets import FACTORS, factors_of
 from qwenlora.transfer import HostTransfer, Transfer, transfer_to
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from qwenlora.arena import Part
     from qwenlora.bulk import Group
     from qwenlora.lora_set import LoraSet
     from qwenlora.planned import Planned
@@ -52,10 +55,11 @@ class Placed:
 
 @dataclass(frozen=True, eq=False)
 class _Write:
-    """One load to be scaled anew in its group's arena of `up`."""
+    """One load to be scaled anew in its group's arena of `up`, and of `down` where that changes."""
 
     group: Group
     arena: Tensor
+    downs: Tensor | None
     load: Load
     staged: Staged
     old: Layout
@@ -69,13 +73,20 @@ class _Write:
 
     def run(self, layout: Layout, transfer: Transfer) -> None:
         part = part_of(self.load, transfer.bring(self.staged, keep=False), layout)
-        row = self.group.targets[0].row
+        part = part.balanced(self.arena.dtype)
         if self.group.packed:
-            base_tiles = row.base_rank // TILE
-            rewrite_packed_ups(self.arena, part, base_tiles=base_tiles, threads=self.threads)
+            self._rewrite(part)
         else:
+            if self.downs is not None:
+                write_branch_downs(self.downs, part)
             write_branch_ups(self.arena, part, row_order=self.group.row_order)
         transfer.used()
+
+    def _rewrite(self, part: Part) -> None:
+        base_tiles = self.group.targets[0].row.base_rank // TILE
+        for side, arena in ((LowRankSide.DOWN, self.downs), (LowRankSide.UP, self.arena)):
+            if arena is not None:
+                rewrite_packed(side, arena, part, base_tiles=base_tiles, threads=self.threads)
 
 
 class Rescaling:
@@ -150,8 +161,10 @@ def _writes(
     old: PlacedGroup, new: PlacedGroup, wanted: LoraSet, changing: set[int], load_bytes: int
 ) -> list[_Write] | None:
     group = old.group
-    arena = _arena_of_ups(old)
-    if arena is None:
+    dtype = group.targets[0].dtype
+    arena = _arena_of(old, LowRankSide.UP)
+    downs = _arena_of(old, LowRankSide.DOWN) if is_narrow(dtype) else None
+    if arena is None or (is_narrow(dtype) and downs is None):
         return None
     writes = []
     for load in loads_of(group, load_bytes):
@@ -160,45 +173,56 @@ def _writes(
             continue
         key = (wanted.sources[lora].identity, load.key)
         staged = cache.on_device.get((key, load.device)) or cache.pieces.get(key)
-        dtype = group.targets[0].dtype
         if not isinstance(staged, Staged) or may_overflow(staged, new.layouts[lora], dtype):
             return None
         before, after = old.layouts[lora], new.layouts[lora]
         threads = wanted.options.threads
-        writes.append(_Write(group, arena, load, staged, before, after, threads))
+        writes.append(_Write(group, arena, downs, load, staged, before, after, threads))
     return writes
 
 
-def _arena_of_ups(placed: PlacedGroup) -> Tensor | None:
-    """The arena that the slots' `up` are views of, if they are."""
+_NAMES = {
+    (LowRankSide.DOWN, True): FACTORS[0],
+    (LowRankSide.UP, True): FACTORS[1],
+    (LowRankSide.DOWN, False): BRANCH_DOWN,
+    (LowRankSide.UP, False): BRANCH_UP,
+}
+"""What a layer calls a factor: by side, and by whether it is packed."""
+
+
+def _arena_of(placed: PlacedGroup, side: LowRankSide) -> Tensor | None:
+    """The arena that one factor of the slots is a view of, if it is."""
     targets = placed.group.targets
     packed = placed.group.packed
     slots = [slot for slot in range(len(targets)) if slot not in placed.differing]
     modules = [targets[slot].module for slot in slots]
+    name = _NAMES[side, packed]
     if packed:
-        found: list[Tensor | None] = [*factors_of(modules, "proj_up")]
+        found: list[Tensor | None] = [*factors_of(modules, name)]
     else:
-        found = [module._buffers.get(BRANCH_UP) for module in modules]
-    ups = {slot: up for slot, up in zip(slots, found, strict=True) if up is not None}
-    if len(ups) < len(slots):
+        found = [module._buffers.get(name) for module in modules]
+    own = {slot: factor for slot, factor in zip(slots, found, strict=True) if factor is not None}
+    if len(own) < len(slots):
         return None
-    first = next(iter(ups.values()), None)
-    return None if first is None else _around(ups, first, len(targets), packed=packed)
+    first = next(iter(own.values()), None)
+    return None if first is None else _around(own, first, len(targets), packed=packed)
 
 
-def _around(ups: Mapping[int, Tensor], first: Tensor, count: int, *, packed: bool) -> Tensor | None:
-    """All `count` slots' `up` in one tensor, where those known lie one after the other in it."""
+def _around(own: Mapping[int, Tensor], first: Tensor, count: int, *, packed: bool) -> Tensor | None:
+    """All `count` slots' factor in one tensor, where those known lie one after the other in it."""
     step = first.nbytes
-    begin = first.data_ptr() - step * next(iter(ups))
+    begin = first.data_ptr() - step * next(iter(own))
     # One slot alone may lie anywhere.
-    if len(ups) < min(2, count) or any(
-        up.shape != first.shape or up.data_ptr() != begin + step * slot for slot, up in ups.items()
+    if len(own) < min(2, count) or any(
+        factor.shape != first.shape or factor.data_ptr() != begin + step * slot
+        for slot, factor in own.items()
     ):
         return None
     flat = rest_from(begin, begin + step * count, first)
     if flat is None:
         return None
     rows, rank = first.shape
+    # A `down` beside a layer is (R, in): there these are its ranks and its columns.
     arena = flat[: count * rows * rank].view(count, rows, rank)
     # (slots, C, R) in name -> (slots, C/16, R/16, 256)
     return arena.view(count, rows // TILE, rank // TILE, FRAGMENT) if packed else arena
