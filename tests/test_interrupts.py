@@ -19,6 +19,7 @@ from qwenlora import (
     ComposeOptions,
     Placement,
     branch,
+    cache,
     compose,
     placement,
     rescale,
@@ -558,3 +559,35 @@ def test_offload_that_was_half_turned_on_is_turned_on(make_model, lora, probe, m
     assert model.offload
     qwenlora.compose_loras(model, lora[0], options=options)
     assert model.offload_manager is not None
+
+
+@pytest.mark.parametrize("act", ["put", "replace", "drop", "clear"])
+def test_a_cache_counts_right_after_an_interruption_at_every_instruction(act):
+    def use() -> None:
+        if act == "clear":
+            kept.clear()
+        elif act == "drop":
+            kept.fit(20)
+        else:
+            kept.put("new" if act == "put" else 1, Sized(30), limit_bytes=100)
+
+    codes, at, interrupted = codes_of(cache.PieceCache), 0, True
+    while interrupted:
+        kept = cache.PieceCache()
+        for key in range(3):
+            kept.turn()
+            kept.put(key, Sized(20), limit_bytes=100)
+        with Interruption(codes, at, KeyboardInterrupt) as interruption:
+            with contextlib.suppress(KeyboardInterrupt):
+                use()
+        interrupted = interruption.happened
+        # No signal comes between the end of a `with` block and its exit, as this one may.
+        kept._lock = threading.Lock()
+        assert kept.nbytes == sum(own.nbytes for own in kept.values())
+        at += 1
+    assert at > 10
+
+
+class Sized:
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes

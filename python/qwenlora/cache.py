@@ -95,14 +95,16 @@ class PieceCache:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, tuple[Kept, int]] = OrderedDict()
-        self._bytes = 0
+        # None while it changes, and after an interrupt in between: it is counted anew then.
+        self._bytes: int | None = 0
         self._turn = 0
         self._lock = threading.Lock()
 
     @property
     def nbytes(self) -> int:
         """Bytes held now."""
-        return self._bytes
+        with self._lock:
+            return self._counted()
 
     def values(self) -> list[Kept]:
         """All that is kept, the oldest first."""
@@ -137,33 +139,43 @@ class PieceCache:
         """
         with self._lock:
             self._drop(key)
-            while self._kept and self._bytes + deltas.nbytes > limit_bytes:
+            while self._kept and self._counted() + deltas.nbytes > limit_bytes:
                 oldest, (_, turn) = next(iter(self._kept.items()))
-                if turn == self._turn and self._bytes <= limit_bytes:
+                if turn == self._turn and self._counted() <= limit_bytes:
                     return False
                 self._drop(oldest)
-            if self._bytes + deltas.nbytes > limit_bytes:
+            after = self._counted() + deltas.nbytes
+            if after > limit_bytes:
                 return False
+            self._bytes = None
             self._kept[key] = (deltas, self._turn)
-            self._bytes += deltas.nbytes
+            self._bytes = after
             return True
 
     def fit(self, limit_bytes: int) -> None:
         """Drop the oldest until no more than this is held."""
         with self._lock:
-            while self._kept and self._bytes > limit_bytes:
+            while self._kept and self._counted() > limit_bytes:
                 self._drop(next(iter(self._kept)))
 
     def clear(self) -> None:
         """Drop all deltas."""
         with self._lock:
+            self._bytes = None
             self._kept.clear()
-            self._bytes = 0
+
+    def _counted(self) -> int:
+        if self._bytes is None:
+            self._bytes = sum(kept.nbytes for kept, _ in self._kept.values())
+        return self._bytes
 
     def _drop(self, key: Hashable) -> None:
-        found = self._kept.pop(key, None)
+        found = self._kept.get(key)
         if found is not None:
-            self._bytes -= found[0].nbytes
+            after = self._counted() - found[0].nbytes
+            self._bytes = None
+            del self._kept[key]
+            self._bytes = after
 
 
 plans = PlanCache(_MAX_PLANS)

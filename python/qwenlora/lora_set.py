@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenlora import cache
 from qwenlora.errors import RankError
+from qwenlora.jobs import Job, Jobs
 from qwenlora.names import names_of
 from qwenlora.source import LoraSource, known_source, open_source
 from qwenlora.spec import ComposeOptions, LoraSpec, as_specs
@@ -140,19 +140,18 @@ def _opened(specs: Sequence[LoraSpec], options: ComposeOptions) -> tuple[LoraSou
             return opening[path].result()
         return known[path] if path in known else opened(spec)
 
-    opening: dict[Path | None, Future[LoraSource]] = {}
+    opening: dict[Path | None, Job[LoraSource]] = {}
     unread = [path for path in files if path not in known]
     # A thread is worth its start only where another file is read meanwhile.
     if len(unread) < 2:
         return tuple(map(source_of, specs))
-    with ThreadPoolExecutor(min(len(unread), _READERS), "qwenlora-plan") as pool:
-        opening.update((path, pool.submit(opened, files[path])) for path in unread)
-        try:
-            # State dicts stay on this thread.
-            return tuple(map(source_of, specs))
-        finally:
-            for future in opening.values():
-                future.cancel()
+    jobs = Jobs(min(len(unread), _READERS), name="qwenlora-plan")
+    try:
+        opening.update((path, jobs.submit(partial(opened, files[path]))) for path in unread)
+        # State dicts stay on this thread.
+        return tuple(map(source_of, specs))
+    finally:
+        jobs.close()
 
 
 def _path_of(spec: LoraSpec) -> Path | None:

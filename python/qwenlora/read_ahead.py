@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from pathlib import Path
 
@@ -23,6 +24,8 @@ _log = logging.getLogger("qwenlora")
 
 _PART_BYTES = 4 << 20
 """Read at a time; in between it is asked whether the file is still wanted."""
+_POLL_SECONDS = 0.002
+"""How often `wait` looks."""
 
 
 class ReadAhead:
@@ -34,18 +37,22 @@ class ReadAhead:
     def __init__(self) -> None:
         self._waiting: deque[Path] = deque()
         self._current: Path | None = None
-        self._thread: threading.Thread | None = None
-        self._changed = threading.Condition()
+        # The thread itself says that it runs, and that it ends: an interrupt where it is started
+        # tells nobody whether it was. `threading.Condition` may be left locked by an interrupt.
+        self._working: object | None = None
+        self._lock = threading.RLock()
 
     def add(self, path: Path) -> None:
         """Read a file, or a PEFT folder's weights, after those that wait; what fails is let be."""
-        with self._changed:
+        with self._lock:
             if path == self._current or path in self._waiting:
                 return
-            if self._thread is not None or self._start():
-                self._waiting.append(path)
+            self._waiting.append(path)
+            if self._working is not None:
+                return
+        self._start()
 
-    def _start(self) -> bool:
+    def _start(self) -> None:
         # Nobody waits for it when the program ends.
         thread = threading.Thread(target=self._work, name="qwenlora-ahead", daemon=True)
         try:
@@ -53,13 +60,11 @@ class ReadAhead:
         except RuntimeError as error:
             # The system gives no more threads: whoever needs the file reads it.
             _log.debug("nothing is read ahead: %s", error)
-            return False
-        self._thread = thread
-        return True
+            self.clear()
 
     def cancel(self, path: Path) -> None:
         """Read no more of a file: whoever needs it reads it now."""
-        with self._changed:
+        with self._lock:
             if path in self._waiting:
                 self._waiting.remove(path)
             if path == self._current:
@@ -67,34 +72,47 @@ class ReadAhead:
 
     def clear(self) -> None:
         """Read no more of anything."""
-        with self._changed:
+        with self._lock:
             self._waiting.clear()
             self._current = None
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until nothing is left to read; False where that takes longer (in seconds)."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self._thread is None, timeout)
+        end = None if timeout is None else time.monotonic() + timeout
+        while self._working is not None or self._waiting:
+            if end is not None and time.monotonic() >= end:
+                return False
+            if self._working is None:
+                # Whoever added it was interrupted, or the thread is about to say that it runs.
+                self._start()
+            time.sleep(_POLL_SECONDS)
+        return True
 
     def _work(self) -> None:
+        own = object()
         try:
-            while (path := self._next()) is not None:
+            while (path := self._next(own)) is not None:
                 self._try_to_read(path)
         except BaseException:
-            self._end()
+            with self._lock:
+                self._end(own)
             raise
 
-    def _next(self) -> Path | None:
-        with self._changed:
+    def _next(self, own: object) -> Path | None:
+        """The next file for a thread to read; None where it is not needed any more."""
+        with self._lock:
+            if self._working is None:
+                self._working = own
+            if self._working is not own:
+                return None
             self._current = self._waiting.popleft() if self._waiting else None
             if self._current is None:
-                self._end()
+                self._end(own)
             return self._current
 
-    def _end(self) -> None:
-        with self._changed:
-            self._thread = self._current = None
-            self._changed.notify_all()
+    def _end(self, own: object) -> None:
+        if self._working is own:
+            self._working = self._current = None
 
     def _try_to_read(self, path: Path) -> None:
         try:

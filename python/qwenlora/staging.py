@@ -12,7 +12,6 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +20,7 @@ import torch
 
 from qwenlora import _core, cache
 from qwenlora.bulk import Group, Stack, in_spans
+from qwenlora.jobs import Jobs
 from qwenlora.layout import LowRankSide, round_up
 from qwenlora.memory import new_bytes
 from qwenlora.source import NAMES, Run
@@ -261,7 +261,7 @@ class Loader:
         self._from_cache: set[Load] = set()
         self._used: deque[tuple[Tensor, Copied | None]] = deque()
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(_STARTERS, thread_name_prefix="qwenlora-read")
+        self._pool = Jobs(_STARTERS, name="qwenlora-read")
 
     def begin(self) -> None:
         """Begin to read."""
@@ -305,9 +305,11 @@ class Loader:
         """Stop reading; what is being read is waited for, since it writes into buffers of ours."""
         self._waiting.clear()
         # First: threads of the pool wait for what is being read.
-        if self._readers is not None:
-            self._readers.close()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        try:
+            if self._readers is not None:
+                self._readers.close()
+        finally:
+            self._pool.close()
         self._begun.clear()
         while self._used:
             _, copied = self._used.popleft()
