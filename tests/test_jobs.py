@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import gc
 import threading
 import time
@@ -16,27 +17,25 @@ LONG = 20
 
 @pytest.fixture
 def jobs():
-    made = Jobs(2, name="test-job")
+    made = Jobs(2)
     yield made
     made.close()
 
 
-def workers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "test-job"]
-
-
-def wait_for_no_worker() -> None:
+def wait_for_workers(count: int) -> None:
+    """Wait until no more threads than that run."""
     end = time.monotonic() + LONG
-    while workers() and time.monotonic() < end:
+    while _thread._count() > count and time.monotonic() < end:
         time.sleep(0.001)
-    assert workers() == []
+    assert _thread._count() <= count
 
 
 def test_results_in_any_order(jobs):
+    before = _thread._count()
     begun = [jobs.submit(lambda i=i: i * i) for i in range(50)]
     assert [job.result() for job in reversed(begun)] == [i * i for i in range(49, -1, -1)]
     assert begun[3].result() == 9
-    assert len(workers()) == 2
+    assert _thread._count() <= before + 2
 
 
 def test_an_error_is_raised_where_the_result_is_asked_for(jobs):
@@ -51,6 +50,7 @@ def test_an_error_is_raised_where_the_result_is_asked_for(jobs):
 
 
 def test_closing_waits_for_what_runs_and_begins_nothing_more(jobs):
+    before = _thread._count()
     begun, go, done = threading.Barrier(3), threading.Event(), []
 
     def work():
@@ -64,15 +64,16 @@ def test_closing_waits_for_what_runs_and_begins_nothing_more(jobs):
     threading.Timer(0.02, go.set).start()
     jobs.close()
     assert done == [1, 1]
-    wait_for_no_worker()
+    wait_for_workers(before)
     assert done == [1, 1]
 
 
 def test_threads_end_where_nobody_closes():
-    jobs = Jobs(2, name="test-job")
+    before = _thread._count()
+    jobs = Jobs(2)
     assert [jobs.submit(lambda: 1).result() for _ in range(3)] == [1, 1, 1]
     del jobs
-    wait_for_no_worker()
+    wait_for_workers(before)
 
 
 def test_an_error_keeps_nothing_alive(jobs):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import copy
 import gc
 import os
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -302,11 +302,11 @@ def test_three_hundred_lives(make_model, Draft, tmp_path):
     def settled() -> tuple[int, int]:
         assert files.wait(20)
         end = time.monotonic() + 20
-        while threading.active_count() > threads and time.monotonic() < end:
+        while _thread._count() > threads and time.monotonic() < end:
             time.sleep(0.01)
-        return threading.active_count(), _handles()
+        return _thread._count(), _handles()
 
-    threads = threading.active_count()
+    threads = _thread._count()
     for number in range(30):
         _one_life(base, stacks, number)
     before, resident = settled(), _resident_bytes()

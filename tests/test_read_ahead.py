@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import sys
 import threading
@@ -79,6 +80,7 @@ def whole(path):
 
 
 def test_files_are_read_whole_one_after_the_other(ahead, files, parts):
+    before = _thread._count()
     for path in files:
         ahead.add(path)
     assert ahead.wait(LONG)
@@ -89,7 +91,10 @@ def test_files_are_read_whole_one_after_the_other(ahead, files, parts):
     ahead.add(files[0])
     assert ahead.wait(LONG)
     assert parts.of(files[0]) == 2 * whole(files[0])
-    assert not [t for t in threading.enumerate() if t.name == "qwenlora-ahead"]
+    end = time.monotonic() + LONG
+    while _thread._count() > before and time.monotonic() < end:
+        time.sleep(0.001)
+    assert _thread._count() <= before
 
 
 class Gate:
@@ -160,7 +165,7 @@ def test_files_that_cannot_be_read_are_let_be(ahead, files, parts, tmp_path):
 
 def test_an_unexpected_error_ends_the_thread_not_the_service(ahead, files, parts, monkeypatch):
     told = []
-    monkeypatch.setattr(threading, "excepthook", lambda args: told.append(args.exc_type))
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: told.append(args.exc_type))
 
     def failing(path, begin):
         if path == files[0]:
@@ -180,11 +185,11 @@ def test_an_unexpected_error_ends_the_thread_not_the_service(ahead, files, parts
 
 
 def test_without_a_thread_nothing_is_read(ahead, files, parts, monkeypatch):
-    def failing(thread):
+    def failing(work, arguments):
         raise RuntimeError("can't start new thread: injected")
 
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", failing)
+        patch.setattr(_thread, "start_new_thread", failing)
         ahead.add(files[0])
         assert ahead.wait(0)
     ahead.add(files[1])

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from safetensors.torch import load_file, save_file
 import qwenlora
 from qwenlora import Placement, _core, errors, placement, staging
 from qwenlora.bulk import Group, Located, Member, Stack
+from qwenlora.jobs import Jobs
 from qwenlora.layout import LowRankSide
 from qwenlora.lora_set import LoraSet
 from qwenlora.source import DTYPES, NAMES
@@ -92,7 +92,9 @@ def _our_threads():
         except OSError:
             # It has ended meanwhile.
             continue
-    return [name for name in names if name.startswith("qwenlora")]
+    # Those that `threading` knows nothing of have no names; it knows the main thread, too.
+    unnamed = _thread._count() - (threading.active_count() - 1)
+    return [name for name in names if name.startswith("qwenlora")] + ["unnamed"] * unnamed
 
 
 @pytest.fixture
@@ -823,7 +825,7 @@ def _raise_no_thread(*_args, **_options):
         (placement.Placer, "__init__", _raise_memory_error, MemoryError),
         (staging, "_host_buffer", _raise_memory_error, MemoryError),
         (staging, "_look", _raise_memory_error, MemoryError),
-        (ThreadPoolExecutor, "submit", _raise_no_thread, RuntimeError),
+        (Jobs, "submit", _raise_no_thread, RuntimeError),
         (_core, "Readers", _raise_no_thread, RuntimeError),
     ],
 )

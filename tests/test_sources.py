@@ -9,7 +9,6 @@ import pickle
 import sys
 import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import nn
 
 import qwenlora
 from qwenlora import errors, lora_set
+from qwenlora.jobs import Jobs
 from qwenlora.lora_set import LoraSet
 
 BLOCK = "transformer_blocks.0"
@@ -177,14 +177,14 @@ def test_files_are_planned_side_by_side_and_state_dicts_here(lora, Draft, tmp_pa
         seen.setdefault(what, []).append(threading.get_ident())
         return open_source(spec, plans, threads=threads)
 
-    class CountingPool(ThreadPoolExecutor):
-        def __init__(self, workers, prefix):
+    class CountingJobs(Jobs):
+        def __init__(self, workers):
             pools.append(workers)
-            super().__init__(workers, prefix)
+            super().__init__(workers)
 
     open_source = lora_set.open_source
     monkeypatch.setattr(lora_set, "open_source", watching)
-    monkeypatch.setattr(lora_set, "ThreadPoolExecutor", CountingPool)
+    monkeypatch.setattr(lora_set, "Jobs", CountingJobs)
     stack = [*paths[:5], pair(), *paths[5:], (paths[0], 0.5)]
     qwenlora.clear_cache()
     found = LoraSet.of(stack)

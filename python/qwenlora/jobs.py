@@ -1,13 +1,14 @@
 """A few threads that carry out jobs, and can be left at any instruction.
 
-`concurrent.futures` waits with conditions that are written in Python: an exception that arrives as
-one is entered leaves it locked, and its threads wait for ever. Here every wait is for one lock of
-the interpreter's own, and a thread that nobody knows of ends by itself.
+`concurrent.futures` and `threading.Thread` wait with conditions that are written in Python: an
+exception that arrives as one is entered leaves it locked, and threads wait for ever. Here every
+wait is for one lock of the interpreter's own, and a thread that nobody knows of ends by itself.
 """
 
 from __future__ import annotations
 
 import threading
+from _thread import start_new_thread
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
@@ -64,10 +65,9 @@ class Job(Generic[T]):
 class Jobs:
     """Threads that take jobs in the order in which they come; they end with this, or before."""
 
-    def __init__(self, threads: int, *, name: str) -> None:
+    def __init__(self, threads: int) -> None:
         self._shared = _Shared()
         self._left = threads
-        self._name = name
 
     def submit(self, call: Callable[[], T]) -> Job[T]:
         """Begin a job, or let it wait for one of the threads."""
@@ -75,7 +75,7 @@ class Jobs:
         self._shared.waiting.put(job)
         if self._left:
             self._left -= 1
-            threading.Thread(target=self._shared.work, name=self._name, daemon=True).start()
+            start_new_thread(self._shared.work, ())
         return job
 
     def close(self) -> None:
@@ -83,8 +83,10 @@ class Jobs:
         shared = self._shared
         shared.is_closed = True
         shared.waiting.put(None)
-        for job in tuple(shared.running):
-            job.wait()
+        # A thread that was started and has not begun yet ends by itself.
+        for undone in tuple(shared.undone):
+            with undone:
+                pass
 
     def __del__(self) -> None:
         shared = self.__dict__.get("_shared")
@@ -97,19 +99,22 @@ class _Shared:
 
     def __init__(self) -> None:
         self.waiting: SimpleQueue[Job[Any] | None] = SimpleQueue()
-        self.running: set[Job[Any]] = set()
+        self.undone: list[threading.Lock] = []
+        """One for each thread, held until it ends."""
         self.is_closed = False
 
     def work(self) -> None:
         """Do what is waiting, until there is nothing any more."""
+        undone = threading.Lock()
+        undone.acquire()
+        # Said before it is asked whether all is closed: whoever closes asks the other way.
+        self.undone.append(undone)
         while (job := self.waiting.get()) is not None:
-            # Said before it is asked whether all is closed: whoever closes asks the other way.
-            self.running.add(job)
             if self.is_closed:
                 job.leave()
             else:
                 job.run()
-            self.running.discard(job)
             del job
         # Each thread that ends tells the next one.
         self.waiting.put(None)
+        undone.release()

@@ -145,7 +145,7 @@ def _opened(specs: Sequence[LoraSpec], options: ComposeOptions) -> tuple[LoraSou
     # A thread is worth its start only where another file is read meanwhile.
     if len(unread) < 2:
         return tuple(map(source_of, specs))
-    jobs = Jobs(min(len(unread), _READERS), name="qwenlora-plan")
+    jobs = Jobs(min(len(unread), _READERS))
     try:
         opening.update((path, jobs.submit(partial(opened, files[path]))) for path in unread)
         # State dicts stay on this thread.

@@ -7,6 +7,7 @@ keeps all files, as long as nothing else needs the memory; we keep nothing of it
 
 from __future__ import annotations
 
+import _thread
 import logging
 import threading
 import time
@@ -38,7 +39,7 @@ class ReadAhead:
         self._waiting: deque[Path] = deque()
         self._current: Path | None = None
         # The thread itself says that it runs, and that it ends: an interrupt where it is started
-        # tells nobody whether it was. `threading.Condition` may be left locked by an interrupt.
+        # tells nobody whether it was, and leaves conditions of `threading` locked.
         self._working: object | None = None
         self._lock = threading.RLock()
 
@@ -54,9 +55,8 @@ class ReadAhead:
 
     def _start(self) -> None:
         # Nobody waits for it when the program ends.
-        thread = threading.Thread(target=self._work, name="qwenlora-ahead", daemon=True)
         try:
-            thread.start()
+            _thread.start_new_thread(self._work, ())
         except RuntimeError as error:
             # The system gives no more threads: whoever needs the file reads it.
             _log.debug("nothing is read ahead: %s", error)

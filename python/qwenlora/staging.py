@@ -261,7 +261,7 @@ class Loader:
         self._from_cache: set[Load] = set()
         self._used: deque[tuple[Tensor, Copied | None]] = deque()
         self._lock = threading.Lock()
-        self._pool = Jobs(_STARTERS, name="qwenlora-read")
+        self._pool = Jobs(_STARTERS)
 
     def begin(self) -> None:
         """Begin to read."""
