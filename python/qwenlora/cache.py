@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Protocol
 
@@ -39,7 +38,7 @@ class PlanCache:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._plans: OrderedDict[str, _core.FilePlan] = OrderedDict()
+        self._plans: dict[str, _core.FilePlan] = {}
         self._lock = threading.Lock()
 
     def get(self, path: str, identity: Hashable) -> _core.FilePlan | None:
@@ -48,16 +47,16 @@ class PlanCache:
             plan = self._plans.get(path)
             if plan is None or plan.identity != identity:
                 return None
-            self._plans.move_to_end(path)
+            self._plans[path] = self._plans.pop(path)
             return plan
 
     def put(self, path: str, plan: _core.FilePlan) -> None:
         """Keep a plan."""
         with self._lock:
+            self._plans.pop(path, None)
             self._plans[path] = plan
-            self._plans.move_to_end(path)
             while len(self._plans) > self._limit:
-                self._plans.popitem(last=False)
+                del self._plans[next(iter(self._plans))]
 
     def clear(self) -> None:
         """Drop all plans."""
@@ -94,7 +93,8 @@ class PieceCache:
     """
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, tuple[Kept, int]] = OrderedDict()
+        # An `OrderedDict` breaks where an exception comes while it asks a key for its hash.
+        self._kept: dict[Hashable, tuple[Kept, int]] = {}
         # None while it changes, and after an interrupt in between: it is counted anew then.
         self._bytes: int | None = 0
         self._turn = 0
@@ -127,8 +127,10 @@ class PieceCache:
             found = self._kept.get(key)
             if found is None:
                 return None
+            before, self._bytes = self._counted(), None
+            del self._kept[key]
             self._kept[key] = (found[0], self._turn)
-            self._kept.move_to_end(key)
+            self._bytes = before
             return found[0]
 
     def put(self, key: Hashable, deltas: Kept, *, limit_bytes: int) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -105,7 +104,7 @@ class KeptSets:
     """The sets that one model left, the oldest first; they go with its structure."""
 
     def __init__(self) -> None:
-        self._sets: OrderedDict[Hashable, dict[str, KeptGroup]] = OrderedDict()
+        self._sets: dict[Hashable, dict[str, KeptGroup]] = {}
         self._versions: dict[str, tuple[int, ...]] = {}
         self._watches: list[weakref.finalize[..., Any]] = []
         # Entered again by finalizers.
@@ -161,7 +160,7 @@ class KeptSets:
             if kept:
                 self._sets[key] = self._sets.pop(key, {}) | kept
             while len(self._sets) > _MAX_SETS:
-                self._sets.popitem(last=False)
+                del self._sets[next(iter(self._sets))]
 
     def drop_oldest(self, *, on_host: bool) -> bool:
         """Drop one set's tensors on the host, or on devices; whether there was one."""

@@ -7,7 +7,7 @@ afterwards a look at who is where tells that everything is as it was left.
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
@@ -70,7 +70,7 @@ class Structure:
         )
         self.placed: Placed | None = None
         self.kept = KeptSets()
-        self._results: OrderedDict[Hashable, object] = OrderedDict()
+        self._results: dict[Hashable, object] = {}
 
     @cached_property
     def order(self) -> Mapping[str, int]:
@@ -147,12 +147,12 @@ class Structure:
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gave for this key, as long as the structure stays; few are kept."""
         if key in self._results:
-            self._results.move_to_end(key)
-            return self._results[key]  # type: ignore[return-value]
+            known = self._results[key] = self._results.pop(key)
+            return known  # type: ignore[return-value]
         result = make()
         self._results[key] = result
         while len(self._results) > _MAX_REMEMBERED:
-            self._results.popitem(last=False)
+            del self._results[next(iter(self._results))]
         return result
 
 
