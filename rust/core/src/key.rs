@@ -12,6 +12,7 @@ use crate::model::{self, BLOCK_GROUPS, TargetId, strip_flat};
 use crate::part::Part;
 use crate::role::Role;
 use crate::suffix;
+pub(crate) use wrapper::unwrap_pattern;
 
 /// Prefixes that trainers and runtimes put before a path. They stack.
 pub const PREFIXES: [&str; 14] = [

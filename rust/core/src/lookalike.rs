@@ -8,7 +8,7 @@ use crate::suffix;
 ///
 /// A deciding witness rejects a file even where other keys fit, since FLUX shares Qwen-Image's
 /// attention names and width. The others only put a name to a file of which nothing fits.
-const WITNESSES: [(&str, &str, bool); 43] = [
+const WITNESSES: [(&str, &str, bool); 41] = [
     ("_attn_to_qkv_mlp_proj", "FLUX.2", true),
     ("_stream_modulation_", "FLUX.2", true),
     ("transformer_blocks_#_ff_linear_", "FLUX.2", true),
@@ -52,14 +52,12 @@ const WITNESSES: [(&str, &str, bool); 43] = [
     ("single_stream_blocks_", "HiDream", false),
     ("_cross_attn_", "Wan or another video model", false),
     ("_self_attn_", "Wan or another video model", false),
-    ("audio_attn", "LTX-2", false),
     (
         "transformer_blocks_#_attn1_",
         "a video or Stable Diffusion model",
         false,
     ),
     ("cap_embedder_", "Lumina-Image", false),
-    ("net_blocks_#_", "Cosmos or Anima", false),
 ];
 
 /// HunyuanVideo's own names; HunyuanImage and HunyuanVideo 1.5 share them.

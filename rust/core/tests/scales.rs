@@ -68,6 +68,19 @@ fn fields_may_stand_in_an_object_of_the_component() {
     assert_eq!(scales(&configured(patterns)), [0.25]);
 }
 
+/// A model that was wrapped before its adapter was made has the wrapper's name in its patterns, too.
+#[test]
+fn patterns_of_wrapped_models_match() {
+    for pattern in [
+        "transformer_blocks.40._orig_mod.attn.to_q",
+        r"_orig_mod\\.transformer_blocks\\.40\\.attn\\.to_(q|k)",
+        r"^transformer_blocks\\.\\d+\\._fsdp_wrapped_module\\._checkpoint_wrapped_module\\.attn\\.to_q",
+    ] {
+        let json = format!(r#"{{"lora_alpha": 16, "alpha_pattern": {{"{pattern}": 4}}}}"#);
+        assert_eq!(scales(&configured(&json)), [0.25], "{pattern}");
+    }
+}
+
 #[test]
 fn a_configuration_that_says_nothing_is_none() {
     for text in ["", " \n", "null", "None", "{}", r#"{"transformer": null}"#] {

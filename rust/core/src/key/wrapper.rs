@@ -39,6 +39,16 @@ pub(super) fn unwrap(path: &str) -> Option<(String, Vec<String>)> {
     (!names.is_empty()).then(|| (rest.into_owned(), names))
 }
 
+/// A pattern over paths without the wrappers' names before a dot in it: what it is matched with has
+/// none. `module` alone may be meant otherwise.
+pub(crate) fn unwrap_pattern(pattern: &str) -> String {
+    let names = WRAPPERS.iter().filter(|name| **name != "module");
+    names.fold(pattern.to_owned(), |pattern, name| {
+        let escaped = pattern.replace(&format!(r"_{name}\."), "");
+        escaped.replace(&format!("_{name}."), "")
+    })
+}
+
 /// The path without its first wrapper, and the wrapper.
 fn unwrap_first(path: &str) -> Option<(String, String)> {
     let found = WRAPPERS.iter().filter_map(|name| find(path, name));

@@ -5,6 +5,7 @@ use regex_lite::{Regex, RegexBuilder};
 use super::ConfigError;
 use super::needed::Needed;
 use crate::header::Quoted;
+use crate::key;
 use crate::model;
 
 /// Patterns beyond this many are not a trainer's work.
@@ -61,11 +62,12 @@ impl<V: Copy> PatternTable<V> {
         let (mut size_bytes, mut work_bytes) = (0_usize, 0_usize);
         let mut table = Vec::with_capacity(rows.len());
         for (text, value) in rows {
-            let pattern = Pattern::new(&text).ok_or_else(|| ConfigError::Pattern {
-                origin: origin.to_owned(),
-                field,
-                pattern: Quoted::new(&text),
-            })?;
+            let pattern =
+                Pattern::new(&key::unwrap_pattern(&text)).ok_or_else(|| ConfigError::Pattern {
+                    origin: origin.to_owned(),
+                    field,
+                    pattern: Quoted::new(&text),
+                })?;
             size_bytes = size_bytes.saturating_add(pattern.size_bytes());
             work_bytes = work_bytes.saturating_add(pattern.work_bytes());
             if size_bytes > MAX_TABLE_BYTES || work_bytes > MAX_WORK_BYTES {
