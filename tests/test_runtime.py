@@ -10,6 +10,7 @@ import torch
 
 import qwenlora
 from qwenlora import ComfyQwenImageWrapper, LoraSet
+from qwenlora.emulation import EmulatedQwenImageTransformer
 from qwenlora.errors import ModelStateError, UnsupportedModelError
 from qwenlora.lock import lock_of
 from qwenlora.runtime import OPTIONS_KEY
@@ -340,7 +341,7 @@ def test_offload_is_turned_on_in_the_mode_of_the_parameters(make_model, two, mod
 
 
 def test_a_model_without_offload_says_so(host, two, model, monkeypatch):
-    monkeypatch.delattr(type(model), "set_offload")
+    monkeypatch.delattr(EmulatedQwenImageTransformer, "set_offload")
     wanted = LoraSet.of(two, options=qwenlora.ComposeOptions(offload=True))
     with pytest.raises(UnsupportedModelError, match="no block offload"):
         host(wanted)

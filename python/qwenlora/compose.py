@@ -20,7 +20,7 @@ from qwenlora.grouped import GroupBuilder
 from qwenlora.kept import KeptGroup, Room, base_versions, groups_left, rest_beside
 from qwenlora.limit import MaxRank
 from qwenlora.lock import lock_of
-from qwenlora.lora_set import LoraSet
+from qwenlora.lora_set import LoraSet, Unmakeable
 from qwenlora.memory import DeviceMemory
 from qwenlora.offload import turn_on
 from qwenlora.placement import Deltas, Journal, Placer, path_units, restore_all
@@ -35,7 +35,6 @@ from qwenlora.state import (
     EMPTY,
     AppliedState,
     SlotRecord,
-    Unmakeable,
     read_state,
     write_default,
     write_state,
@@ -237,10 +236,10 @@ class _Composition:
         """Compose, or find that there is nothing to do."""
         wanted = self._wanted
         structure = self._structure()
+        _require_known(self._model, wanted, structure)
         unchanged = wanted.key == self._state.stack and _fits(structure)
         if unchanged and not self._strict:
             return self._state.report
-        _require_known(self._model, wanted, structure)
         # Also where the stack is in place already: what `strict` raises, it raises always.
         planned = _plan(wanted, structure, strict=self._strict)
         if unchanged:

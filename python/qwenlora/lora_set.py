@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenlora import cache
-from qwenlora.errors import RankError
+from qwenlora.errors import QwenLoraError, RankError
 from qwenlora.jobs import Job, Jobs
 from qwenlora.names import names_of
 from qwenlora.source import LoraSource, known_source, open_source
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qwenlora.limit import MaxRank
     from qwenlora.spec import Item
 
-__all__ = ["NO_LORAS", "LoraSet"]
+__all__ = ["NO_LORAS", "LoraSet", "Unmakeable"]
 
 
 _READERS = 8
@@ -117,6 +117,32 @@ class LoraSet:
     def __deepcopy__(self, memo: dict[int, Any]) -> LoraSet:
         # Immutable throughout: hosts copy the options that it travels in.
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        options = replace(self.options, progress=None)
+        return (_planned_again, (self.specs, self.max_rank, options, self.key))
+
+
+@dataclass(frozen=True)
+class Unmakeable:
+    """A set whose tensors or files are not at hand: it can stay where it is, but not come back.
+
+    Attributes:
+        key: Key of the set.
+    """
+
+    key: Hashable
+
+
+def _planned_again(
+    specs: tuple[LoraSpec, ...], max_rank: MaxRank, options: ComposeOptions, key: Hashable
+) -> LoraSet | Unmakeable:
+    """A set that was pickled, planned from its files as they are now."""
+    try:
+        return LoraSet.of(specs, max_rank=max_rank, options=options)
+    except QwenLoraError:
+        # What was composed from them may still be in the model that is being loaded.
+        return Unmakeable(key)
 
 
 def _opened(specs: Sequence[LoraSpec], options: ComposeOptions) -> tuple[LoraSource, ...]:

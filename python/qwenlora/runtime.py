@@ -21,10 +21,10 @@ from qwenlora.compose import bring
 from qwenlora.errors import ModelStateError
 from qwenlora.hooked import mark_hooked
 from qwenlora.lock import lock_of
-from qwenlora.lora_set import NO_LORAS, LoraSet
+from qwenlora.lora_set import NO_LORAS, LoraSet, Unmakeable
 from qwenlora.offload import turn_on
 from qwenlora.spec import ComposeOptions
-from qwenlora.state import Unmakeable, read_default, read_state, write_default
+from qwenlora.state import read_default, read_state, write_default
 from qwenlora.targets import transformer_of
 
 if TYPE_CHECKING:

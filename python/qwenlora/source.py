@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -362,6 +362,14 @@ class _Same:
 
     def __hash__(self) -> int:
         return hash((self._id, self._version))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process has other tensors: what it loads equals itself alone.
+        return (_Gone, ())
+
+
+class _Gone:
+    """A tensor in memory that a saved model knew: it equals no other."""
 
 
 def _checked_dtype(key: object, tensor: object) -> str:

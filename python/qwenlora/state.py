@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenlora.branch import is_whole
 from qwenlora.errors import ModelStateError
-from qwenlora.lora_set import NO_LORAS, LoraSet
+from qwenlora.lora_set import NO_LORAS, LoraSet, Unmakeable
 from qwenlora.report import NO_SLOTS, ComposeReport
 from qwenlora.words import counted
 
@@ -23,7 +23,6 @@ __all__ = [
     "EMPTY",
     "AppliedState",
     "SlotRecord",
-    "Unmakeable",
     "check_branches",
     "check_intact",
     "read_default",
@@ -102,17 +101,6 @@ def write_state(model: nn.Module, state: AppliedState) -> None:
         model.__dict__.pop(_ATTRIBUTE, None)
     else:
         model.__dict__[_ATTRIBUTE] = state
-
-
-@dataclass(frozen=True)
-class Unmakeable:
-    """A default whose tensors were let go: it can stay where it is, but not come back.
-
-    Attributes:
-        key: Key of the set.
-    """
-
-    key: Hashable
 
 
 def read_default(model: nn.Module) -> LoraSet | Unmakeable:

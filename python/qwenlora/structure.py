@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from qwenlora import _core
 from qwenlora.bulk import Group
+from qwenlora.errors import ModelStateError
 from qwenlora.kept import KeptSets
 from qwenlora.modules import modules_of
 from qwenlora.offload import OffloadLayout, offload_of
@@ -63,9 +64,11 @@ class Structure:
         self.unknown = unknown_layer(self.targets, modules)
         self._offload = _offload_state(model)
         own = self.targets.values()
+        telling = list(_telling(own))
+        self._telling = [(path, name) for path, name, _ in telling]
         self._watch = _core.Watch(
             [module._modules for _, module in modules if module._modules],
-            list(_telling(own)),
+            [(parameters, name) for _, name, parameters in telling],
             [target.module._buffers for target in own],
         )
         self.placed: Placed | None = None
@@ -144,6 +147,29 @@ class Structure:
         """
         return self._offload == _offload_state(model) and self._watch.is_unchanged()
 
+    def require_unwritten(self, state: AppliedState) -> None:
+        """Check that nobody wrote over a composed model, as `load_state_dict` does.
+
+        A factor that was written to holds values that are not known. One weight of many may be
+        anybody's own; where most were written, another model was loaded over this one.
+
+        Raises:
+            ModelStateError: Somebody did.
+        """
+        if not state.records or state.in_flight:
+            return
+        written = [self._telling[at] for at in self._watch.rewritten()]
+        factors = [path for path, name in written if name in FACTORS and path in state.records]
+        others = sum(name not in FACTORS for _, name in self._telling)
+        if not factors and 2 * sum(name not in FACTORS for _, name in written) <= others:
+            return
+        what = f"`{factors[0]}` was" if factors else "most of the model's weights were"
+        raise ModelStateError(
+            f"{what} written to while LoRAs were composed, as by `load_state_dict`:"
+            " what the model holds is not known"
+            "\nhint: reload the model; call reset_loras before its state is loaded"
+        )
+
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gave for this key, as long as the structure stays; few are kept."""
         if key in self._results:
@@ -156,14 +182,19 @@ class Structure:
         return result
 
 
-def _telling(targets: Iterable[Target]) -> Iterator[tuple[dict[str, nn.Parameter | None], str]]:
-    """The parameters that tell whether a slot is as it was: those we change, and where it is."""
+def _telling(
+    targets: Iterable[Target],
+) -> Iterator[tuple[str, str, dict[str, nn.Parameter | None]]]:
+    """The parameters that tell whether a slot is as it was: those we change, and where it is.
+
+    Each as the slot's path, its name there, and the module's parameters.
+    """
     packed = SlotKind.SVDQ
     for target in targets:
         parameters = target.module._parameters
         for name in FACTORS if target.kind is packed else [*parameters][:1]:
             if parameters.get(name) is not None:
-                yield parameters, name
+                yield target.path, name, parameters
 
 
 def _offload_state(model: nn.Module) -> tuple[object, ...]:
@@ -186,9 +217,11 @@ def structure_of(model: nn.Module, state: AppliedState) -> Structure:
         ModelStateError: Something else changed its slots.
     """
     known = _KNOWN.get(model)
-    if known is not None and known.is_current(model):
-        return known
-    _KNOWN.pop(model, None)
+    if known is not None:
+        known.require_unwritten(state)
+        if known.is_current(model):
+            return known
+        del _KNOWN[model]
     found = found_structure(model, state)
     _KNOWN[model] = found
     return found
@@ -201,6 +234,9 @@ def found_structure(model: nn.Module, state: AppliedState) -> Structure:
         UnsupportedModelError: The model has no slots.
         ModelStateError: Something else changed its slots.
     """
+    known = _KNOWN.get(model)
+    if known is not None:
+        known.require_unwritten(state)
     found = Structure(model, state)
     if not state.in_flight:
         in_place = {

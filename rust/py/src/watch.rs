@@ -99,6 +99,8 @@ pub(crate) struct Watch {
     parameter_count: usize,
     buffers: Vec<Buffers>,
     seen: Vec<Seen>,
+    /// How often each parameter was written to in place; None where it does not count.
+    versions: Vec<Option<u64>>,
 }
 
 #[pymethods]
@@ -136,6 +138,7 @@ impl Watch {
             places,
             buffers,
             seen: Vec::new(),
+            versions: Vec::new(),
         };
         watch.look(py)?;
         Ok(watch)
@@ -163,7 +166,26 @@ impl Watch {
             })
         });
         self.seen = seen.collect::<PyResult<_>>()?;
+        let parameters = tensors.iter().take(self.parameter_count);
+        self.versions = parameters
+            .map(|own| own.as_ref().and_then(version_of))
+            .collect();
         Ok(())
+    }
+
+    /// The numbers of the parameters that are still there and were written to in place meanwhile.
+    fn rewritten(&self, py: Python<'_>) -> PyResult<Vec<usize>> {
+        let mut found = Vec::new();
+        let own = self.places.iter().zip(&self.seen).zip(&self.versions);
+        for (at, ((place, seen), version)) in own.enumerate() {
+            let Some(tensor) = place.get(py)? else {
+                continue;
+            };
+            if address_of(&tensor) == seen.tensor && version_of(&tensor) != *version {
+                found.push(at);
+            }
+        }
+        Ok(found)
     }
 
     /// Whether every module, and every tensor, is where it was.
@@ -233,6 +255,12 @@ impl Watch {
 /// What `id` gives for it.
 fn address_of(object: &Bound<'_, PyAny>) -> usize {
     object.as_ptr().addr()
+}
+
+/// How often a tensor was written to in place; one made in inference mode does not count that.
+fn version_of(tensor: &Bound<'_, PyAny>) -> Option<u64> {
+    let version = tensor.getattr(intern!(tensor.py(), "_version"));
+    version.and_then(|version| version.extract()).ok()
 }
 
 fn elements_of(tensor: &Bound<'_, PyAny>) -> PyResult<usize> {
