@@ -34,6 +34,8 @@ pub const PREFIXES: [&str; 14] = [
 
 /// Most prefixes that are stripped from one key; real files stack three.
 const MAX_PREFIXES: usize = 8;
+/// Longest path, with prefixes and wrappers, beside which an unknown ending is looked for.
+const MAX_PATH_BYTES: usize = 256;
 /// Most places of a key at which a module's path may end; flat keys have about twenty.
 const MAX_JOINTS: usize = 24;
 
@@ -302,15 +304,25 @@ pub(crate) fn block_out_of_range(key: &str) -> Option<String> {
     search(&path, &mut Vec::new(), &in_another_block)
 }
 
-/// The module whose path a leading part of the key, or all of it, is, and how long that part is.
-pub(crate) fn named_module(key: &str) -> Option<(TargetId, usize)> {
+/// The module whose path a leading part of the key, or all of it, is, and what follows the path.
+pub(crate) fn named_module(key: &str) -> Option<(TargetId, String)> {
+    named_as_it_is(key).or_else(|| named_as_it_is(&wrapper::unwrap(key)?.0))
+}
+
+fn named_as_it_is(key: &str) -> Option<(TargetId, String)> {
     let is_flat = !key.contains('.');
     let is_joint = |byte: u8| byte == b'.' || (is_flat && byte == b'_');
     let joints = key.bytes().enumerate().filter(|(_, byte)| is_joint(*byte));
-    // Deep keys are not modules of ours; the bound keeps a hostile name cheap.
+    // Deep keys are not modules of ours; the bounds keep a hostile name cheap.
     let starts = joints.take(MAX_JOINTS).map(|(at, _)| at);
-    let mut starts = starts.chain([key.len()]);
-    starts.find_map(|at| Some((resolve(key.get(..at)?)?, at)))
+    let starts = starts.chain([key.len()]);
+    let mut starts = starts.take_while(|at| *at <= MAX_PATH_BYTES);
+    starts.find_map(|at| {
+        let path = without_processor(key.get(..at)?);
+        let find = |path: &str| find_stripped(path, &mut Vec::new());
+        let target = find(&path).or_else(|| find(path.strip_suffix('_')?))?;
+        Some((target, key.get(at..)?.to_owned()))
+    })
 }
 
 #[cfg(test)]

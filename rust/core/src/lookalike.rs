@@ -69,6 +69,9 @@ const FLUX_KIN: &str = "FLUX, Chroma or HunyuanVideo";
 /// Their blocks have the same names, their widths differ.
 const FLUX_OR_SD3: &str = "FLUX, HunyuanVideo or Stable Diffusion 3";
 
+/// Names tell within this many bytes; the bound keeps a hostile key cheap.
+const MAX_LOOKED_BYTES: usize = 256;
+
 /// (the blocks of models that share names, how many FLUX has): HunyuanVideo has a few more.
 const FLUX_BLOCKS: [(&str, u32); 3] = [
     ("single_transformer_blocks", 38),
@@ -146,7 +149,14 @@ pub fn by_width(model: Model, width: u64, has_text_side: bool) -> Option<&'stati
 
 /// A key with its dots flattened and `#` in the place of each number between them.
 pub(crate) fn numberless(key: &str) -> String {
-    let flat = key.replace('.', "_");
+    let end = key
+        .char_indices()
+        .map(|(at, _)| at)
+        .find(|at| *at >= MAX_LOOKED_BYTES);
+    let flat = end
+        .and_then(|end| key.get(..end))
+        .unwrap_or(key)
+        .replace('.', "_");
     let segments: Vec<&str> = flat
         .split('_')
         .map(|segment| {

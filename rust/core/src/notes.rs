@@ -165,8 +165,7 @@ fn is_unread_scale(entry: &Entry) -> bool {
     let key = entry.tensor.key.to_lowercase();
     let is_alone = || SCALE_NAMES.contains(&key.rsplit('.').next().unwrap_or_default());
     let is_beside = || {
-        let (_, at) = key::named_module(&entry.tensor.key)?;
-        let ending = key.get(at..)?;
+        let ending = key::named_module(&entry.tensor.key)?.1.to_lowercase();
         let is_scale = |segment: &str| SCALE_ENDS.iter().any(|end| segment.ends_with(end));
         Some(ending.split('.').any(is_scale) && !ending.contains("dora"))
     };

@@ -177,12 +177,10 @@ fn is_of_adapter(entry: &Entry) -> bool {
 
 /// Whether a tensor stands beside a module, but is none of a quantized layer's.
 fn is_of_unknown_kind(entry: &Entry) -> bool {
-    let key = &entry.tensor.key;
-    let named = key::named_module(key).filter(|_| entry.beside.is_some());
-    named.is_some_and(|(_, at)| {
-        let ending = key.get(at..).unwrap_or_default();
-        !QUANTIZED_ENDINGS.contains(&ending) && !ending.starts_with(QUANTIZED_START)
-    })
+    entry.beside.is_some()
+        && key::named_module(&entry.tensor.key).is_some_and(|(_, ending)| {
+            !QUANTIZED_ENDINGS.contains(&ending.as_str()) && !ending.starts_with(QUANTIZED_START)
+        })
 }
 
 /// The part that is the most frequent, with its first key.

@@ -59,16 +59,13 @@ impl Unread {
     }
 
     fn beside_module(key: &str) -> Self {
-        let Some((target, at)) = key::named_module(key) else {
+        let Some((target, ending)) = key::named_module(key) else {
             return Self::Unknown;
         };
         let target = path_of(model::table().target(target));
-        match key.get(at..).unwrap_or_default() {
+        match ending.as_str() {
             "" | "." => Self::PathAlone { target },
-            ending => Self::UnknownEnding {
-                target,
-                ending: ending.to_owned(),
-            },
+            _ => Self::UnknownEnding { target, ending },
         }
     }
 

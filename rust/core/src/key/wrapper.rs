@@ -5,8 +5,7 @@
 
 use std::borrow::Cow;
 
-/// Attributes under which wrappers hold a module, without leading `_`; what ends in another comes
-/// before it.
+/// Attributes under which wrappers hold a module, without leading `_`.
 const WRAPPERS: [&str; 7] = [
     "fsdp_wrapped_module",
     "checkpoint_wrapped_module",
@@ -51,9 +50,7 @@ pub(crate) fn unwrap_pattern(pattern: &str) -> String {
 
 /// The path without its first wrapper, and the wrapper.
 fn unwrap_first(path: &str) -> Option<(String, String)> {
-    let found = WRAPPERS.iter().filter_map(|name| find(path, name));
-    // The first; of those that begin or end together the longest.
-    let (begin, end) = found.min_by_key(|&(begin, end)| (begin, usize::MAX - end))?;
+    let (begin, end) = find(path.as_bytes())?;
     let (before, after) = (path.get(..begin)?, path.get(end..)?);
     // One separator stays: the first of those before the name.
     let own = before.trim_end_matches(is_separator);
@@ -69,27 +66,23 @@ fn unwrap_first(path: &str) -> Option<(String, String)> {
     Some((without, format!("{shown}{}", path.get(begin..end)?)))
 }
 
-/// Where a name stands as a segment of its own.
-fn find(path: &str, name: &str) -> Option<(usize, usize)> {
-    let is_end = |byte: Option<&u8>| byte.is_none_or(|byte| matches!(byte, b'.' | b'_'));
-    let bytes = path.as_bytes();
-    let wanted = name.as_bytes();
+/// Where the first name stands that is a segment of its own.
+fn find(path: &[u8]) -> Option<(usize, usize)> {
+    let is_joint = |byte: &u8| matches!(byte, b'.' | b'_');
     // Dots and `_` are the same, as in a module's path.
-    let at = bytes
-        .windows(wanted.len())
-        .enumerate()
-        .find(|(at, window)| {
-            let alike = window
-                .iter()
-                .zip(wanted)
-                .all(|(own, byte)| own == byte || (*own == b'.' && *byte == b'_'));
-            alike
-                && at
-                    .checked_sub(1)
-                    .is_none_or(|before| is_end(bytes.get(before)))
-                && is_end(bytes.get(at + wanted.len()))
-        });
-    at.map(|(at, _)| (at, at + wanted.len()))
+    let begins = |rest: &[u8], name: &[u8]| {
+        let alike = |(own, byte): (&u8, &u8)| own == byte || (*own == b'.' && *byte == b'_');
+        rest.len() >= name.len()
+            && rest.iter().zip(name).all(alike)
+            && rest.get(name.len()).is_none_or(is_joint)
+    };
+    let joints = path.iter().enumerate().filter(|(_, byte)| is_joint(byte));
+    let mut starts = std::iter::once(0).chain(joints.map(|(at, _)| at + 1));
+    starts.find_map(|at| {
+        let rest = path.get(at..)?;
+        let name = WRAPPERS.iter().find(|name| begins(rest, name.as_bytes()))?;
+        Some((at, at + name.len()))
+    })
 }
 
 fn is_separator(c: char) -> bool {
