@@ -91,7 +91,11 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         _sync_folder(path.parent)
     finally:
         if not is_done:
-            beside.unlink(missing_ok=True)
+            try:
+                beside.unlink(missing_ok=True)
+            finally:
+                # A second interrupt, while the first is cleaned up.
+                beside.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
