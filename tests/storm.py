@@ -40,11 +40,17 @@ class Bell:
     """Raises as often as it is told to."""
 
     left = 0
+    is_quiet = True
 
     @classmethod
     def ring(cls, *_: object) -> None:
         if cls.left:
             cls.left -= 1
+        if not cls.left:
+            # What goes on after an exception that something swallowed is not to be slowed down.
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        if not cls.is_quiet:
+            cls.is_quiet = not cls.left
             raise KeyboardInterrupt
 
 
@@ -138,14 +144,14 @@ class Storm:
             contextlib.suppress(KeyboardInterrupt),
         ):
             began = time.perf_counter()
-            Bell.left = signals
+            Bell.left, Bell.is_quiet = signals, False
             signal.setitimer(signal.ITIMER_REAL, moment, self.random.choice((1e-5, 1e-4, 1e-3)))
             act()
             if Bell.left == signals:
-                Bell.left = 0
+                Bell.left, Bell.is_quiet = 0, True
                 self.lengths[name] = time.perf_counter() - began
         self.caught += signals - Bell.left
-        Bell.left = 0
+        Bell.left, Bell.is_quiet = 0, True
         signal.setitimer(signal.ITIMER_REAL, 0)
 
     def check(self) -> None:
