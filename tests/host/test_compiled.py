@@ -23,8 +23,6 @@ CLOSE = 1e-5
 MODEL, BLOCKS, PATCHES = "the model", "its blocks", "its blocks as object patches"
 WAYS = [MODEL, BLOCKS, PATCHES]
 
-loses = pytest.mark.xfail(strict=True, reason="compiled models do not keep side branches yet")
-
 
 class Graphs:
     """A backend that runs graphs as they are, and counts them."""
@@ -129,19 +127,18 @@ def test_reconciling_comes_before_whatever_puts_compiled_modules_in_place(nodes)
     assert len(longer.get_all_wrappers(WrappersMP.APPLY_MODEL)) == 2
 
 
-@pytest.mark.parametrize("way", [MODEL, BLOCKS, pytest.param(PATCHES, marks=loses)])
+@pytest.mark.parametrize("way", [MODEL, BLOCKS, pytest.param(PATCHES)])
 def test_compiled_after_the_lora(nodes, lora, way):
     model = nodes.compile(nodes.lora(nodes.bench.model, load(A)), way)
     nodes.check(model, (lora.a, 1.0))
 
 
-@pytest.mark.parametrize("way", [BLOCKS, pytest.param(PATCHES, marks=loses)])
+@pytest.mark.parametrize("way", [BLOCKS, pytest.param(PATCHES)])
 def test_compiled_before_the_lora(nodes, lora, way):
     model = nodes.compile(nodes.bench.model, way)
     nodes.check(nodes.lora(model, load(A)), (lora.a, 1.0))
 
 
-@loses
 @pytest.mark.parametrize("way", WAYS)
 def test_run_before_the_first_lora(nodes, graphs, lora, way):
     model = nodes.compile(nodes.bench.model, way)
@@ -161,7 +158,6 @@ def test_run_before_the_first_lora(nodes, graphs, lora, way):
     assert graphs.count == count
 
 
-@loses
 @pytest.mark.slow
 def test_blocks_with_inductor(small, lora):
     nodes = Compiler(small, "inductor")
@@ -172,7 +168,6 @@ def test_blocks_with_inductor(small, lora):
     nodes.check(model)
 
 
-@loses
 @pytest.mark.slow
 def test_comfyuis_own_node(small, graph, lora):
     nodes = Compiler(small, "inductor")

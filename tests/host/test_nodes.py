@@ -495,7 +495,6 @@ def test_a_model_that_the_engine_refuses_is_named(bench):
     assert "hint: turn its offload off" in text
 
 
-@pytest.mark.xfail(strict=True, reason="models that are not known are not refused yet")
 def test_a_layer_that_no_known_model_has_is_named(bench):
     block = bench.model.model.diffusion_model.transformer_blocks[0]
     block.extra = copy.deepcopy(block.attn.to_add_out)
