@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -255,6 +256,18 @@ def test_one_file_twice_in_a_stack(kind, second, max_rank, Draft, tmp_path):
     assert slot.energy_is_bound == (kind == "full")
 
 
+@pytest.mark.parametrize("kind", ["lokr", "loha"])
+def test_float8_deltas_are_measured(kind, Draft):
+    model = wide_model(rank=912)
+    stack = Wanted(lambda seed: Draft(seed, dtype=torch.float8_e4m3fn), MLP, (1024, 256))
+    for seed in (1, 2):
+        if kind == "lokr":
+            stack.lokr(seed, 1.0, MLP, split=16)
+        else:
+            stack.loha(seed, 1.0, MLP, rank=24)
+    assert 0.01 < stack.composed(model).energy_lost < 1
+
+
 @pytest.mark.parametrize("target", [OUT, MLP, MOD])
 @pytest.mark.parametrize("max_rank", [None, 8])
 def test_one_full_delta_is_measured(wanted, model, target, max_rank):
@@ -276,6 +289,18 @@ def test_full_deltas_beside_others_are_bounded(wanted, model, target, max_rank, 
     assert report.energy_is_bound
     assert "(a bound)" in qwenlora.applied(model).summary()
     assert "at most" in qwenlora.applied(model).text()
+
+
+def test_where_no_bound_can_be_given_that_is_said(wanted, model):
+    """Full deltas that nearly cancel may have lost more than all that is left."""
+    stack = wanted(OUT).full(1, 1.0, OUT).full(1, -0.99, OUT)
+    assert stack.composed(model).energy_lost == math.inf
+    report = qwenlora.applied(model)
+    assert report.total_energy_lost == math.inf
+    assert "an unknown share" in report.summary()
+    assert "at most an unknown share of the energy" in report.text()
+    document = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert document["slots"][0]["energy_lost"] == "inf"
 
 
 def test_a_bound_is_near_where_little_is_lost(wanted, model, Draft):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -228,8 +229,9 @@ class ComposeReport:
             count for slot, count in self.slots.counted() if slot.energy_lost is not None
         )
         if compressed:
-            slots = counted(compressed, "slot")
-            parts.append(f"{slots} compressed, up to {self.energy_lost:.2%} energy lost")
+            lost = _share(self.energy_lost, 2)
+            lost += " energy" if math.isfinite(self.energy_lost) else " of the energy"
+            parts.append(f"{counted(compressed, 'slot')} compressed, up to {lost} lost")
             if self.energy_is_bound:
                 parts[-1] += " (a bound)"
         if self.saved_bytes:
@@ -252,10 +254,10 @@ class ComposeReport:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON-able data."""
+        """All of it as JSON-able data; a number that is not finite is a string."""
         return {
             **asdict(replace(self, slots=NO_SLOTS)),
-            "slots": [asdict(slot) for slot in self.slots],
+            "slots": [_finite(asdict(slot)) for slot in self.slots],
             "complete": self.complete,
             "summary": self.summary(),
         }
@@ -265,12 +267,13 @@ class ComposeReport:
         if not cut:
             return []
         most = "at most " if self.energy_is_bound else ""
+        total, worst = (_share(lost, 3) for lost in (self.total_energy_lost, self.energy_lost))
         line = (
             f"  compressed: rank {_span(slot.rank_exact for slot in cut)} to"
             f" {_span(slot.rank_added for slot in cut)} on {len(cut)} of"
             f" {counted(len(self.slots), 'slot')},"
-            f" {most}{self.total_energy_lost:.3%} of the energy lost in all, {most}"
-            f"{self.energy_lost:.3%} at worst; {self.saved_bytes / 1e6:.1f} MB less than exact"
+            f" {most}{total} of the energy lost in all, {most}{worst} at worst;"
+            f" {self.saved_bytes / 1e6:.1f} MB less than exact"
         )
         if self.saved_bus_bytes:
             line += f", {self.saved_bus_bytes / 1e6:.1f} MB less per forward over the bus"
@@ -305,6 +308,18 @@ def _energies(slots: Iterable[SlotReport]) -> tuple[float, float]:
     """The energy of slots' deltas, and what of it is lost."""
     known = [(slot.energy or 0.0, slot.energy_lost or 0.0) for slot in slots]
     return sum(energy for energy, _ in known), sum(energy * share for energy, share in known)
+
+
+def _share(value: float, digits: int) -> str:
+    return f"{value:.{digits}%}" if math.isfinite(value) else "an unknown share"
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """A row in which numbers that are not finite are strings."""
+    return {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
 
 
 def _span(values: Iterable[int]) -> str:

@@ -208,6 +208,7 @@ class Case:
         self.counts["compositions"] += 1
         self.counts["slots"] += checker.slots
         self.counts["slots cut"] += sum(slot.energy_lost is not None for slot in report.slots)
+        self.counts["slots with products"] += sum(slot.krons > 0 for slot in report.slots)
         self.counts["slots bounded"] += sum(slot.energy_is_bound for slot in report.slots)
 
     def _check_left_out(self, lora: Lora, skipped, refused: set[str]) -> None:

@@ -163,7 +163,7 @@ class Writer:
         shapes = [(split, split), (layer.rows // split, layer.columns // split)]
         factors, rank = [], None
         for number, shape in enumerate(shapes, 1):
-            if self._draw.random() < 0.6:
+            if self._draw.random() < 0.75:
                 factors.append(self._put(layer, f"lokr_w{number}", self._random(*shape, size=0.3)))
                 continue
             # Both halves have one rank: alpha is shared by it.
@@ -247,6 +247,7 @@ def random_lora(draw: random.Random, layers: list[Layer], path: Path) -> Lora:
         if draw.random() < (share * 0.3 if layer.is_norm else share):
             writer.write(layer)
     if not writer.lora.pieces:
+        writer.lora = Lora()
         writer._pair(next(layer for layer in layers if layer.name == "proj_out"))
     writer.lora.save(path)
     return writer.lora

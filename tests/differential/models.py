@@ -42,7 +42,7 @@ class Layer:
 
 def random_model(draw: random.Random) -> EmulatedQwenImageTransformer:
     """A model of random size, dtype, precision and base rank, perhaps under block offload."""
-    width = draw.choice([128, 128, 256])
+    width = draw.choice([128, 256])
     heads, head_dim = HEADS[width]
     config = EmulatedConfig(
         num_layers=draw.choice([1, 2, 3]),

@@ -36,6 +36,7 @@ class Wanted:
     Attributes:
         slots: By path, those that some LoRA has pieces for, zero ones included.
         zero: Of each LoRA, the slots in which all that it brings is zero.
+        single: Of each LoRA, the slots in which it has one piece.
         held: Of each LoRA, in how many slots it has a piece.
     """
 
@@ -57,6 +58,7 @@ class Wanted:
         """
         self.slots: dict[str, Slot] = {}
         self.zero: list[set[str]] = []
+        self.single: list[set[str]] = []
         self.held: list[int] = []
         for (lora, strength), left_out in zip(stack, refused, strict=True):
             own: dict[str, list[Piece]] = {}
@@ -66,6 +68,7 @@ class Wanted:
                 own.setdefault(piece.layer.slot, []).append(piece)
             self.held.append(len(own))
             self.zero.append(set())
+            self.single.append({path for path, pieces in own.items() if len(pieces) == 1})
             for path, pieces in own.items():
                 taken = [p for p in pieces if not (p.full and p.layer.name in left_out)]
                 if all(piece.is_zero for piece in taken) and len(taken) == len(pieces):
