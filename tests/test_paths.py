@@ -398,7 +398,7 @@ def test_an_interruption_at_any_slot_leaves_the_old_strengths(error, scene):
         check(report)
 
 
-@pytest.mark.parametrize("writer", ["rewrite_packed_ups", "write_branch_ups"])
+@pytest.mark.parametrize("writer", ["rewrite_packed", "write_branch_ups"])
 @pytest.mark.parametrize("halfway", [False, True])
 def test_a_write_that_fails_leaves_the_old_strengths(writer, halfway, scene, monkeypatch):
     """Before any of it is written, or when it is."""

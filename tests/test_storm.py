@@ -25,7 +25,7 @@ def _storm(Draft, folder: Path, *, seconds: int, seed: int) -> None:
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
-        timeout=seconds + 120,
+        timeout=seconds + 400,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr[-6000:]
@@ -35,11 +35,6 @@ def _storm(Draft, folder: Path, *, seconds: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_short_storm(seed, Draft, tmp_path):
-    _storm(Draft, tmp_path, seconds=4, seed=seed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 6))
-def test_a_long_storm(seed, Draft, tmp_path):
-    _storm(Draft, tmp_path, seconds=90, seed=seed)
+def test_a_storm_of_signals(seed, Draft, tmp_path):
+    """Without block offload, and with it. `storm.py` says how a longer one is run."""
+    _storm(Draft, tmp_path, seconds=10, seed=seed)
