@@ -1,7 +1,7 @@
 """Signals at random moments of all that changes a model; `test_storm.py` runs it.
 
-Arguments: seconds, seed, folder with `a.safetensors` and `b.safetensors`: LoRAs of its model. An odd
-seed turns block offload on. It prints how many rounds it went and how many signals were caught.
+Arguments: seconds, seed, folder with `a.safetensors` and `b.safetensors`: LoRAs of its model. An
+odd seed turns block offload on. It prints how many rounds it went and how many signals were caught.
 """
 
 from __future__ import annotations
