@@ -447,7 +447,7 @@ def test_old_strengths_that_cannot_be_written_either(scene, monkeypatch, bases, 
         raise torch.OutOfMemoryError("always")
 
     with monkeypatch.context() as patch:
-        patch.setattr(rescale, "rewrite_packed_ups", failing)
+        patch.setattr(rescale, "rewrite_packed", failing)
         with pytest.raises(torch.OutOfMemoryError, match="always"):
             qwenlora.compose_loras(model, wanted)
     assert "interrupted" in str(qwenlora.applied(model).failure)

@@ -337,7 +337,8 @@ def _fuse(members: Sequence[tuple[Piece, Factors]], slot: SlotPlan, target: Targ
         scale[first:last, columns] = piece.scale
     if slot.row_order is RowOrder.INTERLEAVED:
         up = interleave_modulation(up)
-    zero = is_zero(down, up) or not bool(scale.any())
+    none = all(is_zero(*pair) for pair in zip(downs, ups, strict=True))
+    zero = none or not bool(scale.any())
     thirded = len(pieces) == 1 and is_thirded(pieces[0], up)
     pair = LoraPair(
         down,

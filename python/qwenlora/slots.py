@@ -1,4 +1,4 @@
-"""Slots that take deltas: the only module that writes to a model.
+"""Slots that take deltas: they put tensors into a model's layers, and take them out again.
 
 One small interface separates planning from leaf kinds: a slot prepares a `Change`, which can be
 made and unmade by moving pointers. No tensor of the base model is written to. A slot's parts (its

@@ -201,9 +201,7 @@ class Checker:
     def _loras(self) -> None:
         for at, lora in enumerate(self._report.loras):
             zero, said = self._wanted.zero[at], set(lora.zero_slots)
-            # Of q, k, v that are zero by different halves it is not told.
-            plain = zero & self._wanted.single[at]
-            require(plain <= said <= zero, f"{lora.name}: zero in {zero ^ said}")
+            require(said == zero, f"{lora.name}: zero in {zero ^ said}")
             all_zero = bool(said) and len(said) == self._wanted.held[at]
             require(lora.all_zero == all_zero, f"{lora.name}: all zero said {lora.all_zero}")
             matter = any(skip.matters for skip in lora.skipped)

@@ -25,7 +25,7 @@ pub struct Findings {
     /// For each module the index of the first one with an equal `down`; once where all slots share
     /// alike, else slot by slot.
     pub sharing: Vec<Vec<usize>>,
-    /// Slots, ascending, in which every `down` or every `up` is all zero.
+    /// Slots, ascending, in which each module has a `down` or an `up` that is all zero.
     pub zero: Vec<usize>,
 }
 
@@ -141,8 +141,8 @@ impl<'b> Factors<'b> {
     }
 
     fn is_zero(&self, slot: usize) -> bool {
-        self.pairs.iter().all(|(down, _)| down.is_zero(slot))
-            || self.pairs.iter().all(|(_, up)| up.is_zero(slot))
+        let mut pairs = self.pairs.iter();
+        pairs.all(|(down, up)| down.is_zero(slot) || up.is_zero(slot))
     }
 }
 

@@ -146,8 +146,9 @@ proptest! {
         }
         let is_zero = |bytes: &Vec<u8>, dtype| values(bytes, dtype).iter().all(|v| *v == 0.0);
         let zero: Vec<usize> = (0..slots).filter(|&slot| {
-            parts.iter().all(|(dtype, downs, _)| is_zero(&downs[slot], *dtype))
-                || parts.iter().all(|(dtype, _, ups)| is_zero(&ups[slot], *dtype))
+            parts.iter().all(|(dtype, downs, ups)| {
+                is_zero(&downs[slot], *dtype) || is_zero(&ups[slot], *dtype)
+            })
         }).collect();
         prop_assert_eq!(found.zero, zero);
         let all: Vec<f64> = parts.iter().flat_map(|(dtype, downs, ups)| {

@@ -30,7 +30,14 @@ fn runs(expression: &str) -> Option<Needed> {
     let mut run = String::new();
     let mut rest = expression.chars();
     let mut depth = 0_usize;
+    let mut is_repeated = false;
     while let Some(c) = rest.next() {
+        // Of a repetition that is repeated, nothing may be left.
+        let repeats = matches!(c, '*' | '?' | '+' | '{');
+        if repeats && is_repeated {
+            return None;
+        }
+        is_repeated = repeats;
         let letter = match c {
             // Escapes of letters are classes, numbers, properties.
             '\\' => {
@@ -141,6 +148,8 @@ mod tests {
             ("ab*c", "a", "c"),
             ("ab+c", "ab", "c"),
             ("ab{2}c?", "a", ""),
+            ("ab+*c", "", ""),
+            ("ab{2}?c", "", ""),
             ("a|b", "", ""),
             ("(?i)abc", "", ""),
             (r"\x41", "", ""),
