@@ -474,7 +474,7 @@ def test_folders_that_are_no_sources_say_what_they_hold(run, folder):
         "pickled": ["adapter_model.bin", "adapter_config.json"],
         "pickles": ["a.PT", "b.ckpt", "c.bin", "readme.md"],
         "one": ["pytorch_lora_weights.safetensors", "optimizer.bin"],
-        "short": ["adapter_model.sft", "b.SFT"],
+        "short": ["style.sft", "b.SFT"],
         "empty": ["readme.md"],
     }
     for name, files in contents.items():
@@ -497,7 +497,7 @@ def test_folders_that_are_no_sources_say_what_they_hold(run, folder):
         ),
         "short": (
             r".*: it holds 2 LoRA files",
-            r"name the file itself: `short.adapter_model\.sft`",
+            r"name the file itself: `short.b\.SFT`",
         ),
         "empty": (r".*, or any other LoRA file", "name the LoRA file itself, .*"),
     }

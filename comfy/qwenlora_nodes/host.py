@@ -21,9 +21,11 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from qwenlora import ComfyQwenImageWrapper, LoraSet
 from qwenlora.errors import LoraNotFoundError, UnsupportedModelError
 from qwenlora.lock import lock_of
+from qwenlora.modules import inner_of
 from qwenlora.runtime import OPTIONS_KEY
 from qwenlora.state import read_state
 from qwenlora.targets import FACTORS
+from qwenlora.words import counted
 
 from .names import nearest, same_name
 
@@ -136,10 +138,11 @@ def transformer_of(model: ModelPatcher) -> nn.Module:
             " what others compose\nhint: take its nodes out of the workflow and load the model"
             f" again with `{_LOADER}`"
         )
-    inner = getattr(transformer, "_orig_mod", transformer)
+    is_module = isinstance(transformer, torch.nn.Module)
+    inner = inner_of(transformer) if is_module else transformer
     blocks = getattr(inner, "transformer_blocks", None)
-    is_qwen = bool(blocks) and hasattr(blocks[0], "img_mod") and hasattr(blocks[0], "txt_mod")
-    is_module = isinstance(inner, torch.nn.Module)
+    first = inner_of(blocks[0]) if is_module and blocks else None
+    is_qwen = hasattr(first, "img_mod") and hasattr(first, "txt_mod")
     is_packed = is_module and any(hasattr(module, "proj_down") for module in inner.modules())
     if is_qwen and is_packed:
         return inner  # type: ignore[no-any-return]
@@ -189,7 +192,7 @@ def _warn_of_hooks(
         if any(key.endswith(_PACKED) for key in reached):
             fate = "changes packed weights as if they were plain numbers, which makes them wrong"
         elif reached:
-            count = f"{len(reached)} weight{'' if len(reached) == 1 else 's'}"
+            count = counted(len(reached), "weight")
             fate = f"reaches the plain layers alone ({count}), not the quantized blocks"
         else:
             fate = "has no effect"

@@ -128,10 +128,12 @@ def moved(values: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         values: float32.
-        exponents: int32, of a shape that broadcasts.
+        exponents: int32 from -`MOST` to `MOST`, of a shape that broadcasts.
         dtype: Of the result.
     """
-    return torch.ldexp(values, exponents).to(dtype)
+    # Made of its bits: exact on every device, whatever torch's default dtype is.
+    factor = ((exponents.to(torch.int32) + 127) << 23).view(torch.float32)
+    return (values * factor).to(dtype)
 
 
 def loses_small_values(values: Tensor, dtype: torch.dtype) -> bool:

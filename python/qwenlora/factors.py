@@ -271,7 +271,8 @@ def _truncated(delta: Tensor, budget: int | None) -> Factors:
 def _range(delta: Tensor, size: int) -> Tensor:
     """An orthonormal basis (rows, size) of the directions in which a matrix is large."""
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(delta.shape[1], size, generator=generator).to(delta.device)
+    shape = (delta.shape[1], size)
+    probe = torch.randn(shape, generator=generator, dtype=torch.float32).to(delta.device)
     basis = orthonormal(delta @ probe)
     for _ in range(POWER_ITERATIONS):
         basis = orthonormal(delta @ orthonormal(delta.mT @ basis))

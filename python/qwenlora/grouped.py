@@ -12,6 +12,7 @@ import torch
 
 from qwenlora import cache
 from qwenlora.arena import Arena, Part, SlotFactors
+from qwenlora.balance import is_narrow
 from qwenlora.deltas import GroupDeltas, non_finite
 from qwenlora.filler import Filler
 from qwenlora.host_arena import arena_of
@@ -147,6 +148,9 @@ class GroupBuilder:
     def __post_init__(self) -> None:
         # Pinned memory is given out in powers of two.
         self.load_bytes = 1 << max(1, self.options.staging_bytes // BUFFERS).bit_length() - 1
+        if any(is_narrow(group.targets[0].dtype) for group in self.groups):
+            # Their values are looked at, and moved, in float32.
+            self.load_bytes = max(1, self.load_bytes // 4)
         self._loads = [
             [] if self._kept(group) else loads_of(group, self.load_bytes) for group in self.groups
         ]

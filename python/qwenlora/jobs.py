@@ -58,7 +58,8 @@ class Job(Generic[T]):
             undone.release()
 
     def leave(self) -> None:
-        """Never do it."""
+        """Never do it; asking for the result raises RuntimeError."""
+        self._error = RuntimeError("the job was given up before it began")
         self._undone.release()
 
 
@@ -109,12 +110,14 @@ class _Shared:
         undone.acquire()
         # Said before it is asked whether all is closed: whoever closes asks the other way.
         self.undone.append(undone)
-        while (job := self.waiting.get()) is not None:
-            if self.is_closed:
-                job.leave()
-            else:
-                job.run()
-            del job
-        # Each thread that ends tells the next one.
-        self.waiting.put(None)
-        undone.release()
+        try:
+            while (job := self.waiting.get()) is not None:
+                if self.is_closed:
+                    job.leave()
+                else:
+                    job.run()
+                del job
+        finally:
+            # Each thread that ends tells the next one.
+            self.waiting.put(None)
+            undone.release()

@@ -118,6 +118,9 @@ class LoraSet:
         # Immutable throughout: hosts copy the options that it travels in.
         return self
 
+    def __copy__(self) -> LoraSet:
+        return self
+
     def __reduce__(self) -> tuple[Any, ...]:
         options = replace(self.options, progress=None)
         return (_planned_again, (self.specs, self.max_rank, options, self.key))

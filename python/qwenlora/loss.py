@@ -159,7 +159,8 @@ class _Measure:
 
     def _add(self, rows: slice) -> None:
         logical = self._logical[rows]
-        ranks = torch.zeros((len(logical), self._columns), device=logical.device)
+        shape = (len(logical), self._columns)
+        ranks = torch.zeros(shape, dtype=torch.float32, device=logical.device)
         owns = [share.rows(rows, logical) for share in self._shares]
         for own in owns:
             ranks += own

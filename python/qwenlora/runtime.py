@@ -78,9 +78,9 @@ class ComfyQwenImageWrapper:
         if not _is_hooked(module):
             # None, or what an interrupt left of them.
             _unhook(module)
+            mark_hooked(module)
             module.register_forward_pre_hook(_before_forward, with_kwargs=True)
             module.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
-            mark_hooked(module)
         runtime._bind(module)
         return runtime
 

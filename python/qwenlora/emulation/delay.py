@@ -3,7 +3,9 @@
 On a fast machine memory is often filled before anybody looks, whether or not anybody waited. With
 these a look that comes too early sees NaN or what was there before, each time or now and then:
 
-    with qwenlora.workers.employ(LazyWorkers()):
+    from qwenlora.workers import employ
+
+    with employ(LazyWorkers()):
         qwenlora.compose_loras(model, path)
 """
 
@@ -12,10 +14,11 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from qwenlora import _core
+from qwenlora.errors import LoraReadError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,7 +142,10 @@ class _SleepyReading:
         self._read = read
 
     def wait(self) -> float | None:
-        return self._read.result()
+        try:
+            return self._read.result()
+        except CancelledError as error:
+            raise LoraReadError("reading was stopped") from error
 
 
 class _SleepyReaders:

@@ -8,12 +8,14 @@ from pathlib import Path
 from qwenlora.errors import LoraFileError, LoraReadError, PickleFileError
 from qwenlora.words import counted
 
-__all__ = ["LORA_ENDINGS", "check_folder", "folder_notes"]
+__all__ = ["LORA_ENDINGS", "PEFT_WEIGHTS", "check_folder", "folder_notes"]
 
 LORA_ENDINGS = (".safetensors", ".sft")
 """Ends of the names of safetensors files."""
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WEIGHTS = "adapter_model.safetensors"
+PEFT_WEIGHTS = (_WEIGHTS, "adapter_model.sft")
+"""Names of the weights in a folder that PEFT saved."""
 _PICKLED_WEIGHTS = "adapter_model.bin"
 _RUNS_CODE = "a pickle can run any code while it loads, and is not read"
 
@@ -28,7 +30,7 @@ def check_folder(path: Path) -> None:
         LoraFileError: It is no PEFT folder.
         LoraReadError: It cannot be listed.
     """
-    if not path.is_dir() or (path / _WEIGHTS).is_file():
+    if not path.is_dir() or any((path / name).is_file() for name in PEFT_WEIGHTS):
         return
     try:
         names = [entry.name for entry in path.iterdir() if entry.is_file()]
@@ -59,7 +61,10 @@ def check_folder(path: Path) -> None:
 
 def folder_notes(path: Path) -> Iterator[str]:
     """What is worth knowing of a folder that is read: pickled weights beside the others."""
-    if (path / _WEIGHTS).is_file() and (path / _PICKLED_WEIGHTS).is_file():
+    if (
+        any((path / name).is_file() for name in (PEFT_WEIGHTS))
+        and (path / _PICKLED_WEIGHTS).is_file()
+    ):
         yield f"`{path}` holds `{_PICKLED_WEIGHTS}`, too: it is a pickle, and is not read"
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import IO
 
 from qwenlora.errors import OutputError
+from qwenlora.merge.folder import PEFT_WEIGHTS
 
 __all__ = ["atomic_file", "check_output", "writing"]
 
-_PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
+_PEFT_FILES = (*PEFT_WEIGHTS, "adapter_config.json")
 
 
 def check_output(path: Path, sources: Sequence[Path], *, force: bool) -> None:

@@ -165,11 +165,21 @@ impl Watch {
                 elements: tensor.as_ref().map_or(Ok(0), elements_of)?,
             })
         });
-        self.seen = seen.collect::<PyResult<_>>()?;
-        let parameters = tensors.iter().take(self.parameter_count);
-        self.versions = parameters
-            .map(|own| own.as_ref().and_then(version_of))
-            .collect();
+        let seen = seen.collect::<PyResult<_>>()?;
+        let before = std::mem::replace(&mut self.seen, seen);
+        let known = before.iter().zip(&self.versions).map(Some);
+        let known = known.chain(std::iter::repeat(None));
+        let parameters = tensors.iter().take(self.parameter_count).zip(known);
+        let versions = parameters.map(|(tensor, known)| {
+            let tensor = tensor.as_ref()?;
+            match known.filter(|(seen, _)| seen.tensor == address_of(tensor)) {
+                // To ask a tensor that does not count is slow.
+                Some((_, None)) => None,
+                Some(_) => version_of(tensor),
+                None => counts(tensor).then(|| version_of(tensor)).flatten(),
+            }
+        });
+        self.versions = versions.collect();
         Ok(())
     }
 
@@ -178,10 +188,16 @@ impl Watch {
         let mut found = Vec::new();
         let own = self.places.iter().zip(&self.seen).zip(&self.versions);
         for (at, ((place, seen), version)) in own.enumerate() {
+            if version.is_none() {
+                continue;
+            }
             let Some(tensor) = place.get(py)? else {
                 continue;
             };
-            if address_of(&tensor) == seen.tensor && version_of(&tensor) != *version {
+            let is_there = address_of(&tensor) == seen.tensor;
+            // One that took the address of one that is gone has its elements elsewhere.
+            if is_there && version_of(&tensor) != *version && elements_of(&tensor)? == seen.elements
+            {
                 found.push(at);
             }
         }
@@ -257,7 +273,15 @@ fn address_of(object: &Bound<'_, PyAny>) -> usize {
     object.as_ptr().addr()
 }
 
-/// How often a tensor was written to in place; one made in inference mode does not count that.
+/// Whether a tensor counts how often it is written to; one made in inference mode does not.
+fn counts(tensor: &Bound<'_, PyAny>) -> bool {
+    let inference = tensor.call_method0(intern!(tensor.py(), "is_inference"));
+    inference
+        .and_then(|found| found.is_truthy())
+        .is_ok_and(|found| !found)
+}
+
+/// How often a tensor was written to in place; None where it does not count.
 fn version_of(tensor: &Bound<'_, PyAny>) -> Option<u64> {
     let version = tensor.getattr(intern!(tensor.py(), "_version"));
     version.and_then(|version| version.extract()).ok()
