@@ -123,7 +123,7 @@ fn skip_class(rest: &mut std::str::Chars<'_>) -> Option<()> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use proptest::prelude::*;
