@@ -17,7 +17,8 @@ peaks = st.floats(2**-60, 2**15)
 
 def exponent_beside(up, down):
     """Of one rank, whose values are its peaks."""
-    peaks = RankPeaks(torch.tensor([up]), torch.tensor([down]), torch.tensor([True]))
+    one, other = torch.tensor([up]), torch.tensor([down])
+    peaks = RankPeaks(one, one, other, torch.tensor([True]))
     return int(peaks.exponents(HALF))
 
 
@@ -149,3 +150,16 @@ def test_the_order_of_ranks_and_rows_changes_nothing(seed):
     other_down, other_up = balanced(down[ranks], up[rows][:, ranks], HALF)
     assert torch.equal(one_down[ranks], other_down)
     assert torch.equal(one_up[rows][:, ranks], other_up)
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-6])
+def test_parts_that_share_a_rank_are_all_kept(size):
+    """A small projection beside a large one, over one `down`."""
+    generator = torch.Generator().manual_seed(0)
+    down = 0.018 * (2 * torch.rand(8, 256, generator=generator) - 1)
+    parts = [scale * torch.randn(64, 8, generator=generator) / 32 for scale in (1e-2, 1e-2, size)]
+    moved_down, moved_up = balanced(down, torch.cat(parts), HALF, parts=3)
+    for own, found in zip(parts, moved_up.chunk(3), strict=True):
+        exact = own.double() @ down.double()
+        error = (found.double() @ moved_down.double() - exact).norm() / exact.norm()
+        assert float(error) < (1e-3 if size > 1e-6 else 2e-3)

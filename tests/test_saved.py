@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import io
 import pickle
 import subprocess
@@ -9,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 import qwenlora
 from qwenlora import ComfyQwenImageWrapper, LoraSet, LoraSpec
@@ -115,7 +118,7 @@ def test_a_base_loaded_over_a_composed_model(model, lora):
         qwenlora.reset_loras,
         lambda m: qwenlora.compose_loras(m, lora[0]),
     ):
-        with pytest.raises(ModelStateError, match=r"most of the model's weights.*load_state_dict"):
+        with pytest.raises(ModelStateError, match=r"the model was written to.*load_state_dict"):
             look(model)
 
 
@@ -126,10 +129,46 @@ def test_a_composed_state_loaded_over_a_composed_model(make_model, lora, Draft, 
     path = Draft.full(seed=7, rank=4).save(tmp_path / "other.safetensors")
     qwenlora.compose_loras(other, path)
     model.load_state_dict(other.state_dict())
-    with pytest.raises(ModelStateError, match=r"`transformer_blocks\.0.* was written to"):
+    with pytest.raises(ModelStateError, match=r"the model was written to"):
         qwenlora.applied(model)
     with pytest.raises(ModelStateError, match="reload the model"):
         qwenlora.compose_loras(model, (lora[0], 0.5))
+
+
+def through_deepcopy(model):
+    return copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("kind", ["base", "composed"])
+@pytest.mark.parametrize("way", [lambda m: m, through_deepcopy, through_pickle, nn.ModuleList])
+def test_however_a_state_is_loaded(assign, kind, way, make_model, lora, Draft, probe):
+    """Whole or half way, into the model, a copy that nobody looked at, or a module around it."""
+    model, other = make_model(), make_model(seed=1)
+    wrapped = way is nn.ModuleList
+    wrapper = ComfyQwenImageWrapper.of(model)
+    qwenlora.compose_loras(model, lora[0])
+    subject = way([model]) if wrapped else way(model)
+    if kind == "composed":
+        qwenlora.compose_loras(other, Draft.full(seed=7, rank=4).tensors)
+    state = (nn.ModuleList([other]) if wrapped else other).state_dict()
+    with contextlib.suppress(RuntimeError):
+        subject.load_state_dict(state, assign=assign)
+    own = model if wrapped else subject
+    for look in (qwenlora.applied, qwenlora.reset_loras, probe.output):
+        with pytest.raises(ModelStateError, match="load_state_dict"):
+            look(own)
+    if own is not model:
+        assert wrapper.report.loras
+
+
+def test_loading_is_heard_of_while_something_is_composed(model, lora):
+    assert not model._load_state_dict_pre_hooks
+    qwenlora.compose_loras(model, lora[0])
+    qwenlora.compose_loras(model, (lora[0], 0.5))
+    assert len(model._load_state_dict_pre_hooks) == 1
+    qwenlora.reset_loras(model)
+    assert not model._load_state_dict_pre_hooks
 
 
 def test_a_factor_that_was_written_to(model, lora):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import operator
 import subprocess
 import sys
+from types import MethodType
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch.nn.parallel import DataParallel
 import qwenlora
 from qwenlora import ComposeOptions, compose, emulation, errors, targets
 from qwenlora.modules import inner_of, is_wrapper, modules_of, submodule_of
-from qwenlora.understood import reads_attribute
+from qwenlora.understood import reads_rank
 
 BLOCK = "transformer_blocks.0"
 
@@ -165,13 +167,68 @@ class ByWrapped(emulation.SVDQW4A4Linear):
     forward = _wrapped(ByAttribute.forward)
 
 
+class BySuper(ByAttribute):
+    """Reads nothing itself."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+class ByName(emulation.SVDQW4A4Linear):
+    def forward(self, x):
+        return x.new_empty(ByAttribute.forward(self, x).shape)
+
+
+def _room_of(layer, x):
+    return x.new_empty(x.shape[0], layer.lora_rank)
+
+
+class ByFunction(emulation.SVDQW4A4Linear):
+    lora_rank = 32
+
+    def forward(self, x):
+        return _room_of(self, x)
+
+
+class Rooms:
+    @staticmethod
+    def of(layer):
+        return layer.config.rank
+
+
+class ByOthersMethod(emulation.SVDQW4A4Linear):
+    def forward(self, x):
+        return x[: Rooms.of(self)]
+
+
+class ByText(emulation.SVDQW4A4Linear):
+    def forward(self, x):
+        return x[: getattr(self, "rank")]  # noqa: B009
+
+
+class ByDict(emulation.SVDQW4A4Linear):
+    def forward(self, x):
+        return x[: self.__dict__["rank"]]
+
+
+class ByCall(emulation.SVDQW4A4Linear):
+    def __call__(self, x):
+        return super().__call__(x[: self.rank])
+
+
 class Hidden(emulation.SVDQW4A4Linear):
     """Code that cannot be looked at."""
 
-    forward = functools.partial(emulation.SVDQW4A4Linear.forward)
+    forward = operator.methodcaller("anything")
 
 
-@pytest.mark.parametrize("kind", [ByAttribute, ByMethod, ByProperty, ByWrapped, Hidden])
+KINDS = [
+    *(ByAttribute, ByMethod, ByProperty, ByWrapped, BySuper, ByName, ByFunction),
+    *(ByOthersMethod, ByText, ByDict, ByCall, Hidden),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_layers_whose_forward_takes_the_rank_from_an_attribute(kind, model, probe, lora):
     before = probe.snapshot(model)
     model.transformer_blocks[0].attn.to_out[0].__class__ = kind
@@ -185,7 +242,7 @@ def test_layers_whose_forward_takes_the_rank_from_an_attribute(kind, model, prob
 def test_an_attribute_that_no_forward_reads_is_let_be(model, lora):
     layer = model.transformer_blocks[0].attn.to_out[0]
     assert layer.rank == layer.proj_down.shape[1]
-    assert not reads_attribute(type(layer), "rank")
+    assert not reads_rank(type(layer))
     assert qwenlora.compose_loras(model, lora[0]).complete
 
 
@@ -234,8 +291,15 @@ def test_models_of_diffusers_own_quantizer_are_refused():
     assert done.returncode == 0, done.stderr
     first, second, third = done.stdout.splitlines()
     for line in (first, second):
-        assert "SVDQW4A4Linear whose forward takes the rank from its attribute `rank`" in line
+        assert "SVDQW4A4Linear whose forward takes the rank from an attribute" in line
     assert f"the order in which `{BLOCK}` takes the rows of `{BLOCK}.img_mod.1`" in third
+
+
+def test_a_forward_of_the_instance_that_reads_it(model, lora):
+    layer = model.transformer_blocks[0].attn.to_out[0]
+    layer.forward = MethodType(ByAttribute.forward, layer)
+    with pytest.raises(errors.UnsupportedModelError, match="takes the rank from an attribute"):
+        qwenlora.compose_loras(model, lora[0])
 
 
 # ---- the order of a modulation's rows ----
@@ -316,6 +380,20 @@ def test_a_part_of_such_a_model_can_be_asked_for(fused, make_model, lora):
     assert missing == set(targets_of_the_top_level())
     qwenlora.reset_loras(model)
     with pytest.raises(errors.UnsupportedModelError, match="not known"):
+        qwenlora.compose_loras(model, lora[0])
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_known_names_in_blocks_of_another_model(single, make_model, lora):
+    """As in FLUX: fused attention of the same name, without the modulations beside it."""
+    model = make_model()
+    block = model.transformer_blocks[0]
+    del block.img_mod, block.txt_mod
+    if single:
+        model.single_transformer_blocks = nn.ModuleList([make_model().transformer_blocks[0]])
+    with pytest.raises(
+        errors.UnsupportedModelError, match=r"`(single_)?transformer_blocks\.0\..*not known"
+    ):
         qwenlora.compose_loras(model, lora[0])
 
 

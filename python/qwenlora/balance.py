@@ -8,6 +8,7 @@ alpha, by its inverse: no bit of a normal number changes.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -65,12 +66,15 @@ class RankPeaks:
     """What decides how far each rank of a pair moves: a power of two between its two vectors.
 
     Attributes:
-        up: (..., r) float32, the largest magnitude of each column of `up`, scale included.
+        up: (..., r) float32, the largest magnitude of each column of `up`, scale included. Of parts
+            that share a rank, the smallest one's that loses values: the others have room above.
+        largest: (..., r) float32, the same of all parts, lossless ones included.
         down: (..., r) float32, that of each row of `down`.
         loses: (..., r) bool, whether rounding to the dtype changes a subnormal value of the column.
     """
 
     up: Tensor
+    largest: Tensor
     down: Tensor
     loses: Tensor
 
@@ -85,13 +89,16 @@ class RankPeaks:
         """
         size = up.abs()
         small = (size < torch.finfo(dtype).tiny) & (up.to(dtype).to(up.dtype) != up)
-        return cls(size.amax(-2), down.abs().amax(-1), small.any(-2))
+        peak = size.amax(-2)
+        return cls(peak, peak, down.abs().amax(-1), small.any(-2))
 
     def beside(self, other: RankPeaks) -> RankPeaks:
         """Of two pairs whose ranks are the same: other rows of `up`, an equal `down`."""
-        return RankPeaks(
-            torch.maximum(self.up, other.up), other.down, torch.logical_or(self.loses, other.loses)
-        )
+        loses = torch.logical_or(self.loses, other.loses)
+        peaks = [torch.where(own.loses, own.up, math.inf) for own in (self, other)]
+        largest = torch.maximum(self.largest, other.largest)
+        up = torch.where(loses, torch.minimum(*peaks), largest)
+        return RankPeaks(up, largest, other.down, loses)
 
     def exponents(self, dtype: torch.dtype) -> Tensor:
         """(..., r) int32: `up` is multiplied by two to this power, and `down` divided by it.
@@ -100,26 +107,32 @@ class RankPeaks:
         loses least in all. It is a function of magnitudes alone, so it is the same on every device,
         in every order of reading and for every way of composing.
         """
-        up, down = (torch.frexp(peak).exponent - 1 for peak in (self.up, self.down))
-        wanted = (_lowest(dtype) - up).clamp(max=MOST)
+        peaks = (self.up, self.largest, self.down)
+        up, largest, down = (torch.frexp(peak).exponent - 1 for peak in peaks)
+        highest = _exponent(torch.finfo(dtype).max) - 1 - largest
+        wanted = torch.minimum(_lowest(dtype) - up, highest).clamp(max=MOST)
         least = torch.maximum(down - _lowest(dtype), torch.div(down - up, 2, rounding_mode="floor"))
         exponents = torch.minimum(wanted, least).clamp(min=0)
         has_magnitude = (self.up > 0) & (self.down > 0)
-        finite = torch.isfinite(self.up) & torch.isfinite(self.down)
+        finite = torch.isfinite(self.largest) & torch.isfinite(self.down)
         return torch.where(has_magnitude & finite & self.loses, exponents, 0).to(torch.int32)
 
 
-def balanced(down: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def balanced(
+    down: Tensor, up: Tensor, dtype: torch.dtype, *, parts: int = 1
+) -> tuple[Tensor, Tensor]:
     """A pair in a dtype, rank by rank out of its subnormal numbers.
 
     Args:
-        down: (..., r, in) float32.
-        up: (..., out, r) float32, scale included.
+        down: (r, in) float32.
+        up: (out, r) float32, scale included.
         dtype: What both are rounded to.
+        parts: Equal parts of the rows that may be of very different sizes, as q, k and v are.
     """
     if not is_narrow(dtype) or not up.numel() or not down.numel():
         return down.to(dtype), up.to(dtype)
-    exponents = RankPeaks.of(down, up, dtype).exponents(dtype)
+    peaks = [RankPeaks.of(down, own, dtype) for own in up.chunk(parts)]
+    exponents = functools.reduce(RankPeaks.beside, peaks).exponents(dtype)
     return moved(down, -exponents.unsqueeze(-1), dtype), moved(up, exponents.unsqueeze(-2), dtype)
 
 

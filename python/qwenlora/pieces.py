@@ -419,11 +419,12 @@ def scaled(
 
 def _balanced_pair(down: Tensor, up: Tensor, pair: LoraPair, dtype: torch.dtype) -> ScaledPair:
     """Halves in float32, in the layout of `pair`, rounded to a dtype of few exponents."""
+    parts = pair.scale.shape[0]
     if not pair.packed:
-        down, up = balanced(down, up, dtype)
+        down, up = balanced(down, up, dtype, parts=parts)
         return ScaledPair(down=down, up=up, rank=pair.rank)
     down, up = unpack_factor(down, LowRankSide.DOWN), unpack_factor(up, LowRankSide.UP)
-    down, up = balanced(down, up, dtype)
+    down, up = balanced(down, up, dtype, parts=parts)
     return ScaledPair(
         down=pack_factor(down, LowRankSide.DOWN),
         up=pack_factor(up, LowRankSide.UP),

@@ -27,6 +27,7 @@ __all__ = [
     "check_intact",
     "read_default",
     "read_state",
+    "require_not_overwritten",
     "write_default",
     "write_state",
 ]
@@ -53,12 +54,14 @@ class AppliedState:
         report: What was done.
         in_flight: Slots are being written. Seen by a later call only where the writing call could
             not even clean up: every slot is then brought to its base first.
+        overwritten: A state was loaded over it: what the slots hold is not known.
     """
 
     stack: Hashable
     records: Mapping[str, SlotRecord] = field(default_factory=dict)
     report: ComposeReport = field(default_factory=lambda: ComposeReport((), NO_SLOTS, 0, 0.0))
     in_flight: bool = False
+    overwritten: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AppliedState:
         # Immutable throughout, hence shared with the copy of the transformer.
@@ -97,10 +100,52 @@ def read_state(model: nn.Module) -> AppliedState:
 
 def write_state(model: nn.Module, state: AppliedState) -> None:
     """Record what is applied; the base leaves no trace."""
+    if state.records:
+        _notice_loading(model)
     if state is EMPTY:
         model.__dict__.pop(_ATTRIBUTE, None)
     else:
         model.__dict__[_ATTRIBUTE] = state
+    if not state.records:
+        _forget_loading(model)
+
+
+def _notice_loading(model: nn.Module) -> None:
+    """Hear of `load_state_dict`, of the model or of a module around it."""
+    hooks = model._load_state_dict_pre_hooks
+    if not any(getattr(hook, "hook", hook) is _before_loading for hook in hooks.values()):
+        model.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
+
+
+def _forget_loading(model: nn.Module) -> None:
+    hooks = model._load_state_dict_pre_hooks
+    for key in [k for k, h in hooks.items() if getattr(h, "hook", h) is _before_loading]:
+        del hooks[key]
+
+
+def _before_loading(model: nn.Module, *_: object) -> None:
+    """A state is about to be loaded over the model: it may stop half way."""
+    state = model.__dict__.get(_ATTRIBUTE)
+    if isinstance(state, AppliedState) and state.records and not state.in_flight:
+        model.__dict__[_ATTRIBUTE] = replace(state, stack=None, overwritten=True)
+
+
+def require_not_overwritten(state: AppliedState, what: str | None = None) -> None:
+    """Check that no state was loaded over a composed model.
+
+    Args:
+        state: What is recorded.
+        what: What was seen to be written to, where that is how it was noticed.
+
+    Raises:
+        ModelStateError: One was.
+    """
+    if state.overwritten or what is not None:
+        raise ModelStateError(
+            f"{what or 'the model was'} written to while LoRAs were composed, as by"
+            " `load_state_dict`: what it holds is not known"
+            "\nhint: reload the model; call reset_loras before its state is loaded"
+        )
 
 
 def read_default(model: nn.Module) -> LoraSet | Unmakeable:

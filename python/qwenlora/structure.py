@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 from qwenlora import _core
 from qwenlora.bulk import Group
-from qwenlora.errors import ModelStateError
 from qwenlora.kept import KeptSets
 from qwenlora.modules import modules_of
 from qwenlora.offload import OffloadLayout, offload_of
 from qwenlora.plan import SlotKind, slot_map
 from qwenlora.slots import slot_of
-from qwenlora.state import SlotRecord, check_branches, check_intact
+from qwenlora.state import SlotRecord, check_branches, check_intact, require_not_overwritten
 from qwenlora.targets import FACTORS, Target, factors_of, find_targets
 from qwenlora.understood import unknown_layer
 
@@ -161,14 +160,10 @@ class Structure:
         written = [self._telling[at] for at in self._watch.rewritten()]
         factors = [path for path, name in written if name in FACTORS and path in state.records]
         others = sum(name not in FACTORS for _, name in self._telling)
-        if not factors and 2 * sum(name not in FACTORS for _, name in written) <= others:
-            return
-        what = f"`{factors[0]}` was" if factors else "most of the model's weights were"
-        raise ModelStateError(
-            f"{what} written to while LoRAs were composed, as by `load_state_dict`:"
-            " what the model holds is not known"
-            "\nhint: reload the model; call reset_loras before its state is loaded"
-        )
+        if factors:
+            require_not_overwritten(state, f"`{factors[0]}` was")
+        if 2 * sum(name not in FACTORS for _, name in written) > others:
+            require_not_overwritten(state, "most of the model's weights were")
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gave for this key, as long as the structure stays; few are kept."""
@@ -216,6 +211,7 @@ def structure_of(model: nn.Module, state: AppliedState) -> Structure:
         UnsupportedModelError: The model has no slots.
         ModelStateError: Something else changed its slots.
     """
+    require_not_overwritten(state)
     known = _KNOWN.get(model)
     if known is not None:
         known.require_unwritten(state)
@@ -234,6 +230,7 @@ def found_structure(model: nn.Module, state: AppliedState) -> Structure:
         UnsupportedModelError: The model has no slots.
         ModelStateError: Something else changed its slots.
     """
+    require_not_overwritten(state)
     known = _KNOWN.get(model)
     if known is not None:
         known.require_unwritten(state)

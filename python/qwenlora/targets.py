@@ -177,10 +177,10 @@ def _require_own_factors(packed: Sequence[Target]) -> None:
 def _require_the_transformer(packed: Sequence[Target]) -> None:
     """State belongs to the transformer: a module around it would have none."""
     for target in packed:
-        outer, found, _ = target.path.partition("transformer_blocks.")
-        if found and outer:
+        outer, found, _ = target.path.partition(".transformer_blocks.")
+        if found:
             raise UnsupportedModelError(
-                f"the transformer is inside this module, at `{outer.rstrip('.')}`: pass that"
+                f"the transformer is inside this module, at `{outer}`: pass that"
             )
 
 

@@ -7,11 +7,13 @@ some kernels compute a layer that no hook sees. What is not understood is refuse
 
 from __future__ import annotations
 
+import dis
+import functools
 import inspect
 import json
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import lru_cache
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, MethodType
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,15 +28,16 @@ if TYPE_CHECKING:
 
     from qwenlora.targets import Target
 
-__all__ = ["reads_attribute", "require_understood", "unknown_layer"]
+__all__ = ["reads_rank", "require_understood", "unknown_layer"]
 
 _RANK = "rank"
-"""Attribute that some layers size their low-rank activations by."""
+"""Last word of an attribute that some layers size their low-rank activations by."""
 _MODULATIONS = (".img_mod.1", ".txt_mod.1")
 _FUSED = "attn.to_qkv"
 _APART = "attn.to_q"
-_FUSED_FACTOR = "_proj_down"
+_FUSED_FACTORS = ("_proj_down", "_lora_down")
 """How the name of a low-rank factor ends that a fused module keeps under a prefix."""
+_BLOCKS = "transformer_blocks."
 
 
 def require_understood(targets: Mapping[str, Target], paths: Container[str]) -> None:
@@ -63,24 +66,38 @@ def unknown_layer(
         targets: The model's slots by path.
         modules: All its modules by path.
     """
-    known = _known_patterns()
+    known, modules = _known_patterns(), list(modules)
+    paths = {path for path, _ in modules}
     quantized = (SlotKind.SVDQ, SlotKind.AWQ)
     for path, target in targets.items():
-        if target.kind in quantized and target.row.pattern not in known:
+        if target.kind in quantized and not _is_known(path, target.row.pattern, known, paths):
             return path
     for path, module in modules:
-        if path not in targets and any(name.endswith(_FUSED_FACTOR) for name in module._parameters):
+        names = (*module._parameters, *module._buffers)
+        if path not in targets and any(name.endswith(_FUSED_FACTORS) for name in names):
             return path
     return None
+
+
+def _is_known(path: str, alike: str, known: Container[str], paths: Container[str]) -> bool:
+    """Whether a known model has the layer, in a block with two streams as that model's are."""
+    if alike not in known:
+        return False
+    if not path.startswith(_BLOCKS):
+        return True
+    block = ".".join(path.split(".", 2)[:2])
+    return all(f"{block}{name}" in paths for name in _MODULATIONS)
 
 
 def _require_rank_of_tensors(path: str, module: nn.Module) -> None:
     """A forward that sizes buffers by an attribute would pass over ranks, or run past the end."""
     kind: type = type(module)
-    if isinstance(module.__dict__.get(_RANK), int) and reads_attribute(kind, _RANK):
+    own = module.__dict__.get("forward")
+    reads = reads_rank(kind) if own is None else _reads_rank([own], kind)
+    if reads:
         raise UnsupportedModelError(
-            f"`{path}` is a {_name(module)} whose forward takes the rank from its attribute"
-            f" `{_RANK}`, not from its tensors: such layers take no LoRA yet"
+            f"`{path}` is a {_name(module)} whose forward takes the rank from an attribute,"
+            " not from its tensors: such layers take no LoRA yet"
             "\nhint: load the model with Nunchaku's own loader"
         )
 
@@ -116,51 +133,96 @@ def _known_patterns() -> frozenset[str]:
 
 
 @lru_cache(maxsize=64)
-def reads_attribute(kind: type, name: str) -> bool:
-    """Whether the forward of a class, or a method that it calls, reads an attribute of this name.
+def reads_rank(kind: type) -> bool:
+    """Whether the forward of a class, or what it calls, reads a rank from somebody's attribute.
 
-    Code that cannot be looked at counts as reading it.
+    Looked at is the code: of every `forward` and `__call__` of the class and its bases, of methods
+    and functions whose names it holds, and so on. PyTorch's own is left out. Code that cannot be
+    looked at counts as reading one.
     """
-    waiting, seen = ["forward"], {"forward"}
+    return _reads_rank([], kind)
+
+
+def _reads_rank(begin: Sequence[object], kind: type) -> bool:
+    waiting: list[object] = [*begin, *_defined(kind, "forward"), *_defined(kind, "__call__")]
+    seen: set[CodeType] = set()
     while waiting:
-        code = _code_of(inspect.getattr_static(kind, waiting.pop(), None))
-        if code is None:
+        function = _function_of(waiting.pop())
+        if function is None:
             return True
-        names = _names_in(code)
-        if name in names:
+        if function.__code__ in seen or _is_torchs(function.__module__):
+            continue
+        seen.add(function.__code__)
+        attributes, others = _names_in(function.__code__)
+        if any(_is_rank(name) for name in attributes):
             return True
-        methods = {own for own in names - seen if _is_own_method(kind, own)}
-        seen |= methods
-        waiting += methods
+        for name in attributes | others:
+            waiting += _defined(kind, name)
+            waiting += _of_globals(function, name, attributes)
     return False
 
 
-def _code_of(function: object) -> CodeType | None:
-    if isinstance(function, (staticmethod, classmethod)):
-        function = function.__func__
-    if isinstance(function, property):
-        function = function.fget
-    if not callable(function):
-        return None
-    function = inspect.unwrap(function)
-    return function.__code__ if isinstance(function, FunctionType) else None
+def _is_rank(name: str) -> bool:
+    """Whether an attribute is called a rank, as `lora_rank`; `unpack_lowrank` is a function."""
+    return name == _RANK or name.endswith(f"_{_RANK}")
 
 
-def _names_in(code: CodeType) -> set[str]:
-    """Names of attributes and globals that code, or a function inside it, looks up."""
-    names = set(code.co_names)
+def _defined(kind: type, name: str) -> list[object]:
+    """What a class, and each base of it before PyTorch's own, defines to be called."""
+    found = []
+    for base in kind.__mro__:
+        own = vars(base).get(name)
+        called = isinstance(own, (staticmethod, classmethod, property)) or callable(own)
+        if called and not isinstance(own, type) and not _is_torchs(base.__module__):
+            found.append(own)
+    return found
+
+
+def _of_globals(function: FunctionType, name: str, attributes: set[str]) -> list[object]:
+    """A function of the same module that code names, or functions of a class that it names."""
+    found = function.__globals__.get(name)
+    if isinstance(found, FunctionType):
+        return [found]
+    if isinstance(found, type) and not _is_torchs(found.__module__):
+        return [own for attribute in attributes for own in _defined(found, attribute)]
+    return []
+
+
+def _is_torchs(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in (torch.__name__, "builtins")
+
+
+def _function_of(called: object) -> FunctionType | None:
+    """The function behind a method, a property, a partial or a decorated one, if it is Python's."""
+    while True:
+        if isinstance(called, (staticmethod, classmethod, MethodType)):
+            called = called.__func__
+        elif isinstance(called, property):
+            called = called.fget
+        elif isinstance(called, functools.partial):
+            called = called.func
+        else:
+            break
+    called = inspect.unwrap(called) if callable(called) else called
+    return called if isinstance(called, FunctionType) else None
+
+
+def _names_in(code: CodeType) -> tuple[set[str], set[str]]:
+    """Attributes that code, or code inside it, looks up; and its other names.
+
+    A text that is a name counts as an attribute: `getattr` takes one, and so does `__dict__`.
+    """
+    attributes, others = set(), set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+            attributes.add(str(instruction.argval))
+        elif instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"):
+            others.add(str(instruction.argval))
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            names |= _names_in(constant)
-    return names
-
-
-def _is_own_method(kind: type, name: str) -> bool:
-    """Whether a class, or a base of it before PyTorch's own, defines something to call."""
-    for base in kind.__mro__:
-        if base.__module__.partition(".")[0] == torch.__name__:
-            return False
-        found = vars(base).get(name)
-        if found is not None:
-            return callable(found) or isinstance(found, (staticmethod, classmethod, property))
-    return False
+            inner = _names_in(constant)
+            attributes |= inner[0]
+            others |= inner[1]
+        elif isinstance(constant, str) and constant.isidentifier():
+            attributes.add(constant)
+    return attributes, others

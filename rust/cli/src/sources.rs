@@ -34,8 +34,16 @@ pub(crate) enum Form {
 
 /// Endings of such files, in lower case.
 const PICKLES: [&str; 7] = ["bin", "ckpt", "pickle", "pkl", "pt", "pt2", "pth"];
-const ARCHIVES: [&str; 4] = ["7z", "rar", "tar", "zip"];
-const UNFINISHED: [&str; 5] = ["crdownload", "incomplete", "opdownload", "part", "partial"];
+const ARCHIVES: [&str; 6] = ["7z", "gz", "rar", "tar", "tgz", "zip"];
+const UNFINISHED: [&str; 7] = [
+    "aria2",
+    "crdownload",
+    "download",
+    "incomplete",
+    "opdownload",
+    "part",
+    "partial",
+];
 /// What training programs pickle beside a LoRA: beginnings of names.
 const TRAINING_STATE: [&str; 6] = [
     "optimizer",
