@@ -554,8 +554,8 @@ mod tests {
             @"`adapter_config.json` has 1025 regular expressions in `alpha_pattern`, more than 1024"
         );
         insta::assert_snapshot!(
-            refusal(&with_expressions(1, "(.?){1000}")),
-            @"`adapter_config.json` has a pattern in `alpha_pattern` that is not understood: `(.?){1000}x0`"
+            refusal(&with_expressions(1, "(.?){9000}")),
+            @"`adapter_config.json` has a pattern in `alpha_pattern` that is not understood: `(.?){9000}x0`"
         );
         // Of ranks, which only a note depends on, no expression is compiled.
         let ranks = with_expressions(1025, "(?!a)").replace("alpha_pattern", "rank_pattern");
@@ -573,16 +573,28 @@ mod tests {
     #[test]
     fn expressions_that_would_take_long_are_refused() {
         let hostile = |count: usize| with_hostile(count, "(?:.*){170}");
-        insta::assert_snapshot!(refusal(&hostile(6)), @"
+        insta::assert_snapshot!(refusal(&hostile(8)), @"
         `adapter_config.json` has regular expressions in `alpha_pattern` that would take too long to match
         hint: name modules by their paths, or by parts of them
         ");
         // Small, but many.
-        let many = with_hostile(600, "(.?|.?)(.?|.?)(.?|.?)");
+        let many = with_hostile(800, "(.?|.?)(.?|.?)(.?|.?)");
         assert!(refusal(&many).contains("too long to match"));
         // Large, and tried on no path.
         let large = with_expressions(200, r"zzz(?:.*){170}");
         assert!(refusal(&large).contains("too long to match"));
+    }
+
+    #[test]
+    fn one_alternation_over_all_blocks_is_not_too_much() {
+        let paths: Vec<String> = (0..60)
+            .map(|block| format!(r"transformer_blocks\\.{block}\\.attn\\.to_q"))
+            .collect();
+        let json = format!(
+            r#"{{"r": 4, "alpha_pattern": {{"{}": 1}}}}"#,
+            paths.join("|")
+        );
+        AdapterConfig::parse("adapter_config.json", &json).unwrap();
     }
 
     #[test]

@@ -13,7 +13,7 @@ pub(super) const MAX_PATTERNS: usize = 4096;
 /// Regular expressions beyond this many are not either: a model has as many modules.
 pub(super) const MAX_EXPRESSIONS: usize = 1024;
 /// Compiled size of one expression; of usual ones it is about 1 KiB.
-const MAX_EXPRESSION_BYTES: usize = 256 * 1024;
+const MAX_EXPRESSION_BYTES: usize = 128 * 1024;
 /// Compiled sizes that are told apart: in steps as long as they are small, then by doubling.
 const SIZE_STEP_BYTES: usize = 256;
 const SMALL_BYTES: usize = 4096;
@@ -23,8 +23,8 @@ const MAX_TEXT_BYTES: usize = 16 * 1024;
 /// compiling takes.
 const MAX_TABLE_BYTES: usize = 2 * 1024 * 1024;
 /// Compiled size of expressions, times the paths of the known models on which each has to be tried:
-/// a bound of the time that matching takes, some seconds at most.
-const MAX_WORK_BYTES: usize = 256 * 1024 * 1024;
+/// a bound of the time that matching takes, four seconds at most.
+const MAX_WORK_BYTES: usize = 160 * 1024 * 1024;
 
 /// A table of patterns; the first that matches wins.
 #[derive(Debug, Clone)]
