@@ -286,12 +286,16 @@ def test_copies_are_of_the_same_type(duplicate):
     assert torch.equal(copied(x), model.img_in(x))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-def test_scripted_layers_are_refused_by_name():
-    scripted = torch.jit.script(torch.nn.Linear(4, 4))
-    with pytest.raises(UnsupportedModelError, match="cannot carry a side branch"):
-        mark_hooked(scripted)
+class Final(torch.nn.Linear):
+    """A class of which there can be no subclass."""
+
+    def __init_subclass__(cls):
+        raise TypeError("this class is final")
+
+
+def test_layers_of_a_final_class_are_refused_by_name():
+    with pytest.raises(UnsupportedModelError, match=r"a Final cannot carry.*this class is final"):
+        mark_hooked(Final(4, 4))
 
 
 def test_a_subclass_on_top_is_left_alone():

@@ -30,7 +30,7 @@ def mark_hooked(module: nn.Module) -> None:
     """Let graphs that were traced without hooks of ours be traced anew.
 
     Raises:
-        UnsupportedModelError: The type of the module cannot change, as that of scripted ones.
+        UnsupportedModelError: The type of the module cannot change: there can be no subclass.
     """
     if _is_marked(type(module)):
         return
@@ -39,7 +39,7 @@ def mark_hooked(module: nn.Module) -> None:
     except TypeError as error:
         raise UnsupportedModelError(
             f"a {type(module).__name__} cannot carry a side branch: {error}"
-            "\nhint: load the model without scripting or freezing it"
+            "\nhint: load the model with its own loader"
         ) from error
 
 
