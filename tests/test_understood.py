@@ -216,6 +216,13 @@ class ByCall(emulation.SVDQW4A4Linear):
         return super().__call__(x[: self.rank])
 
 
+class ByScales(emulation.SVDQW4A4Linear):
+    """Hands the kernels as many scales as it was made with."""
+
+    def forward(self, x):
+        return x[: len(self.lora_scales)]
+
+
 class Hidden(emulation.SVDQW4A4Linear):
     """Code that cannot be looked at."""
 
@@ -224,7 +231,7 @@ class Hidden(emulation.SVDQW4A4Linear):
 
 KINDS = [
     *(ByAttribute, ByMethod, ByProperty, ByWrapped, BySuper, ByName, ByFunction),
-    *(ByOthersMethod, ByText, ByDict, ByCall, Hidden),
+    *(ByOthersMethod, ByText, ByDict, ByCall, ByScales, Hidden),
 ]
 
 

@@ -32,6 +32,8 @@ __all__ = ["reads_rank", "require_understood", "unknown_layer"]
 
 _RANK = "rank"
 """Last word of an attribute that some layers size their low-rank activations by."""
+_SCALES = "lora_scales"
+"""Attribute that some layers hand to the kernels: scales of the ranks that they were made with."""
 _MODULATIONS = (".img_mod.1", ".txt_mod.1")
 _FUSED = "attn.to_qkv"
 _APART = "attn.to_q"
@@ -96,8 +98,8 @@ def _require_rank_of_tensors(path: str, module: nn.Module) -> None:
     reads = reads_rank(kind) if own is None else _reads_rank([own], kind)
     if reads:
         raise UnsupportedModelError(
-            f"`{path}` is a {_name(module)} whose forward takes the rank from an attribute,"
-            " not from its tensors: such layers take no LoRA yet"
+            f"`{path}` is a {_name(module)} whose forward takes the rank from an attribute, or"
+            " scales for each rank, not from its tensors: such layers take no LoRA yet"
             "\nhint: load the model with Nunchaku's own loader"
         )
 
@@ -163,8 +165,11 @@ def _reads_rank(begin: Sequence[object], kind: type) -> bool:
 
 
 def _is_rank(name: str) -> bool:
-    """Whether an attribute is called a rank, as `lora_rank`; `unpack_lowrank` is a function."""
-    return name == _RANK or name.endswith(f"_{_RANK}")
+    """Whether an attribute is called a rank, as `lora_rank`; `unpack_lowrank` is a function.
+
+    Scales count, too: one for every 16 ranks, and what is missing of them is 0 to the kernels.
+    """
+    return name in (_RANK, _SCALES) or name.endswith(f"_{_RANK}")
 
 
 def _defined(kind: type, name: str) -> list[object]:
