@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType, FunctionType
 
 import torch
 from safetensors.torch import save_file
@@ -44,15 +45,26 @@ class Bell:
     is_quiet = True
 
     @classmethod
-    def ring(cls, *_: object) -> None:
+    def ring(cls, _: int, frame: FrameType | None) -> None:
         if cls.left:
             cls.left -= 1
         if not cls.left:
             # What goes on after an exception that something swallowed is not to be slowed down.
             signal.setitimer(signal.ITIMER_REAL, 0)
-        if not cls.is_quiet:
+        # What catches it here is not to be interrupted itself.
+        if not cls.is_quiet and _is_in(carry_out, frame):
             cls.is_quiet = not cls.left
             raise KeyboardInterrupt
+
+
+def carry_out(act: Callable[[], object]) -> None:
+    act()
+
+
+def _is_in(function: FunctionType, frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code is not function.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -147,7 +159,7 @@ class Storm:
             began = time.perf_counter()
             Bell.left, Bell.is_quiet = signals, False
             signal.setitimer(signal.ITIMER_REAL, moment, self.random.choice((1e-5, 1e-4, 1e-3)))
-            act()
+            carry_out(act)
             if Bell.left == signals:
                 Bell.left, Bell.is_quiet = 0, True
                 self.lengths[name] = time.perf_counter() - began
