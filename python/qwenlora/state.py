@@ -112,15 +112,19 @@ def write_state(model: nn.Module, state: AppliedState) -> None:
 
 def _notice_loading(model: nn.Module) -> None:
     """Hear of `load_state_dict`, of the model or of a module around it."""
-    hooks = model._load_state_dict_pre_hooks
-    if not any(getattr(hook, "hook", hook) is _before_loading for hook in hooks.values()):
+    if not _loading_hooks(model):
         model.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
 
 
 def _forget_loading(model: nn.Module) -> None:
+    for key in _loading_hooks(model):
+        del model._load_state_dict_pre_hooks[key]
+
+
+def _loading_hooks(model: nn.Module) -> list[int]:
+    """Keys of our hooks among those of `load_state_dict`; PyTorch wraps each."""
     hooks = model._load_state_dict_pre_hooks
-    for key in [k for k, h in hooks.items() if getattr(h, "hook", h) is _before_loading]:
-        del hooks[key]
+    return [key for key, own in hooks.items() if getattr(own, "hook", own) is _before_loading]
 
 
 def _before_loading(model: nn.Module, *_: object) -> None:
