@@ -342,7 +342,8 @@ def _structure(module: torch.nn.Module) -> tuple[object, ...]:
     ]
     return (
         type(module),
-        tuple(module.__dict__),
+        # What is remembered of a model that was looked at is no part of it.
+        tuple(name for name in module.__dict__ if name != "_qwenlora_structure"),
         tuple(module._modules),
         tuple((name, p is None or p.requires_grad) for name, p in module._parameters.items()),
         tuple(module._buffers),

@@ -123,6 +123,44 @@ def wanted(Draft):
     return lambda slot: Wanted(Draft, slot, shapes[slot])
 
 
+# ---- almost nothing ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("slot", [QKV, OUT])
+def test_a_full_delta_that_lacks_only_its_own_rounding(wanted, model, Draft, slot, dtype):
+    """Of rank 12 before it was stored in 16 bits: what a cut loses is below float32's squares."""
+    stack = wanted(slot)
+    rows, columns = stack.whole.shape
+    draft = Draft(1)
+    low = draft.random(rows, 12) @ draft.random(12, columns)
+    draft.tensors[draft.key(slot, "diff")] = stored = low.to(dtype)
+    reported = stack.add(draft, 1.0, (0, stored)).composed(model)
+    lost = stack.whole - oracle.kept(model, slot, model.config.rank)
+    assert 1e-9 < energy(lost) / energy(stack.whole) < 1e-4
+    assert reported.energy_lost == pytest.approx(energy(lost) / energy(stack.whole), rel=1e-2)
+
+
+def test_a_loha_that_lacks_only_weak_directions(wanted, model, Draft):
+    """The Gram matrix finds directions down to 3e-4 of the largest."""
+    stack = wanted(OUT)
+    draft = Draft(1)
+    delta = put_loha(draft, OUT, stack.whole.shape, 8)
+    for role, factor in (("hada_w1_a", 2e-4), ("hada_w2_a", 1.0)):
+        halves = draft.tensors[draft.key(OUT, role)]
+        halves[:, 1:] *= factor
+    a, b, c, d = (
+        draft.tensors[draft.key(OUT, f"hada_w{role}")].double()
+        for role in ("1_a", "1_b", "2_a", "2_b")
+    )
+    delta = (a @ b) * (c @ d)
+    reported = stack.add(draft, 1.0, (0, delta)).composed(model)
+    lost = energy(stack.whole - oracle.kept(model, OUT, model.config.rank))
+    share = lost / energy(stack.whole)
+    assert share < 1e-6
+    assert (reported.energy_lost or 0.0) == pytest.approx(share, rel=1e-2, abs=2e-11)
+
+
 # ---- beside the ranks ----
 
 

@@ -301,7 +301,7 @@ def test_few_sets_are_kept(on_device, loras):
 def kept_sets(model):
     from qwenlora import structure
 
-    return structure._KNOWN[model].kept._sets
+    return structure._known(model).kept._sets
 
 
 @pytest.mark.gpu

@@ -257,6 +257,32 @@ def test_a_wrapper_is_gone_with_its_transformer(scene):
     assert its() is None
 
 
+def _closure(model):
+    layer = model.proj_out
+    own = layer.forward
+    # What caches of a step's blocks do: a layer knows its transformer.
+    layer.forward = lambda x: own(x) if model is not None else x
+
+
+def _attribute(model):
+    object.__setattr__(model.transformer_blocks[0], "transformer", model)
+
+
+def _hook(model):
+    model.transformer_blocks[0].register_forward_hook(lambda *_: model and None)
+
+
+@pytest.mark.parametrize("tie", [_closure, _attribute, _hook])
+@pytest.mark.parametrize("use", [looked_at, composed, reset, wrapped_and_run, offloaded])
+def test_a_model_that_its_layers_know_is_gone_with_the_next_collection(tie, use, scene):
+    tie(scene.model)
+    use(scene)
+    gone = weakref.ref(scene.model)
+    del scene.model
+    gc.collect()
+    assert gone() is None
+
+
 # ---- many of them ----
 
 

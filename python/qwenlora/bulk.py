@@ -8,10 +8,10 @@ bit-equal to doing it slot by slot. Which slots are alike is planned in Rust.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from qwenlora.targets import Target
 
 __all__ = ["Group", "Located", "Member", "Stack", "group_of", "in_spans"]
+
+T = TypeVar("T")
 
 
 class Located(NamedTuple):
@@ -132,6 +134,13 @@ class Group:
     targets: tuple[Target, ...]
     stacks: tuple[Stack, ...] = ()
     row_order: RowOrder = RowOrder.PLANAR
+    _derived: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False)
+
+    def derived(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gave for this key, as long as the group stays."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]  # type: ignore[return-value]
 
     @cached_property
     def nbytes(self) -> int:

@@ -9,7 +9,7 @@ to D of its rank (Eckart and Young, 1936), and what it lacks is known from the n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,10 @@ __all__ = ["Factors", "delta_rows", "dense_of", "factors_of", "kron_factors"]
 
 NEGLIGIBLE = 1e-12
 """Singular values below this share of the largest are rounding noise of float64."""
+ROUNDING = 4e-6
+"""Of a matrix's norm, what its float32 pair may lack by rounding alone."""
+PANEL_BYTES = 32 << 20
+"""Bytes of a residual's rows that are formed at a time."""
 EXACT_SVD_SIDE = 1024
 """A dense delta with a side up to this is decomposed fully, a larger one by a range finder."""
 OVERSAMPLING = 32
@@ -44,7 +48,8 @@ class Factors:
     Attributes:
         down: (r, in).
         up: (rows, r).
-        energy_lost: Squared Frobenius norm of what was cut off, without the scale.
+        energy_lost: Squared Frobenius norm of what was cut off, without the scale; 0 where rounding
+            explains it.
         energy: Squared Frobenius norm of the whole; None where nothing was cut off.
     """
 
@@ -217,8 +222,8 @@ def _whole(delta: Tensor) -> Factors:
 def _best(delta: Tensor, rank: int) -> Factors:
     """The best pair of `rank` ranks of a matrix (rows, in), float32, by its smaller Gram matrix.
 
-    Directions are resolved to the root of float32's precision of the largest singular value, which
-    is far below what a cut leaves; the loss stated is measured, not taken from the eigenvalues.
+    Directions are resolved to the root of float32's precision of the largest singular value. The
+    loss stated is measured, so it holds where a cut leaves no more than that.
     """
     turned = delta.shape[0] < delta.shape[1]
     tall = delta.mT if turned else delta
@@ -227,13 +232,28 @@ def _best(delta: Tensor, rank: int) -> Factors:
     values = torch.linalg.vector_norm(left, dim=0)
     root = values.sqrt().clamp_min(torch.finfo(values.dtype).tiny)
     up, down = left / root, (right * root).mT
+    return _measured(delta, down=up.mT if turned else down, up=down.mT if turned else up)
+
+
+def _measured(delta: Tensor, *, down: Tensor, up: Tensor) -> Factors:
+    """A cut pair of a matrix, with what it lacks: the norm of the rest, formed by rows.
+
+    A difference of the two norms would end at float32's precision of their squares, at which a
+    pair may lack 3e-4 of the matrix.
+    """
     energy = _squared_norm(delta)
-    return Factors(
-        down=(up.mT if turned else down).cpu(),
-        up=(down.mT if turned else up).cpu(),
-        energy_lost=max(0.0, energy - _squared_norm(left)),
-        energy=energy,
+    lost = sum(
+        _squared_norm(torch.addmm(delta[rows], up[rows], down, alpha=-1)) for rows in _panels(delta)
     )
+    if lost <= ROUNDING**2 * energy:
+        lost = 0.0
+    return Factors(down=down.cpu(), up=up.cpu(), energy_lost=lost, energy=energy)
+
+
+def _panels(matrix: Tensor) -> Iterator[slice]:
+    count, columns = matrix.shape
+    step = max(1, PANEL_BYTES // (4 * columns))
+    return (slice(first, first + step) for first in range(0, count, step))
 
 
 def _squared_norm(matrix: Tensor) -> float:
@@ -244,12 +264,10 @@ def _truncated(delta: Tensor, budget: int | None) -> Factors:
     """The best pair of at most `budget` ranks of a dense delta (rows, in), float32.
 
     A large one is projected on the range that a few power iterations find (Halko, Martinsson and
-    Tropp, 2011); what the projection lacks counts as lost, so the loss stated is never too small.
+    Tropp, 2011); what the projection lacks counts as lost.
     """
-    rows, columns = delta.shape
-    full = min(rows, columns)
+    full = min(delta.shape)
     rank = full if budget is None else min(budget, full)
-    energy = _squared_norm(delta)
     if full <= EXACT_SVD_SIDE or rank + OVERSAMPLING >= full:
         left, values, right = singular(delta)
     else:
@@ -258,14 +276,8 @@ def _truncated(delta: Tensor, budget: int | None) -> Factors:
         left = basis @ inner
     if float(values[0]) > 0:
         rank = min(rank, int((values > values[0] * torch.finfo(values.dtype).eps).sum()))
-    kept = values[:rank]
-    root = kept.sqrt()
-    return Factors(
-        down=(root.unsqueeze(1) * right[:rank]).cpu(),
-        up=(left[:, :rank] * root).cpu(),
-        energy_lost=max(0.0, energy - float(kept.double().square().sum())),
-        energy=energy,
-    )
+    root = values[:rank].sqrt()
+    return _measured(delta, down=root.unsqueeze(1) * right[:rank], up=left[:, :rank] * root)
 
 
 def _range(delta: Tensor, size: int) -> Tensor:

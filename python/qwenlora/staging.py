@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -187,13 +186,7 @@ def loads_of(group: Group, limit_bytes: int) -> list[Load]:
         group: The group.
         limit_bytes: Most bytes of a load, unless one slot takes more.
     """
-    known = _LOADS.setdefault(group, {}).get(limit_bytes)
-    if known is None:
-        known = _LOADS[group][limit_bytes] = _loads_of(group, limit_bytes)
-    return known
-
-
-_LOADS: weakref.WeakKeyDictionary[Group, dict[int, list[Load]]] = weakref.WeakKeyDictionary()
+    return group.derived(("loads", limit_bytes), lambda: _loads_of(group, limit_bytes))
 
 
 def _loads_of(group: Group, limit_bytes: int) -> list[Load]:

@@ -6,7 +6,6 @@ afterwards a look at who is where tells that everything is as it was left.
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -201,7 +200,28 @@ def _offload_state(model: nn.Module) -> tuple[object, ...]:
     return (manager, switch, getattr(manager, "num_blocks_on_gpu", None), blocks)
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, Structure] = weakref.WeakKeyDictionary()
+_ATTRIBUTE = "_qwenlora_structure"
+
+
+class _Remembered:
+    """Holds a model's structure in the model itself, so that the collector sees their cycles.
+
+    A layer may reach the model, as one whose forward is a closure over it does. A copy of the
+    model and what is saved of it hold None instead.
+    """
+
+    __slots__ = ("structure",)
+
+    def __init__(self, structure: Structure) -> None:
+        self.structure = structure
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(None), ())
+
+
+def _known(model: nn.Module) -> Structure | None:
+    remembered = model.__dict__.get(_ATTRIBUTE)
+    return remembered.structure if isinstance(remembered, _Remembered) else None
 
 
 def structure_of(model: nn.Module, state: AppliedState) -> Structure:
@@ -212,14 +232,14 @@ def structure_of(model: nn.Module, state: AppliedState) -> Structure:
         ModelStateError: Something else changed its slots.
     """
     require_not_overwritten(state)
-    known = _KNOWN.get(model)
+    known = _known(model)
     if known is not None:
         known.require_unwritten(state)
         if known.is_current(model):
             return known
-        del _KNOWN[model]
+        forget_structure(model)
     found = found_structure(model, state)
-    _KNOWN[model] = found
+    model.__dict__[_ATTRIBUTE] = _Remembered(found)
     return found
 
 
@@ -231,7 +251,7 @@ def found_structure(model: nn.Module, state: AppliedState) -> Structure:
         ModelStateError: Something else changed its slots.
     """
     require_not_overwritten(state)
-    known = _KNOWN.get(model)
+    known = _known(model)
     if known is not None:
         known.require_unwritten(state)
     found = Structure(model, state)
@@ -249,9 +269,9 @@ def found_structure(model: nn.Module, state: AppliedState) -> Structure:
 def remember_structure(model: nn.Module, structure: Structure) -> None:
     """The slots are as a composition left them."""
     structure.look()
-    _KNOWN[model] = structure
+    model.__dict__[_ATTRIBUTE] = _Remembered(structure)
 
 
 def forget_structure(model: nn.Module) -> None:
     """Find the slots anew the next time: they may be in any state."""
-    _KNOWN.pop(model, None)
+    model.__dict__.pop(_ATTRIBUTE, None)
