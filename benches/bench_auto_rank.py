@@ -22,8 +22,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qwenlora.compress import LowRankSum, decomposed
-from qwenlora.limit import worthwhile_rank
+from qwenlora.delta.compress import LowRankSum, decomposed
+from qwenlora.delta.limit import worthwhile_rank
 
 SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 PRICES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)

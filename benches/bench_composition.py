@@ -20,10 +20,9 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -37,6 +36,9 @@ from composition.options import BOUNDED
 from composition.scaling import Sweeps, measure_scaling
 from composition.screen import print_actions, print_floors, print_scaling
 from composition.table import Files, measure_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 Row = dict[str, Any]
 SUITES = ("table", "offload", "fresh", "scaling")

@@ -19,17 +19,20 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from qwenlora.compress import LowRankSum, decomposed
-from qwenlora.layout import LowRankSide
-from qwenlora.limit import Fitted, Limiter, MaxRank
-from qwenlora.pack import pack_lowrank
-from qwenlora.pieces import ScaledPair, unpacked
-from qwenlora.plan import SlotKind
+from qwenlora.delta.compress import LowRankSum, decomposed
+from qwenlora.delta.limit import Fitted, Limiter
+from qwenlora.delta.scale import ScaledPair, unpacked
+from qwenlora.packing.layout import LowRankSide
+from qwenlora.packing.pack import pack_lowrank
+from qwenlora.plan.documents import SlotKind
+
+if TYPE_CHECKING:
+    from qwenlora.spec import MaxRank
 
 WIDTH = 3072
 BLOCKS = 60

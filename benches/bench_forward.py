@@ -15,15 +15,17 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 import qwenlora
 from qwenlora.emulation import Precision, SVDQW4A4Linear
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 WIDTH, TEXT, LATENT, TIME = 3072, 3584, 64, 256
 MODULATION = 6 * WIDTH

@@ -12,13 +12,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 
-from qwenlora.factors import Factors, factors_of
-from qwenlora.plan import PieceKind
+from qwenlora.delta.factors import Factors, factors_of
+from qwenlora.plan.documents import PieceKind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def main() -> None:

@@ -14,9 +14,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +23,11 @@ import torch
 from torch import Tensor
 
 from qwenlora import _core
-from qwenlora.layout import FRAGMENT, TILE, LowRankSide
-from qwenlora.pack import pack_lowrank
+from qwenlora.packing.layout import FRAGMENT, TILE, LowRankSide
+from qwenlora.packing.pack import pack_lowrank
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 BASE_RANK = 128
 DTYPE = torch.bfloat16

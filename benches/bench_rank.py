@@ -22,10 +22,9 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +35,9 @@ from composition.model import Values, Weights, build_model
 from composition.offload import PAGEABLE, PINNED, copy_blocks
 from composition.shapes import BLOCKS, FUSED, LINEARS, WIDTH
 from qwenlora import emulation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
 
 Row = dict[str, Any]
 BASE_RANK = 32

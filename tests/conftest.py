@@ -5,9 +5,8 @@ from __future__ import annotations
 import enum
 import os
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -15,12 +14,17 @@ from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 
 import qwenlora
-from qwenlora import _core, pack
-from qwenlora.branch import BRANCH_DOWN, BRANCH_UP
+from qwenlora import _core
 from qwenlora.emulation import EmulatedConfig, Precision, random_transformer
 from qwenlora.emulation.delay import LazyWorkers, SleepyWorkers
-from qwenlora.layout import LowRankSide
-from qwenlora.workers import RustWorkers, employ
+from qwenlora.packing import pack
+from qwenlora.packing.layout import LowRankSide
+from qwenlora.slots.branch import BRANCH_DOWN, BRANCH_UP
+from qwenlora.work.workers import RustWorkers, employ
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 WIDTH = 128
 TEXT_WIDTH = 96

@@ -14,9 +14,8 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, FunctionType
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -24,7 +23,11 @@ from safetensors.torch import save_file
 import qwenlora
 from qwenlora import ComfyQwenImageWrapper, ComposeOptions, LoraSet, Placement, emulation
 from qwenlora.merge import main as merge_main
-from qwenlora.read_ahead import files
+from qwenlora.source.read_ahead import files
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType, FunctionType
 
 MODEL = emulation.EmulatedConfig(
     num_layers=2,

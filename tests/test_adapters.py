@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import qwenlora
-from qwenlora import ComposeOptions, LokrScale, LoraSpec, errors, factors
+from qwenlora import ComposeOptions, LokrScale, LoraSpec, errors
+from qwenlora.delta import factors
 from qwenlora.emulation import CPUOffloadManager, EmulatedConfig, Precision, random_transformer
-from qwenlora.pack import deinterleave_modulation, unpack_vector
+from qwenlora.packing.pack import deinterleave_modulation, unpack_vector
 
 BLOCK = "transformer_blocks.0"
 CLOSE = 1e-3

@@ -18,16 +18,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file, save_model
 
 import qwenlora
-from qwenlora import arena, cache, host_arena
-from qwenlora.allocation import evenly, rest_from
-from qwenlora.arena import PackedArena
-from qwenlora.bulk import Member
+from qwenlora import cache
 from qwenlora.errors import ModelStateError
-from qwenlora.filler import Filler
-from qwenlora.host_arena import HostPackedArena, rewrite_packed
-from qwenlora.layout import LowRankSide, round_up
-from qwenlora.staging import Staged
-from qwenlora.targets import find_targets
+from qwenlora.group import arena, host_arena
+from qwenlora.group.allocation import evenly, rest_from
+from qwenlora.group.arena import PackedArena
+from qwenlora.group.filler import Filler
+from qwenlora.group.group import Member
+from qwenlora.group.host_arena import HostPackedArena, rewrite_packed
+from qwenlora.group.load import Staged
+from qwenlora.model.find import find_targets
+from qwenlora.packing.layout import LowRankSide, round_up
 
 BLOCKS = 4
 

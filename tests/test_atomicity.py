@@ -12,16 +12,20 @@ import pytest
 import torch
 
 import qwenlora
-from qwenlora import Placement, branch, slots, staging
-from qwenlora.arena import BranchArena, PackedArena
+from qwenlora import Placement
+from qwenlora.compose.journal import Journal
 from qwenlora.errors import ModelStateError, NonFiniteError
-from qwenlora.host_arena import HostFactor, HostPackedArena
-from qwenlora.placement import Journal
-from qwenlora.plan import SlotKind
-from qwenlora.slots import PackedSlot, SideBranchSlot
+from qwenlora.group import loader as staging
+from qwenlora.group.arena import BranchArena, PackedArena
+from qwenlora.group.host_arena import HostFactor, HostPackedArena
+from qwenlora.model.find import find_targets
+from qwenlora.model.state import read_state
+from qwenlora.model.target import FACTORS, factors_of
+from qwenlora.plan.documents import SlotKind
+from qwenlora.slots import branch, packed, point, value, whole
+from qwenlora.slots.branch import SideBranchSlot
+from qwenlora.slots.packed import PackedSlot
 from qwenlora.spec import ComposeOptions
-from qwenlora.state import read_state
-from qwenlora.targets import FACTORS, factors_of, find_targets
 
 FAULTS = [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt]
 PHASES = ["stage", "write"]
@@ -206,7 +210,7 @@ def test_restoring_through_the_host_is_exact(model, lora, probe, monkeypatch):
     restored = 0
     with _failing_allocation(monkeypatch, fault):
         for target in find_targets(model, read_state(model).base_ranks).values():
-            slot = slots.slot_of(target)
+            slot = whole.slot_of(target)
             restored += any(isinstance(part, PackedSlot) for part in slot._parts)
             for part in slot._parts:
                 part.restore()
@@ -302,12 +306,12 @@ def test_a_fault_while_resetting(placement, make_model, probe, stacks, monkeypat
 _WRITERS = {
     code.__code__
     for code in (
-        slots._PackedChange.make,
-        slots._BranchChange.make,
-        slots._ValueChange.make,
-        slots._ValueChange._record,
-        slots._point,
-        slots._point_all,
+        packed.PackedChange.make,
+        branch.BranchChange.make,
+        value._ValueChange.make,
+        value._ValueChange._record,
+        point.point,
+        point.point_all,
         branch.set_branch,
         branch._remove_hook,
     )
@@ -393,14 +397,14 @@ def test_an_error_between_the_two_halves_of_a_slot(
         qwenlora.compose_loras(model, stacks[0])
     before = probe.snapshot(model)
 
-    fault, point = Fault(RuntimeError, 1), slots._point_all
+    fault, point_all = Fault(RuntimeError, 1), packed.point_all
 
     def failing_point(*args, **options):
         fault.pass_or_raise()
-        point(*args, **options)
+        point_all(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(slots, "_point_all", failing_point)
+        patch.setattr(packed, "point_all", failing_point)
         with pytest.raises(RuntimeError, match="injected"):
             qwenlora.compose_loras(
                 model,

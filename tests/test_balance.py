@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenlora.balance import MOST, RankPeaks, balanced, exponent_of, loses_small_values
+from qwenlora.delta.balance import MOST, RankPeaks, balanced, exponent_of, loses_small_values
 
 HALF = torch.float16
 peaks = st.floats(2**-60, 2**15)

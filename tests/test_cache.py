@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import qwenlora
-from qwenlora import _core, cache, errors, placement
+from qwenlora import _core, cache, errors
+from qwenlora.compose import placer as placement
+from qwenlora.group.load import Staged
 from qwenlora.spec import ComposeOptions
-from qwenlora.staging import Staged
 
 EXACT = 2e-6
 """Relative error of float32 tensors against float64 formulas."""

@@ -12,10 +12,10 @@ from torch._dynamo.testing import CompileCounter
 
 import qwenlora
 from qwenlora import ComfyQwenImageWrapper
-from qwenlora.branch import add_side_branch
 from qwenlora.emulation import EmulatedConfig, Precision, random_transformer
 from qwenlora.errors import UnsupportedModelError
-from qwenlora.hooked import is_marked, mark_hooked, plain_class, unmark_hooked
+from qwenlora.model.subclass import is_marked, mark_hooked, plain_class, unmark_hooked
+from qwenlora.slots.branch import add_side_branch
 
 BLOCK = "transformer_blocks.0."
 CLOSE = 1e-5

@@ -11,12 +11,12 @@ import torch
 
 import qwenlora
 from qwenlora import _core, cache, compat, errors
-from qwenlora.branch import BRANCH_DOWN, BRANCH_UP
 from qwenlora.emulation import Precision
-from qwenlora.plan import StackPlan
+from qwenlora.group.load import Staged
+from qwenlora.model.find import find_targets
+from qwenlora.plan.documents import StackPlan
+from qwenlora.slots.branch import BRANCH_DOWN, BRANCH_UP
 from qwenlora.spec import ComposeOptions, LoraSpec
-from qwenlora.staging import Staged
-from qwenlora.targets import find_targets
 
 EXACT = 2e-6
 """Relative error of float32 tensors against float64 formulas."""

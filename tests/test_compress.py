@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import qwenlora
-from qwenlora.compress import LowRankSum, decomposed
-from qwenlora.layout import MAX_RANK
+from qwenlora.delta.compress import LowRankSum, decomposed
+from qwenlora.packing.layout import MAX_RANK
 
 TARGET = "transformer_blocks.0.attn.to_out.0"
 QKV = "transformer_blocks.0.attn.to_qkv"

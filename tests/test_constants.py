@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qwenlora import _core, layout
+from qwenlora import _core
+from qwenlora.packing import layout
 from qwenlora.spec import ComposeOptions
 
 

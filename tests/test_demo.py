@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import qwenlora
-from qwenlora import arena, grouped
 from qwenlora.demo import course, main, measure, model
-from qwenlora.layout import RowOrder
+from qwenlora.group import arena, builder, place
+from qwenlora.packing.layout import RowOrder
 
 STEPS = ("set-up", "1. compose three", "2. change one strength", "3. remove one", "4. reset")
 
@@ -96,8 +96,8 @@ def test_wrong_row_order_fails(capsys, monkeypatch):
 
 
 def test_wrong_scale_fails(capsys, monkeypatch):
-    right = grouped.scales_of
-    monkeypatch.setattr(grouped, "scales_of", lambda stack, strength: right(stack, 2 * strength))
+    right = place.scales_of
+    monkeypatch.setattr(builder, "scales_of", lambda stack, strength: right(stack, 2 * strength))
     assert main([]) == 1
     screen = capsys.readouterr().out
     for kind in measure.Kind:
@@ -105,7 +105,7 @@ def test_wrong_scale_fails(capsys, monkeypatch):
 
 
 def test_damaged_base_fails(capsys, monkeypatch):
-    right = grouped.arena_of
+    right = builder.arena_of
 
     def arena_of(targets, *args, **options):
         made = right(targets, *args, **options)
@@ -121,9 +121,9 @@ def test_damaged_base_fails(capsys, monkeypatch):
         made.finish = damaged
         return made
 
-    monkeypatch.setattr(grouped, "arena_of", arena_of)
+    monkeypatch.setattr(builder, "arena_of", arena_of)
     # A base that was kept would take the damaged one's place.
-    monkeypatch.setattr(grouped.GroupBuilder, "_kept", lambda self, group: None)
+    monkeypatch.setattr(builder.GroupBuilder, "_kept", lambda self, group: None)
     assert main([]) == 1
     screen = capsys.readouterr().out
     assert "mlp (svdq) is off by" in screen

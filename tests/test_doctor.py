@@ -17,8 +17,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -36,6 +36,9 @@ from qwenlora.doctor.facts import (
 from qwenlora.doctor.finding import Finding, Severity
 from qwenlora.doctor.mend import Move, Run, Shell, spell
 from qwenlora.doctor.screen import Palette, paint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FORWARD = "def _forward(self, x, timesteps, context, attention_mask=None, {}, **kwargs): pass"

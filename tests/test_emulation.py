@@ -10,7 +10,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch import nn
 from torch.nn import functional as F
 
-from qwenlora import _reference, emulation, pack
+from qwenlora import _reference, emulation
 from qwenlora.emulation import (
     AWQW4A16Linear,
     EmulatedConfig,
@@ -24,7 +24,8 @@ from qwenlora.emulation import (
 )
 from qwenlora.emulation.lowrank import low_rank_factors
 from qwenlora.emulation.quantize import IntegerRange, quantize_activation
-from qwenlora.layout import LowRankSide
+from qwenlora.packing import pack
+from qwenlora.packing.layout import LowRankSide
 
 DENSE_CONFIG = {
     "patch_size": 2,

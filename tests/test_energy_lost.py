@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import qwenlora
-from qwenlora import ComposeOptions, loss
+from qwenlora import ComposeOptions
+from qwenlora.delta import loss
 from qwenlora.report import ComposeReport, SlotReport, SlotReports
 
 from .differential import oracle

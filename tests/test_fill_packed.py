@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenlora import _core, pack
-from qwenlora.layout import LowRankSide, round_up
+from qwenlora import _core
+from qwenlora.packing import pack
+from qwenlora.packing.layout import LowRankSide, round_up
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 INTEGERS = {2: torch.int16, 4: torch.int32}

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from qwenlora import _core
-from qwenlora.filler import Filler
+from qwenlora.group.filler import Filler
 
 TILE_BYTES = 512
 LONG = 60

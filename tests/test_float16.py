@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import qwenlora
-from qwenlora import ComposeOptions, Placement, planned
-from qwenlora.branch import BRANCH_DENSE, BRANCH_DOWN, BRANCH_UP, ScaledKron
-from qwenlora.pieces import KronPair
-from qwenlora.targets import find_targets
+from qwenlora import ComposeOptions, Placement
+from qwenlora.delta.pieces import KronPair
+from qwenlora.delta.scale import ScaledKron
+from qwenlora.group import partition as planned
+from qwenlora.model.find import find_targets
+from qwenlora.slots.branch import BRANCH_DENSE, BRANCH_DOWN, BRANCH_UP
 
 BLOCKS = 2
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

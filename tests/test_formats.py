@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 import qwenlora
 from qwenlora import _reference
 from qwenlora.emulation import EmulatedConfig, Precision, random_transformer
-from qwenlora.layout import LowRankSide
-from qwenlora.pack import deinterleave_modulation, unpack_lowrank
+from qwenlora.packing.layout import LowRankSide
+from qwenlora.packing.pack import deinterleave_modulation, unpack_lowrank
 
 CORPUS = Path(__file__).parent / "data" / "keys"
 DOCUMENTS = {

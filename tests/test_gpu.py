@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import qwenlora
-from qwenlora import emulation, pack
+from qwenlora import emulation
+from qwenlora.packing import pack
 
 pytestmark = pytest.mark.gpu
 

@@ -8,30 +8,26 @@ import itertools
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
 from types import CodeType, FrameType
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 import qwenlora
-from qwenlora import (
-    ComposeOptions,
-    Placement,
-    branch,
-    cache,
-    compose,
-    placement,
-    rescale,
-    runtime,
-    slots,
-    state,
-)
-from qwenlora import lock as lock_module
+from qwenlora import ComposeOptions, Placement, cache, runtime
+from qwenlora.compose import compose, journal, rescale
+from qwenlora.compose import placer as placement
 from qwenlora.errors import ModelStateError
-from qwenlora.lock import ModelLock, lock_of
+from qwenlora.model import lock as lock_module
+from qwenlora.model import state
+from qwenlora.model.lock import ModelLock, lock_of
+from qwenlora.model.state import read_state
 from qwenlora.runtime import ComfyQwenImageWrapper
-from qwenlora.state import read_state
+from qwenlora.slots import branch, packed, point, slot, value
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 ERRORS = [KeyboardInterrupt, TimeoutError]
 """What passes by hooks that are always called, and what does not."""
@@ -324,27 +320,27 @@ JOURNAL_CODES = codes_of(
     compose._Composition._rescale,
     compose._Composition._compose,
     compose._Composition._structure,
-    placement.Journal,
+    journal.Journal,
     placement.Placer.whole,
     placement.Placer.by_path,
     placement.Placer._replace,
-    placement.restore_all,
+    journal.restore_all,
     rescale.Rescaling,
     rescale._Write,
-    slots._Changes,
-    slots._PackedChange.make,
-    slots._PackedChange.unmake,
-    slots._BranchChange.make,
-    slots._BranchChange.unmake,
-    slots._ValueChange.make,
-    slots._ValueChange.unmake,
-    slots._ValueChange._record,
-    slots._point,
-    slots._point_all,
-    slots._point_back,
-    slots.PackedSlot.restore,
-    slots.SideBranchSlot.restore,
-    slots.ValueSlot.restore,
+    slot.Changes,
+    packed.PackedChange.make,
+    packed.PackedChange.unmake,
+    branch.BranchChange.make,
+    branch.BranchChange.unmake,
+    value._ValueChange.make,
+    value._ValueChange.unmake,
+    value._ValueChange._record,
+    point.point,
+    point.point_all,
+    point.point_back,
+    packed.PackedSlot.restore,
+    branch.SideBranchSlot.restore,
+    value.ValueSlot.restore,
     branch.set_branch,
     branch._remove_hook,
     state.write_state,
@@ -494,17 +490,17 @@ def test_a_slot_of_two_ranks_is_found_after_a_second_interruption(
     base = probe.snapshot(model)
 
     def halves(change):
-        at = slots.FACTORS.index(half)
+        at = packed.FACTORS.index(half)
         old, new = change.old[at], change.new[at]
-        slots._point_all(change.modules, half, old, new, plain=False)
+        point.point_all(change.modules, half, old, new, plain=False)
         raise KeyboardInterrupt
 
     def interrupted(_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(slots._PackedChange, "make", halves)
-        patch.setattr(slots._PackedChange, "unmake", interrupted)
+        patch.setattr(packed.PackedChange, "make", halves)
+        patch.setattr(packed.PackedChange, "unmake", interrupted)
         with pytest.raises(KeyboardInterrupt):
             qwenlora.compose_loras(model, lora[0])
     assert not qwenlora.applied(model).complete

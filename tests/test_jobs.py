@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 
-from qwenlora.jobs import Jobs
+from qwenlora.work.jobs import Jobs
 
 LONG = 20
 

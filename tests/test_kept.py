@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import qwenlora
-from qwenlora import cache, kept
+from qwenlora import cache
+from qwenlora.group import sets as kept
 
 BLOCKS = 4
 
@@ -299,7 +300,7 @@ def test_few_sets_are_kept(on_device, loras):
 
 
 def kept_sets(model):
-    from qwenlora import structure
+    from qwenlora.compose import structure
 
     return structure._known(model).kept._sets
 

@@ -11,13 +11,16 @@ import struct
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import qwenlora
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[1]
 KEYS = ROOT / "tests" / "data" / "keys"

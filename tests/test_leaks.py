@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,7 +17,10 @@ import torch
 import qwenlora
 from qwenlora import ComfyQwenImageWrapper, ComposeOptions, LoraSet, Placement
 from qwenlora.errors import ModelStateError, NonFiniteError, OtherModelError
-from qwenlora.read_ahead import files
+from qwenlora.source.read_ahead import files
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @pytest.fixture
@@ -62,7 +65,7 @@ def looked_at(scene):
 
 
 def planned(scene):
-    from qwenlora.compose import plan_report
+    from qwenlora.compose.compose import plan_report
 
     plan_report(scene.model, LoraSet.of(scene.path))
 

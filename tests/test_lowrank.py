@@ -7,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenlora import _core, lowrank, pack
-from qwenlora.layout import LowRankSide
+from qwenlora import _core
+from qwenlora.packing import factor as lowrank
+from qwenlora.packing import pack
+from qwenlora.packing.layout import LowRankSide
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn]
 

@@ -29,8 +29,9 @@ from qwenlora.merge.cut import Cut
 from qwenlora.merge.job import merge_loras
 from qwenlora.merge.planned import MergeOptions
 from qwenlora.merge.writer import SafetensorsWriter
-from qwenlora.source import NAMES, FileSource
-from qwenlora.targets import find_targets
+from qwenlora.model.find import find_targets
+from qwenlora.source.dtypes import NAMES
+from qwenlora.source.file import FileSource
 
 from . import test_formats as corpus
 from . import test_oracles as oracles
@@ -377,7 +378,7 @@ def test_what_fits_the_rank_is_not_touched(Draft, merged):
 
 def test_a_sum_too_large_for_a_full_decomposition_is_near_the_optimum(monkeypatch, Draft, merged):
     """Past `EXACT_SVD_SIDE` a range finder stands in; what it lacks counts as lost."""
-    monkeypatch.setattr("qwenlora.factors.EXACT_SVD_SIDE", 32)
+    monkeypatch.setattr("qwenlora.delta.factors.EXACT_SVD_SIDE", 32)
     drafts, expected = stacks(Draft)["full and LoRA"]
     report, path = merged(*((draft, 1.0) for draft in drafts), cut=Cut(rank=16))
     (found,) = deltas_of(path).values()
@@ -390,7 +391,7 @@ def test_a_sum_too_large_for_a_full_decomposition_is_near_the_optimum(monkeypatc
 def large_sums(monkeypatch):
     """Sums of any number of ranks are large ones."""
     monkeypatch.setattr("qwenlora.merge.combine.EXACT_RANK", 16)
-    monkeypatch.setattr("qwenlora.compress.EXACT_SIDE", 16)
+    monkeypatch.setattr("qwenlora.delta.compress.EXACT_SIDE", 16)
 
 
 @pytest.mark.parametrize("cut", [Cut(rank=8), Cut(rank=24), Cut(energy=0.5), Cut(energy=0.9)])

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import qwenlora
-from qwenlora import ComposeOptions, decomposition
-from qwenlora.compress import LowRankSum, decomposed
+from qwenlora import ComposeOptions
+from qwenlora.delta import decomposition
+from qwenlora.delta.compress import LowRankSum, decomposed
 from qwenlora.errors import NonFiniteError
 from qwenlora.merge.cut import Cut
 

@@ -9,7 +9,7 @@ import torch
 
 import qwenlora
 from qwenlora.errors import UnsupportedModelError
-from qwenlora.slots import PackedSlot
+from qwenlora.slots.packed import PackedSlot
 from qwenlora.spec import ComposeOptions, Placement
 
 BLOCKS = 4

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 import qwenlora
 from qwenlora.emulation import EmulatedQwenImageTransformer, Precision
-from qwenlora.layout import LowRankSide
-from qwenlora.pack import deinterleave_modulation, unpack_lowrank
+from qwenlora.packing.layout import LowRankSide
+from qwenlora.packing.pack import deinterleave_modulation, unpack_lowrank
 
 DENSE_CONFIG = {
     "patch_size": 2,

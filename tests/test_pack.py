@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from qwenlora import _reference, pack
-from qwenlora.layout import LowRankSide, round_up
+from qwenlora import _reference
+from qwenlora.packing import pack
+from qwenlora.packing.layout import LowRankSide, round_up
 
 VECTORS = Path(__file__).parent / "data" / "vectors"
 SIDES = list(LowRankSide)

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qwenlora
-from qwenlora import compose, planned, rescale
+from qwenlora.compose import compose, rescale
+from qwenlora.group import partition as planned
 from qwenlora.spec import ComposeOptions, Placement
 
 BLOCKS = 4

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import peft
 import pytest
@@ -26,6 +26,9 @@ from qwenlora import errors
 from qwenlora.emulation import EmulatedQwenImageTransformer, Precision
 
 from .test_oracles import BLOCK_LINEAR, FUSED, TOP_LEVEL, dense_paths, plane_order, relative_error
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 STRENGTH = -0.7
 DENSE_CONFIG = {

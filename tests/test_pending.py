@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from qwenlora import workers
 from qwenlora.emulation.delay import LazyWorkers, SleepyWorkers
-from qwenlora.filler import Filler
-from qwenlora.host_arena import HostFactor, HostPackedArena
-from qwenlora.pending import Pending
-from qwenlora.targets import find_targets
+from qwenlora.group.filler import Filler
+from qwenlora.group.host_arena import HostFactor, HostPackedArena
+from qwenlora.model.find import find_targets
+from qwenlora.work import workers
+from qwenlora.work.pending import Pending
 
 LONG = 60
 

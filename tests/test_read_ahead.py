@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 import qwenlora
-from qwenlora import LoraSet, _core, cache, read_ahead
-from qwenlora.read_ahead import ReadAhead
-from qwenlora.staging import Staged
+from qwenlora import LoraSet, _core, cache
+from qwenlora.group.load import Staged
+from qwenlora.source import read_ahead
+from qwenlora.source.read_ahead import ReadAhead
 
 LONG = 60
 """Seconds that nothing here takes: a test that waits so long has failed."""

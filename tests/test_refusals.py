@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import zipfile
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 import qwenlora
 from qwenlora import ComposeOptions, Placement, errors
-from qwenlora.branch import BRANCH_DOWN
+from qwenlora.slots.branch import BRANCH_DOWN
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 EXACT = 2e-6
 """Relative error of float32 tensors against float64 formulas."""

@@ -12,7 +12,7 @@ import qwenlora
 from qwenlora import ComfyQwenImageWrapper, LoraSet
 from qwenlora.emulation import EmulatedQwenImageTransformer
 from qwenlora.errors import ModelStateError, UnsupportedModelError
-from qwenlora.lock import lock_of
+from qwenlora.model.lock import lock_of
 from qwenlora.runtime import OPTIONS_KEY
 
 

@@ -18,8 +18,8 @@ from torch import nn
 
 import qwenlora
 from qwenlora import errors, lora_set
-from qwenlora.jobs import Jobs
 from qwenlora.lora_set import LoraSet
+from qwenlora.work.jobs import Jobs
 
 BLOCK = "transformer_blocks.0"
 KEY = f"{BLOCK}.attn.to_q"

@@ -13,8 +13,8 @@ from torch import nn
 
 import qwenlora
 from qwenlora import _core
-from qwenlora.state import read_state
-from qwenlora.structure import remember_structure, structure_of
+from qwenlora.compose.structure import remember_structure, structure_of
+from qwenlora.model.state import read_state
 
 BLOCK = "transformer_blocks.1"
 LINEAR = f"{BLOCK}.attn.to_qkv"

@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from qwenlora import _core, errors
-from qwenlora.modules import modules_of, pattern
-from qwenlora.plan import SlotKind, slot_map
-from qwenlora.targets import device_of, factors_of, find_targets
+from qwenlora.model.find import find_targets
+from qwenlora.model.modules import modules_of, pattern
+from qwenlora.model.target import device_of, factors_of
+from qwenlora.plan.documents import SlotKind, slot_map
 
 LINEAR = "transformer_blocks.0.attn.to_qkv"
 MODULATION = "transformer_blocks.0.img_mod.1"

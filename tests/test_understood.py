@@ -14,9 +14,11 @@ from torch import nn
 from torch.nn.parallel import DataParallel
 
 import qwenlora
-from qwenlora import ComposeOptions, compose, emulation, errors, targets
-from qwenlora.modules import inner_of, is_wrapper, modules_of, submodule_of
-from qwenlora.understood import reads_rank
+from qwenlora import ComposeOptions, emulation, errors
+from qwenlora.compose import compose
+from qwenlora.model import find as targets
+from qwenlora.model.forwards import reads_rank
+from qwenlora.model.modules import inner_of, is_wrapper, modules_of, submodule_of
 
 BLOCK = "transformer_blocks.0"
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from composition.shapes import slots
-from qwenlora import pack
-from qwenlora.layout import LowRankSide
+from qwenlora.packing import pack
+from qwenlora.packing.layout import LowRankSide
 
 Stack = Sequence[tuple[Path, float]]
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import enum
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from composition.model import Values
 from composition.shapes import FUSED, LINEARS, MODULATIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 
 class Layout(enum.Enum):

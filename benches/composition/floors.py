@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from composition.files import drop_from_page_cache
 from composition.measure import Action, Meter
 from qwenlora import _core
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _CHUNK = 8 << 20
 

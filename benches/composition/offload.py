@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 import qwenlora
-from composition.engines import Engine
 from composition.measure import Action, Meter
 from composition.model import Weights, build_model
 from composition.table import Files, OurActions, their_actions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from composition.engines import Engine
 
 SUITE = "offload"
 RESIDENT, PINNED, PAGEABLE = "resident", "pinned", "not pinned"

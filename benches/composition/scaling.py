@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 import qwenlora
-from composition.engines import Engine
 from composition.files import Down, LoraFile
 from composition.measure import Action, Meter
 from composition.options import options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from torch import nn
+
+    from composition.engines import Engine
 
 SUITE = "scaling"
 

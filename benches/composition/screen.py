@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from composition.scaling import line_through
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 Row = dict[str, Any]
 _MIB = 1 << 20

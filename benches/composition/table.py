@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 import qwenlora
 from composition import options as known
-from composition.engines import Engine, Stack
 from composition.files import Layout, LoraFile, drop_from_page_cache
 from composition.measure import Action, Meter
 from composition.options import UnavailableError, options
-from qwenlora import read_ahead
+from qwenlora.source import read_ahead
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from torch import nn
+
+    from composition.engines import Engine, Stack
 
 SUITE = "table"
 

@@ -20,11 +20,11 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from qwenlora import ComfyQwenImageWrapper, LoraSet
 from qwenlora.errors import LoraNotFoundError, UnsupportedModelError
-from qwenlora.lock import lock_of
-from qwenlora.modules import inner_of
+from qwenlora.model.lock import lock_of
+from qwenlora.model.modules import inner_of
+from qwenlora.model.state import read_state
+from qwenlora.model.target import FACTORS
 from qwenlora.runtime import OPTIONS_KEY
-from qwenlora.state import read_state
-from qwenlora.targets import FACTORS
 from qwenlora.words import counted
 
 from .names import nearest, same_name

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qwenlora import ComposeOptions, LoraSet, LoraSpec, read_keys
-from qwenlora.compose import plan_report
+from qwenlora.compose.compose import plan_report
 from qwenlora.errors import LoraNotFoundError, QwenLoraError
 from qwenlora.words import counted
 

@@ -7,10 +7,12 @@ file was saved in shows in the kinds of its values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = ["OFFLOAD_MODES", "ROWS", "STACK", "STACK_V1", "STACK_V2", "STACK_V3", "Saved"]
 

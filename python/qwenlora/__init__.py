@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from qwenlora import compat, emulation
     from qwenlora._core import __version__
     from qwenlora.cache import clear_cache
-    from qwenlora.compose import applied, compose_loras, reset_loras
+    from qwenlora.compose.compose import applied, compose_loras, reset_loras
     from qwenlora.errors import QwenLoraError
     from qwenlora.lora_set import LoraSet
-    from qwenlora.plan import read_keys
+    from qwenlora.plan.documents import read_keys
     from qwenlora.report import ComposeReport
     from qwenlora.runtime import ComfyQwenImageWrapper
     from qwenlora.spec import ComposeOptions, LoraSpec, Placement
@@ -49,11 +49,11 @@ _HOMES = {
     "Placement": "spec",
     "QwenLoraError": "errors",
     "__version__": "_core",
-    "applied": "compose",
+    "applied": "compose.compose",
     "clear_cache": "cache",
-    "compose_loras": "compose",
-    "read_keys": "plan",
-    "reset_loras": "compose",
+    "compose_loras": "compose.compose",
+    "read_keys": "plan.documents",
+    "reset_loras": "compose.compose",
 }
 _MODULES = ("compat", "emulation", "errors")
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from qwenlora.targets import SlotRow
+from qwenlora.plan.documents import SlotRow
 
 __all__ = [
     "MAX_RANK",

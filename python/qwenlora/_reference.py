@@ -10,7 +10,13 @@ from typing import NamedTuple
 
 import torch
 
-from qwenlora.layout import FRAGMENT, MODULATION_PLANES, RANK_MULTIPLE, LowRankSide, round_up
+from qwenlora.packing.layout import (
+    FRAGMENT,
+    MODULATION_PLANES,
+    RANK_MULTIPLE,
+    LowRankSide,
+    round_up,
+)
 
 
 class LowRankPart(NamedTuple):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Protocol
 
-from qwenlora.read_ahead import files
+from qwenlora.source.read_ahead import files
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
     from qwenlora import _core
 
 __all__ = [

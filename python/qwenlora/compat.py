@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qwenlora.compose import compose_loras, reset_loras
+from qwenlora.compose.compose import compose_loras, reset_loras
 from qwenlora.spec import ComposeOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
 
     from qwenlora.spec import Source

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from qwenlora import cache
 from qwenlora.errors import QwenLoraError, RankError
-from qwenlora.jobs import Job, Jobs
 from qwenlora.names import names_of
-from qwenlora.source import LoraSource, known_source, open_source
+from qwenlora.source.open import known_source, open_source
 from qwenlora.spec import ComposeOptions, LoraSpec, as_specs
+from qwenlora.work.jobs import Job, Jobs
 
 if TYPE_CHECKING:
-    from qwenlora.limit import MaxRank
-    from qwenlora.spec import Item
+    from qwenlora.source.source import LoraSource
+    from qwenlora.spec import Item, MaxRank
 
 __all__ = ["NO_LORAS", "LoraSet", "Unmakeable"]
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-__all__ = ["DEVICE_RESERVE", "DeviceMemory", "host_bytes", "new_bytes", "zero_bytes"]
+__all__ = ["DEVICE_RESERVE", "DeviceMemory"]
+
 
 DEVICE_RESERVE = 8 << 30
 """Device memory that must stay free beside what is cached there: for activations and the decoder.
@@ -38,21 +37,3 @@ class DeviceMemory:
 
 def _unused_bytes(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-def host_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """A contiguous host tensor's memory, which they share."""
-    return tensor.view(torch.uint8).numpy()
-
-
-def new_bytes(nbytes: int) -> torch.Tensor:
-    """(nbytes,) uint8 of new host memory, with any content.
-
-    NumPy asks the system for huge pages: the memory is then touched four times as fast.
-    """
-    return torch.from_numpy(np.empty(nbytes, dtype=np.uint8))
-
-
-def zero_bytes(nbytes: int) -> torch.Tensor:
-    """The same, all zero."""
-    return torch.from_numpy(np.zeros(nbytes, dtype=np.uint8))

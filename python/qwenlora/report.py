@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 from qwenlora.words import counted
 
 if TYPE_CHECKING:
-    from qwenlora.plan import Skip
+    from qwenlora.plan.documents import Skip
 
 __all__ = [
     "NO_SLOTS",

@@ -12,27 +12,27 @@ import sys
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qwenlora.compose import bring
+from qwenlora.compose.compose import bring
 from qwenlora.errors import ModelStateError
-from qwenlora.hooked import mark_hooked
-from qwenlora.lock import lock_of
 from qwenlora.lora_set import NO_LORAS, LoraSet, Unmakeable
-from qwenlora.offload import turn_on
+from qwenlora.model.find import transformer_of
+from qwenlora.model.lock import lock_of
+from qwenlora.model.offload import turn_on
+from qwenlora.model.state import read_default, read_state, write_default
+from qwenlora.model.subclass import mark_hooked
 from qwenlora.spec import ComposeOptions
-from qwenlora.state import read_default, read_state, write_default
-from qwenlora.targets import transformer_of
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from torch import nn
 
-    from qwenlora.limit import MaxRank
     from qwenlora.report import ComposeReport
-    from qwenlora.spec import Item
+    from qwenlora.spec import Item, MaxRank
 
 __all__ = ["OPTIONS_KEY", "ComfyQwenImageWrapper"]
 

@@ -6,21 +6,36 @@ import enum
 import math
 import numbers
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, Union
+from typing import TYPE_CHECKING, Union
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Literal, TypeAlias
+
     from torch import Tensor
 
-__all__ = ["ComposeOptions", "LokrScale", "LoraSpec", "Placement", "Progress", "as_specs"]
+__all__ = [
+    "ComposeOptions",
+    "Item",
+    "LokrScale",
+    "LoraSpec",
+    "MaxRank",
+    "Placement",
+    "Progress",
+    "Source",
+    "as_specs",
+]
 
+
+MaxRank: TypeAlias = "int | Literal['auto'] | None"
+"""Most ranks added to a slot; None is exact up to the kernels' limit, "auto" weighs."""
 StateDict: TypeAlias = "Mapping[str, Tensor]"
 PathLike: TypeAlias = Union[str, "os.PathLike[str]"]
 Source: TypeAlias = "PathLike | StateDict"
 Item: TypeAlias = "Source | tuple[Source, float] | LoraSpec"
-
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called as `progress(phase, done, total)`: before each slot with the phases "stage" and "write",
 before each batch of sums that must be compressed with "compress".

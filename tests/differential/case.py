@@ -7,19 +7,22 @@ import random
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 import qwenlora
 from qwenlora import ComposeOptions, LoraSpec, Placement
 from qwenlora.errors import NothingToApplyError, QwenLoraError
-from qwenlora.report import ComposeReport
 
 from . import models
 from .checks import Checker, Fault, require
 from .loras import Lora, random_lora
 from .oracle import is_modulation
 from .wanted import Wanted
+
+if TYPE_CHECKING:
+    from qwenlora.report import ComposeReport
 
 FILES = 4
 OPERATIONS = 14

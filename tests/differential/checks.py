@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
 from qwenlora.emulation import Precision
-from qwenlora.report import ComposeReport, SlotReport
 
 from . import models, oracle
 from .wanted import Slot, Wanted
+
+if TYPE_CHECKING:
+    from qwenlora.report import ComposeReport, SlotReport
 
 ROUNDINGS = 4
 """Roundings to the slot's dtype that a value may see, with what they add up to over the ranks."""

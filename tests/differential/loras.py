@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 
 from .models import FUSED, Layer
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Callable
 
 PREFIXES = ["transformer.", "diffusion_model.", "base_model.model.", "", "lora_unet_", "lycoris_"]
 FLAT = {"lora_unet_", "lycoris_"}

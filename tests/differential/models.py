@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from qwenlora.emulation import EmulatedConfig, Precision, random_transformer
-from qwenlora.emulation.transformer import EmulatedQwenImageTransformer
+
+if TYPE_CHECKING:
+    import random
+
+    from qwenlora.emulation.transformer import EmulatedQwenImageTransformer
 
 FUSED = {"attn.to_qkv": "to_{}", "attn.add_qkv_proj": "add_{}_proj"}
 """Fused layers, and how their projections are called."""

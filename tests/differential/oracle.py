@@ -12,7 +12,7 @@ import re
 import torch
 
 from qwenlora import _reference
-from qwenlora.layout import LowRankSide
+from qwenlora.packing.layout import LowRankSide
 
 KRON = re.compile(r"qwenlora_kron(\d+)_w1")
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from .loras import Lora, Piece
 from .oracle import is_modulation
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from .loras import Lora, Piece
 
 
 @dataclass

@@ -27,7 +27,7 @@ from torch import nn
 from qwenlora.emulation import AWQW4A16Linear, Precision, SVDQW4A4Linear, fused_gelu_mlp
 from qwenlora.emulation.dense import load_dense_state
 from qwenlora.emulation.offload import CPUOffloadManager
-from qwenlora.layout import MODULATION_PLANES
+from qwenlora.packing.layout import MODULATION_PLANES
 
 from .small_qwen import devices
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import gc
 import threading
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 import qwenlora
 from qwenlora import ComfyQwenImageWrapper, ComposeOptions, LoraSet, Placement
-from qwenlora.lock import lock_of
+from qwenlora.model.lock import lock_of
 from qwenlora.runtime import OPTIONS_KEY
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 BLOCKS = 2
 

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 import qwenlora
-from qwenlora import read_ahead
-from qwenlora.compose import plan_report
+from qwenlora.compose.compose import plan_report
 from qwenlora.runtime import OPTIONS_KEY
+from qwenlora.source import read_ahead
 
 REPOSITORY = Path(__file__).parents[2]
 PACK = REPOSITORY / "comfy" / "qwenlora_nodes"

@@ -186,9 +186,9 @@ def test_d20_a_stack_is_composed_once(kind, model, Draft, monkeypatch):
     if kind == "all zero":
         draft.tensors[draft.key("norm_out.linear", "up")].zero_()
     builds = []
-    build = qwenlora.placement.Placer._build
+    build = qwenlora.compose.placer.Placer._build
     monkeypatch.setattr(
-        qwenlora.placement.Placer,
+        qwenlora.compose.placer.Placer,
         "_build",
         lambda self, *args: builds.append(1) or build(self, *args),
     )

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,8 +16,12 @@ from qwenlora.demo.files import LoraFile, WrongFile, write_files, write_wrong_fi
 from qwenlora.demo.measure import BOUND, Errors, Kind, Meter
 from qwenlora.demo.model import dense_model, emulated_model
 from qwenlora.demo.screen import Screen
-from qwenlora.emulation import EmulatedQwenImageTransformer
-from qwenlora.report import ComposeReport
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qwenlora.emulation import EmulatedQwenImageTransformer
+    from qwenlora.report import ComposeReport
 
 __all__ = ["run"]
 

@@ -6,11 +6,13 @@ Nothing of the engine is used here: no plan, no pieces, no packing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from safetensors import safe_open
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["Deltas", "flat_name", "read_deltas", "read_tensors", "weighted_sum"]
 

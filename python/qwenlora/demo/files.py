@@ -9,15 +9,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 
 from qwenlora.demo import expected
 from qwenlora.demo.extra import require
-from qwenlora.layout import MODULATION_PLANES
+from qwenlora.packing.layout import MODULATION_PLANES
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["LoraFile", "WrongFile", "write_files", "write_wrong_files"]
 

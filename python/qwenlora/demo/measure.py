@@ -16,15 +16,13 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qwenlora.branch import BRANCH_DOWN, BRANCH_UP
-from qwenlora.demo.expected import Deltas
 from qwenlora.demo.model import forward
 from qwenlora.emulation import (
     AWQW4A16Linear,
@@ -33,8 +31,14 @@ from qwenlora.emulation import (
     fused_gelu_mlp,
 )
 from qwenlora.emulation.dense import FUSED_MEMBERS
-from qwenlora.layout import MODULATION_PLANES, LowRankSide
-from qwenlora.pack import unpack_lowrank
+from qwenlora.packing.layout import MODULATION_PLANES, LowRankSide
+from qwenlora.packing.pack import unpack_lowrank
+from qwenlora.slots.branch import BRANCH_DOWN, BRANCH_UP
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from qwenlora.demo.expected import Deltas
 
 __all__ = ["BOUND", "Errors", "Kind", "Meter"]
 

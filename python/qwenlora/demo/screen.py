@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qwenlora.demo.files import LoraFile
 from qwenlora.demo.measure import BOUND, Errors
 from qwenlora.demo.model import BASE_RANK
-from qwenlora.emulation import EmulatedQwenImageTransformer
 from qwenlora.words import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from qwenlora.demo.files import LoraFile
+    from qwenlora.emulation import EmulatedQwenImageTransformer
 
 __all__ = ["Screen"]
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwenlora import console
 from qwenlora.doctor.checks import judge
@@ -20,6 +20,9 @@ from qwenlora.doctor.finding import Severity
 from qwenlora.doctor.gather import gather_facts
 from qwenlora.doctor.hosts import root_of
 from qwenlora.doctor.screen import Palette, paint
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["Exit", "main"]
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qwenlora.doctor.facts import Facts
 from qwenlora.doctor.finding import Finding, Severity
 from qwenlora.doctor.mend import Mend, Run, Shell, spell
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qwenlora.doctor.facts import Facts
 
 __all__ = ["SCHEMA", "to_json"]
 

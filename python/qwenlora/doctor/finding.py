@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
-from qwenlora.doctor.mend import Mend
+if TYPE_CHECKING:
+    from qwenlora.doctor.mend import Mend
 
 __all__ = ["Finding", "Severity"]
 

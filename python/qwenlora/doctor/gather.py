@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwenlora.doctor import gpus, hosts, packages, probe
 from qwenlora.doctor.facts import Environment, Facts, Host, System
 from qwenlora.doctor.mend import Shell
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
 
 __all__ = ["environment", "gather_facts"]
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwenlora.doctor import source
 from qwenlora.doctor.facts import Host, Layout, Pack, PackKind, RotaryUse
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
 
 __all__ = ["EMBEDDED", "find_roots", "read_host", "root_of"]
 

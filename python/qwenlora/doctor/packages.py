@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwenlora.doctor.facts import Distribution, NunchakuKind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 __all__ = ["distributions", "has_extension", "import_places", "nunchaku_kind"]
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwenlora.doctor.facts import Gpu, Torch
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["Answer", "ask"]
 

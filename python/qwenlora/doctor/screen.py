@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from qwenlora.console import plain
 from qwenlora.doctor.checks.gpu import precision_of
 from qwenlora.doctor.facts import Environment, Facts, Gpu, Host, Layout, NunchakuKind, Pack
 from qwenlora.doctor.finding import Finding, Severity
 from qwenlora.doctor.mend import spell
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 __all__ = ["Palette", "paint"]
 

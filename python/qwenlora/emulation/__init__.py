@@ -30,7 +30,7 @@ from qwenlora.emulation.offload import CPUOffloadManager
 from qwenlora.emulation.precision import Precision
 from qwenlora.emulation.synthetic import random_transformer
 from qwenlora.emulation.transformer import EmulatedOutput, EmulatedQwenImageTransformer
-from qwenlora.layout import RowOrder
+from qwenlora.packing.layout import RowOrder
 
 __all__ = [
     "AWQW4A16Linear",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qwenlora.emulation.config import EmulatedConfig
 from qwenlora.emulation.linear import SVDQW4A4Linear
 from qwenlora.emulation.rope import rotate
+
+if TYPE_CHECKING:
+    from qwenlora.emulation.config import EmulatedConfig
 
 NORM_EPSILON = 1e-6
 

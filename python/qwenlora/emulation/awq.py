@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from qwenlora import pack
 from qwenlora.emulation.contract import (
     MAX_AWQ_ROWS,
     KernelContractError,
@@ -15,7 +14,8 @@ from qwenlora.emulation.contract import (
 from qwenlora.emulation.leaf import QuantizedLeaf, frozen
 from qwenlora.emulation.precision import Precision
 from qwenlora.emulation.quantize import GROUP_SIZE, dequantize, quantize_weight_with_zeros
-from qwenlora.layout import MODULATION_PLANES, RowOrder
+from qwenlora.packing import pack
+from qwenlora.packing.layout import MODULATION_PLANES, RowOrder
 
 SCALE_PLANES = (1, 4)
 """Planes of a modulation that scale: the converter adds the 1 of `1 + scale` to their bias."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from qwenlora.emulation.attention import NORM_EPSILON, EmulatedAttention
 from qwenlora.emulation.awq import AWQW4A16Linear
-from qwenlora.emulation.config import EmulatedConfig
 from qwenlora.emulation.linear import SVDQW4A4Linear
 from qwenlora.emulation.mlp import fused_gelu_mlp
-from qwenlora.layout import MODULATION_PLANES
+from qwenlora.packing.layout import MODULATION_PLANES
+
+if TYPE_CHECKING:
+    from qwenlora.emulation.config import EmulatedConfig
 
 MLP_RATIO = 4
 """Width of an MLP's hidden layer over the transformer's."""

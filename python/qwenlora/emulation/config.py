@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qwenlora.emulation.contract import check_rank
 from qwenlora.emulation.precision import Precision
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _UNSUPPORTED = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope", "guidance_embeds")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qwenlora.errors import QwenLoraError
-from qwenlora.layout import MAX_RANK, RANK_MULTIPLE
+from qwenlora.packing.layout import MAX_RANK, RANK_MULTIPLE
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Activation types of the emulation; the real kernels take the last two only."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +20,12 @@ from qwenlora import _core
 from qwenlora.errors import LoraReadError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     import numpy as np
     import numpy.typing as npt
 
-    from qwenlora.workers import Fillers, Readers
+    from qwenlora.work.workers import Fillers, Readers
 
 __all__ = ["LazyWorkers", "SleepyWorkers"]
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from qwenlora.emulation.awq import AWQW4A16Linear
 from qwenlora.emulation.linear import SVDQW4A4Linear
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 FUSED_MEMBERS: Mapping[str, tuple[str, ...]] = {
     "to_qkv": ("to_q", "to_k", "to_v"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from qwenlora.emulation.precision import Precision
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class QuantizedLeaf(nn.Module):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from qwenlora import pack
 from qwenlora.emulation.contract import (
     KernelContractError,
     check_activation,
@@ -24,7 +23,8 @@ from qwenlora.emulation.quantize import (
     quantize_activation,
     quantize_weight,
 )
-from qwenlora.layout import LowRankSide
+from qwenlora.packing import pack
+from qwenlora.packing.layout import LowRankSide
 
 
 class SVDQW4A4Linear(QuantizedLeaf):

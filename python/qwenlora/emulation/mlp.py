@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from torch.nn import functional as F
 
 from qwenlora.emulation.contract import KernelContractError
-from qwenlora.emulation.linear import SVDQW4A4Linear
 from qwenlora.emulation.precision import Precision
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwenlora.emulation.linear import SVDQW4A4Linear
 
 
 def fused_gelu_mlp(x: torch.Tensor, fc1: SVDQW4A4Linear, fc2: SVDQW4A4Linear) -> torch.Tensor:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from qwenlora import pack
 from qwenlora.emulation.awq import SCALE_PLANES, AWQW4A16Linear
-from qwenlora.emulation.config import EmulatedConfig
 from qwenlora.emulation.dense import random_smooth
 from qwenlora.emulation.linear import SVDQW4A4Linear
 from qwenlora.emulation.precision import Precision
 from qwenlora.emulation.transformer import EmulatedQwenImageTransformer
-from qwenlora.layout import MODULATION_PLANES
+from qwenlora.packing import pack
+from qwenlora.packing.layout import MODULATION_PLANES
+
+if TYPE_CHECKING:
+    from qwenlora.emulation.config import EmulatedConfig
 
 _UNIFORM_INT4_DEVIATION = math.sqrt((16**2 - 1) / 12)
 _MODULATION_SIZE = 0.3

@@ -5,10 +5,9 @@ from __future__ import annotations
 import gc
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -19,8 +18,12 @@ from qwenlora.emulation.block import EmulatedTransformerBlock
 from qwenlora.emulation.config import EmulatedConfig
 from qwenlora.emulation.dense import load_dense_state
 from qwenlora.emulation.offload import CPUOffloadManager
-from qwenlora.emulation.precision import Precision
 from qwenlora.emulation.rope import ImageShape, rotations
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from qwenlora.emulation.precision import Precision
 
 TIME_CHANNELS = 256
 """Width of the sinusoidal time embedding."""

@@ -10,9 +10,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
 from enum import IntEnum
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from qwenlora import console
@@ -26,6 +24,9 @@ from qwenlora.merge.arguments import UsageError, parse
 from qwenlora.merge.talk import Talk
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from types import FrameType
+
     from qwenlora.merge.arguments import Arguments
     from qwenlora.merge.planned import MergeOptions
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwenlora.merge.folder import LORA_ENDINGS
 from qwenlora.spec import LokrScale
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 __all__ = ["DTYPE_NAMES", "Arguments", "UsageError", "parse"]
 

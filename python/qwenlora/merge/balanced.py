@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwenlora.balance import exponent_of, loses_small_values
+from qwenlora.delta.balance import exponent_of, loses_small_values
 
 if TYPE_CHECKING:
     from torch import Tensor

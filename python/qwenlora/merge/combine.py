@@ -6,19 +6,20 @@ is one half of it and the identity the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from qwenlora.compress import LowRankSum, Truncation, decomposed, energy, iterated
-from qwenlora.factors import Factors, factors_of
+from qwenlora.delta.compress import LowRankSum, Truncation, decomposed, energy, iterated
+from qwenlora.delta.factors import Factors, factors_of
+from qwenlora.delta.pieces import same_dtype, stack_downs
 from qwenlora.merge.member import has_full_rank, is_stored_pair
-from qwenlora.pieces import same_dtype, stack_downs
-from qwenlora.plan import PieceKind
+from qwenlora.plan.documents import PieceKind
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from torch import Tensor
 
     from qwenlora.merge.cut import Cut

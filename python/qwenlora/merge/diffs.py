@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qwenlora.layout import RowOrder
-from qwenlora.plan import PieceKind, SlotKind
-from qwenlora.values import value_of
+from qwenlora.delta.values import value_of
+from qwenlora.packing.layout import RowOrder
+from qwenlora.plan.documents import PieceKind, SlotKind
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from qwenlora.merge.known import KnownSlot
-    from qwenlora.plan import Piece, SlotPlan
+    from qwenlora.plan.documents import Piece, SlotPlan
 
 __all__ = ["Value", "is_value", "sum_values", "value_keys"]
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwenlora.errors import LoraFileError, LoraReadError, PickleFileError
 from qwenlora.words import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 __all__ = ["LORA_ENDINGS", "PEFT_WEIGHTS", "check_folder", "folder_notes"]
 

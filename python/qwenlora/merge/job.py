@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qwenlora.delta.pieces import is_zero, read_pieces
 from qwenlora.errors import NonFiniteError, NothingToApplyError
 from qwenlora.merge.balanced import round_pair, value_dtype
 from qwenlora.merge.combine import Joined, combine
@@ -22,16 +23,15 @@ from qwenlora.merge.output import atomic_file, check_output
 from qwenlora.merge.planned import PREFIX, MergePlan, covers, pair_shapes
 from qwenlora.merge.report import MergeReport, ModuleReport, metadata_of
 from qwenlora.merge.writer import SafetensorsWriter
-from qwenlora.pieces import is_zero, read_pieces
 from qwenlora.report import THIRDED, LoraReport
-from qwenlora.source import NAMES
+from qwenlora.source.dtypes import NAMES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qwenlora.merge.planned import MergeOptions
-    from qwenlora.plan import Piece, SlotPlan
-    from qwenlora.source import TensorFetcher
+    from qwenlora.plan.documents import Piece, SlotPlan
+    from qwenlora.source.source import TensorFetcher
     from qwenlora.spec import LoraSpec
 
 __all__ = ["merge_loras"]

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 
 from qwenlora import _core
-from qwenlora.targets import SlotRow
+from qwenlora.plan.documents import SlotRow
 
 __all__ = ["KnownSlot", "known_slots"]
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from qwenlora.decomposition import is_finite
-from qwenlora.factors import Factors, dense_of, factors_of
-from qwenlora.pieces import is_thirded, is_zero
-from qwenlora.plan import PieceKind
+from qwenlora.delta.decomposition import is_finite
+from qwenlora.delta.factors import Factors, dense_of, factors_of
+from qwenlora.delta.pieces import is_thirded, is_zero
+from qwenlora.plan.documents import PieceKind
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
-    from qwenlora.plan import Piece
+    from qwenlora.plan.documents import Piece
 
 __all__ = ["Member", "has_full_rank", "is_stored_pair"]
 

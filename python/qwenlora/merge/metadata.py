@@ -8,8 +8,11 @@ all say the same; trigger phrases and tags are joined. What stands there is not 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = ["METADATA", "PEFT_METADATA", "Inherited", "inherit"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,16 +18,18 @@ from qwenlora.merge.diffs import is_value, value_keys
 from qwenlora.merge.known import KnownSlot, known_slots
 from qwenlora.merge.member import has_full_rank
 from qwenlora.merge.metadata import Inherited, inherit
-from qwenlora.plan import Skip, SlotPlan, plan_stack, slot_map
-from qwenlora.source import DTYPES
+from qwenlora.plan.documents import Skip, SlotPlan, plan_stack, slot_map
+from qwenlora.source.dtypes import DTYPES
 from qwenlora.spec import ComposeOptions, LokrScale, LoraSpec
 from qwenlora.words import counted
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from qwenlora.merge.cut import Cut
     from qwenlora.merge.writer import TensorShape
-    from qwenlora.plan import Piece, StackPlan
-    from qwenlora.source import LoraSource
+    from qwenlora.plan.documents import Piece, StackPlan
+    from qwenlora.source.source import LoraSource
 
 __all__ = ["PREFIX", "MergeOptions", "MergePlan", "pair_shapes"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,8 @@ from qwenlora import _core
 from qwenlora.merge.metadata import METADATA, PEFT_METADATA
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from qwenlora.merge.cut import Cut
     from qwenlora.merge.metadata import Inherited
     from qwenlora.report import LoraReport

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from qwenlora.console import plain, size
@@ -12,9 +11,11 @@ from qwenlora.merge.metadata import METADATA
 from qwenlora.words import counted
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from qwenlora.merge.cut import Cut
     from qwenlora.merge.report import MergeReport
-    from qwenlora.plan import Skip
+    from qwenlora.plan.documents import Skip
     from qwenlora.report import LoraReport
 
 __all__ = ["paint"]

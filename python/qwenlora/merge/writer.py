@@ -7,16 +7,16 @@ greatest length is. What it needs less is spaces behind it, as the format allows
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from qwenlora.layout import round_up
 from qwenlora.merge.output import writing
-from qwenlora.source import NAMES
+from qwenlora.packing.layout import round_up
+from qwenlora.source.dtypes import NAMES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from torch import Tensor

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from qwenlora.doctor.checks import comfyui, gpu, nunchaku, qwenlora, torch
-from qwenlora.doctor.facts import Facts
 from qwenlora.doctor.finding import Finding, Severity
+
+if TYPE_CHECKING:
+    from qwenlora.doctor.facts import Facts
 
 __all__ = ["judge"]
 

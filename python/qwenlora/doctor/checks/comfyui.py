@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwenlora.doctor.facts import Facts, Host, Layout, Pack, PackKind, RotaryUse
 from qwenlora.doctor.finding import Finding, Severity
 from qwenlora.doctor.mend import Mend, Move, Run
 from qwenlora.doctor.version import release_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 __all__ = ["CHECKS"]
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from qwenlora.doctor.facts import Capability, Facts, Gpu
 from qwenlora.doctor.finding import Finding, Severity
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from qwenlora.doctor.facts import Capability, Facts, Gpu
 
 __all__ = ["CHECKS", "precision_of"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from qwenlora.doctor import wheels
 from qwenlora.doctor.checks import pip
@@ -11,8 +11,12 @@ from qwenlora.doctor.checks import torch as torch_checks
 from qwenlora.doctor.checks.gpu import precision_of
 from qwenlora.doctor.facts import Environment, Facts, NunchakuKind, PackKind, System, Torch
 from qwenlora.doctor.finding import Finding, Severity
-from qwenlora.doctor.mend import Mend
 from qwenlora.doctor.version import cuda_of, local_of, release_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from qwenlora.doctor.mend import Mend
 
 __all__ = ["CHECKS"]
 

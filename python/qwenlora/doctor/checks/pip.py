@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from qwenlora.doctor.facts import Environment
+from typing import TYPE_CHECKING
+
 from qwenlora.doctor.mend import Run
+
+if TYPE_CHECKING:
+    from qwenlora.doctor.facts import Environment
 
 __all__ = ["install", "uninstall"]
 

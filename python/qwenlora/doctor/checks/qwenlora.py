@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from qwenlora.doctor.checks import pip
 from qwenlora.doctor.facts import Environment, Facts, PackKind
 from qwenlora.doctor.finding import Finding, Severity
 from qwenlora.doctor.mend import Move
 from qwenlora.doctor.version import release_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["CHECKS"]
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from qwenlora.doctor.checks import pip
-from qwenlora.doctor.facts import Environment, Facts, Torch
 from qwenlora.doctor.finding import Finding, Severity
-from qwenlora.doctor.mend import Run
 from qwenlora.doctor.version import release_of
 from qwenlora.doctor.wheels import NEWEST_TORCH, NEWEST_TORCH_INDEX
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from qwenlora.doctor.facts import Environment, Facts, Torch
+    from qwenlora.doctor.mend import Run
 
 __all__ = ["CHECKS", "reinstall"]
 

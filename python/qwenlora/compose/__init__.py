@@ -1,0 +1,1 @@
+"""Bringing a model to a stack."""

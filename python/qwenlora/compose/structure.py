@@ -1,0 +1,301 @@
+"""A transformer's slots, remembered while nothing of them has changed.
+
+Finding the slots walks thousands of modules and checks every packed tensor. That is needed once;
+afterwards a look at who is where tells that everything is as it was left.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
+
+from qwenlora import _core
+from qwenlora.errors import ModelStateError
+from qwenlora.group.group import Group
+from qwenlora.group.sets import KeptSets
+from qwenlora.model.find import find_targets
+from qwenlora.model.forwards import unknown_layer
+from qwenlora.model.modules import modules_of
+from qwenlora.model.offload import offload_of
+from qwenlora.model.state import SlotRecord, check_intact, require_not_overwritten
+from qwenlora.model.target import FACTORS, factors_of
+from qwenlora.plan.documents import SlotKind, slot_map
+from qwenlora.slots.branch import is_whole
+from qwenlora.slots.whole import slot_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from qwenlora.compose.rescale import Placed
+    from qwenlora.model.offload import OffloadLayout
+    from qwenlora.model.state import AppliedState
+    from qwenlora.model.target import Target
+
+__all__ = [
+    "Structure",
+    "check_branches",
+    "forget_structure",
+    "found_structure",
+    "remember_structure",
+    "structure_of",
+]
+
+
+_MAX_REMEMBERED = 8
+"""Results that are remembered with a structure: sets that a host alternates between."""
+T = TypeVar("T")
+
+
+class Structure:
+    """The slots of one transformer as they were found, or left by the last composition.
+
+    Attributes:
+        targets: The slots by path, in module order.
+        layout: Its block offload, where that is on.
+        unknown: Path of a quantized layer that no known model has; None where there is none.
+        placed: How the last composition lies in its slots, where it consists of groups alone.
+        kept: Sets that were left.
+    """
+
+    def __init__(self, model: nn.Module, state: AppliedState) -> None:
+        modules = modules_of(model)
+        self.layout: OffloadLayout | None = offload_of(model, modules)
+        self.targets: dict[str, Target] = find_targets(
+            model, state.base_ranks, modules=modules, in_flight=state.in_flight
+        )
+        self.unknown = unknown_layer(self.targets, modules)
+        self._offload = _offload_state(model)
+        own = self.targets.values()
+        telling = list(_telling(own))
+        self._telling = [(path, name) for path, name, _ in telling]
+        self._watch = _core.Watch(
+            [module._modules for _, module in modules if module._modules],
+            [(parameters, name) for _, name, parameters in telling],
+            [target.module._buffers for target in own],
+        )
+        self.placed: Placed | None = None
+        self.kept = KeptSets()
+        self._results: dict[Hashable, object] = {}
+
+    @cached_property
+    def order(self) -> Mapping[str, int]:
+        """Each slot's place in the model."""
+        return {path: place for place, path in enumerate(self.targets)}
+
+    @cached_property
+    def packed(self) -> Sequence[tuple[frozenset[str], Group]]:
+        """Packed slots that leave their ranks together: their paths, and the slots."""
+        alike: dict[Hashable, list[Target]] = defaultdict(list)
+        for target in self.targets.values():
+            row = target.row
+            if target.kind is SlotKind.SVDQ:
+                key = (row.pattern, row.offloaded, row.base_rank, target.dtype, target.device)
+                alike[key].append(target)
+        groups = [Group(tuple(own)) for own in alike.values()]
+        return [(frozenset(t.path for t in group.targets), group) for group in groups]
+
+    def ends(self) -> list[Tensor]:
+        """A tensor of the first packed slot and of the last one, as they are now."""
+        packed = [t.module for t in self.targets.values() if t.kind is SlotKind.SVDQ]
+        return factors_of([*packed[:1], *packed[-1:]], FACTORS[0])
+
+    @cached_property
+    def slot_map(self) -> _core.SlotMap:
+        """The slots as what plans are made for."""
+        return slot_map(self.targets.values())
+
+    @cached_property
+    def offloaded(self) -> Mapping[str, Sequence[Target]]:
+        """Slots of blocks that are offloaded, by what their paths have in common."""
+        found: dict[str, list[Target]] = defaultdict(list)
+        for target in self.targets.values():
+            if target.row.offloaded:
+                found[target.row.pattern].append(target)
+        return found
+
+    @cached_property
+    def twins(self) -> Sequence[Target]:
+        """Under offload, the slots of the buffer blocks."""
+        layout = self.layout
+        if layout is None:
+            return []
+        return [twin for own in self.offloaded.values() for twin in layout.twins(own[0])]
+
+    @cached_property
+    def bare_records(self) -> Mapping[str, SlotRecord]:
+        """Every slot as it is without deltas."""
+        ranks = {path: target.row.base_rank for path, target in self.targets.items()}
+        records = {rank: SlotRecord(rank, 0) for rank in {*ranks.values()}}
+        return {path: records[rank] for path, rank in ranks.items()}
+
+    @cached_property
+    def base_bytes(self) -> int:
+        """Bytes of all base branches."""
+        return sum(target.base_bytes for target in self.targets.values())
+
+    def with_twins(self) -> list[Target]:
+        """Every slot, those of the buffer blocks included."""
+        return [*self.targets.values(), *self.twins]
+
+    def look(self) -> None:
+        """Take the slots' tensors as they are now for those that were left there."""
+        self._watch.look()
+
+    def is_current(self, model: nn.Module) -> bool:
+        """Whether every module, and every tensor of every slot, is where it was.
+
+        The tensors are not kept alive: whoever moves a model replaces its buffers. Told are the
+        tensors themselves, where their elements are, and how many buffers there are.
+        """
+        return self._offload == _offload_state(model) and self._watch.is_unchanged()
+
+    def require_unwritten(self, state: AppliedState) -> None:
+        """Check that nobody wrote over a composed model, as `load_state_dict` does.
+
+        A factor that was written to holds values that are not known. One weight of many may be
+        anybody's own; where most were written, another model was loaded over this one.
+
+        Raises:
+            ModelStateError: Somebody did.
+        """
+        if not state.records or state.in_flight:
+            return
+        written = [self._telling[at] for at in self._watch.rewritten()]
+        factors = [path for path, name in written if name in FACTORS and path in state.records]
+        others = sum(name not in FACTORS for _, name in self._telling)
+        if factors:
+            require_not_overwritten(state, f"`{factors[0]}` was")
+        if 2 * sum(name not in FACTORS for _, name in written) > others:
+            require_not_overwritten(state, "most of the model's weights were")
+
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gave for this key, as long as the structure stays; few are kept."""
+        if key in self._results:
+            known = self._results[key] = self._results.pop(key)
+            return known  # type: ignore[return-value]
+        result = make()
+        self._results[key] = result
+        while len(self._results) > _MAX_REMEMBERED:
+            del self._results[next(iter(self._results))]
+        return result
+
+
+def _telling(
+    targets: Iterable[Target],
+) -> Iterator[tuple[str, str, dict[str, nn.Parameter | None]]]:
+    """The parameters that tell whether a slot is as it was: those we change, and where it is.
+
+    Each as the slot's path, its name there, and the module's parameters.
+    """
+    packed = SlotKind.SVDQ
+    for target in targets:
+        parameters = target.module._parameters
+        for name in FACTORS if target.kind is packed else [*parameters][:1]:
+            if parameters.get(name) is not None:
+                yield target.path, name, parameters
+
+
+def _offload_state(model: nn.Module) -> tuple[object, ...]:
+    manager = getattr(model, "offload_manager", None)
+    switch = getattr(model, "offload", None)
+    if manager is None:
+        return (None, switch)
+    blocks = tuple(getattr(manager, "buffer_blocks", ()))
+    return (manager, switch, getattr(manager, "num_blocks_on_gpu", None), blocks)
+
+
+_ATTRIBUTE = "_qwenlora_structure"
+
+
+class _Remembered:
+    """Holds a model's structure in the model itself, so that the collector sees their cycles.
+
+    A layer may reach the model, as one whose forward is a closure over it does. A copy of the
+    model and what is saved of it hold None instead.
+    """
+
+    __slots__ = ("structure",)
+
+    def __init__(self, structure: Structure) -> None:
+        self.structure = structure
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(None), ())
+
+
+def _known(model: nn.Module) -> Structure | None:
+    remembered = model.__dict__.get(_ATTRIBUTE)
+    return remembered.structure if isinstance(remembered, _Remembered) else None
+
+
+def structure_of(model: nn.Module, state: AppliedState) -> Structure:
+    """The transformer's slots, its lock held; found anew where anything has changed.
+
+    Raises:
+        UnsupportedModelError: The model has no slots.
+        ModelStateError: Something else changed its slots.
+    """
+    require_not_overwritten(state)
+    known = _known(model)
+    if known is not None:
+        known.require_unwritten(state)
+        if known.is_current(model):
+            return known
+        forget_structure(model)
+    found = found_structure(model, state)
+    model.__dict__[_ATTRIBUTE] = _Remembered(found)
+    return found
+
+
+def found_structure(model: nn.Module, state: AppliedState) -> Structure:
+    """The transformer's slots, found anew and checked against what is recorded of them.
+
+    Raises:
+        UnsupportedModelError: The model has no slots.
+        ModelStateError: Something else changed its slots.
+    """
+    require_not_overwritten(state)
+    known = _known(model)
+    if known is not None:
+        known.require_unwritten(state)
+    found = Structure(model, state)
+    if not state.in_flight:
+        in_place = {
+            path: slot_of(found.targets[path]).rank_added()
+            for path in state.records
+            if path in found.targets
+        }
+        check_intact(state, in_place)
+        check_branches({path: found.targets[path].module for path in in_place})
+    return found
+
+
+def remember_structure(model: nn.Module, structure: Structure) -> None:
+    """The slots are as a composition left them."""
+    structure.look()
+    model.__dict__[_ATTRIBUTE] = _Remembered(structure)
+
+
+def forget_structure(model: nn.Module) -> None:
+    """Find the slots anew the next time: they may be in any state."""
+    model.__dict__.pop(_ATTRIBUTE, None)
+
+
+def check_branches(modules: Mapping[str, nn.Module]) -> None:
+    """Check that no part of a side branch was taken away.
+
+    Args:
+        modules: The layers, by path.
+
+    Raises:
+        ModelStateError: A layer's branch lacks a part.
+    """
+    for path, module in modules.items():
+        if not is_whole(module):
+            raise ModelStateError(
+                f"`{path}` lacks a part of the branch that was left beside it:"
+                " something else changed the model\nhint: reload the model"
+            )

@@ -1,0 +1,1 @@
+"""A slot's delta as tensors, one slot at a time."""

@@ -1,0 +1,194 @@
+"""What each slot will carry: pairs read, scaled, and brought under the slot's rank limit."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+from qwenlora import cache
+from qwenlora.delta.limit import Limiter, rank_taken
+from qwenlora.delta.loss import LoraShare, WholeDelta
+from qwenlora.delta.pieces import LoraPieces, fetch_pieces
+from qwenlora.delta.scale import ScaledDense, ScaledKron, scaled
+from qwenlora.delta.slot_deltas import SlotDeltas
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor
+
+    from qwenlora.delta.limit import Fitted
+    from qwenlora.delta.pieces import Refusal
+    from qwenlora.delta.scale import ScaledPair
+    from qwenlora.model.target import Target
+    from qwenlora.plan.documents import Piece, SlotPlan
+    from qwenlora.source.source import LoraSource, TensorFetcher
+    from qwenlora.spec import ComposeOptions, LoraSpec, MaxRank
+
+__all__ = ["DeltaBuilder"]
+
+
+class DeltaBuilder:
+    """Builds the deltas of one composition."""
+
+    def __init__(
+        self,
+        specs: Sequence[LoraSpec],
+        sources: Sequence[LoraSource],
+        fetchers: Sequence[TensorFetcher],
+        options: ComposeOptions,
+        *,
+        max_rank: MaxRank,
+    ) -> None:
+        self._specs = specs
+        self._max_rank = max_rank
+        self._sources = sources
+        self._fetchers = fetchers
+        self._options = options
+
+    def build(
+        self,
+        members: Sequence[tuple[Target, SlotPlan | None]],
+        *,
+        before_slot: Callable[[], None],
+        before_batch: Callable[[int], None],
+    ) -> list[SlotDeltas]:
+        """Read, scale and bring under their limits the pieces of one path's slots.
+
+        Args:
+            members: The slots with their plans; without a plan a slot returns to its base.
+            before_slot: Called before each slot is read.
+            before_batch: Told, before sums are compressed, how many slots of the path are done.
+
+        Raises:
+            NonFiniteError: A sum that must be decomposed holds NaN or infinity.
+        """
+        limiter = Limiter(self._max_rank, before_batch)
+        sums = []
+        for target, plan in members:
+            before_slot()
+            sums.append(self._sum(target, plan, limiter))
+        return [sum_.finish(own) for sum_, own in zip(sums, limiter.finish(), strict=True)]
+
+    def _sum(self, target: Target, plan: SlotPlan | None, limiter: Limiter) -> _SlotSum:
+        sum_ = _SlotSum(target)
+        if plan is not None:
+            for lora, pieces in _by_lora(plan):
+                own = self._pieces(lora, pieces, plan, target)
+                sum_.add(lora, own, self._specs[lora].strength)
+        sum_.hand_over(limiter, None if plan is None else plan.rank_limit)
+        return sum_
+
+    def _pieces(
+        self, lora: int, pieces: Sequence[Piece], plan: SlotPlan, target: Target
+    ) -> LoraPieces:
+        source = self._sources[lora]
+        limit = self._options.max_energy_lost
+        fetcher = self._fetchers[lora]
+        if not source.cacheable:
+            return fetch_pieces(pieces, plan, target, fetcher, max_energy_lost=limit)
+        # The same file may meet models of other sizes and row orders, of which other parts fit,
+        # and settings that lead to other pieces.
+        sizes = (target.row.in_features, target.row.out_features)
+        parts = tuple(
+            (p.target, p.row_begin, p.kind, p.rank_budget, p.scale, p.parameter) for p in pieces
+        )
+        key = (source.identity, plan.path, plan.kind, plan.row_order, sizes, parts, limit)
+        own = cache.pieces.get(key)
+        if not isinstance(own, LoraPieces):
+            own = fetch_pieces(pieces, plan, target, fetcher, max_energy_lost=limit)
+            cache.pieces.put(key, own, limit_bytes=self._options.cache_bytes)
+        return own
+
+
+class _SlotSum:
+    """The deltas of a slot while its LoRAs are added one by one."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._pairs: list[ScaledPair] = []
+        self._supports: list[Tensor] = []
+        self._krons: list[ScaledKron] = []
+        self._dense: Tensor | None = None
+        self._values: dict[str, Tensor] = {}
+        self._shares: list[LoraShare] = []
+        self._rows: list[tuple[int, tuple[int, int]]] = []
+        self._zero: list[int] = []
+        self._thirded: list[int] = []
+        self._refused: list[tuple[int, Refusal]] = []
+
+    def add(self, lora: int, own: LoraPieces, strength: float) -> None:
+        """Add one LoRA's pieces at its strength."""
+        target = self._target
+        self._refused += [(lora, refusal) for refusal in own.refused]
+        if own.pair is not None and own.pair.thirded:
+            self._thirded.append(lora)
+        if own.zero:
+            self._zero.append(lora)
+            return
+        if own.pair is not None and not own.pair.zero:
+            pair = scaled(own.pair, strength, dtype=target.dtype, device=target.device)
+            self._pairs.append(pair)
+            self._supports.append(own.pair.scale != 0)
+            self._shares.append(LoraShare(lora, strength, pair, own.cuts))
+        if own.krons or own.dense is not None or not (own.pair is None or own.pair.zero):
+            self._rows += [(lora, rows) for rows in own.rows]
+        self._krons += [ScaledKron.of(kron, strength, target) for kron in own.krons]
+        if own.dense is not None:
+            dense = own.dense.to(target.device) * strength
+            self._dense = dense if self._dense is None else self._dense + dense
+        for value in own.values:
+            delta = value.delta * strength
+            before = self._values.get(value.parameter)
+            self._values[value.parameter] = delta if before is None else before + delta
+
+    def hand_over(self, limiter: Limiter, rank_limit: int | None) -> None:
+        """Give the low-rank deltas away, to be brought under their limit."""
+        limiter.add(self._target, self._pairs, self._supports, rank_limit, self._whole())
+        self._pairs, self._supports, self._shares = [], [], []
+
+    def _whole(self) -> WholeDelta | None:
+        """All of it, where the low-rank deltas are not all, or were cut before they are summed."""
+        beside = bool(self._krons) or self._dense is not None
+        if not self._shares or not (beside or any(share.cuts for share in self._shares)):
+            return None
+        # One file may be in the stack twice: its deltas are the same objects, of two LoRAs.
+        shared = frozenset(
+            (share.lora, at)
+            for share in self._shares
+            for at, cut in enumerate(share.cuts)
+            if not cut.lone
+            or any(cut.overlaps(rows) for lora, rows in self._rows if lora != share.lora)
+        )
+        shares, krons = tuple(self._shares), tuple(self._krons)
+        return WholeDelta(self._target, shares, krons, self._dense, shared)
+
+    def finish(self, fitted: Fitted) -> SlotDeltas:
+        """The slot's deltas, the low-rank ones as they came back."""
+        target, pairs = self._target, fitted.pairs
+        # Equal shapes in one order: a slot of another block is copied into the same buffers.
+        krons = tuple(sorted(self._krons, key=lambda kron: kron.shape))
+        return SlotDeltas(
+            target=target,
+            pairs=pairs,
+            rank=sum(pair.rank for pair in pairs),
+            rank_added=sum(rank_taken(pair, target) for pair in pairs),
+            rank_exact=fitted.rank_exact,
+            krons=krons,
+            kron_room=tuple(kron.shape for kron in krons),
+            kron_count=len(krons),
+            dense=None if self._dense is None else ScaledDense.of(self._dense, target),
+            dense_held=self._dense is not None,
+            values=self._values,
+            energy_lost=fitted.energy_lost,
+            energy=fitted.energy,
+            energy_is_bound=fitted.is_bound,
+            zero=tuple(self._zero),
+            thirded=tuple(self._thirded),
+            refused=tuple(self._refused),
+        )
+
+
+def _by_lora(plan: SlotPlan) -> Iterator[tuple[int, list[Piece]]]:
+    for lora, pieces in itertools.groupby(plan.pieces, key=lambda piece: piece.lora):
+        yield lora, list(pieces)

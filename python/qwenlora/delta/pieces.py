@@ -1,0 +1,450 @@
+"""From a slot's planned pieces to tensors, per LoRA and free of strength.
+
+What is executed as rank becomes one pair; Kronecker products, dense deltas and values stay apart.
+
+Q, K and V that share a slot are fused here: members of equal `down` share its rank, others are
+stacked (`down` by rows, `up` block-diagonal); a missing member is a block of zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from qwenlora.delta.decomposition import is_finite
+from qwenlora.delta.factors import factors_of, kron_factors
+from qwenlora.delta.values import value_of
+from qwenlora.errors import NonFiniteError
+from qwenlora.packing.factor import pack_factor
+from qwenlora.packing.layout import LowRankSide, RowOrder
+from qwenlora.packing.pack import interleave_modulation
+from qwenlora.plan.documents import PieceKind, SlotKind
+from qwenlora.words import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from qwenlora.delta.factors import Factors
+    from qwenlora.delta.values import ValueDelta
+    from qwenlora.model.target import Target
+    from qwenlora.plan.documents import Piece, SlotPlan
+    from qwenlora.source.source import TensorFetcher
+
+__all__ = [
+    "CutPiece",
+    "KronPair",
+    "LoraPair",
+    "LoraPieces",
+    "Refusal",
+    "fetch_pieces",
+    "is_thirded",
+    "is_zero",
+    "read_pieces",
+    "same_dtype",
+    "stack_downs",
+]
+
+
+QKV_PARTS = 3
+"""Projections that a fused attention linear is made of."""
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """One LoRA's delta in one slot, without strength, in the dtype of its file.
+
+    Attributes:
+        down: (R, in) logical, or (in, R) packed.
+        up: (out, R) logical, or (out, R) packed; rows in the slot's own order.
+        scale: (parts, rank) float64, on the host: the factor of each rank in each of the slot's
+            equal row parts.
+        rank: Ranks used; packed tensors hold `rank` rounded up to 16, the rest zero.
+        packed: Whether `down` and `up` are in the packed layout.
+        zero: Whether the delta is all zero.
+        thirded: Whether a fused file's `up` is block-diagonal while its scale is at most 1/3: a
+            converter that stacked q, k and v may have copied alpha from one of them.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: Tensor
+    rank: int
+    packed: bool
+    zero: bool
+    thirded: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.down.nbytes + self.up.nbytes
+
+
+@dataclass(frozen=True)
+class KronPair:
+    """One Kronecker product, executed beside the layer as it is.
+
+    Attributes:
+        w1: (ol, im).
+        w2: (ok, il): the layer has im il columns, and ol ok of its rows change.
+        scale: Factor on the product.
+        row_begin: First logical row that it changes.
+    """
+
+    w1: Tensor
+    w2: Tensor
+    scale: float
+    row_begin: int
+
+
+@dataclass(frozen=True)
+class CutPiece:
+    """A delta that was cut to become rank.
+
+    Attributes:
+        row_begin: Its first logical row.
+        row_count: Its rows.
+        scale: Factor on it.
+        energy_lost: Squared Frobenius norm of what was cut off, scale included.
+        lone: Whether no other delta of its LoRA lies in its rows.
+        exact: The tensors that it is made of, by role; None where they are as large as the layer,
+            or it is not alone in its rows.
+    """
+
+    row_begin: int
+    row_count: int
+    scale: float
+    energy_lost: float
+    lone: bool
+    exact: Mapping[str, Tensor] | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(tensor.nbytes for tensor in (self.exact or {}).values())
+
+    def overlaps(self, rows: tuple[int, int]) -> bool:
+        """Whether it writes some of these rows: the first, and how many."""
+        return self.row_begin < sum(rows) and rows[0] < self.row_begin + self.row_count
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A module of which too much would be lost.
+
+    Attributes:
+        target: The module.
+        reason: Why, in words.
+    """
+
+    target: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class LoraPieces:
+    """One LoRA's deltas in one slot, without strength.
+
+    Attributes:
+        pair: All that is executed as rank.
+        krons: Kronecker products, by rows.
+        dense: (out, in) float32, scale included: all that a plain linear runs as a matrix.
+        values: What is added to stored values.
+        refused: Modules left out for what they would lose.
+        cuts: What was cut to become rank.
+        rows: Which rows the deltas of the layer's weight write: of each the first, and how many.
+    """
+
+    pair: LoraPair | None = None
+    krons: tuple[KronPair, ...] = ()
+    dense: Tensor | None = None
+    values: tuple[ValueDelta, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+    cuts: tuple[CutPiece, ...] = ()
+    rows: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        own = [kron.w1 for kron in self.krons] + [kron.w2 for kron in self.krons]
+        own += [value.delta for value in self.values]
+        own += [] if self.dense is None else [self.dense]
+        held = sum(t.nbytes for t in own) + sum(cut.nbytes for cut in self.cuts)
+        return held + (0 if self.pair is None else self.pair.nbytes)
+
+    @property
+    def zero(self) -> bool:
+        """Whether all of it is zero."""
+        return (
+            not self.refused
+            and (self.pair is None or self.pair.zero)
+            and not any(_has_value(k.w1) and _has_value(k.w2) for k in self.krons)
+            and (self.dense is None or not _has_value(self.dense))
+            and not any(_has_value(value.delta) for value in self.values)
+        )
+
+
+def fetch_pieces(
+    pieces: Sequence[Piece],
+    slot: SlotPlan,
+    target: Target,
+    fetcher: TensorFetcher,
+    *,
+    max_energy_lost: float,
+) -> LoraPieces:
+    """Read one LoRA's pieces of a slot and bring them to the forms that the slot carries.
+
+    Args:
+        pieces: All pieces of one LoRA in this slot.
+        slot: The slot's plan.
+        target: The slot in the model.
+        fetcher: Reads the tensors.
+        max_energy_lost: Largest share of its energy that a full delta may lose.
+
+    Returns:
+        The deltas; the pair packed where the slot is.
+
+    Raises:
+        NonFiniteError: A delta that must be decomposed holds NaN or infinity.
+    """
+    read = read_pieces(pieces, fetcher)
+    if slot.kind in (SlotKind.NORM, SlotKind.EMBEDDING):
+        return LoraPieces(values=tuple(value_of(p, tensors, slot) for p, tensors in read))
+    ranks, refused = _rank_members(read, slot, target, max_energy_lost)
+    carried = [(p, t) for p, t in read if p.kind is not PieceKind.VECTOR and not _is_in(refused, p)]
+    dense = [(p, t["diff"]) for p, t in read if _is_matrix(p, slot)]
+    vectors = [(p, t) for p, t in read if p.kind is PieceKind.VECTOR]
+    krons = [
+        KronPair(*_kept(kron_factors(tensors)), piece.scale, piece.row_begin)
+        for piece, tensors in read
+        if piece.kind is PieceKind.KRON
+    ]
+    return LoraPieces(
+        pair=_fuse(ranks, slot, target) if ranks else None,
+        krons=tuple(krons),
+        dense=_dense_sum(dense) if dense else None,
+        values=tuple(value_of(p, tensors, slot, target.row.out_features) for p, tensors in vectors),
+        refused=tuple(refused),
+        cuts=tuple(_cut_pieces(ranks, carried)),
+        rows=tuple(_rows_of(piece) for piece, _ in carried),
+    )
+
+
+def read_pieces(
+    pieces: Sequence[Piece], fetcher: TensorFetcher
+) -> list[tuple[Piece, dict[str, Tensor]]]:
+    """Read pieces' tensors with one call, as matrices and vectors, by role."""
+    refs = [ref for piece in pieces for ref in piece.tensors.values()]
+    stored = iter(fetcher.fetch(refs))
+    return [(piece, {role: _matrix(next(stored)) for role in piece.tensors}) for piece in pieces]
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """What tools store as a 1x1 convolution is a matrix; vectors stay vectors."""
+    return tensor.flatten(1) if tensor.ndim > 2 else tensor
+
+
+def _kept(tensors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Copies: what is read is a view of a buffer that holds the other tensors, too."""
+    return tensors[0].clone(), tensors[1].clone()
+
+
+def _is_matrix(piece: Piece, slot: SlotPlan) -> bool:
+    return piece.kind is PieceKind.DENSE and slot.kind is SlotKind.LINEAR
+
+
+def _dense_sum(dense: Sequence[tuple[Piece, Tensor]]) -> Tensor:
+    total = torch.zeros_like(dense[0][1], dtype=torch.float32)
+    for piece, delta in dense:
+        total.add_(delta.to(torch.float32), alpha=piece.scale)
+    return total
+
+
+def _rank_members(
+    read: Sequence[tuple[Piece, Mapping[str, Tensor]]],
+    slot: SlotPlan,
+    target: Target,
+    max_energy_lost: float,
+) -> tuple[list[tuple[Piece, Factors]], list[Refusal]]:
+    """The pieces that are executed as rank, and those that would lose too much by it."""
+    members, refused = [], []
+    for piece, tensors in read:
+        if piece.kind is not PieceKind.LOW_RANK and not (
+            piece.kind is PieceKind.DENSE and not _is_matrix(piece, slot)
+        ):
+            continue
+        try:
+            factors = factors_of(piece, tensors, target.device)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            finite = all(map(is_finite, tensors.values()))
+            what = "its {} is too large" if finite else "a tensor of its {} holds NaN or infinity"
+            raise NonFiniteError(f"`{piece.target}`: {what.format(piece.adapter)}") from error
+        if piece.kind is PieceKind.DENSE and factors.share_lost > max_energy_lost:
+            refused.append(Refusal(piece.target, _too_much(factors, max_energy_lost)))
+        else:
+            members.append((piece, factors))
+    return members, refused
+
+
+def _is_in(refused: Sequence[Refusal], piece: Piece) -> bool:
+    return piece.kind is PieceKind.DENSE and piece.target in {own.target for own in refused}
+
+
+def _too_much(factors: Factors, limit: float) -> str:
+    return (
+        f"a full delta on a quantized layer: {counted(factors.rank, 'rank')} would lose"
+        f" {factors.share_lost:.1%} of its energy, more than the {limit:.1%} allowed"
+        " (ComposeOptions.max_energy_lost, truncated_rank)"
+    )
+
+
+def _fuse(members: Sequence[tuple[Piece, Factors]], slot: SlotPlan, target: Target) -> LoraPair:
+    """Join one LoRA's pairs of a slot; packed where the slot is."""
+    downs = same_dtype([factors.down for _, factors in members])
+    ups = same_dtype([factors.up for _, factors in members])
+    pieces = [piece for piece, _ in members]
+    out_features = target.row.out_features
+    parts = out_features // min(piece.row_count for piece in pieces)
+    starts, down = stack_downs(downs)
+    rank = down.shape[0]
+    up = ups[0].new_zeros((out_features, rank))
+    scale = torch.zeros((parts, rank), dtype=torch.float64)
+    part_rows = out_features // parts
+    for piece, start, member in zip(pieces, starts, ups, strict=True):
+        rows = slice(piece.row_begin, piece.row_begin + piece.row_count)
+        columns = slice(start, start + member.shape[1])
+        first = piece.row_begin // part_rows
+        last = (piece.row_begin + piece.row_count) // part_rows
+        up[rows, columns] = member
+        scale[first:last, columns] = piece.scale
+    if slot.row_order is RowOrder.INTERLEAVED:
+        up = interleave_modulation(up)
+    none = all(is_zero(*pair) for pair in zip(downs, ups, strict=True))
+    zero = none or not bool(scale.any())
+    thirded = len(pieces) == 1 and is_thirded(pieces[0], up)
+    pair = LoraPair(
+        down,
+        up,
+        scale,
+        rank,
+        packed=False,
+        zero=zero,
+        thirded=thirded,
+    )
+    return _packed(pair) if slot.kind is SlotKind.SVDQ else pair
+
+
+def _cut_pieces(
+    members: Sequence[tuple[Piece, Factors]],
+    carried: Sequence[tuple[Piece, Mapping[str, Tensor]]],
+) -> Iterator[CutPiece]:
+    """What is to be known of deltas that were cut, beside the pair that is left of them."""
+    tensors_of = {id(piece): tensors for piece, tensors in carried}
+    for piece, factors in members:
+        if not factors.energy_lost > 0:
+            continue
+        cut = CutPiece(
+            row_begin=piece.row_begin,
+            row_count=piece.row_count,
+            scale=piece.scale,
+            energy_lost=factors.energy_lost * piece.scale**2,
+            lone=True,
+            exact=None,
+        )
+        if any(cut.overlaps(_rows_of(other)) for other, _ in carried if other is not piece):
+            yield replace(cut, lone=False)
+        elif piece.kind is PieceKind.DENSE:
+            yield cut
+        else:
+            tensors = tensors_of[id(piece)]
+            # Copies: what is read is a view of a buffer that holds the other tensors, too.
+            yield replace(cut, exact={role: tensor.clone() for role, tensor in tensors.items()})
+
+
+def _rows_of(piece: Piece) -> tuple[int, int]:
+    return piece.row_begin, piece.row_count
+
+
+def _packed(pair: LoraPair) -> LoraPair:
+    """Bring a logical pair to the packed layout; ranks are padded to 16 with zeros."""
+    return LoraPair(
+        down=pack_factor(pair.down, LowRankSide.DOWN),
+        up=pack_factor(pair.up, LowRankSide.UP),
+        scale=pair.scale,
+        rank=pair.rank,
+        packed=True,
+        zero=pair.zero,
+        thirded=pair.thirded,
+    )
+
+
+def stack_downs(downs: Sequence[Tensor]) -> tuple[list[int], Tensor]:
+    """Stack the distinct downs; where each member's rank begins, and the stack (R, in)."""
+    starts: list[int] = []
+    distinct: list[tuple[int, Tensor]] = []
+    end = 0
+    for down in downs:
+        start = next((at for at, other in distinct if _same_bytes(down, other)), None)
+        if start is None:
+            start = end
+            distinct.append((start, down))
+            end += down.shape[0]
+        starts.append(start)
+    if len(distinct) == 1:
+        # A copy: what is read is a view of a buffer that holds the other tensors, too.
+        return starts, distinct[0][1].clone()
+    return starts, torch.cat([down for _, down in distinct])
+
+
+def is_thirded(piece: Piece, up: Tensor) -> bool:
+    """Whether a fused pair is block-diagonal and its scale at most 1/3; see `LoraPair.thirded`."""
+    out, rank = up.shape
+    fused = piece.target.endswith(("to_qkv", "add_qkv_proj"))
+    if not fused or rank % QKV_PARTS or piece.scale * QKV_PARTS > 1:
+        return False
+    blocks = up.view(QKV_PARTS, out // QKV_PARTS, QKV_PARTS, rank // QKV_PARTS)
+    return not any(
+        _has_value(blocks[row, :, column])
+        for row in range(QKV_PARTS)
+        for column in range(QKV_PARTS)
+        if row != column
+    )
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    # The first row mostly tells.
+    return all(
+        torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+        for x, y in ((a[:1], b[:1]), (a, b))
+    )
+
+
+def same_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Members of one slot may be stored in different dtypes; float32 holds every 16-bit one."""
+    if len({tensor.dtype for tensor in tensors}) == 1:
+        return list(tensors)
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return [tensor.to(wide) for tensor in tensors]
+
+
+def is_zero(*halves: Tensor) -> bool:
+    """Whether a product is zero: a zero factor times an infinite one is not."""
+    if all(_has_value(half) for half in halves):
+        return False
+    extremes = torch.stack([x for half in halves for x in torch.aminmax(half.to(torch.float32))])
+    return bool(torch.isfinite(extremes).all())
+
+
+def _has_value(tensor: Tensor) -> bool:
+    """Whether any element is not zero (NaN counts); looks at a corner first, which mostly tells."""
+    corner = tensor[: min(8, tensor.shape[0])]
+    probe = corner.to(torch.float32) if tensor.itemsize == 1 else corner
+    if bool(probe.any()):
+        return True
+    whole = tensor.to(torch.float32) if tensor.itemsize == 1 else tensor
+    return bool(whole.any())

@@ -1,0 +1,1 @@
+"""Slots that are alike, composed at once."""

@@ -1,0 +1,379 @@
+"""Deltas of whole groups of slots: read, moved, packed and checked together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from qwenlora import cache
+from qwenlora.delta.balance import is_narrow
+from qwenlora.delta.slot_deltas import non_finite
+from qwenlora.group.deltas import GroupDeltas
+from qwenlora.group.filler import Filler
+from qwenlora.group.host_arena import arena_of
+from qwenlora.group.load import Staged, loads_of
+from qwenlora.group.loader import Loader
+from qwenlora.group.place import Layout, PlacedGroup, may_overflow, part_of, scales_of
+from qwenlora.group.transfer import BUFFERS, transfer_to
+from qwenlora.memory import DEVICE_RESERVE
+from qwenlora.packing.layout import TILE, round_up
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from qwenlora.group.arena import Arena, SlotFactors
+    from qwenlora.group.group import Group, Stack
+    from qwenlora.group.load import Findings, Load
+    from qwenlora.group.sets import KeptGroup
+    from qwenlora.group.transfer import Transfer
+    from qwenlora.memory import DeviceMemory
+    from qwenlora.model.target import Target
+    from qwenlora.source.source import LoraSource, TensorFetcher
+    from qwenlora.spec import ComposeOptions, LoraSpec
+    from qwenlora.work.pending import Pending
+
+__all__ = ["Built", "GroupBuilder"]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A group's deltas.
+
+    Attributes:
+        deltas: Those of the slots that are alike; and of slots that get as many ranks, all zero.
+        rest: Slots that turned out to differ: their delta is all zero, or shares ranks that the
+            others' do not. They are composed one by one.
+    """
+
+    deltas: list[GroupDeltas]
+    rest: list[Target]
+
+
+@dataclass(frozen=True, eq=False)
+class _Laid:
+    """New tensors of a group.
+
+    Attributes:
+        layouts: By LoRA, where its ranks lie.
+        rank: Ranks that each slot will hold beyond its base.
+        arena: All slots' tensors.
+        factors: Every slot's `down` and `up`.
+    """
+
+    layouts: Mapping[int, Layout]
+    rank: int
+    arena: Arena
+    factors: Pending[SlotFactors]
+
+
+@dataclass
+class _Unchecked:
+    """A load of which nobody knows yet whether its values stay finite."""
+
+    load: Load
+    layout: Layout
+    staged: Staged
+    peak: Tensor | None
+    arena: Arena
+    differing: set[int]
+
+
+@dataclass
+class GroupBuilder:
+    """Builds the groups of one composition, in the order in which they were announced.
+
+    Attributes:
+        groups: All that will be built.
+        specs: The LoRAs of the stack.
+        sources: Their plans and files.
+        fetchers: Read their tensors.
+        options: How to compose.
+        kept: What some of the groups held under this very set, by their first paths.
+        needed: Device memory that the slots will take.
+        placed: What was built, and how it lies in its slots.
+        load_bytes: Most bytes of a load.
+    """
+
+    groups: Sequence[Group]
+    specs: Sequence[LoraSpec]
+    sources: Sequence[LoraSource]
+    fetchers: Sequence[TensorFetcher]
+    options: ComposeOptions
+    kept: Mapping[str, KeptGroup] = field(default_factory=dict)
+    needed: int = 0
+    placed: list[PlacedGroup] = field(init=False, default_factory=list)
+    load_bytes: int = field(init=False)
+    _loads: list[list[Load]] = field(init=False)
+    _loader: Loader = field(init=False)
+    _filler: Filler = field(init=False)
+    _transfers: dict[torch.device, Transfer] = field(init=False, default_factory=dict)
+    _unchecked: list[_Unchecked] = field(init=False, default_factory=list)
+    _device_bytes: int = field(init=False, default=0)
+    _sharing: dict[tuple[int, int], tuple[int, ...]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Pinned memory is given out in powers of two.
+        self.load_bytes = 1 << max(1, self.options.staging_bytes // BUFFERS).bit_length() - 1
+        if any(is_narrow(group.targets[0].dtype) for group in self.groups):
+            # Their values are looked at, and moved, in float32.
+            self.load_bytes = max(1, self.load_bytes // 4)
+        self._loads = [
+            [] if self._kept(group) else loads_of(group, self.load_bytes) for group in self.groups
+        ]
+        self._filler = Filler(threads=self.options.threads)
+        self._loader = Loader(
+            [load for own in self._loads for load in own],
+            self.sources,
+            self.fetchers,
+            self.options,
+            pinned=bool(self._devices()),
+        )
+
+    def begin(self) -> None:
+        """Begin to read; what is begun is to be closed."""
+        self._loader.begin()
+
+    def ask(self, memory: DeviceMemory) -> None:
+        """Ask for what `keep_within` will need to know."""
+        for device in self._devices():
+            memory.ask(device)
+
+    def keep_within(self, options: ComposeOptions, memory: DeviceMemory) -> None:
+        """Keep deltas as far as the caches of these options go; said before the first is built."""
+        self._loader.cache_bytes = options.cache_bytes
+        for device in self._devices():
+            self._device_bytes = self._device_limit(device, options.device_cache_bytes, memory)
+
+    def build(self, group: Group, *, empty: Sequence[Target], tell: Callable[[int], None]) -> Built:
+        """Build one group.
+
+        Args:
+            group: The next one.
+            empty: More slots of the same path, which get as many ranks, all zero.
+            tell: Is told how many slots are built next.
+        """
+        kept = None if empty else self._kept(group)
+        if kept is not None:
+            return self._built_before(kept, tell)
+        index = next(i for i, own in enumerate(self.groups) if own is group)
+        loads = self._loads[index]
+        targets = (*group.targets, *empty)
+        laid, taken = self._begin(group, targets, loads[: len(group.stacks)])
+        if empty:
+            laid.arena.clear()
+        differing: set[int] = set()
+        if not loads:
+            tell(len(targets))
+        for done, load in enumerate(loads):
+            begun, end = (len(targets) * at // len(loads) for at in (done, done + 1))
+            tell(end - begun)
+            staged = taken.pop(id(load), None) or self._loader.take(load)
+            self._write(laid.arena, load, staged, laid.layouts[load.stack.lora], differing)
+        laid.arena.finish()
+        self.placed.append(PlacedGroup(group, laid.layouts, frozenset(differing)))
+        return _built(group, empty, laid, differing)
+
+    def _begin(
+        self, group: Group, targets: Sequence[Target], first: Sequence[Load]
+    ) -> tuple[_Laid, dict[int, Staged]]:
+        """Allocate for the targets, and take the first load of each LoRA, by `id`."""
+        # Made while they are being read: it fits where modules share as they did before.
+        expected = {load.stack.lora: self._expected(load.stack) for load in first}
+        laid = self._laid(group, targets, expected)
+        taken = {id(load): self._loader.take(load) for load in first}
+        # What the first slot with a delta shares, the others share, or they are set apart.
+        sharing = {load.stack.lora: taken[id(load)].findings.first_sharing() for load in first}
+        if sharing != expected:
+            del laid
+            laid = self._laid(group, targets, sharing)
+            self._sharing |= {(lora, len(own)): own for lora, own in sharing.items()}
+        return laid, taken
+
+    def wait(self) -> None:
+        """Return when host memory of all that was built is filled."""
+        self._filler.wait()
+
+    def check(self) -> None:
+        """Check everything that was built, with one device synchronisation, and wait for it.
+
+        Raises:
+            NonFiniteError: A delta holds NaN or infinity.
+        """
+        # Host memory is still being filled: what has to be looked at there is waited for.
+        self._judge()
+        # All is read, so that threads can end, too.
+        self._loader.close()
+        self.wait()
+
+    def _judge(self) -> None:
+        unchecked, self._unchecked = self._unchecked, []
+        by_device: dict[torch.device, list[tuple[Findings, Tensor]]] = defaultdict(list)
+        for entry in unchecked:
+            if entry.peak is not None:
+                by_device[entry.peak.device].append((entry.staged.findings, entry.peak))
+        for own in by_device.values():
+            ends = torch.cat([peak.float() for _, peak in own]).abs().cpu()
+            sizes = [peak.numel() for _, peak in own]
+            for (findings, _), found in zip(own, torch.split(ends, sizes), strict=True):
+                findings.peak = float(found.amax())
+        bad = next(filter(None, map(_overflown, unchecked)), None)
+        # Whoever catches the error may need the memory of what was built.
+        unchecked.clear()
+        if bad is not None:
+            raise non_finite(bad)
+
+    def drop_unchecked(self) -> None:
+        """Let go of all that was built and is not checked yet: nobody will ask."""
+        self._unchecked.clear()
+
+    def close(self) -> None:
+        """Stop reading and let buffers go."""
+        try:
+            self._filler.close()
+        finally:
+            self._loader.close()
+            for transfer in self._transfers.values():
+                transfer.close()
+
+    def _kept(self, group: Group) -> KeptGroup | None:
+        kept = self.kept.get(group.targets[0].path)
+        if kept is None or not kept.of(group.targets):
+            return None
+        # Deltas that left the base in place were all zero, which is to be found and said again.
+        return kept if kept.rank_added or not group.stacks else None
+
+    def _built_before(self, kept: KeptGroup, tell: Callable[[int], None]) -> Built:
+        tell(len(kept.group.targets))
+        if kept.placed is not None:
+            self.placed.append(kept.placed)
+        return Built([kept.deltas], [])
+
+    def _devices(self) -> set[torch.device]:
+        """The GPUs of the groups."""
+        return {group.device for group in self.groups if group.device.type == "cuda"}
+
+    def _device_limit(self, device: torch.device, limit: int | None, memory: DeviceMemory) -> int:
+        """Most bytes that the cache on the device may hold; 0 where this stack would not fit."""
+        total = sum(load.nbytes for own in self._loads for load in own)
+        if limit is None:
+            kept, rest = cache.on_device.nbytes, self.needed + DEVICE_RESERVE
+            if memory.has(device, total + rest):
+                limit = total + kept
+            else:
+                limit = total if memory.has(device, total - kept + rest) else 0
+        return limit if total <= limit else 0
+
+    def _expected(self, stack: Stack) -> tuple[int, ...]:
+        """What modules share: what as many of the same LoRA did last, or nothing."""
+        count = len(stack.members)
+        return self._sharing.get((stack.lora, count), tuple(range(count)))
+
+    def _laid(
+        self, group: Group, targets: Sequence[Target], sharing: Mapping[int, tuple[int, ...]]
+    ) -> _Laid:
+        layouts, rank = self._layouts(group, sharing)
+        arena = arena_of(targets, rank, row_order=group.row_order, filler=self._filler)
+        return _Laid(layouts, rank, arena, arena.factors())
+
+    def _layouts(
+        self, group: Group, sharing: Mapping[int, tuple[int, ...]]
+    ) -> tuple[dict[int, Layout], int]:
+        """Where each LoRA's ranks lie, and the ranks of all; `sharing` is by LoRA."""
+        layouts, end = {}, 0
+        for stack in group.stacks:
+            own = sharing[stack.lora]
+            starts, rank = stack.starts(own)
+            factors = scales_of(stack, self.specs[stack.lora].strength)
+            layouts[stack.lora] = Layout(own, starts, rank, end, factors)
+            end += round_up(rank, TILE) if group.packed else rank
+        return layouts, end
+
+    def _write(
+        self, arena: Arena, load: Load, staged: Staged, layout: Layout, differing: set[int]
+    ) -> None:
+        """Write one load; slots in it that differ from the others are added to `differing`."""
+        device = load.device
+        transfer = self._transfer(device, load)
+        buffer = transfer.bring(staged, keep=self._keeps(device))
+        arena.write(part_of(load, buffer, layout))
+        begin = load.slots.start
+        differing |= {begin + at for at in staged.findings.differing(layout.sharing)}
+        peak = _peak(load, buffer) if staged.findings.peak is None else None
+        self._unchecked.append(_Unchecked(load, layout, staged, peak, arena, differing))
+        key = self._loader.key(load)
+        kept = False
+        if key is not None and staged.on_host and self._keeps(device):
+            on_device = Staged(buffer, staged.findings)
+            limit = self._device_bytes
+            kept = cache.on_device.put((key, device), on_device, limit_bytes=limit)
+        self._loader.release(load, staged, transfer.used(), keep=not kept)
+
+    def _keeps(self, device: torch.device) -> bool:
+        """Whether what goes to this device stays there."""
+        return device.type == "cuda" and self._device_bytes > 0
+
+    def _transfer(self, device: torch.device, load: Load) -> Transfer:
+        if device not in self._transfers:
+            largest = max(
+                load.nbytes for own in self._loads for load in own if load.device == device
+            )
+            self._transfers[device] = transfer_to(device, largest, filler=self._filler)
+        return self._transfers[device]
+
+
+def _peak(load: Load, buffer: Tensor) -> Tensor:
+    """Least and greatest values of a load; NaN where there is one."""
+    blocks = load.blocks
+    begins = [*(block.begin for block in blocks[1:]), load.nbytes]
+    dense = all(b.begin + b.nbytes == begin for b, begin in zip(blocks, begins, strict=True))
+    if dense and len({block.dtype for block in blocks}) == 1:
+        values = [buffer[: load.nbytes].view(blocks[0].dtype)]
+    else:
+        values = [block.of(buffer.view(block.dtype)).flatten().float() for block in blocks]
+    ends: list[Tensor] = []
+    for value in values:
+        ends += [*torch.aminmax(value)]
+    return torch.stack(ends)
+
+
+def _overflown(entry: _Unchecked) -> Target | None:
+    """The first slot that holds NaN or infinity; None where none does."""
+    load = entry.load
+    if not may_overflow(entry.staged, entry.layout, load.targets[0].dtype):
+        return None
+    finite = entry.arena.finite()
+    bad = (
+        target
+        for slot, target in enumerate(load.targets)
+        if not finite[slot] and slot not in entry.differing
+    )
+    return next(bad, None)
+
+
+def _built(group: Group, empty: Sequence[Target], laid: _Laid, differing: set[int]) -> Built:
+    ranks = sum(layout.rank for layout in laid.layouts.values())
+    count, rank = len(group.targets), laid.rank
+    own = [slot for slot in range(count) if slot not in differing]
+    targets = group.targets if len(own) == count else tuple(group.targets[slot] for slot in own)
+    alike = GroupDeltas(targets, ranks, rank, _of_slots(laid.factors, own))
+    others = range(count, count + len(empty))
+    zero = GroupDeltas(tuple(empty), 0, rank, _of_slots(laid.factors, others))
+    return Built(
+        deltas=[deltas for deltas in (alike, zero) if deltas.targets],
+        rest=[group.targets[slot] for slot in sorted(differing)],
+    )
+
+
+def _of_slots(factors: Pending[SlotFactors], slots: Sequence[int]) -> Pending[SlotFactors]:
+    """The factors of some slots."""
+
+    def chosen(both: SlotFactors) -> SlotFactors:
+        downs, ups = ([own[slot] for slot in slots] for own in both)
+        return downs, ups
+
+    return factors.then(chosen)

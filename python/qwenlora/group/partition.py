@@ -1,0 +1,78 @@
+"""A planned stack on the slots of the model at hand."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from qwenlora.group.group import group_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from typing import TypeAlias
+
+    from qwenlora.group.group import Group
+    from qwenlora.model.target import Target
+    from qwenlora.plan.documents import SlotPlan, StackPlan
+
+__all__ = ["Planned", "Plans"]
+
+
+Plans: TypeAlias = "Callable[[Iterable[str]], Mapping[str, SlotPlan]]"
+
+
+class Planned:
+    """The plan's groups and single slots with their targets.
+
+    Attributes:
+        plan: The plan.
+        groups: Slots that are alike.
+        single: The other slots, with their plans.
+    """
+
+    def __init__(
+        self, plan: StackPlan, targets: Sequence[Target], *, together: bool = True
+    ) -> None:
+        """Sort the plan's slots; without `together` all are single, as each has its own rank."""
+        self.plan = plan
+        self.groups: list[Group] = []
+        single = dict(plan.single)
+        for alike in plan.alike:
+            group = group_of(alike, targets) if together else None
+            if group is not None:
+                self.groups.append(group)
+                continue
+            plans = plan.some(targets[index].path for index in alike.slots)
+            single |= {index: plans[targets[index].path] for index in alike.slots}
+        self.single = [(targets[index], single[index]) for index in sorted(single)]
+
+    @cached_property
+    def paths(self) -> frozenset[str]:
+        """Of all slots that change."""
+        grouped = [target.row.path for group in self.groups for target in group.targets]
+        return frozenset(grouped).union(target.row.path for target, _ in self.single)
+
+    @cached_property
+    def held(self) -> Mapping[int, int]:
+        """In how many slots each LoRA has a delta."""
+        held: dict[int, int] = {}
+        for group in self.groups:
+            for stack in group.stacks:
+                held[stack.lora] = held.get(stack.lora, 0) + len(group.targets)
+        for _, plan in self.single:
+            for lora in {piece.lora for piece in plan.pieces}:
+                held[lora] = held.get(lora, 0) + 1
+        return held
+
+    @cached_property
+    def offloaded(self) -> Mapping[str, tuple[list[Group], list[tuple[Target, SlotPlan]]]]:
+        """The groups and single slots of offloaded blocks, by pattern."""
+        found: dict[str, tuple[list[Group], list[tuple[Target, SlotPlan]]]] = {}
+        for group in self.groups:
+            row = group.targets[0].row
+            if row.offloaded:
+                found.setdefault(row.pattern, ([], []))[0].append(group)
+        for target, plan in self.single:
+            if target.row.offloaded:
+                found.setdefault(target.row.pattern, ([], []))[1].append((target, plan))
+        return found

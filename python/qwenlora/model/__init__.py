@@ -1,0 +1,1 @@
+"""The model at hand: its layers, its lock, its record."""

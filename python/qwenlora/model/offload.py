@@ -1,0 +1,102 @@
+"""Block offload by the model's own manager: which slots share a buffer, and the buffers' slots.
+
+Nunchaku's manager copies each offloaded block into one of two buffer blocks in every forward,
+parameter by parameter and buffer by buffer, by position. So a path's rank is the same over all
+offloaded blocks and in both buffer blocks, and a side branch is on all of them or on none. The
+manager itself is never rebuilt.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from qwenlora.errors import UnsupportedModelError
+from qwenlora.model.modules import inner_of, submodule_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from torch import nn
+
+    from qwenlora.model.target import Target
+
+__all__ = ["OffloadLayout", "offload_of", "turn_on"]
+
+
+def offload_of(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> OffloadLayout | None:
+    """The model's offload, where it is on; `modules` is what `modules_of` gave for the model.
+
+    Raises:
+        UnsupportedModelError: It is on, and its manager is not of the kind that is known.
+    """
+    manager = getattr(model, "offload_manager", None)
+    if manager is None or not getattr(model, "offload", True):
+        return None
+    known = ("blocks", "buffer_blocks", "num_blocks_on_gpu")
+    if not all(hasattr(manager, name) for name in known):
+        raise UnsupportedModelError(
+            f"the model is offloaded by a {type(manager).__name__}, which is not known"
+            "\nhint: turn its offload off"
+        )
+    first_block = inner_of(manager.blocks[0])
+    path = next((path for path, module in modules if module is first_block), None)
+    if path is None or not path.endswith(".0"):
+        raise UnsupportedModelError("the offloaded blocks are not blocks of this model")
+    return OffloadLayout(manager, path.removesuffix("0"))
+
+
+def turn_on(model: nn.Module) -> None:
+    """Turn the model's block offload on, where it is off, with its own defaults.
+
+    Raises:
+        UnsupportedModelError: The model has no offload to turn on.
+    """
+    is_on = bool(getattr(model, "offload", False))
+    # A switch that was interrupted says that it is on, and has no manager yet.
+    is_half = is_on and getattr(model, "offload_manager", model) is None
+    if is_on and not is_half:
+        return
+    switch = getattr(model, "set_offload", None)
+    if switch is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no block offload\nhint: leave `ComposeOptions.offload` off"
+        )
+    # Moving or pinning an inference tensor outside that mode leaves it neither one nor the other.
+    first = next(model.parameters(), None)
+    with torch.inference_mode(first is not None and first.is_inference()):
+        if is_half:
+            switch(False)
+        switch(True)
+
+
+class OffloadLayout:
+    """One manager's blocks, by path."""
+
+    def __init__(self, manager: Any, prefix: str) -> None:
+        self._manager = manager
+        self._prefix = prefix
+        self._first = int(manager.num_blocks_on_gpu)
+
+    def holds(self, path: str) -> bool:
+        """Whether the module at this path is in a block that goes through a buffer."""
+        if not path.startswith(self._prefix):
+            return False
+        number, _, rest = path.removeprefix(self._prefix).partition(".")
+        return bool(rest) and number.isdigit() and int(number) >= self._first
+
+    def twins(self, target: Target) -> list[Target]:
+        """The slots of both buffer blocks that this offloaded slot is copied into."""
+        _, _, inner = target.path.removeprefix(self._prefix).partition(".")
+        return [
+            target.twin(submodule_of(block, inner), f"buffer {index}: {inner}")
+            for index, block in enumerate(self._manager.buffer_blocks)
+        ]
+
+    def synchronise(self) -> None:
+        """Wait until no copy from the host's tensors is under way."""
+        stream = getattr(self._manager, "memory_stream", None)
+        if stream is not None:
+            stream.synchronize()

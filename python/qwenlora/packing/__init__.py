@@ -1,0 +1,1 @@
+"""The packed layout of 4-bit layers."""

@@ -1,0 +1,127 @@
+"""Stored values of a layer: its bias, a norm's weight, an embedding's table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from qwenlora.errors import NonFiniteError
+from qwenlora.slots.point import point, point_back
+from qwenlora.slots.slot import NoChange
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Mapping
+    from typing import Any
+
+    from torch import Tensor
+
+    from qwenlora.delta.slot_deltas import SlotDeltas
+    from qwenlora.model.target import Target
+    from qwenlora.slots.slot import Change
+
+__all__ = ["BASE_VALUES", "ValueSlot"]
+
+
+BASE_VALUES = "_qwenlora_base"
+"""Attribute of a layer that keeps the base's tensors whose parameters point elsewhere, by name."""
+
+
+class ValueSlot:
+    """Stored values of a layer: its bias, a norm's weight, an embedding's table.
+
+    A parameter whose value changes is pointed at a new tensor; the base's is kept by the layer,
+    where a deep copy of it takes its own along, and put back.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self._module = target.module
+        self.path = target.path
+
+    def rank_added(self) -> int:
+        """Values hold no rank."""
+        return 0
+
+    def room(self) -> Hashable:
+        """Swapped values have the base's shapes."""
+        return ()
+
+    def is_base(self) -> bool:
+        """Whether every parameter holds its base."""
+        return not self._bases()
+
+    def restore(self) -> None:
+        """Point every parameter at its base again."""
+        self._change({}).make()
+
+    def prepare(self, deltas: SlotDeltas) -> Change:
+        """Add the deltas to the base's values in float64 and round once.
+
+        Raises:
+            NonFiniteError: A value would be too large for the parameter's dtype.
+        """
+        return self._change(deltas.values) if deltas.values or self._bases() else NoChange()
+
+    def _bases(self) -> dict[str, Tensor]:
+        bases: dict[str, Tensor] = self._module.__dict__.get(BASE_VALUES, {})
+        return bases
+
+    def _change(self, values: Mapping[str, Tensor]) -> _ValueChange:
+        bases = self._bases()
+        new, kept = {}, {}
+        for name in {**bases, **values}:
+            current: Tensor = getattr(self._module, name)
+            base = bases.get(name, current.data)
+            # A parameter that is a normal one by then could not hold an inference tensor again.
+            base = base.clone() if base.is_inference() else base
+            # After a move of the model the base's tensor is where the parameter was.
+            base = base.to(current.device, current.dtype)
+            if name in values:
+                kept[name] = base
+                new[name] = self._sum(name, base, values[name], pinned=current.is_pinned())
+            else:
+                new[name] = base
+        return _ValueChange(self._module, new=new, kept=kept)
+
+    def _sum(self, name: str, base: Tensor, delta: Tensor, *, pinned: bool) -> Tensor:
+        total = (base.double().cpu() + delta.view(base.shape)).to(base.dtype)
+        if not bool(torch.isfinite(total).all()):
+            raise NonFiniteError(
+                f"`{self.path}.{name}` would hold NaN or infinity in {base.dtype}"
+                "\nhint: a LoRA of the stack is damaged, or its strength is too high"
+            )
+        return total.pin_memory() if pinned else total.to(base.device)
+
+
+@dataclass
+class _ValueChange:
+    module: Any
+    new: dict[str, Tensor]
+    kept: dict[str, Tensor]
+    old: dict[str, tuple[Tensor, Tensor]] = field(init=False)
+    old_kept: dict[str, Tensor] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.old = {
+            name: (getattr(self.module, name), getattr(self.module, name).data) for name in self.new
+        }
+        self.old_kept = self.module.__dict__.get(BASE_VALUES)
+
+    def make(self) -> None:
+        # The base is recorded before a parameter leaves it, and forgotten after all are back.
+        self.module.__dict__[BASE_VALUES] = {**(self.old_kept or {}), **self.kept}
+        for name, tensor in self.new.items():
+            point(self.module, name, tensor)
+        self._record(self.kept)
+
+    def unmake(self) -> None:
+        for name, (parameter, data) in self.old.items():
+            point_back(self.module, name, parameter, data)
+        self._record(self.old_kept or {})
+
+    def _record(self, kept: dict[str, Tensor]) -> None:
+        if kept:
+            self.module.__dict__[BASE_VALUES] = kept
+        else:
+            self.module.__dict__.pop(BASE_VALUES, None)

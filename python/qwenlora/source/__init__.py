@@ -1,0 +1,1 @@
+"""Where a LoRA's tensors come from."""

@@ -1,0 +1,1 @@
+"""Threads, and memory that they may still be writing."""
