@@ -89,7 +89,7 @@ def compose_loras(
             limit of 1024 with the base, is compressed near the optimum and the loss reported.
             None is exact up to the kernels' limit. "auto" weighs each slot's rank against the
             error: all of it is worth 5 % of the slot's energy, half of it half as much; a slot that
-            would lose more stays exact (`qwenlora.limit.AUTO_PRICE`).
+            would lose more stays exact (`qwenlora.delta.limit.AUTO_PRICE`).
         strict: Raise where a module would be left out, instead of reporting it.
         options: Everything else.
 

@@ -3,7 +3,7 @@
 On a fast machine memory is often filled before anybody looks, whether or not anybody waited. With
 these a look that comes too early sees NaN or what was there before, each time or now and then:
 
-    from qwenlora.workers import employ
+    from qwenlora.work.workers import employ
 
     with employ(LazyWorkers()):
         qwenlora.compose_loras(model, path)

@@ -1,6 +1,6 @@
 """Low-rank factors into the packed layout and back, the quickest way on their device.
 
-What `qwenlora.pack` defines, bit for bit: on a GPU by its copies, in host memory by Rust, which is
+What `qwenlora.packing.pack` defines, bit for bit: on a GPU by its copies, in host memory by Rust, which is
 ten times as fast there as torch's permutations. One thread does it: factors come between products
 of torch's, after which its threads spin for a while on the other cores.
 """
@@ -23,7 +23,7 @@ __all__ = ["pack_factor", "unpack_factor"]
 
 
 def pack_factor(logical: torch.Tensor, side: LowRankSide) -> torch.Tensor:
-    """Pack one factor; see `qwenlora.pack.pack_lowrank`."""
+    """Pack one factor; see `qwenlora.packing.pack.pack_lowrank`."""
     axis = 0 if side is LowRankSide.DOWN else 1
     if not _is_ours(logical) or logical.shape[1 - axis] % TILE:
         return pack.pack_lowrank(logical, side)
@@ -41,7 +41,7 @@ def pack_factor(logical: torch.Tensor, side: LowRankSide) -> torch.Tensor:
 
 
 def unpack_factor(packed: torch.Tensor, side: LowRankSide) -> torch.Tensor:
-    """Unpack one factor; see `qwenlora.pack.unpack_lowrank`."""
+    """Unpack one factor; see `qwenlora.packing.pack.unpack_lowrank`."""
     if not _is_ours(packed) or any(size % TILE for size in packed.shape):
         return pack.unpack_lowrank(packed, side)
     channels, rank = packed.shape
