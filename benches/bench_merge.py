@@ -35,10 +35,10 @@ def modules(blocks: int) -> list[str]:
 
 
 def ours(folder: Path, rank: int | None) -> None:
+    from qwenlora import LoraSpec
     from qwenlora.merge.cut import Cut
     from qwenlora.merge.job import merge_loras
     from qwenlora.merge.planned import MergeOptions
-    from qwenlora.spec import LoraSpec
 
     specs = [LoraSpec(folder / f"{n}.safetensors", s) for n, s in enumerate(STRENGTHS)]
     cut = None if rank is None else Cut(rank=rank)

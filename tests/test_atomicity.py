@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import qwenlora
-from qwenlora import Placement
+from qwenlora import ComposeOptions, Placement
 from qwenlora.compose.journal import Journal
 from qwenlora.errors import ModelStateError, NonFiniteError
 from qwenlora.group import loader as staging
@@ -25,7 +25,6 @@ from qwenlora.plan.documents import SlotKind
 from qwenlora.slots import branch, packed, point, value, whole
 from qwenlora.slots.branch import SideBranchSlot
 from qwenlora.slots.packed import PackedSlot
-from qwenlora.spec import ComposeOptions
 
 FAULTS = [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt]
 PHASES = ["stage", "write"]

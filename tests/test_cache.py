@@ -10,10 +10,9 @@ import pytest
 import torch
 
 import qwenlora
-from qwenlora import _core, cache, errors
+from qwenlora import ComposeOptions, _core, cache, errors
 from qwenlora.compose import placer as placement
 from qwenlora.group.load import Staged
-from qwenlora.spec import ComposeOptions
 
 EXACT = 2e-6
 """Relative error of float32 tensors against float64 formulas."""

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qwenlora
+from qwenlora import ComposeOptions
 from qwenlora.delta import compress, limit
 from qwenlora.delta.compress import LowRankSum, RowBlock, decomposed, energy, iterated
 from qwenlora.errors import NonFiniteError
-from qwenlora.spec import ComposeOptions
 
 WITHIN = 1.1
 """Energy lost, relative to the least that any truncation loses."""

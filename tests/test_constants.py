@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qwenlora import _core
+from qwenlora import ComposeOptions, _core
 from qwenlora.packing import layout
-from qwenlora.spec import ComposeOptions
 
 
 @pytest.mark.parametrize("name", ["MAX_RANK", "MODULATION_PLANES", "RANK_MULTIPLE", "TILE"])

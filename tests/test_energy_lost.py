@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import qwenlora
-from qwenlora import ComposeOptions
+from qwenlora import ComposeOptions, ComposeReport
 from qwenlora.delta import loss
-from qwenlora.report import ComposeReport, SlotReport, SlotReports
+from qwenlora.report import SlotReport, SlotReports
 
 from .differential import oracle
 

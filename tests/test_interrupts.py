@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import qwenlora
-from qwenlora import ComposeOptions, Placement, cache, runtime
+from qwenlora import ComfyQwenImageWrapper, ComposeOptions, Placement, cache, runtime
 from qwenlora.compose import compose, journal, rescale
 from qwenlora.compose import placer as placement
 from qwenlora.errors import ModelStateError
@@ -23,7 +23,6 @@ from qwenlora.model import lock as lock_module
 from qwenlora.model import state
 from qwenlora.model.lock import ModelLock, lock_of
 from qwenlora.model.state import read_state
-from qwenlora.runtime import ComfyQwenImageWrapper
 from qwenlora.slots import branch, packed, point, slot, value
 
 if TYPE_CHECKING:

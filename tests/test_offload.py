@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import qwenlora
+from qwenlora import ComposeOptions, Placement
 from qwenlora.errors import UnsupportedModelError
 from qwenlora.slots.packed import PackedSlot
-from qwenlora.spec import ComposeOptions, Placement
 
 BLOCKS = 4
 RANKS = {0: 4, 1: 8, 2: 40, 3: None}

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qwenlora
+from qwenlora import ComposeOptions, Placement
 from qwenlora.compose import compose, rescale
 from qwenlora.group import partition as planned
-from qwenlora.spec import ComposeOptions, Placement
 
 BLOCKS = 4
 QKV = ("attn.to_q", "attn.to_k", "attn.to_v")

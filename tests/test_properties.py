@@ -11,11 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import qwenlora
-from qwenlora import Placement
+from qwenlora import ComposeOptions, Placement
 from qwenlora.packing import pack
 from qwenlora.packing.layout import MAX_RANK, LowRankSide
 from qwenlora.slots.branch import BRANCH_DOWN, BRANCH_UP
-from qwenlora.spec import ComposeOptions
 
 QKV = "transformer_blocks.0.attn.to_qkv"
 POOL_SIZE = 6

@@ -23,16 +23,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qwenlora
-from qwenlora import Placement, _core, errors
+from qwenlora import ComposeOptions, LoraSet, Placement, _core, errors
 from qwenlora.compose import placer as placement
 from qwenlora.group import loader as staging
 from qwenlora.group.group import Group, Located, Member, Stack
 from qwenlora.group.load import loads_of
 from qwenlora.group.loader import Loader
-from qwenlora.lora_set import LoraSet
 from qwenlora.packing.layout import LowRankSide
 from qwenlora.source.dtypes import DTYPES, NAMES
-from qwenlora.spec import ComposeOptions
 from qwenlora.work.jobs import Jobs
 
 BEFORE = 0xAA

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 import qwenlora
-from qwenlora import errors, lora_set
-from qwenlora.lora_set import LoraSet
+from qwenlora import LoraSet, errors, lora_set
 from qwenlora.work.jobs import Jobs
 
 BLOCK = "transformer_blocks.0"

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qwenlora import ComposeOptions, LoraSet, LoraSpec, read_keys
+from qwenlora import ComposeOptions, LoraSet, LoraSpec, QwenLoraError, read_keys
 from qwenlora.compose.compose import plan_report
-from qwenlora.errors import LoraNotFoundError, QwenLoraError
+from qwenlora.errors import LoraNotFoundError
 from qwenlora.words import counted
 
 from . import host

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 import qwenlora
-from qwenlora import ComposeOptions, LoraSpec, Placement
-from qwenlora.errors import NothingToApplyError, QwenLoraError
+from qwenlora import ComposeOptions, LoraSpec, Placement, QwenLoraError
+from qwenlora.errors import NothingToApplyError
 
 from . import models
 from .checks import Checker, Fault, require
@@ -22,7 +22,7 @@ from .oracle import is_modulation
 from .wanted import Wanted
 
 if TYPE_CHECKING:
-    from qwenlora.report import ComposeReport
+    from qwenlora import ComposeReport
 
 FILES = 4
 OPERATIONS = 14

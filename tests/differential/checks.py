@@ -13,7 +13,8 @@ from . import models, oracle
 from .wanted import Slot, Wanted
 
 if TYPE_CHECKING:
-    from qwenlora.report import ComposeReport, SlotReport
+    from qwenlora import ComposeReport
+    from qwenlora.report import SlotReport
 
 ROUNDINGS = 4
 """Roundings to the slot's dtype that a value may see, with what they add up to over the ranks."""

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import qwenlora
-from qwenlora import _reference, errors
-from qwenlora.spec import ComposeOptions
+from qwenlora import ComposeOptions, _reference, errors
 
 BLOCK = "transformer_blocks.0"
 QKV = f"{BLOCK}.attn.to_qkv"

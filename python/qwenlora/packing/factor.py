@@ -1,8 +1,8 @@
 """Low-rank factors into the packed layout and back, the quickest way on their device.
 
-What `qwenlora.packing.pack` defines, bit for bit: on a GPU by its copies, in host memory by Rust, which is
-ten times as fast there as torch's permutations. One thread does it: factors come between products
-of torch's, after which its threads spin for a while on the other cores.
+Bit for bit as `qwenlora.packing.pack` defines: on a GPU by its copies, in host memory by Rust,
+which is ten times as fast there as torch's permutations. One thread does it: factors come between
+products of torch's, after which its threads spin for a while on the other cores.
 """
 
 from __future__ import annotations
