@@ -468,7 +468,7 @@ def test_auto_announces_an_upper_bound(Draft, make_model):
     model = make_model()
     drafts = [decaying(Draft, TARGET, 32, seed=n, decay=3) for n in (1, 2)]
     wanted = qwenlora.LoraSet.of([d.tensors for d in drafts], max_rank="auto")
-    planned = qwenlora.compose.compose.plan_report(model, wanted)
+    planned = qwenlora.compose.planning.plan_report(model, wanted)
     report = qwenlora.compose_loras(model, [d.tensors for d in drafts], max_rank="auto")
     assert planned.added_bytes == report.added_bytes + report.saved_bytes
 

@@ -14,7 +14,7 @@ import torch
 
 import qwenlora
 from qwenlora.demo import course, main, measure, model
-from qwenlora.group import arena, builder, place
+from qwenlora.group import arena, builder, loads, place
 from qwenlora.packing.layout import RowOrder
 
 STEPS = ("set-up", "1. compose three", "2. change one strength", "3. remove one", "4. reset")
@@ -123,7 +123,7 @@ def test_damaged_base_fails(capsys, monkeypatch):
 
     monkeypatch.setattr(builder, "arena_of", arena_of)
     # A base that was kept would take the damaged one's place.
-    monkeypatch.setattr(builder.GroupBuilder, "_kept", lambda self, group: None)
+    monkeypatch.setattr(loads, "_usable", lambda kept, group: None)
     assert main([]) == 1
     screen = capsys.readouterr().out
     assert "mlp (svdq) is off by" in screen

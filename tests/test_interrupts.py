@@ -16,7 +16,7 @@ import torch
 
 import qwenlora
 from qwenlora import ComfyQwenImageWrapper, ComposeOptions, Placement, cache, runtime
-from qwenlora.compose import compose, journal, rescale
+from qwenlora.compose import bring, compose, journal, rescale, steps
 from qwenlora.compose import placer as placement
 from qwenlora.errors import ModelStateError
 from qwenlora.model import lock as lock_module
@@ -314,11 +314,12 @@ def test_the_lock_does_not_keep_what_the_holder_knows(how):
 
 JOURNAL_CODES = codes_of(
     compose.compose_loras,
-    compose.bring,
-    compose._Composition.run,
-    compose._Composition._rescale,
-    compose._Composition._compose,
-    compose._Composition._structure,
+    bring.bring,
+    bring._brought,
+    bring._cleaned,
+    bring._rescaled,
+    steps.compose,
+    steps.Parted,
     journal.Journal,
     placement.Placer.whole,
     placement.Placer.by_path,

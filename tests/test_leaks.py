@@ -65,7 +65,7 @@ def looked_at(scene):
 
 
 def planned(scene):
-    from qwenlora.compose.compose import plan_report
+    from qwenlora.compose.planning import plan_report
 
     plan_report(scene.model, LoraSet.of(scene.path))
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import qwenlora
 from qwenlora import ComposeOptions, Placement
-from qwenlora.compose import compose, rescale
+from qwenlora.compose import bring, rescale
 from qwenlora.group import partition as planned
 
 BLOCKS = 4
@@ -62,7 +62,7 @@ def alone(monkeypatch):
 def rescalings(monkeypatch):
     """How many compositions were changes of strengths in place."""
     done = []
-    prepare = compose.prepare_rescaling
+    prepare = bring.prepare_rescaling
 
     def prepared(*args):
         found = prepare(*args)
@@ -70,7 +70,7 @@ def rescalings(monkeypatch):
             done.append(found)
         return found
 
-    monkeypatch.setattr(compose, "prepare_rescaling", prepared)
+    monkeypatch.setattr(bring, "prepare_rescaling", prepared)
     return done
 
 

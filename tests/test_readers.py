@@ -532,7 +532,7 @@ def loads(request):
 @pytest.fixture
 def loader(loads, source):
     """Reads the loads; whatever a test did to it, nothing of it is left when it is closed."""
-    made = Loader(loads, [source], [source], ComposeOptions(threads=2), pinned=False)
+    made = Loader(loads, [source], [source], threads=2, pinned=False)
     yield made
     made.close()
     made.close()
@@ -555,7 +555,7 @@ def take_all(loader, loads, source, *, is_released=False):
     for load in loads:
         staged = take(loader, load, source)
         if is_released:
-            loader.release(load, staged, None, keep=False)
+            loader.release(load, staged, None, keep_bytes=0)
 
 
 class Copying:
@@ -595,7 +595,7 @@ def test_buffers_are_used_again_when_they_are_free(copied, loader, loads, source
     for load in loads:
         staged = take(loader, load, source)
         copies.append(Copying(is_done=copied) if copied is not None else None)
-        loader.release(load, staged, copies[-1], keep=False)
+        loader.release(load, staged, copies[-1], keep_bytes=0)
     assert source.begun == len(loads)
     # Those of the loads that are begun at once, and of the one that is used meanwhile.
     assert host_buffers.made <= 4
@@ -605,8 +605,8 @@ def test_buffers_are_used_again_when_they_are_free(copied, loader, loads, source
 
 def test_loads_that_are_kept_are_not_read_again(loader, loads, source, host_buffers):
     for load in loads:
-        loader.release(load, take(loader, load, source), None, keep=True)
-    again = Loader(loads, [source], [source], ComposeOptions(), pinned=False)
+        loader.release(load, take(loader, load, source), None, keep_bytes=1 << 30)
+    again = Loader(loads, [source], [source], threads=None, pinned=False)
     again.begin()
     for load in loads:
         take(again, load, source)

@@ -11,7 +11,7 @@ import torch
 
 import qwenlora
 from qwenlora import ComposeOptions, LoraSet, LoraSpec, compat, errors
-from qwenlora.compose.compose import plan_report
+from qwenlora.compose.planning import plan_report
 from qwenlora.words import counted
 
 from .test_adapters import BLOCK

@@ -15,7 +15,7 @@ from torch.nn.parallel import DataParallel
 
 import qwenlora
 from qwenlora import ComposeOptions, emulation, errors
-from qwenlora.compose import compose
+from qwenlora.compose import planning
 from qwenlora.model import find as targets
 from qwenlora.model.forwards import reads_rank
 from qwenlora.model.modules import inner_of, is_wrapper, modules_of, submodule_of
@@ -373,7 +373,7 @@ def test_a_model_that_nobody_knows_is_refused_whole(fused, make_model, lora, pro
         qwenlora.compose_loras(model, lora[0])
     assert 'unknown_model="partial"' in str(caught.value)
     with pytest.raises(errors.UnsupportedModelError, match="not known"):
-        compose.plan_report(model, qwenlora.LoraSet.of(lora[0]))
+        planning.plan_report(model, qwenlora.LoraSet.of(lora[0]))
     assert probe.snapshot(model).differences(before) == []
     # Nothing is wrong with the base of any model.
     assert qwenlora.reset_loras(model).complete

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qwenlora import ComposeOptions, LoraSet, LoraSpec, QwenLoraError, read_keys
-from qwenlora.compose.compose import plan_report
+from qwenlora.compose.planning import plan_report
 from qwenlora.errors import LoraNotFoundError
 from qwenlora.words import counted
 

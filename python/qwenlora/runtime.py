@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qwenlora.compose.compose import bring
+from qwenlora.compose.bring import bring
 from qwenlora.errors import ModelStateError
 from qwenlora.lora_set import NO_LORAS, LoraSet, Unmakeable
 from qwenlora.model.find import transformer_of

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import qwenlora
-from qwenlora.compose.compose import plan_report
+from qwenlora.compose.planning import plan_report
 from qwenlora.runtime import OPTIONS_KEY
 from qwenlora.source import read_ahead
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from qwenlora.compose.structure import Structure
     from qwenlora.model.target import Target
+    from qwenlora.slots.slot import Change
 
 __all__ = ["Journal", "restore_all"]
 
@@ -54,6 +55,22 @@ class Journal:
         # What was computed with the stack before must not outlive it, whatever comes between.
         forget_steps(self._model)
         write_state(self._model, self._in_flight)
+
+    def write(self, changes: Iterable[Change], state: AppliedState) -> None:
+        """Make all changes, or none of them; `state` is what is in place with all of them made."""
+        begun: list[Change] = []
+        try:
+            self.begin()
+            for change in changes:
+                begun.append(change)
+                change.make()
+            self.done(state)
+        except BaseException:
+            self.begin()
+            for change in reversed(begun):
+                change.unmake()
+            self.undone()
+            raise
 
     def done(self, state: AppliedState) -> None:
         """All slots are written."""

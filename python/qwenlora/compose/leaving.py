@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qwenlora import cache
 from qwenlora.group.allocation import is_part
 from qwenlora.group.group import Group
+from qwenlora.group.loads import KeptBytes
 from qwenlora.group.sets import LeftGroup
 from qwenlora.memory import DEVICE_RESERVE
 from qwenlora.model.target import FACTORS, factors_of
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from qwenlora.model.state import AppliedState
     from qwenlora.spec import ComposeOptions
 
-__all__ = ["Room", "base_versions", "groups_left", "rest_beside"]
+__all__ = ["Room", "base_versions", "groups_left", "make_room"]
 
 
 def base_versions(structure: Structure, state: AppliedState) -> dict[str, tuple[int, ...]]:
@@ -121,20 +122,21 @@ class Room:
         return held + nbytes <= self.device_bytes
 
 
-def rest_beside(options: ComposeOptions, leaving: Sequence[KeptGroup]) -> ComposeOptions:
-    """The options with what sets that were left, and are being left, leave to deltas.
+def make_room(options: ComposeOptions, leaving: Sequence[KeptGroup]) -> KeptBytes:
+    """Drop deltas from the caches that have no room beside sets that were left, or are being left.
 
-    Deltas beyond that are dropped from the caches.
+    Returns:
+        The most bytes that the caches may hold of deltas now.
     """
     held = {
         on_host: cache.shelved_bytes(on_host=on_host)
         + sum(own.nbytes for own in leaving if own.on_host is on_host)
         for on_host in (True, False)
     }
-    cache_bytes = max(0, options.cache_bytes - held[True])
-    cache.pieces.fit(cache_bytes)
+    host_bytes = max(0, options.cache_bytes - held[True])
+    cache.pieces.fit(host_bytes)
     device_bytes = options.device_cache_bytes
     if device_bytes is not None:
         device_bytes = max(0, device_bytes - held[False])
         cache.on_device.fit(device_bytes)
-    return replace(options, cache_bytes=cache_bytes, device_cache_bytes=device_bytes)
+    return KeptBytes(host_bytes, device_bytes)

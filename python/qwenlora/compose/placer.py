@@ -13,7 +13,7 @@ from qwenlora.group.deltas import GroupDeltas
 from qwenlora.slots.whole import prepare_group, slot_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from typing import TypeAlias
 
     from qwenlora.compose.journal import Journal
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qwenlora.plan.documents import StackPlan
     from qwenlora.slots.slot import Change
     from qwenlora.source.source import TensorFetcher
-    from qwenlora.spec import ComposeOptions
+    from qwenlora.spec import Progress
 
 __all__ = ["Deltas", "Placer"]
 
@@ -44,9 +44,9 @@ class Placer:
         builder: DeltaBuilder,
         groups: GroupBuilder,
         fetchers: Sequence[TensorFetcher],
-        options: ComposeOptions,
         journal: Journal,
         *,
+        progress: Progress | None,
         leaving: Iterable[KeptGroup] = (),
     ) -> None:
         self._units = units
@@ -56,7 +56,7 @@ class Placer:
         self._builder = builder
         self._groups = groups
         self._fetchers = fetchers
-        self._progress = options.progress
+        self._progress = progress
         self._total = sum(len(unit.targets) for unit in units)
         self._staged = 0
         self._written = 0
@@ -69,20 +69,12 @@ class Placer:
         self._groups.check()
         for fetcher in self._fetchers:
             fetcher.finish()
-        begun: list[Change] = []
-        try:
-            self._journal.begin()
-            for change, deltas in prepared:
-                self._tell_write(deltas)
-                begun.append(change)
-                change.make()
-            self._journal.done(state)
-        except BaseException:
-            self._journal.begin()
-            for change in reversed(begun):
-                change.unmake()
-            self._journal.undone()
-            raise
+        self._journal.write(self._told(prepared), state)
+
+    def _told(self, prepared: Sequence[tuple[Change, Deltas]]) -> Iterator[Change]:
+        for change, deltas in prepared:
+            self._tell_write(deltas)
+            yield change
 
     def by_path(self, state_of: Callable[[Sequence[Deltas]], AppliedState]) -> None:
         """One path at a time, old tensors let go as it goes; an error ends in the bare base."""
@@ -107,8 +99,7 @@ class Placer:
         """Build one unit and put it in place; the old tensors are let go with this call."""
         prepared = self._prepare(unit)
         self._groups.wait()
-        for change, deltas in prepared:
-            self._tell_write(deltas)
+        for change in self._told(prepared):
             change.make()
         return [deltas for _, deltas in prepared]
 

@@ -5,23 +5,73 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from qwenlora.delta.slot_deltas import SlotDeltas
 from qwenlora.errors import EnergyLossError, NothingToApplyError
 from qwenlora.group.deltas import GroupDeltas
+from qwenlora.model.state import EMPTY, AppliedState, SlotRecord
 from qwenlora.plan.documents import PieceKind, Skip
-from qwenlora.report import THIRDED, TURNED_OFF, LoraReport, SlotReport
+from qwenlora.report import THIRDED, TURNED_OFF, ComposeReport, LoraReport, SlotReport, SlotReports
 from qwenlora.words import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from qwenlora.compose.placer import Deltas
-    from qwenlora.delta.slot_deltas import SlotDeltas
+    from qwenlora.compose.structure import Structure
     from qwenlora.group.partition import Planned
     from qwenlora.lora_set import LoraSet
     from qwenlora.plan.documents import StackPlan
     from qwenlora.spec import ComposeOptions, LoraSpec
 
-__all__ = ["judge_refusals", "lora_reports", "slot_report"]
+__all__ = ["judge_refusals", "lora_reports", "slot_report", "state_of"]
+
+
+def state_of(
+    wanted: LoraSet,
+    planned: Planned,
+    structure: Structure,
+    done: Sequence[Deltas],
+    *,
+    strict: bool,
+) -> AppliedState:
+    """The record of a model with all of `done` in place.
+
+    Raises:
+        EnergyLossError: With `strict`, a delta is left out for what it would lose.
+        NothingToApplyError: Nothing of a LoRA is left.
+    """
+    if not wanted.specs:
+        return EMPTY
+    records: dict[str, SlotRecord] = {}
+    reports: list[tuple[SlotReport, Mapping[str, int]]] = []
+    added = bus = saved = saved_bus = 0
+    # Buffer blocks belong to their manager, which may be replaced at any time: not recorded.
+    for deltas in done:
+        targets = deltas.targets if isinstance(deltas, GroupDeltas) else (deltas.target,)
+        row = targets[0].row
+        if not deltas.composed or row.path not in structure.targets:
+            continue
+        paths = [target.path for target in targets]
+        records |= dict.fromkeys(paths, SlotRecord(row.base_rank, deltas.rank_added))
+        reports.append((slot_report(deltas), {p: structure.order[p] for p in paths}))
+        added += deltas.nbytes
+        saved += deltas.saved_bytes
+        if row.offloaded:
+            bus += deltas.nbytes
+            saved_bus += deltas.saved_bytes
+    singles = [deltas for deltas in done if isinstance(deltas, SlotDeltas)]
+    loras = lora_reports(wanted, planned, singles)
+    judge_refusals(loras, strict=strict)
+    report = ComposeReport(
+        loras=loras,
+        slots=SlotReports(reports),
+        added_bytes=added,
+        bus_bytes=bus,
+        saved_bytes=saved,
+        saved_bus_bytes=saved_bus,
+        seconds=0.0,
+    )
+    return AppliedState(stack=wanted.key, records=records, report=report)
 
 
 def slot_report(deltas: Deltas) -> SlotReport:

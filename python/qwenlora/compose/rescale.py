@@ -24,7 +24,7 @@ from qwenlora.packing.layout import FRAGMENT, TILE, LowRankSide
 from qwenlora.slots.branch import BRANCH_DOWN, BRANCH_UP
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
     from torch import Tensor
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qwenlora.group.place import Layout, PlacedGroup
     from qwenlora.group.transfer import Transfer
     from qwenlora.lora_set import LoraSet
+    from qwenlora.spec import Progress
 
 __all__ = ["Placed", "Rescaling", "prepare_rescaling"]
 
@@ -94,11 +95,18 @@ class _Write:
 
 
 class Rescaling:
-    """Prepared writes."""
+    """A change of strengths: one `Change` of all slots that the LoRAs lie in.
 
-    def __init__(self, placed: Placed, writes: Sequence[_Write]) -> None:
+    Attributes:
+        placed: How the groups lie in their slots with the new strengths.
+    """
+
+    def __init__(
+        self, placed: Placed, writes: Sequence[_Write], *, progress: Progress | None
+    ) -> None:
         self.placed = placed
         self._writes = writes
+        self._progress = progress
         self._transfers: dict[torch.device, Transfer] = {}
         for device in {write.arena.device for write in writes}:
             crossing = [w.load.nbytes for w in writes if w.crosses and w.arena.device == device]
@@ -107,10 +115,11 @@ class Rescaling:
             transfer.reserve()
             self._transfers[device] = transfer
 
-    def make(self, tell: Callable[[int], None]) -> None:
-        """Write the new strengths; `tell` is told how many slots come next."""
+    def make(self) -> None:
+        """Write the new strengths."""
+        done = 0
         for write in self._writes:
-            tell(len(write.load.slots))
+            done = self._tell(done, len(write.load.slots))
             write.run(write.new, self._transfers[write.arena.device])
 
     def unmake(self) -> None:
@@ -122,6 +131,13 @@ class Rescaling:
         """Let go of what writing took."""
         for transfer in self._transfers.values():
             transfer.close()
+
+    def _tell(self, done: int, slots: int) -> int:
+        total = sum(len(own.group.targets) * len(own.layouts) for own in self.placed.groups)
+        for at in range(done, done + slots):
+            if self._progress is not None:
+                self._progress("write", at, total)
+        return done + slots
 
 
 def prepare_rescaling(placed: Placed, planned: Planned, wanted: LoraSet) -> Rescaling | None:
@@ -148,7 +164,8 @@ def prepare_rescaling(placed: Placed, planned: Planned, wanted: LoraSet) -> Resc
         if found is None:
             return None
         writes += found
-    return Rescaling(replace(placed, strengths=strengths, groups=groups), writes)
+    scaled = replace(placed, strengths=strengths, groups=groups)
+    return Rescaling(scaled, writes, progress=wanted.options.progress)
 
 
 def _scaled(placed: PlacedGroup, strengths: Sequence[float]) -> PlacedGroup:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from qwenlora import cache
-from qwenlora.delta.balance import is_narrow
 from qwenlora.delta.slot_deltas import non_finite
 from qwenlora.group.deltas import GroupDeltas
 from qwenlora.group.filler import Filler
 from qwenlora.group.host_arena import arena_of
-from qwenlora.group.load import Staged, loads_of
+from qwenlora.group.load import Staged
 from qwenlora.group.loader import Loader
 from qwenlora.group.place import Layout, PlacedGroup, may_overflow, part_of, scales_of
-from qwenlora.group.transfer import BUFFERS, transfer_to
-from qwenlora.memory import DEVICE_RESERVE
+from qwenlora.group.transfer import transfer_to
 from qwenlora.packing.layout import TILE, round_up
 
 if TYPE_CHECKING:
@@ -29,12 +27,13 @@ if TYPE_CHECKING:
     from qwenlora.group.arena import Arena, SlotFactors
     from qwenlora.group.group import Group, Stack
     from qwenlora.group.load import Findings, Load
+    from qwenlora.group.loads import KeptBytes, LoadPlan
     from qwenlora.group.sets import KeptGroup
     from qwenlora.group.transfer import Transfer
     from qwenlora.memory import DeviceMemory
     from qwenlora.model.target import Target
     from qwenlora.source.source import LoraSource, TensorFetcher
-    from qwenlora.spec import ComposeOptions, LoraSpec
+    from qwenlora.spec import LoraSpec
     from qwenlora.work.pending import Pending
 
 __all__ = ["Built", "GroupBuilder"]
@@ -83,71 +82,105 @@ class _Unchecked:
     differing: set[int]
 
 
-@dataclass
+class GroupReading:
+    """Reading for groups that has begun, and the threads and memory that it takes."""
+
+    def __init__(
+        self,
+        plan: LoadPlan,
+        specs: Sequence[LoraSpec],
+        sources: Sequence[LoraSource],
+        fetchers: Sequence[TensorFetcher],
+        *,
+        threads: int | None,
+    ) -> None:
+        """Prepare to read.
+
+        Args:
+            plan: The groups and their loads.
+            specs: The LoRAs of the stack.
+            sources: Their plans and files.
+            fetchers: Read their tensors.
+            threads: Most threads; None takes what the machine has.
+        """
+        self.plan = plan
+        self.filler = Filler(threads=threads)
+        self.loader = Loader(
+            plan.in_order, sources, fetchers, threads=threads, pinned=bool(plan.devices)
+        )
+        self._specs = specs
+        self._transfers: dict[torch.device, Transfer] = {}
+
+    def begin(self, memory: DeviceMemory) -> BegunReading:
+        """Begin to read. What is begun is to be closed."""
+        # Where reading takes new pinned memory the driver answers nobody else.
+        for device in self.plan.devices:
+            memory.ask(device)
+        self.loader.begin()
+        return BegunReading(self, memory)
+
+    def strength(self, lora: int) -> float:
+        """The strength of one LoRA of the stack."""
+        return self._specs[lora].strength
+
+    def transfer(self, device: torch.device) -> Transfer:
+        """Brings loads to a device."""
+        if device not in self._transfers:
+            largest = self.plan.largest(device)
+            self._transfers[device] = transfer_to(device, largest, filler=self.filler)
+        return self._transfers[device]
+
+    def close(self) -> None:
+        """Stop reading and let buffers go."""
+        try:
+            self.filler.close()
+        finally:
+            self.loader.close()
+            for transfer in self._transfers.values():
+                transfer.close()
+
+
+class BegunReading:
+    """Files are being read. Before a group is built, it is to be said what the caches may keep."""
+
+    def __init__(self, reading: GroupReading, memory: DeviceMemory) -> None:
+        self._reading = reading
+        self._memory = memory
+
+    def keeping(self, kept: KeptBytes) -> GroupBuilder:
+        """Build groups from it, and keep as much of the deltas."""
+        plan = self._reading.plan
+        limits = {
+            device: plan.device_limit(device, kept.device, self._memory) for device in plan.devices
+        }
+        return GroupBuilder(self._reading, host_bytes=kept.host, device_bytes=limits)
+
+
 class GroupBuilder:
-    """Builds the groups of one composition, in the order in which they were announced.
+    """Builds the groups of one composition, in the order of their plan.
 
     Attributes:
-        groups: All that will be built.
-        specs: The LoRAs of the stack.
-        sources: Their plans and files.
-        fetchers: Read their tensors.
-        options: How to compose.
-        kept: What some of the groups held under this very set, by their first paths.
-        needed: Device memory that the slots will take.
-        placed: What was built, and how it lies in its slots.
-        load_bytes: Most bytes of a load.
+        placed: The groups that were built, and how their deltas lie in the slots.
     """
 
-    groups: Sequence[Group]
-    specs: Sequence[LoraSpec]
-    sources: Sequence[LoraSource]
-    fetchers: Sequence[TensorFetcher]
-    options: ComposeOptions
-    kept: Mapping[str, KeptGroup] = field(default_factory=dict)
-    needed: int = 0
-    placed: list[PlacedGroup] = field(init=False, default_factory=list)
-    load_bytes: int = field(init=False)
-    _loads: list[list[Load]] = field(init=False)
-    _loader: Loader = field(init=False)
-    _filler: Filler = field(init=False)
-    _transfers: dict[torch.device, Transfer] = field(init=False, default_factory=dict)
-    _unchecked: list[_Unchecked] = field(init=False, default_factory=list)
-    _device_bytes: int = field(init=False, default=0)
-    _sharing: dict[tuple[int, int], tuple[int, ...]] = field(init=False, default_factory=dict)
+    def __init__(
+        self, reading: GroupReading, *, host_bytes: int, device_bytes: Mapping[torch.device, int]
+    ) -> None:
+        """`host_bytes` and `device_bytes` are the most that the caches may hold of the deltas."""
+        self._reading = reading
+        self._plan = reading.plan
+        self._loader = reading.loader
+        self._filler = reading.filler
+        self._host_bytes = host_bytes
+        self._device_bytes = device_bytes
+        self.placed: list[PlacedGroup] = []
+        self._unchecked: list[_Unchecked] = []
+        self._sharing: dict[tuple[int, int], tuple[int, ...]] = {}
 
-    def __post_init__(self) -> None:
-        # Pinned memory is given out in powers of two.
-        self.load_bytes = 1 << max(1, self.options.staging_bytes // BUFFERS).bit_length() - 1
-        if any(is_narrow(group.targets[0].dtype) for group in self.groups):
-            # Their values are looked at, and moved, in float32.
-            self.load_bytes = max(1, self.load_bytes // 4)
-        self._loads = [
-            [] if self._kept(group) else loads_of(group, self.load_bytes) for group in self.groups
-        ]
-        self._filler = Filler(threads=self.options.threads)
-        self._loader = Loader(
-            [load for own in self._loads for load in own],
-            self.sources,
-            self.fetchers,
-            self.options,
-            pinned=bool(self._devices()),
-        )
-
-    def begin(self) -> None:
-        """Begin to read; what is begun is to be closed."""
-        self._loader.begin()
-
-    def ask(self, memory: DeviceMemory) -> None:
-        """Ask for what `keep_within` will need to know."""
-        for device in self._devices():
-            memory.ask(device)
-
-    def keep_within(self, options: ComposeOptions, memory: DeviceMemory) -> None:
-        """Keep deltas as far as the caches of these options go; said before the first is built."""
-        self._loader.cache_bytes = options.cache_bytes
-        for device in self._devices():
-            self._device_bytes = self._device_limit(device, options.device_cache_bytes, memory)
+    @property
+    def load_bytes(self) -> int:
+        """Most bytes of a load."""
+        return self._plan.load_bytes
 
     def build(self, group: Group, *, empty: Sequence[Target], tell: Callable[[int], None]) -> Built:
         """Build one group.
@@ -157,11 +190,10 @@ class GroupBuilder:
             empty: More slots of the same path, which get as many ranks, all zero.
             tell: Is told how many slots are built next.
         """
-        kept = None if empty else self._kept(group)
+        kept = None if empty else self._plan.kept_of(group)
         if kept is not None:
             return self._built_before(kept, tell)
-        index = next(i for i, own in enumerate(self.groups) if own is group)
-        loads = self._loads[index]
+        loads = self._plan.of_group(group)
         targets = (*group.targets, *empty)
         laid, taken = self._begin(group, targets, loads[: len(group.stacks)])
         if empty:
@@ -231,42 +263,11 @@ class GroupBuilder:
         """Let go of all that was built and is not checked yet: nobody will ask."""
         self._unchecked.clear()
 
-    def close(self) -> None:
-        """Stop reading and let buffers go."""
-        try:
-            self._filler.close()
-        finally:
-            self._loader.close()
-            for transfer in self._transfers.values():
-                transfer.close()
-
-    def _kept(self, group: Group) -> KeptGroup | None:
-        kept = self.kept.get(group.targets[0].path)
-        if kept is None or not kept.of(group.targets):
-            return None
-        # Deltas that left the base in place were all zero, which is to be found and said again.
-        return kept if kept.rank_added or not group.stacks else None
-
     def _built_before(self, kept: KeptGroup, tell: Callable[[int], None]) -> Built:
         tell(len(kept.group.targets))
         if kept.placed is not None:
             self.placed.append(kept.placed)
         return Built([kept.deltas], [])
-
-    def _devices(self) -> set[torch.device]:
-        """The GPUs of the groups."""
-        return {group.device for group in self.groups if group.device.type == "cuda"}
-
-    def _device_limit(self, device: torch.device, limit: int | None, memory: DeviceMemory) -> int:
-        """Most bytes that the cache on the device may hold; 0 where this stack would not fit."""
-        total = sum(load.nbytes for own in self._loads for load in own)
-        if limit is None:
-            kept, rest = cache.on_device.nbytes, self.needed + DEVICE_RESERVE
-            if memory.has(device, total + rest):
-                limit = total + kept
-            else:
-                limit = total if memory.has(device, total - kept + rest) else 0
-        return limit if total <= limit else 0
 
     def _expected(self, stack: Stack) -> tuple[int, ...]:
         """What modules share: what as many of the same LoRA did last, or nothing."""
@@ -288,7 +289,7 @@ class GroupBuilder:
         for stack in group.stacks:
             own = sharing[stack.lora]
             starts, rank = stack.starts(own)
-            factors = scales_of(stack, self.specs[stack.lora].strength)
+            factors = scales_of(stack, self._reading.strength(stack.lora))
             layouts[stack.lora] = Layout(own, starts, rank, end, factors)
             end += round_up(rank, TILE) if group.packed else rank
         return layouts, end
@@ -298,7 +299,7 @@ class GroupBuilder:
     ) -> None:
         """Write one load; slots in it that differ from the others are added to `differing`."""
         device = load.device
-        transfer = self._transfer(device, load)
+        transfer = self._reading.transfer(device)
         buffer = transfer.bring(staged, keep=self._keeps(device))
         arena.write(part_of(load, buffer, layout))
         begin = load.slots.start
@@ -309,21 +310,14 @@ class GroupBuilder:
         kept = False
         if key is not None and staged.on_host and self._keeps(device):
             on_device = Staged(buffer, staged.findings)
-            limit = self._device_bytes
+            limit = self._device_bytes[device]
             kept = cache.on_device.put((key, device), on_device, limit_bytes=limit)
-        self._loader.release(load, staged, transfer.used(), keep=not kept)
+        limit = 0 if kept else self._host_bytes
+        self._loader.release(load, staged, transfer.used(), keep_bytes=limit)
 
     def _keeps(self, device: torch.device) -> bool:
         """Whether what goes to this device stays there."""
-        return device.type == "cuda" and self._device_bytes > 0
-
-    def _transfer(self, device: torch.device, load: Load) -> Transfer:
-        if device not in self._transfers:
-            largest = max(
-                load.nbytes for own in self._loads for load in own if load.device == device
-            )
-            self._transfers[device] = transfer_to(device, largest, filler=self._filler)
-        return self._transfers[device]
+        return self._device_bytes.get(device, 0) > 0
 
 
 def _peak(load: Load, buffer: Tensor) -> Tensor:

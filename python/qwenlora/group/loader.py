@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from qwenlora.group.load import Load
     from qwenlora.source.source import LoraSource, TensorFetcher
-    from qwenlora.spec import ComposeOptions
     from qwenlora.work.workers import Readers, Reading
 
 __all__ = ["Copied", "Loader"]
@@ -53,19 +52,15 @@ class Copied(Protocol):
 
 
 class Loader:
-    """Reads loads ahead of their use, in order, within bounds of memory.
-
-    Attributes:
-        cache_bytes: Most bytes of deltas that are kept in host memory.
-    """
+    """Reads loads ahead of their use, in order, within bounds of memory."""
 
     def __init__(
         self,
         loads: Sequence[Load],
         sources: Sequence[LoraSource],
         fetchers: Sequence[TensorFetcher],
-        options: ComposeOptions,
         *,
+        threads: int | None,
         pinned: bool,
     ) -> None:
         self._waiting = deque(loads)
@@ -74,8 +69,7 @@ class Loader:
         self._sources = sources
         self._fetchers = fetchers
         self._pinned = pinned
-        self.cache_bytes = options.cache_bytes
-        self._threads = readers_for(options.threads)
+        self._threads = readers_for(threads)
         self._readers: Readers | None = None
         self._from_cache: set[Load] = set()
         self._used: deque[tuple[Tensor, Copied | None]] = deque()
@@ -96,19 +90,21 @@ class Loader:
         self._read_ahead()
         return staged
 
-    def release(self, load: Load, staged: Staged, copied: Copied | None, *, keep: bool) -> None:
+    def release(
+        self, load: Load, staged: Staged, copied: Copied | None, *, keep_bytes: int
+    ) -> None:
         """Keep a load that has been used, where the cache has room, or reuse its buffer.
 
         Args:
             load: What it is.
             staged: Its tensors.
             copied: When the buffer is no longer read from; None where it is free already.
-            keep: Whether it is not kept elsewhere.
+            keep_bytes: Most bytes that the cache may hold with it; 0 keeps nothing.
         """
         if not staged.on_host:
             return
-        key = self.key(load) if keep else None
-        kept = key is not None and cache.pieces.put(key, staged, limit_bytes=self.cache_bytes)
+        key = self.key(load) if keep_bytes else None
+        kept = key is not None and cache.pieces.put(key, staged, limit_bytes=keep_bytes)
         # Others may use what came from the cache: only buffers of our own are written to again.
         if not kept and load not in self._from_cache:
             whole = staged.bytes._base

@@ -1,0 +1,97 @@
+"""A plan for a set on the model at hand, and the report that follows from it alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qwenlora.compose.reports import lora_reports
+from qwenlora.compose.structure import structure_of
+from qwenlora.errors import UnsupportedModelError
+from qwenlora.group.partition import Planned
+from qwenlora.model.find import transformer_of
+from qwenlora.model.lock import lock_of
+from qwenlora.model.state import read_state
+from qwenlora.plan.documents import PieceKind, plan_stack
+from qwenlora.report import ComposeReport, SlotReport, SlotReports
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qwenlora.compose.structure import Structure
+    from qwenlora.lora_set import LoraSet
+
+__all__ = ["plan_report", "planned_for", "require_known"]
+
+
+def plan_report(model: nn.Module, wanted: LoraSet) -> ComposeReport:
+    """What composing a set would do, from its plan alone: no tensor is read, nothing is touched.
+
+    Ranks and bytes are upper bounds; what only the data can tell (shared downs, zero deltas, energy
+    lost) is in the report of the composition itself.
+
+    Raises:
+        OtherModelError: A LoRA is for another model.
+        NothingToApplyError: Nothing of a LoRA can be applied.
+        RankError: A slot has no room.
+        UnsupportedModelError: The model has no slots.
+    """
+    model = transformer_of(model)
+    with lock_of(model):
+        structure = structure_of(model, read_state(model))
+        require_known(model, wanted, structure)
+        planned = planned_for(wanted, structure, strict=False)
+    targets, plan = structure.targets, planned.plan
+    slots = SlotReports.of(
+        SlotReport(
+            path=slot.path,
+            kind=slot.kind.value,
+            base_rank=slot.base_rank,
+            rank=sum(piece.rank for piece in slot.pieces),
+            rank_added=slot.rank,
+            energy_lost=None,
+            krons=sum(piece.kind is PieceKind.KRON for piece in slot.pieces),
+            values=tuple({piece.parameter: None for piece in slot.pieces if piece.parameter}),
+        )
+        for slot in plan.slots
+    )
+    bus = sum(
+        targets[slot.path].rank_bytes * slot.rank + slot.branch_bytes
+        for slot in plan.slots
+        if targets[slot.path].row.offloaded
+    )
+    loras = lora_reports(wanted, planned, ())
+    return ComposeReport(loras, slots, plan.added_bytes, 0.0, bus_bytes=bus)
+
+
+def planned_for(wanted: LoraSet, structure: Structure, *, strict: bool) -> Planned:
+    """The set's plan on these slots; remembered, since strengths change no plan."""
+    options = wanted.options
+    items = [
+        (name, source.plan, spec.strength, options.modulation and spec.modulation)
+        for name, spec, source in zip(wanted.names, wanted.specs, wanted.sources, strict=True)
+    ]
+
+    def plan() -> Planned:
+        # What the data will show to be enough is not known yet; the exact sum bounds it.
+        most = None if wanted.max_rank == "auto" else wanted.max_rank
+        stack = plan_stack(items, structure.slot_map, max_rank=most, strict=strict, options=options)
+        targets = list(structure.targets.values())
+        return Planned(stack, targets, together=wanted.max_rank != "auto")
+
+    # Strengths change no plan. File plans are compared as objects: the key keeps them alive.
+    what = tuple((name, plan, modulation) for name, plan, _, modulation in items)
+    settings = (options.truncated_rank, options.lokr_scale, wanted.max_rank, strict)
+    return structure.remember((what, settings), plan)
+
+
+def require_known(model: nn.Module, wanted: LoraSet, structure: Structure) -> None:
+    """Compose nothing on a model that is not in the tables, unless a part of it is asked for."""
+    path = structure.unknown
+    if path is None or not wanted.specs or wanted.options.unknown_model == "partial":
+        return
+    raise UnsupportedModelError(
+        f"`{path}` is a quantized layer of a model that is not known: nothing is composed on this"
+        f" {type(model).__name__}"
+        "\nhint: known are Qwen-Image and the models of its family;"
+        ' `ComposeOptions(unknown_model="partial")` applies what fits and lists the rest'
+    )
