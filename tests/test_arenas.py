@@ -27,8 +27,8 @@ from qwenlora.group.filler import Filler
 from qwenlora.group.group import Member
 from qwenlora.group.host_arena import HostPackedArena, rewrite_packed
 from qwenlora.group.load import Staged
-from qwenlora.model.find import find_targets
 from qwenlora.packing.layout import LowRankSide, round_up
+from qwenlora.slots.find import find_targets
 
 BLOCKS = 4
 

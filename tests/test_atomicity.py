@@ -18,12 +18,13 @@ from qwenlora.errors import ModelStateError, NonFiniteError
 from qwenlora.group import loader as staging
 from qwenlora.group.arena import BranchArena, PackedArena
 from qwenlora.group.host_arena import HostFactor, HostPackedArena
-from qwenlora.model.find import find_targets
 from qwenlora.model.state import read_state
-from qwenlora.model.target import FACTORS, factors_of
+from qwenlora.model.target import factors_of
+from qwenlora.packing.layout import LowRankSide
 from qwenlora.plan.documents import SlotKind
 from qwenlora.slots import branch, packed, point, value, whole
 from qwenlora.slots.branch import SideBranchSlot
+from qwenlora.slots.find import find_targets
 from qwenlora.slots.packed import PackedSlot
 
 FAULTS = [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt]
@@ -219,7 +220,7 @@ def test_restoring_through_the_host_is_exact(model, lora, probe, monkeypatch):
 
 def test_a_base_that_fits_on_no_device_is_not_lost(model, lora, monkeypatch):
     packed = [t for t in find_targets(model, {}).values() if t.kind is SlotKind.SVDQ]
-    base = [factors_of([t.module for t in packed], name) for name in FACTORS]
+    base = [factors_of(packed, side) for side in LowRankSide]
     base = [[factor.detach().clone() for factor in own] for own in base]
     qwenlora.compose_loras(model, lora[0])
 
@@ -237,8 +238,8 @@ def test_a_base_that_fits_on_no_device_is_not_lost(model, lora, monkeypatch):
     # When there is room again.
     for target in packed:
         PackedSlot(target).restore()
-    for name, own in zip(FACTORS, base, strict=True):
-        found = factors_of([target.module for target in packed], name)
+    for side, own in zip(LowRankSide, base, strict=True):
+        found = factors_of(packed, side)
         assert all(map(torch.equal, found, own))
 
 

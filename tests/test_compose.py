@@ -13,9 +13,9 @@ import qwenlora
 from qwenlora import ComposeOptions, LoraSpec, _core, cache, compat, errors
 from qwenlora.emulation import Precision
 from qwenlora.group.load import Staged
-from qwenlora.model.find import find_targets
 from qwenlora.plan.documents import StackPlan
 from qwenlora.slots.branch import BRANCH_DOWN, BRANCH_UP
+from qwenlora.slots.find import find_targets
 
 EXACT = 2e-6
 """Relative error of float32 tensors against float64 formulas."""

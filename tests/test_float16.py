@@ -12,8 +12,8 @@ from qwenlora import ComposeOptions, Placement
 from qwenlora.delta.pieces import KronPair
 from qwenlora.delta.scale import ScaledKron
 from qwenlora.group import partition as planned
-from qwenlora.model.find import find_targets
 from qwenlora.slots.branch import BRANCH_DENSE, BRANCH_DOWN, BRANCH_UP
+from qwenlora.slots.find import find_targets
 
 BLOCKS = 2
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -490,9 +490,10 @@ def test_a_slot_of_two_ranks_is_found_after_a_second_interruption(
     base = probe.snapshot(model)
 
     def halves(change):
-        at = packed.FACTORS.index(half)
-        old, new = change.old[at], change.new[at]
-        point.point_all(change.modules, half, old, new, plain=False)
+        at = ["proj_down", "proj_up"].index(half)
+        old, new = change.old[at], change.new.wait()[at]
+        owners = [target.owner for target in change.targets]
+        point.point_all(owners, half, old, new, plain=False)
         raise KeyboardInterrupt
 
     def interrupted(_):

@@ -29,7 +29,7 @@ from qwenlora.merge.cut import Cut
 from qwenlora.merge.job import merge_loras
 from qwenlora.merge.planned import MergeOptions
 from qwenlora.merge.writer import SafetensorsWriter
-from qwenlora.model.find import find_targets
+from qwenlora.slots.find import find_targets
 from qwenlora.source.dtypes import NAMES
 from qwenlora.source.file import FileSource
 

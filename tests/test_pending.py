@@ -12,7 +12,7 @@ import torch
 from qwenlora.emulation.delay import LazyWorkers, SleepyWorkers
 from qwenlora.group.filler import Filler
 from qwenlora.group.host_arena import HostFactor, HostPackedArena
-from qwenlora.model.find import find_targets
+from qwenlora.slots.find import find_targets
 from qwenlora.work import workers
 from qwenlora.work.pending import Pending
 

@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from qwenlora import _core, errors
-from qwenlora.model.find import find_targets
 from qwenlora.model.modules import modules_of, pattern
 from qwenlora.model.target import device_of, factors_of
+from qwenlora.packing.layout import LowRankSide
 from qwenlora.plan.documents import SlotKind, slot_map
+from qwenlora.slots.find import find_targets
 
 LINEAR = "transformer_blocks.0.attn.to_qkv"
 MODULATION = "transformer_blocks.0.img_mod.1"
@@ -60,11 +61,13 @@ def test_the_device_is_that_of_the_first_tensor():
 
 
 def test_factors_that_are_no_parameters_are_found(model):
-    module = model.get_submodule(LINEAR)
+    target = find_targets(model, {})[LINEAR]
+    module = target.module
     other = copy.deepcopy(module)
     down = other._parameters.pop("proj_down").data
     other.register_buffer("proj_down", down)
-    assert [id(t) for t in factors_of([module, other], "proj_down")] == [
+    both = [target, target.twin(other, "other")]
+    assert [id(t) for t in factors_of(both, LowRankSide.DOWN)] == [
         id(module.proj_down),
         id(down),
     ]

@@ -16,9 +16,9 @@ from torch.nn.parallel import DataParallel
 import qwenlora
 from qwenlora import ComposeOptions, emulation, errors
 from qwenlora.compose import planning
-from qwenlora.model import find as targets
 from qwenlora.model.forwards import reads_rank
 from qwenlora.model.modules import inner_of, is_wrapper, modules_of, submodule_of
+from qwenlora.slots import find as targets
 
 BLOCK = "transformer_blocks.0"
 

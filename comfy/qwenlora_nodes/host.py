@@ -19,11 +19,10 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from qwenlora import ComfyQwenImageWrapper, LoraSet
+from qwenlora.compose.structure import composed_bytes
 from qwenlora.errors import LoraNotFoundError, UnsupportedModelError
 from qwenlora.model.lock import lock_of
 from qwenlora.model.modules import inner_of
-from qwenlora.model.state import read_state
-from qwenlora.model.target import FACTORS
 from qwenlora.runtime import OPTIONS_KEY
 from qwenlora.words import counted
 
@@ -249,19 +248,7 @@ def _measure(model: ModelPatcher, transformer: nn.Module) -> None:
     if model.size:
         return
     with lock_of(transformer):
-        model.size = model.model_size() - _composed_bytes(transformer)
-
-
-def _composed_bytes(transformer: nn.Module) -> int:
-    """Bytes of composed LoRAs among what the host measures: the state dict, without buffers."""
-    composed = 0
-    for path, record in read_state(transformer).records.items():
-        module = transformer.get_submodule(path)
-        factors = (getattr(module, name, None) for name in FACTORS)
-        composed += sum(
-            f.nbytes // f.shape[1] * record.rank_added for f in factors if f is not None
-        )
-    return composed
+        model.size = model.model_size() - composed_bytes(transformer)
 
 
 def _reconcile(executor: Any, *args: Any, **kwargs: Any) -> Any:

@@ -19,11 +19,11 @@ import torch
 from qwenlora.compose.bring import bring
 from qwenlora.errors import ModelStateError
 from qwenlora.lora_set import NO_LORAS, LoraSet, Unmakeable
-from qwenlora.model.find import transformer_of
 from qwenlora.model.lock import lock_of
 from qwenlora.model.offload import turn_on
 from qwenlora.model.state import read_default, read_state, write_default
 from qwenlora.model.subclass import mark_hooked
+from qwenlora.model.transformer import transformer_of
 from qwenlora.spec import ComposeOptions
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from qwenlora import LoraSpec
 from qwenlora.merge import known
 from qwenlora.merge.job import merge_loras
 from qwenlora.merge.planned import MergeOptions
-from qwenlora.model.find import find_targets
+from qwenlora.slots.find import find_targets
 
 from ..test_adapters import BLOCK, CLOSE, SIZES, error, measured
 

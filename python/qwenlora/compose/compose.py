@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from qwenlora.compose.bring import bring
 from qwenlora.compose.structure import found_structure
 from qwenlora.lora_set import LoraSet, Unmakeable
-from qwenlora.model.find import transformer_of
 from qwenlora.model.lock import lock_of
 from qwenlora.model.state import read_state, write_default
+from qwenlora.model.transformer import transformer_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,7 +11,8 @@ from qwenlora.group.group import Group
 from qwenlora.group.loads import KeptBytes
 from qwenlora.group.sets import LeftGroup
 from qwenlora.memory import DEVICE_RESERVE
-from qwenlora.model.target import FACTORS, factors_of
+from qwenlora.model.target import factors_of
+from qwenlora.packing.layout import LowRankSide
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,8 +32,7 @@ def base_versions(structure: Structure, state: AppliedState) -> dict[str, tuple[
     for paths, group in structure.packed:
         if not group.plain or paths <= state.records.keys():
             continue
-        modules = [target.module for target in group.targets]
-        downs, ups = (factors_of(modules, name) for name in FACTORS)
+        downs, ups = (factors_of(group.targets, side) for side in LowRankSide)
         for target, down, up in zip(group.targets, downs, ups, strict=True):
             if target.path not in state.records:
                 versions[target.path] = (down._version, up._version)
@@ -66,7 +66,7 @@ def groups_left(
         kept_there = group.device.type in ("cpu", "cuda") and group.plain
         if own and kept_there and paths.isdisjoint(state.records):
             targets = tuple(target for target in group.targets if target.path in own)
-            first = factors_of([targets[0].module], FACTORS[0])
+            first = factors_of(targets[:1], LowRankSide.DOWN)
             if own == paths or not is_part(first[0]):
                 left.append(LeftGroup(group if own == paths else Group(targets), None, 0))
     return left

@@ -8,9 +8,9 @@ from qwenlora.compose.reports import lora_reports
 from qwenlora.compose.structure import structure_of
 from qwenlora.errors import UnsupportedModelError
 from qwenlora.group.partition import Planned
-from qwenlora.model.find import transformer_of
 from qwenlora.model.lock import lock_of
 from qwenlora.model.state import read_state
+from qwenlora.model.transformer import transformer_of
 from qwenlora.plan.documents import PieceKind, plan_stack
 from qwenlora.report import ComposeReport, SlotReport, SlotReports
 

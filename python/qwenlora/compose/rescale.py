@@ -19,7 +19,7 @@ from qwenlora.group.host_arena import rewrite_packed
 from qwenlora.group.load import Staged, loads_of
 from qwenlora.group.place import may_overflow, part_of, scales_of
 from qwenlora.group.transfer import HostTransfer, transfer_to
-from qwenlora.model.target import FACTORS, factors_of
+from qwenlora.model.target import factors_of
 from qwenlora.packing.layout import FRAGMENT, TILE, LowRankSide
 from qwenlora.slots.branch import BRANCH_DOWN, BRANCH_UP
 
@@ -202,13 +202,8 @@ def _writes(
     return writes
 
 
-_NAMES = {
-    (LowRankSide.DOWN, True): FACTORS[0],
-    (LowRankSide.UP, True): FACTORS[1],
-    (LowRankSide.DOWN, False): BRANCH_DOWN,
-    (LowRankSide.UP, False): BRANCH_UP,
-}
-"""What a layer calls a factor: by side, and by whether it is packed."""
+_BESIDE = {LowRankSide.DOWN: BRANCH_DOWN, LowRankSide.UP: BRANCH_UP}
+"""The names of a side branch's factors."""
 
 
 def _arena_of(placed: PlacedGroup, side: LowRankSide) -> Tensor | None:
@@ -216,12 +211,10 @@ def _arena_of(placed: PlacedGroup, side: LowRankSide) -> Tensor | None:
     targets = placed.group.targets
     packed = placed.group.packed
     slots = [slot for slot in range(len(targets)) if slot not in placed.differing]
-    modules = [targets[slot].module for slot in slots]
-    name = _NAMES[side, packed]
     if packed:
-        found: list[Tensor | None] = [*factors_of(modules, name)]
+        found: list[Tensor | None] = [*factors_of([targets[slot] for slot in slots], side)]
     else:
-        found = [module._buffers.get(name) for module in modules]
+        found = [targets[slot].module._buffers.get(_BESIDE[side]) for slot in slots]
     own = {slot: factor for slot, factor in zip(slots, found, strict=True) if factor is not None}
     if len(own) < len(slots):
         return None

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from qwenlora import _core
 from qwenlora.errors import ModelStateError
 from qwenlora.group.group import Group
 from qwenlora.group.sets import KeptSets
-from qwenlora.model.find import find_targets
 from qwenlora.model.forwards import unknown_layer
 from qwenlora.model.modules import modules_of
 from qwenlora.model.offload import offload_of
-from qwenlora.model.state import SlotRecord, check_intact, require_not_overwritten
-from qwenlora.model.target import FACTORS, factors_of
-from qwenlora.plan.documents import SlotKind, slot_map
+from qwenlora.model.state import SlotRecord, check_intact, read_state, require_not_overwritten
+from qwenlora.model.target import factors_of
+from qwenlora.packing.layout import LowRankSide
+from qwenlora.plan.documents import slot_map
 from qwenlora.slots.branch import is_whole
+from qwenlora.slots.find import find_targets
 from qwenlora.slots.whole import slot_of
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Structure",
     "check_branches",
+    "composed_bytes",
     "forget_structure",
     "found_structure",
     "remember_structure",
@@ -70,10 +72,10 @@ class Structure:
         self._offload = _offload_state(model)
         own = self.targets.values()
         telling = list(_telling(own))
-        self._telling = [(path, name) for path, name, _ in telling]
+        self._telling = [(own.path, own.is_ours) for own in telling]
         self._watch = _core.Watch(
             [module._modules for _, module in modules if module._modules],
-            [(parameters, name) for _, name, parameters in telling],
+            [(own.parameters, own.name) for own in telling],
             [target.module._buffers for target in own],
         )
         self.placed: Placed | None = None
@@ -91,7 +93,7 @@ class Structure:
         alike: dict[Hashable, list[Target]] = defaultdict(list)
         for target in self.targets.values():
             row = target.row
-            if target.kind is SlotKind.SVDQ:
+            if target.place is not None:
                 key = (row.pattern, row.offloaded, row.base_rank, target.dtype, target.device)
                 alike[key].append(target)
         groups = [Group(tuple(own)) for own in alike.values()]
@@ -99,8 +101,8 @@ class Structure:
 
     def ends(self) -> list[Tensor]:
         """A tensor of the first packed slot and of the last one, as they are now."""
-        packed = [t.module for t in self.targets.values() if t.kind is SlotKind.SVDQ]
-        return factors_of([*packed[:1], *packed[-1:]], FACTORS[0])
+        packed = [target for target in self.targets.values() if target.place is not None]
+        return factors_of([*packed[:1], *packed[-1:]], LowRankSide.DOWN)
 
     @cached_property
     def slot_map(self) -> _core.SlotMap:
@@ -164,11 +166,11 @@ class Structure:
         if not state.records or state.in_flight:
             return
         written = [self._telling[at] for at in self._watch.rewritten()]
-        factors = [path for path, name in written if name in FACTORS and path in state.records]
-        others = sum(name not in FACTORS for _, name in self._telling)
+        factors = [path for path, is_ours in written if is_ours and path in state.records]
+        others = sum(not is_ours for _, is_ours in self._telling)
         if factors:
             require_not_overwritten(state, f"`{factors[0]}` was")
-        if 2 * sum(name not in FACTORS for _, name in written) > others:
+        if 2 * sum(not is_ours for _, is_ours in written) > others:
             require_not_overwritten(state, "most of the model's weights were")
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -183,19 +185,29 @@ class Structure:
         return result
 
 
-def _telling(
-    targets: Iterable[Target],
-) -> Iterator[tuple[str, str, dict[str, nn.Parameter | None]]]:
-    """The parameters that tell whether a slot is as it was: those we change, and where it is.
+class _Telling(NamedTuple):
+    """A parameter that tells whether a slot is as it was.
 
-    Each as the slot's path, its name there, and the module's parameters.
+    Attributes:
+        path: The slot's path.
+        name: The parameter's name.
+        parameters: All parameters of the module that holds it.
+        is_ours: Whether composing changes it; else it tells where the slot is.
     """
-    packed = SlotKind.SVDQ
+
+    path: str
+    name: str
+    parameters: dict[str, nn.Parameter | None]
+    is_ours: bool
+
+
+def _telling(targets: Iterable[Target]) -> Iterator[_Telling]:
     for target in targets:
-        parameters = target.module._parameters
-        for name in FACTORS if target.kind is packed else [*parameters][:1]:
+        parameters, place = target.owner._parameters, target.place
+        names = [*parameters][:1] if place is None else [place.down, place.up]
+        for name in names:
             if parameters.get(name) is not None:
-                yield target.path, name, parameters
+                yield _Telling(target.path, name, parameters, place is not None)
 
 
 def _offload_state(model: nn.Module) -> tuple[object, ...]:
@@ -299,3 +311,21 @@ def check_branches(modules: Mapping[str, nn.Module]) -> None:
                 f"`{path}` lacks a part of the branch that was left beside it:"
                 " something else changed the model\nhint: reload the model"
             )
+
+
+def composed_bytes(model: nn.Module) -> int:
+    """Bytes of the ranks that LoRAs added to packed branches, the model's lock held.
+
+    They are parameters, so a host that measures the model counts them. Side branches are buffers.
+
+    Raises:
+        UnsupportedModelError: The model has no slots.
+        ModelStateError: Something else changed its slots.
+    """
+    state = read_state(model)
+    targets = structure_of(model, state).targets if state.records else {}
+    return sum(
+        targets[path].rank_bytes * record.rank_added
+        for path, record in state.records.items()
+        if targets[path].place is not None
+    )

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qwenlora.group.group import Group
-from qwenlora.plan.documents import SlotKind
 from qwenlora.slots.whole import slot_of
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ def _leaving_unit(targets: Sequence[Target], structure: Structure) -> PathUnit:
     """All slots of a path that go through the buffers, returning to their base."""
     own = {target.path for target in targets}
     groups = [group for paths, group in structure.packed if paths <= own]
-    return PathUnit(groups, [(t, None) for t in targets if t.kind is not SlotKind.SVDQ])
+    return PathUnit(groups, [(t, None) for t in targets if t.place is None])
 
 
 def _offloaded_unit(

@@ -20,7 +20,6 @@ import torch
 
 from qwenlora.delta.factors import delta_rows
 from qwenlora.delta.scale import logical_pairs
-from qwenlora.model.target import row_order_of
 from qwenlora.packing.layout import RowOrder
 from qwenlora.packing.pack import interleave_modulation
 
@@ -133,7 +132,7 @@ class _Measure:
         ]
         self._columns, self._count = row.in_features, row.out_features
         logical = torch.arange(self._count, device=device)
-        if row_order_of(whole.target.kind) is RowOrder.INTERLEAVED:
+        if whole.target.row_order is RowOrder.INTERLEAVED:
             logical = interleave_modulation(logical)
         self._logical = logical
         self._zero = torch.zeros((), dtype=torch.float64, device=device)

@@ -17,7 +17,14 @@ from qwenlora.group.allocation import evenly, rest_from, split
 from qwenlora.group.group import in_spans
 from qwenlora.model.target import factors_of
 from qwenlora.packing.host_bytes import zero_bytes
-from qwenlora.packing.layout import FRAGMENT, MODULATION_PLANES, TILE, RowOrder, round_up
+from qwenlora.packing.layout import (
+    FRAGMENT,
+    MODULATION_PLANES,
+    TILE,
+    LowRankSide,
+    RowOrder,
+    round_up,
+)
 from qwenlora.work.pending import Pending
 
 if TYPE_CHECKING:
@@ -146,8 +153,8 @@ class PackedArena:
         row = targets[0].row
         self._rank = row.base_rank + rank_added
         self._base_tiles = row.base_rank // TILE
-        self._down = self._with_base(targets, "proj_down", row.in_features)
-        self._up = self._with_base(targets, "proj_up", row.out_features)
+        self._down = self._with_base(targets, LowRankSide.DOWN, row.in_features)
+        self._up = self._with_base(targets, LowRankSide.UP, row.out_features)
 
     def factors(self) -> Pending[SlotFactors]:
         """Packed (in, R) and (out, R) of every slot."""
@@ -171,8 +178,8 @@ class PackedArena:
         write_packed_downs(self._down, part, base_tiles=self._base_tiles)
         write_packed_ups(self._up, part, base_tiles=self._base_tiles)
 
-    def _with_base(self, targets: Sequence[Target], name: str, channels: int) -> Tensor:
-        olds = factors_of([target.module for target in targets], name)
+    def _with_base(self, targets: Sequence[Target], side: LowRankSide, channels: int) -> Tensor:
+        olds = factors_of(targets, side)
         shape = (len(targets), channels // TILE, self._rank // TILE, FRAGMENT)
         arena = torch.empty(shape, dtype=olds[0].dtype, device=olds[0].device)
         _copy_base(arena[:, :, : self._base_tiles], olds)

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from qwenlora.model.target import FACTORS, factors_of
+from qwenlora.model.target import factors_of
 from qwenlora.packing.layout import LowRankSide, RowOrder
-from qwenlora.plan.documents import SlotKind
 from qwenlora.source.dtypes import DTYPES
 
 if TYPE_CHECKING:
@@ -154,13 +153,12 @@ class Group:
     @property
     def packed(self) -> bool:
         """Whether deltas join packed low-rank branches; they run beside the layers otherwise."""
-        return self.targets[0].kind is SlotKind.SVDQ
+        return self.targets[0].place is not None
 
     @cached_property
     def plain(self) -> bool:
         """Whether none of its packed parameters was made in inference mode."""
-        modules = [target.module for target in self.targets]
-        factors = [factor for name in FACTORS for factor in factors_of(modules, name)]
+        factors = [factor for side in LowRankSide for factor in factors_of(self.targets, side)]
         return not any(factor.is_inference() for factor in factors)
 
     @property

@@ -25,10 +25,9 @@ from qwenlora.group.arena import (
     write_packed_downs,
     write_packed_ups,
 )
-from qwenlora.model.target import FACTORS, factors_of
+from qwenlora.model.target import factors_of
 from qwenlora.packing.host_bytes import host_bytes, new_bytes
 from qwenlora.packing.layout import FRAGMENT, TILE, LowRankSide, round_up
-from qwenlora.plan.documents import SlotKind
 from qwenlora.work.pending import Pending
 from qwenlora.work.threads import fillers_for
 
@@ -65,7 +64,7 @@ def arena_of(targets: Sequence[Target], rank: int, *, row_order: RowOrder, fille
         row_order: The order of the slots' output rows.
         filler: Fills host memory.
     """
-    if targets[0].kind is not SlotKind.SVDQ:
+    if targets[0].place is None:
         return BranchArena(targets, rank, row_order=row_order)
     if targets[0].device.type == "cpu":
         return HostPackedArena(targets, rank, filler=filler)
@@ -141,11 +140,11 @@ class HostPackedArena:
 
     def __init__(self, targets: Sequence[Target], rank_added: int, *, filler: Filler) -> None:
         row = targets[0].row
-        rank, modules = row.base_rank + rank_added, [target.module for target in targets]
+        rank = row.base_rank + rank_added
         channels = (row.in_features, row.out_features)
         self._factors = [
-            HostFactor(factors_of(modules, name), size, rank, filler)
-            for name, size in zip(FACTORS, channels, strict=True)
+            HostFactor(factors_of(targets, side), size, rank, filler)
+            for side, size in zip(LowRankSide, channels, strict=True)
         ]
         self._filler = filler
         self._slots = len(targets)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from qwenlora import cache
 from qwenlora.group.deltas import GroupDeltas
-from qwenlora.model.target import FACTORS, factors_of
+from qwenlora.model.target import factors_of
+from qwenlora.packing.layout import LowRankSide
 from qwenlora.work.pending import Pending
 
 if TYPE_CHECKING:
@@ -63,8 +64,7 @@ class LeftGroup:
 
     def kept(self) -> KeptGroup:
         """The same with its tensors."""
-        modules = [target.module for target in self.group.targets]
-        parameters = [factors_of(modules, name) for name in FACTORS]
+        parameters = [factors_of(self.group.targets, side) for side in LowRankSide]
         downs, ups = ([parameter.data for parameter in own] for own in parameters)
         layouts = {} if self.placed is None else self.placed.layouts
         ranks = sum(layout.rank for layout in layouts.values())

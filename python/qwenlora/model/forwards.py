@@ -55,7 +55,7 @@ def require_understood(targets: Mapping[str, Target], paths: Container[str]) -> 
         UnsupportedModelError: It does not, or that cannot be told.
     """
     for path, target in targets.items():
-        if target.kind is SlotKind.SVDQ:
+        if target.place is not None and target.place.rank is None:
             _require_rank_of_tensors(path, target.module)
         elif path.endswith(_MODULATIONS):
             _require_order_of_rows(path, target, paths)

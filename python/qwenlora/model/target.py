@@ -6,34 +6,71 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from qwenlora.packing.layout import RowOrder
-from qwenlora.plan.documents import SlotKind
+from qwenlora.packing.layout import LowRankSide
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from torch import Tensor, nn
 
-    from qwenlora.plan.documents import SlotRow
+    from qwenlora.packing.layout import RowOrder
+    from qwenlora.plan.documents import SlotKind, SlotRow
 
-__all__ = ["FACTORS", "PACKED_DTYPES", "Target", "device_of", "factors_of", "row_order_of"]
+__all__ = ["PACKED_DTYPES", "LowRankPlace", "Target", "device_of", "factors_of"]
 
 
-FACTORS = ("proj_down", "proj_up")
-"""The factors of a packed slot's low-rank branch."""
 PACKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """Dtypes of a low-rank branch: the kernels' two, and the exact emulation's."""
 HOST = torch.device("cpu")
 
 
+class LowRankPlace(NamedTuple):
+    """Where a quantized layer keeps its low-rank branch.
+
+    Attributes:
+        down: Name of the packed `down`, (in, R).
+        up: Name of the packed `up`, (out, R).
+        owner: Path of the module that holds both, seen from the layer; "" is the layer itself.
+        rank: Name of the owner's attribute by which its forward sizes buffers; None where the
+            forward takes the rank from the tensors.
+    """
+
+    down: str
+    up: str
+    owner: str = ""
+    rank: str | None = None
+
+    def name(self, side: LowRankSide) -> str:
+        """The name of one factor."""
+        return self.down if side is LowRankSide.DOWN else self.up
+
+    def owner_of(self, layer: nn.Module) -> nn.Module:
+        """The module that holds both factors."""
+        return layer.get_submodule(self.owner) if self.owner else layer
+
+
 class Target(NamedTuple):
-    """A slot of the model at hand; `device` is where it was when it was found."""
+    """A slot of the model at hand.
+
+    Attributes:
+        module: The layer.
+        kind: Its kind.
+        dtype: The dtype in which it takes deltas.
+        device: Its device when it was found.
+        row: Its facts for planning.
+        row_order: The order of its output rows.
+        place: Where its packed low-rank branch lies; None where deltas run beside it.
+        owner: The module that holds the packed branch; the layer itself where there is none.
+    """
 
     module: nn.Module
     kind: SlotKind
     dtype: torch.dtype
     device: torch.device
     row: SlotRow
+    row_order: RowOrder
+    place: LowRankPlace | None
+    owner: nn.Module
 
     @property
     def path(self) -> str:
@@ -43,7 +80,8 @@ class Target(NamedTuple):
     def twin(self, module: nn.Module, path: str) -> Target:
         """The same slot of another block."""
         row = self.row._replace(path=path)
-        return self._replace(module=module, device=device_of(module), row=row)
+        owner = module if self.place is None else self.place.owner_of(module)
+        return self._replace(module=module, device=device_of(owner), row=row, owner=owner)
 
     @property
     def rank_bytes(self) -> int:
@@ -56,12 +94,14 @@ class Target(NamedTuple):
         return self.row.base_rank * self.rank_bytes
 
 
-def factors_of(modules: Iterable[nn.Module], name: str) -> list[Tensor]:
-    """One of `FACTORS` of packed layers, past `__getattr__`, which is slow a thousand times."""
-    return [
-        getattr(module, name) if (own := module._parameters.get(name)) is None else own
-        for module in modules
-    ]
+def factors_of(targets: Iterable[Target], side: LowRankSide) -> list[Tensor]:
+    """One factor of packed slots, past `__getattr__`, which is slow a thousand times."""
+    found = []
+    for target in targets:
+        name = target.place.name(side) if target.place is not None else ""
+        own = target.owner._parameters.get(name)
+        found.append(getattr(target.owner, name) if own is None else own)
+    return found
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -71,8 +111,3 @@ def device_of(module: nn.Module) -> torch.device:
             if tensor is not None:
                 return tensor.device
     return HOST
-
-
-def row_order_of(kind: SlotKind) -> RowOrder:
-    """The order of a layer's output rows: AWQ layers that can be planned are modulations."""
-    return RowOrder.INTERLEAVED if kind is SlotKind.AWQ else RowOrder.PLANAR

@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenlora.model.subclass import is_marked, mark_hooked, unmark_hooked
-from qwenlora.model.target import row_order_of
 from qwenlora.packing.layout import RowOrder
 from qwenlora.packing.pack import interleave_modulation
-from qwenlora.plan.documents import SlotKind
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -217,7 +215,7 @@ def make_branch(
 def low_rank_branch(target: Target, factors: Sequence[Tensor]) -> Branch:
     """A branch of one pair that is in its layer's form already: (R, in) and (out, R)."""
     down, up = factors
-    layout = BranchLayout(row_order=row_order_of(target.kind))
+    layout = BranchLayout(row_order=target.row_order)
     return Branch(layout, {BRANCH_DOWN: down, BRANCH_UP: up})
 
 
@@ -307,7 +305,7 @@ class SideBranchSlot:
     def __init__(self, target: Target) -> None:
         self._target = target
         self._module = target.module
-        self._carries_rank = target.kind is not SlotKind.SVDQ
+        self._carries_rank = target.place is None
         self.path = target.path
 
     def rank_added(self) -> int:
@@ -337,7 +335,7 @@ class SideBranchSlot:
             krons=deltas.krons,
             kron_room=deltas.kron_room,
             dense=deltas.dense,
-            row_order=row_order_of(self._target.kind),
+            row_order=self._target.row_order,
             pinned=any(p.is_pinned() for p in self._module.parameters(recurse=False)),
         )
         return BranchChange(self._module, new=branch)

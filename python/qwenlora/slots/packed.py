@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwenlora.model.target import FACTORS, factors_of
-from qwenlora.packing.layout import FRAGMENT, TILE
+from qwenlora.model.target import LowRankPlace, factors_of
+from qwenlora.packing.layout import FRAGMENT, TILE, LowRankSide
 from qwenlora.slots.point import point, point_all, point_back
 from qwenlora.slots.slot import NoChange
 from qwenlora.work.pending import Pending
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
-    from typing import Any
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from qwenlora.delta.scale import ScaledPair
     from qwenlora.delta.slot_deltas import SlotDeltas
@@ -43,13 +42,13 @@ class PackedSlot:
     """
 
     def __init__(self, target: Target) -> None:
-        self._module: Any = target.module
+        self._target = target
         self._base_rank = target.row.base_rank
         self.path = target.path
 
     def rank_added(self) -> int:
         """Ranks beyond the base that are in place now."""
-        return int(self._module.proj_down.shape[1]) - self._base_rank
+        return int(self._factor(LowRankSide.DOWN).shape[1]) - self._base_rank
 
     def room(self) -> Hashable:
         """Ranks beyond the base."""
@@ -62,10 +61,9 @@ class PackedSlot:
         return self._change(deltas.pairs, deltas.rank_added)
 
     def _change(self, pairs: Sequence[ScaledPair], rank_added: int) -> PackedChange:
-        down: Tensor = self._module.proj_down
-        up: Tensor = self._module.proj_up
+        down, up = (self._factor(side) for side in LowRankSide)
         return PackedChange(
-            modules=[self._module],
+            targets=[self._target],
             new=Pending.ready(
                 (
                     [self._joined(down, [pair.down for pair in pairs], rank_added)],
@@ -76,18 +74,25 @@ class PackedSlot:
 
     def is_base(self) -> bool:
         """Whether both factors have the base's rank."""
-        return all(getattr(self._module, name).shape[1] == self._base_rank for name in FACTORS)
+        ranks = {self._factor(side).shape[1] for side in LowRankSide}
+        return ranks == {self._base_rank} and says_rank(self._target, self._base_rank)
 
     def restore(self) -> None:
         """Put the base in place; through the host where the device is full."""
         try:
             self._change((), 0).make()
         except torch.OutOfMemoryError:
-            for name in FACTORS:
-                self._restore_by_host(name)
+            for side in LowRankSide:
+                self._restore_by_host(side)
+            say_rank(self._target, self._base_rank)
 
-    def _restore_by_host(self, name: str) -> None:
-        current: Tensor = getattr(self._module, name)
+    def _factor(self, side: LowRankSide) -> Tensor:
+        (factor,) = factors_of([self._target], side)
+        return factor
+
+    def _restore_by_host(self, side: LowRankSide) -> None:
+        current = self._factor(side)
+        owner, name = self._target.owner, name_of(self._target, side)
         channels, rank = current.shape
         tiles, base_tiles = channels // TILE, self._base_rank // TILE
         host = current.detach().cpu().view(tiles, rank // TILE, FRAGMENT)[:, :base_tiles]
@@ -95,9 +100,9 @@ class PackedSlot:
         # Let go of the composed tensor first: the smaller one then fits in its place. Until it is
         # there, the base is not where it belongs, but not lost.
         base = host.reshape(channels, self._base_rank)
-        point(self._module, name, base)
+        point(owner, name, base)
         del current
-        point(self._module, name, base.to(device))
+        point(owner, name, base.to(device))
 
     def _joined(self, current: Tensor, added: Sequence[Tensor], rank_added: int) -> Tensor:
         channels, rank = current.shape
@@ -130,7 +135,7 @@ class PackedChange:
     made in inference mode.
     """
 
-    modules: Sequence[nn.Module]
+    targets: Sequence[Target]
     new: Pending[SlotFactors]
     left: InitVar[KeptGroup | None] = None
     old: Sequence[Sequence[Tensor]] = field(init=False)
@@ -143,16 +148,55 @@ class PackedChange:
             self.old_data = left.deltas.factors.wait()
             self.plain = left.group.plain
             return
-        self.old = [factors_of(self.modules, name) for name in FACTORS]
+        self.old = [factors_of(self.targets, side) for side in LowRankSide]
         self.old_data = [[parameter.data for parameter in own] for own in self.old]
 
     def make(self) -> None:
         """Point every factor at its new tensor."""
-        for name, old, new in zip(FACTORS, self.old, self.new.wait(), strict=True):
-            point_all(self.modules, name, old, new, plain=self.plain)
+        owners = [target.owner for target in self.targets]
+        for side, old, new in zip(LowRankSide, self.old, self.new.wait(), strict=True):
+            point_all(owners, name_of(self.targets[0], side), old, new, plain=self.plain)
+        self._say_ranks(self.new.wait())
 
     def unmake(self) -> None:
         """Point every factor at its old tensor."""
-        for name, old, old_data in zip(FACTORS, self.old, self.old_data, strict=True):
-            for module, parameter, data in zip(self.modules, old, old_data, strict=True):
-                point_back(module, name, parameter, data)
+        for side, old, old_data in zip(LowRankSide, self.old, self.old_data, strict=True):
+            name = name_of(self.targets[0], side)
+            for target, parameter, data in zip(self.targets, old, old_data, strict=True):
+                point_back(target.owner, name, parameter, data)
+        self._say_ranks(self.old_data)
+
+    def _say_ranks(self, factors: Sequence[Sequence[Tensor]]) -> None:
+        if require_place(self.targets[0]).rank is None:
+            return
+        for target, down in zip(self.targets, factors[0], strict=True):
+            say_rank(target, down.shape[1])
+
+
+def name_of(target: Target, side: LowRankSide) -> str:
+    """The name of one factor of a packed slot."""
+    return require_place(target).name(side)
+
+
+def say_rank(target: Target, rank: int) -> None:
+    """Set the attribute by which the layer's forward sizes buffers, where it has one."""
+    name = require_place(target).rank
+    if name is not None:
+        setattr(target.owner, name, rank)
+
+
+def says_rank(target: Target, rank: int) -> bool:
+    """Whether that attribute, where there is one, says this rank."""
+    name = require_place(target).rank
+    return name is None or getattr(target.owner, name) == rank
+
+
+def require_place(target: Target) -> LowRankPlace:
+    """Where the packed branch of a slot lies.
+
+    Raises:
+        TypeError: The slot has none.
+    """
+    if target.place is None:
+        raise TypeError(f"`{target.path}` has no packed low-rank branch")
+    return target.place

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qwenlora.delta.slot_deltas import SlotDeltas
-from qwenlora.plan.documents import SlotKind
 from qwenlora.slots.branch import BranchChange, SideBranchSlot, has_branch, low_rank_branch
-from qwenlora.slots.packed import PackedChange, PackedSlot
+from qwenlora.slots.kinds import KINDS
+from qwenlora.slots.packed import PackedChange
 from qwenlora.slots.slot import Changes
 from qwenlora.slots.value import BASE_VALUES, ValueSlot
 
@@ -31,9 +31,8 @@ def prepare_group(deltas: GroupDeltas, left: KeptGroup | None = None) -> Change:
     """
     targets = deltas.targets
     changes: list[Change] = []
-    if targets[0].kind is SlotKind.SVDQ:
-        modules = [target.module for target in targets]
-        changes.append(PackedChange(modules, deltas.factors, left))
+    if targets[0].place is not None:
+        changes.append(PackedChange(targets, deltas.factors, left))
         changes += [
             SideBranchSlot(target).prepare(SlotDeltas(target))
             for target in targets
@@ -53,12 +52,8 @@ def prepare_group(deltas: GroupDeltas, left: KeptGroup | None = None) -> Change:
 
 
 def slot_of(target: Target) -> WholeSlot:
-    """The slot implementation for a leaf kind."""
-    packed = target.kind is SlotKind.SVDQ
-    tables = target.kind in (SlotKind.NORM, SlotKind.EMBEDDING)
-    ranks: list[Slot] = [PackedSlot(target)] if packed else []
-    branches: list[Slot] = [] if tables else [SideBranchSlot(target)]
-    return WholeSlot(target.path, [*ranks, *branches, ValueSlot(target)])
+    """The layer with all its parts, by its kind."""
+    return WholeSlot(target.path, KINDS[target.kind].parts(target))
 
 
 class WholeSlot:

@@ -1,0 +1,172 @@
+"""The slots of the model at hand, found by structure.
+
+Nunchaku is never imported, and the transformer's class is never looked at: two unrelated classes
+share its name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from qwenlora.errors import ModelStateError, UnsupportedModelError
+from qwenlora.model.forwards import require_understood
+from qwenlora.model.modules import is_wrapper, modules_of, pattern
+from qwenlora.model.offload import offload_of
+from qwenlora.model.target import Target, device_of, factors_of
+from qwenlora.packing.layout import LowRankSide
+from qwenlora.plan.documents import SlotRow
+from qwenlora.slots.kind import Found
+from qwenlora.slots.kinds import KINDS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from torch import nn
+
+    from qwenlora.model.offload import OffloadLayout
+    from qwenlora.slots.kind import LayerFacts, LayerKind
+
+__all__ = ["find_targets"]
+
+
+_TELLING = ("proj_down", "proj_up", "qweight", "wscales", "wzeros", "weight", "bias")
+"""Tensors that tell what a layer is."""
+_META = torch.device("meta")
+
+
+def find_targets(
+    model: nn.Module,
+    base_ranks: Mapping[str, int],
+    *,
+    modules: Sequence[tuple[str, nn.Module]] | None = None,
+    in_flight: bool = False,
+) -> dict[str, Target]:
+    """Find every layer that can carry a delta.
+
+    Args:
+        model: The transformer.
+        base_ranks: Base rank of the slots that are composed now; the others' is their whole rank.
+        modules: What `modules_of` gave for it, where that is at hand.
+        in_flight: Whether slots were being written: the two factors of one may differ in rank.
+
+    Returns:
+        Targets by path, in module order.
+
+    Raises:
+        UnsupportedModelError: The model is no transformer with such layers, their forward is not
+            understood, or it is offloaded in a way that is not known.
+        ModelStateError: A packed layer's tensors contradict each other.
+    """
+    modules = modules_of(model) if modules is None else modules
+    layout = offload_of(model, modules)
+    targets = {target.row.path: target for target in _found(modules, base_ranks, layout, in_flight)}
+    packed = [target for target in targets.values() if target.place is not None]
+    _require_own_factors(packed)
+    _require_the_transformer(packed)
+    if not packed:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no Nunchaku SVDQuant layer"
+            "\nhint: load a Nunchaku Qwen-Image transformer; other models take LoRAs natively"
+        )
+    require_understood(targets, {path for path, _ in modules})
+    return targets
+
+
+def _require_own_factors(packed: Sequence[Target]) -> None:
+    """Two layers over one parameter could not differ: each would carry the other's deltas."""
+    factors = {side: factors_of(packed, side) for side in LowRankSide}
+    if len({id(factor) for own in factors.values() for factor in own}) == 2 * len(packed):
+        return
+    owners: dict[int, str] = {}
+    for index, target in enumerate(packed):
+        for side, own in factors.items():
+            other = owners.setdefault(id(own[index]), target.path)
+            if other != target.path and target.place is not None:
+                name = target.place.name(side)
+                raise UnsupportedModelError(f"`{target.path}` and `{other}` share one {name}")
+
+
+def _require_the_transformer(packed: Sequence[Target]) -> None:
+    """State belongs to the transformer: a module around it would have none."""
+    for target in packed:
+        outer, found, _ = target.path.partition(".transformer_blocks.")
+        if found:
+            raise UnsupportedModelError(
+                f"the transformer is inside this module, at `{outer}`: pass that"
+            )
+
+
+def _found(
+    modules: Iterable[tuple[str, nn.Module]],
+    base_ranks: Mapping[str, int],
+    layout: OffloadLayout | None,
+    in_flight: bool,
+) -> Iterator[Target]:
+    """The slots among modules; raises as `find_targets` does."""
+    kinds: dict[type[nn.Module], bool] = {}
+    for path, module in modules:
+        kind = type(module)
+        plain = kinds.get(kind)
+        if plain is None:
+            plain = kinds[kind] = _is_plain(kind)
+        if not plain and is_wrapper(module):
+            # It would answer with the tensors of what it wraps.
+            continue
+        tensors = _tensors(module) if plain else _asked_tensors(module)
+        found = Found(path, module, tensors, base_ranks.get(path), in_flight)
+        known = _facts(found) if tensors else None
+        if known is not None:
+            offloaded = layout is not None and layout.holds(path)
+            yield _target(found, *known, offloaded=offloaded)
+
+
+def _is_plain(kind: type[nn.Module]) -> bool:
+    """Whether modules of this class keep their tensors where `nn.Module` does."""
+    return (
+        kind.__getattr__ is torch.nn.Module.__getattr__
+        and kind.__getattribute__ is object.__getattribute__
+        and all(vars(base).keys().isdisjoint(_TELLING) for base in kind.__mro__)
+    )
+
+
+def _asked_tensors(module: nn.Module) -> Mapping[str, object]:
+    return {name: getattr(module, name, None) for name in _TELLING}
+
+
+def _tensors(module: nn.Module) -> Mapping[str, object]:
+    """A layer's tensors by name, past `__getattr__`, which is slow for what is not there."""
+    own, parameters, buffers = module.__dict__, module._parameters, module._buffers
+    if not own.keys().isdisjoint(_TELLING):
+        return {**buffers, **parameters, **own}
+    return {**buffers, **parameters} if buffers else parameters
+
+
+def _facts(found: Found) -> tuple[LayerKind, LayerFacts] | None:
+    for kind in KINDS.values():
+        facts = kind.facts(found) if kind.telling in found.tensors else None
+        if facts is not None:
+            return kind, facts
+    return None
+
+
+def _target(found: Found, kind: LayerKind, facts: LayerFacts, *, offloaded: bool) -> Target:
+    path, module = found.path, found.module
+    owner = module if kind.place is None else kind.place.owner_of(module)
+    device = device_of(owner)
+    if device == _META:
+        raise ModelStateError(f"`{path}` is on the meta device: load its weights first")
+    row = SlotRow(
+        path,
+        kind.kind.value,
+        facts.in_features,
+        facts.out_features,
+        facts.base_rank,
+        facts.dtype.itemsize,
+        offloaded,
+        pattern(path),
+        found.has_tensors("bias"),
+    )
+    order, place = kind.row_order, kind.place
+    return Target(module, kind.kind, facts.dtype, device, row, order, place, owner)
