@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import qwenlora
 from qwenlora import ComposeOptions, Placement
 from qwenlora.compose import bring, rescale
-from qwenlora.group import partition as planned
+from qwenlora.group.partition import apart
 
 BLOCKS = 4
 QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
@@ -47,12 +47,11 @@ def bases(make_model):
 
 
 @pytest.fixture
-def alone(monkeypatch):
+def alone():
     """Composes with no slots together."""
 
     def composed(model, loras, options=None):
-        with monkeypatch.context() as patch:
-            patch.setattr(planned, "group_of", lambda *_: None)
+        with apart():
             return qwenlora.compose_loras(model, loras, options=options)
 
     return composed
@@ -311,8 +310,7 @@ def test_any_stack(data, bases, Draft, tmp_path_factory, probe):
         options = data.draw(st.sampled_from(list(WAYS.values())))
         qwenlora.compose_loras(model, loras, options=options)
     other = offloading(bases[dtype], resident)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planned, "group_of", lambda *_: None)
+    with apart():
         qwenlora.compose_loras(other, loras)
     assert differing(held(model, probe), held(other, probe)) == SAME
     qwenlora.reset_loras(model)

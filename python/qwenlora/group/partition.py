@@ -1,21 +1,55 @@
-"""A planned stack on the slots of the model at hand."""
+"""A planned stack on the slots of the model at hand: groups that are alike, and single slots.
+
+Both ways of composing leave the same bits. `apart` composes every slot by itself, which is slow:
+for tests of that promise, and to find out which way a fault belongs to.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from contextvars import ContextVar
+from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from qwenlora.group.group import group_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from typing import TypeAlias
 
     from qwenlora.group.group import Group
     from qwenlora.model.target import Target
     from qwenlora.plan.documents import SlotPlan, StackPlan
 
-__all__ = ["Planned", "Plans"]
+__all__ = ["Division", "Planned", "Plans", "apart", "chosen_division"]
+
+
+class Division(Enum):
+    """A way to divide a stack's slots."""
+
+    TOGETHER = "together"
+    """Slots that are alike are composed at once."""
+    APART = "apart"
+    """Every slot is composed by itself."""
+
+
+_CHOSEN: ContextVar[Division] = ContextVar("qwenlora_division", default=Division.TOGETHER)
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Compose every slot by itself while this is entered, in this thread."""
+    token = _CHOSEN.set(Division.APART)
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)
+
+
+def chosen_division() -> Division:
+    """The division that compositions of this thread use."""
+    return _CHOSEN.get()
 
 
 Plans: TypeAlias = "Callable[[Iterable[str]], Mapping[str, SlotPlan]]"
@@ -31,14 +65,18 @@ class Planned:
     """
 
     def __init__(
-        self, plan: StackPlan, targets: Sequence[Target], *, together: bool = True
+        self,
+        plan: StackPlan,
+        targets: Sequence[Target],
+        *,
+        division: Division = Division.TOGETHER,
     ) -> None:
-        """Sort the plan's slots; without `together` all are single, as each has its own rank."""
+        """Sort the plan's slots."""
         self.plan = plan
         self.groups: list[Group] = []
         single = dict(plan.single)
         for alike in plan.alike:
-            group = group_of(alike, targets) if together else None
+            group = group_of(alike, targets) if division is Division.TOGETHER else None
             if group is not None:
                 self.groups.append(group)
                 continue
