@@ -8,9 +8,9 @@ use std::sync::LazyLock;
 use arbitrary::{Result, Unstructured};
 use qwenlora_core::dtype::Dtype;
 use qwenlora_core::model::{self, ModuleKind, Target};
-use qwenlora_core::role::Role;
+use qwenlora_core::key::role::Role;
 use qwenlora_core::stack::{LokrScale, StackOptions};
-use qwenlora_core::suffix;
+use qwenlora_core::key::suffix;
 
 use crate::listing::Listing;
 use crate::stack::{self, BLOCKS};

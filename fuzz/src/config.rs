@@ -1,6 +1,6 @@
 //! PEFT's configuration: one answer per path, finite where its numbers are.
 
-use qwenlora_core::peft::AdapterConfig;
+use qwenlora_core::adapter::peft::AdapterConfig;
 use serde::de::IgnoredAny;
 
 use crate::assert_speakable;

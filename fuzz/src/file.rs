@@ -6,8 +6,8 @@ use std::sync::LazyLock;
 
 use qwenlora_core::header::{Header, TensorInfo};
 use qwenlora_core::plan::FilePlan;
-use qwenlora_core::reason::Reason;
-use qwenlora_core::table::RawTensor;
+use qwenlora_core::key::reason::Reason;
+use qwenlora_core::key::table::RawTensor;
 use tempfile::TempDir;
 
 use crate::{assert_speakable, plan};

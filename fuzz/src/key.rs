@@ -3,7 +3,7 @@
 use qwenlora_core::header::MAX_NAME_BYTES;
 use qwenlora_core::key::{self, ParsedKey};
 use qwenlora_core::model;
-use qwenlora_core::suffix;
+use qwenlora_core::key::suffix;
 
 /// Checks one key; bytes that are no text are replaced.
 pub fn check(bytes: &[u8]) {
@@ -22,7 +22,7 @@ pub fn check(bytes: &[u8]) {
         );
         assert_eq!(
             cut.scales.is_some(),
-            cut.role == qwenlora_core::role::Role::Fp8Scale
+            cut.role == qwenlora_core::key::role::Role::Fp8Scale
         );
     }
     match parsed {

@@ -5,7 +5,7 @@
 
 use qwenlora_core::dtype::Dtype;
 use qwenlora_core::plan::FilePlan;
-use qwenlora_core::table::RawTensor;
+use qwenlora_core::key::table::RawTensor;
 
 use crate::{assert_speakable, plan};
 

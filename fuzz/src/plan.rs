@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use qwenlora_core::model;
 use qwenlora_core::plan::{FilePlan, Verdict};
-use qwenlora_core::role::Role;
+use qwenlora_core::key::role::Role;
 use serde_json::Value;
 
 use crate::assert_speakable;

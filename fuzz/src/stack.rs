@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 
 use qwenlora_core::model::{self, Model, ModuleKind};
 use qwenlora_core::plan::FilePlan;
-use qwenlora_core::slot::{MAX_RANK, RANK_MULTIPLE, Slot, SlotKind};
+use qwenlora_core::model::slot::{MAX_RANK, RANK_MULTIPLE, Slot, SlotKind};
 use qwenlora_core::stack::{SlotPlan, StackItem, StackOptions, StackPlan};
 use serde_json::Value;
 

@@ -145,7 +145,7 @@ pub const FAMILIES: [&[&str]; 19] = [
 #[cfg(test)]
 mod tests {
     use qwenlora_core::key;
-    use qwenlora_core::suffix;
+    use qwenlora_core::key::suffix;
 
     #[test]
     fn every_word_is_one_of_the_grammar() {

@@ -2,10 +2,12 @@
 
 use std::path::Path;
 
-use qwenlora_core::document::SCHEMA;
-use qwenlora_core::explain::{Explanation, Fate, ModuleExplanation, Reading, ScaleRule, Unread};
 use qwenlora_core::header::Quoted;
-use qwenlora_core::role::Role;
+use qwenlora_core::key::role::Role;
+use qwenlora_core::plan::document::SCHEMA;
+use qwenlora_core::plan::explain::{
+    Explanation, Fate, ModuleExplanation, Reading, ScaleRule, Unread,
+};
 use serde::Serialize;
 
 use crate::escape;

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use qwenlora_core::document::SCHEMA;
 use qwenlora_core::plan::FilePlan;
+use qwenlora_core::plan::document::SCHEMA;
 use serde::Serialize;
 
 use crate::escape;

@@ -33,7 +33,7 @@ use std::ffi::OsString;
 use std::io::{self, ErrorKind, Write};
 
 use clap_complete::Shell;
-use qwenlora_core::explain::Reading;
+use qwenlora_core::plan::explain::Reading;
 
 use crate::args::{Format, Request};
 pub use crate::color::Palette;

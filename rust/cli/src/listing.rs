@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 
-use qwenlora_core::check::ModelCheck;
+use qwenlora_core::adapter::module::Fault;
+use qwenlora_core::key::table::Entry;
 use qwenlora_core::model;
-use qwenlora_core::module::Fault;
 use qwenlora_core::plan::FilePlan;
-use qwenlora_core::table::Entry;
+use qwenlora_core::plan::check::ModelCheck;
 
 use crate::escape;
 use crate::report::shape;

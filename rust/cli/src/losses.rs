@@ -3,14 +3,14 @@
 use std::cmp::Reverse;
 use std::collections::HashMap;
 
-use qwenlora_core::check::ModelCheck;
-use qwenlora_core::component::Component;
+use qwenlora_core::adapter::module::{self, Module};
 use qwenlora_core::header::Quoted;
+use qwenlora_core::key::reason::Reason;
+use qwenlora_core::key::table::Entry;
 use qwenlora_core::model::Model;
-use qwenlora_core::module::{self, Module};
 use qwenlora_core::plan::FilePlan;
-use qwenlora_core::reason::Reason;
-use qwenlora_core::table::Entry;
+use qwenlora_core::plan::check::ModelCheck;
+use qwenlora_core::plan::component::Component;
 
 /// Things that are left out for one reason.
 #[derive(Debug, Clone, PartialEq, Eq)]

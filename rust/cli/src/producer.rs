@@ -203,7 +203,7 @@ fn shows(plan: &FilePlan, sign: Sign) -> bool {
             .table()
             .entries()
             .iter()
-            .any(|entry| entry.role == qwenlora_core::role::Role::PackedDown),
+            .any(|entry| entry.role == qwenlora_core::key::role::Role::PackedDown),
         Lightning => {
             let (rank, scale) = LIGHTNING;
             !plan.modules().is_empty()

@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use qwenlora_core::adapter::Adapter;
-use qwenlora_core::check::ModelCheck;
+use qwenlora_core::adapter::module::{Fault, Module};
 use qwenlora_core::model::Model;
-use qwenlora_core::module::{Fault, Module};
+use qwenlora_core::plan::check::ModelCheck;
 use qwenlora_core::plan::{FilePlan, Verdict};
 
 use crate::brief;

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use qwenlora_core::config;
+use qwenlora_core::plan::config;
 
 use crate::natural;
 

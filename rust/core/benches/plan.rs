@@ -10,9 +10,9 @@ use std::path::Path;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use qwenlora_core::header::Header;
-use qwenlora_core::known;
+use qwenlora_core::model::known;
+use qwenlora_core::model::slot::Slot;
 use qwenlora_core::plan::FilePlan;
-use qwenlora_core::slot::Slot;
 use qwenlora_core::stack::{PlacedStack, SlotIndex, StackItem, StackOptions};
 
 /// The 2160 tensors of a Lightning LoRA (850 MB in bf16) as a sparse file.

@@ -6,12 +6,12 @@ use proptest::prelude::*;
 use proptest::sample::select;
 use qwenlora_core::adapter::{Adapter, PieceKind};
 use qwenlora_core::dtype::Dtype;
+use qwenlora_core::key::table::RawTensor;
+use qwenlora_core::model::slot::{Slot, SlotKind};
 use qwenlora_core::plan::FilePlan;
-use qwenlora_core::slot::{Slot, SlotKind};
 use qwenlora_core::stack::{
     AlikeSlots, Piece, PlacedStack, SlotIndex, SlotPlan, StackItem, StackOptions, StackPlan,
 };
-use qwenlora_core::table::RawTensor;
 
 const BLOCKS: usize = 4;
 /// Slots of a block, with their (out, in) and the modules in them.

@@ -8,12 +8,12 @@ use std::fs;
 use std::path::Path;
 
 use qwenlora_core::dtype::Dtype;
-use qwenlora_core::known;
+use qwenlora_core::key::role::Role;
+use qwenlora_core::key::table::RawTensor;
+use qwenlora_core::model::known;
+use qwenlora_core::model::slot::{Slot, SlotKind};
 use qwenlora_core::plan::FilePlan;
-use qwenlora_core::role::Role;
-use qwenlora_core::slot::{Slot, SlotKind};
 use qwenlora_core::stack::{StackItem, StackOptions, StackPlan};
-use qwenlora_core::table::RawTensor;
 use serde_json::Value;
 
 fn corpus() -> Vec<(String, Value)> {

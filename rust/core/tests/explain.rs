@@ -4,9 +4,9 @@
 
 mod state_dict;
 
-use qwenlora_core::explain::{Explanation, Fate, Reading, ScaleRule};
+use qwenlora_core::key::role::Role;
 use qwenlora_core::plan::FilePlan;
-use qwenlora_core::role::Role;
+use qwenlora_core::plan::explain::{Explanation, Fate, Reading, ScaleRule};
 use state_dict::{TO_Q, Tensors};
 
 fn explain(plan: &FilePlan, key: &str) -> Explanation {

@@ -5,7 +5,7 @@ use std::cmp::Ordering;
 use insta::assert_snapshot;
 use proptest::prelude::*;
 use qwenlora_core::dtype::Dtype;
-use qwenlora_core::findings::{Block, Factors};
+use qwenlora_core::packed::findings::{Block, Factors};
 
 /// The values of one slot's factor as f64, decoded from their definition.
 fn values(bytes: &[u8], dtype: Dtype) -> Vec<f64> {

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use insta::assert_snapshot;
-use qwenlora_core::config;
+use qwenlora_core::plan::config;
 use tempfile::TempDir;
 
 /// The message for a folder, without what stands before its name.

@@ -9,9 +9,9 @@ use std::io::Write;
 
 use qwenlora_core::adapter::Adapter;
 use qwenlora_core::dtype::Dtype;
-use qwenlora_core::explain::Reading;
+use qwenlora_core::model::slot::{Slot, SlotKind};
+use qwenlora_core::plan::explain::Reading;
 use qwenlora_core::plan::{FilePlan, Verdict};
-use qwenlora_core::slot::{Slot, SlotKind};
 use qwenlora_core::stack::{SkipKind, StackError, StackItem, StackOptions, StackPlan};
 use state_dict::{TO_Q, Tensors};
 

@@ -12,8 +12,8 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::Index;
 use qwenlora_core::dtype::Dtype;
-use qwenlora_core::findings::{Block, Factors};
-use qwenlora_core::magnitude::Magnitudes;
+use qwenlora_core::packed::findings::{Block, Factors};
+use qwenlora_core::packed::magnitude::Magnitudes;
 use qwenlora_core::source::{ByteRange, RangeFault, Readers, Reading, SourceError, SourceFile};
 use tempfile::TempDir;
 

@@ -5,7 +5,7 @@
 
 mod state_dict;
 
-use qwenlora_core::peft::METADATA_KEY;
+use qwenlora_core::adapter::peft::METADATA_KEY;
 use qwenlora_core::plan::{FilePlan, Verdict};
 use state_dict::{TO_Q, Tensors};
 

@@ -5,11 +5,11 @@
 mod state_dict;
 
 use proptest::prelude::*;
+use qwenlora_core::adapter::delta::Parameter;
 use qwenlora_core::adapter::{Adapter, PieceKind};
-use qwenlora_core::delta::Parameter;
 use qwenlora_core::dtype::Dtype;
+use qwenlora_core::model::slot::{Slot, SlotKind};
 use qwenlora_core::plan::{FilePlan, Verdict};
-use qwenlora_core::slot::{Slot, SlotKind};
 use qwenlora_core::stack::{
     LokrScale, MAX_KRON_RANK, Piece, Skip, SkipKind, StackError, StackItem, StackOptions,
     StackPlan, TRUNCATED_RANK,

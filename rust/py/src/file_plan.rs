@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use qwenlora_core::config::SourceIdentity;
 use qwenlora_core::dtype::Dtype;
+use qwenlora_core::key::table::RawTensor;
 use qwenlora_core::plan::FilePlan as CorePlan;
+use qwenlora_core::plan::config::SourceIdentity;
 use qwenlora_core::source::FileIdentity;
-use qwenlora_core::table::RawTensor;
 
 use crate::error;
 

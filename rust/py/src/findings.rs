@@ -4,7 +4,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 use qwenlora_core::dtype::Dtype;
-use qwenlora_core::findings::{Block, Factors, FindingsError};
+use qwenlora_core::packed::findings::{Block, Factors, FindingsError};
 
 use crate::bytes::Source;
 

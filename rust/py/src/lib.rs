@@ -42,11 +42,11 @@ mod _core {
     use super::watch::Watch;
 
     #[pymodule_export]
-    const MAX_RANK: u64 = qwenlora_core::slot::MAX_RANK;
+    const MAX_RANK: u64 = qwenlora_core::model::slot::MAX_RANK;
     #[pymodule_export]
-    const MODULATION_PLANES: u64 = qwenlora_core::slot::MODULATION_PLANES;
+    const MODULATION_PLANES: u64 = qwenlora_core::model::slot::MODULATION_PLANES;
     #[pymodule_export]
-    const RANK_MULTIPLE: u64 = qwenlora_core::slot::RANK_MULTIPLE;
+    const RANK_MULTIPLE: u64 = qwenlora_core::model::slot::RANK_MULTIPLE;
     #[pymodule_export]
     const TILE: usize = qwenlora_core::packed::TILE;
     #[pymodule_export]

@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use qwenlora_core::config::{self, SourceIdentity};
 use qwenlora_core::dtype::Dtype;
-use qwenlora_core::magnitude::Magnitudes;
+use qwenlora_core::packed::magnitude::Magnitudes;
 use qwenlora_core::plan::PlanError;
+use qwenlora_core::plan::config::{self, SourceIdentity};
 use qwenlora_core::source::{
     ByteRange, Readers as CoreReaders, Reading as CoreReading, SourceFile,
 };

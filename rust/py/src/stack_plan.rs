@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView, PyTuple};
-use qwenlora_core::known;
+use qwenlora_core::model::known;
+use qwenlora_core::model::slot::{RowOrder, Slot};
 use qwenlora_core::plan::FilePlan as CorePlan;
-use qwenlora_core::slot::{RowOrder, Slot};
 use qwenlora_core::stack::{
     AlikeMember, AlikeSlots, AlikeStack, AlikeTensor, PlacedStack, SlotIndex, StackItem,
     StackOptions,

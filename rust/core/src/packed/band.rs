@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::fragment::{LINES, Line, Row, clear, lines, lines_mut, rows, weave};
 use super::up;
 use super::{Column, DownMember, ElementSize, FRAGMENT, Recipe, TILE, Untouched, UpMember};
-use crate::queue;
+use crate::work::drain;
 
 /// Channel tiles that are filled together where a column is a `down`: of each source row so many
 /// fragments' width is read at once. Other columns read and write in the order of memory, and are
@@ -41,7 +41,7 @@ pub(super) fn cut(recipe: Recipe<'_>) -> Vec<Band<'_>> {
     let mut bands = Vec::new();
     let factors = recipe.dest.chunks_mut(channel_tiles * tile_bytes);
     for (slot, dest) in factors.enumerate() {
-        let own = queue::bands(dest, tile_bytes, GROUP).map(|(first, dest)| Band {
+        let own = drain::bands(dest, tile_bytes, GROUP).map(|(first, dest)| Band {
             dest,
             slot,
             slots,

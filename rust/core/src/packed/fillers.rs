@@ -9,8 +9,8 @@ use thiserror::Error;
 
 use super::band::{self, Band};
 use super::{PackError, Recipe, check_all};
-use crate::crew::{Begun, Crew, Turn, Work};
-use crate::pieces::Apart;
+use crate::work::crew::{Begun, Crew, Turn, Work};
+use crate::work::pieces::Apart;
 
 /// Threads that carry out recipes in the order in which they come.
 ///

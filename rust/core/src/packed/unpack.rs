@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use super::check::size_bytes;
 use super::fragment::{LINES, Row, lines, rows_mut, unweave};
 use super::{ElementSize, FRAGMENT, PackFault, TILE};
-use crate::queue;
+use crate::work::drain;
 
 /// Which factor of a pair it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -78,8 +78,8 @@ fn unpack_units<const U: usize>(
         Side::Up => row * tiles + column,
     };
     let row_bytes = across * FRAGMENT * unpacking.element.bytes();
-    let bands = queue::bands(unpacking.dest, row_bytes, 1).collect();
-    queue::drain_apart(bands, threads, |(first, band)| {
+    let bands = drain::bands(unpacking.dest, row_bytes, 1).collect();
+    drain::drain_apart(bands, threads, |(first, band)| {
         let rows = rows_mut::<U>(band).chunks_exact_mut(across * TILE);
         for (row, dest) in (first..).zip(rows) {
             for column in 0..across {

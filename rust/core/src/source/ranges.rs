@@ -5,8 +5,8 @@ use std::num::NonZeroUsize;
 use thiserror::Error;
 
 use crate::dtype::Dtype;
-use crate::magnitude::{Magnitudes, Pattern};
-use crate::queue;
+use crate::packed::magnitude::{Magnitudes, Pattern};
+use crate::work::drain;
 
 /// Most bytes of one read: enough to keep a disk busy, few enough to share the work evenly.
 const PIECE_BYTES: usize = 8 * 1024 * 1024;
@@ -220,5 +220,5 @@ pub(super) fn read<E: Send>(
     threads: NonZeroUsize,
     read_exact: impl Fn(&mut [u8], u64) -> Result<(), E> + Sync,
 ) -> Result<(), E> {
-    queue::drain(pieces, threads, |piece| piece.read(&read_exact))
+    drain::drain(pieces, threads, |piece| piece.read(&read_exact))
 }

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use super::ranges::{self, ByteRange, Piece};
 use super::{SourceError, SourceFile};
-use crate::crew::{Begun, Crew, Lapse, Turn, Work};
-use crate::magnitude::{Magnitudes, Pattern};
+use crate::packed::magnitude::{Magnitudes, Pattern};
+use crate::work::crew::{Begun, Crew, Lapse, Turn, Work};
 
 /// Threads that read ranges of files into buffers, in the order in which that was asked for.
 ///

@@ -4,13 +4,13 @@
 use super::SlotPlan;
 use super::index::SlotIndex;
 use super::placed::{Placed, PlacedSlot, PlacedStack};
+use crate::adapter::delta::{Factor, Form, WeightOrder};
 use crate::adapter::{Adapter, PieceKind};
-use crate::delta::{Factor, Form, WeightOrder};
 use crate::dtype::Dtype;
+use crate::key::table::Entry;
 use crate::model;
+use crate::model::slot::{RowOrder, Slot, pad_rank};
 use crate::plan::FilePlan;
-use crate::slot::{RowOrder, Slot, pad_rank};
-use crate::table::Entry;
 
 /// Dtypes that are packed as they are; others are converted slot by slot.
 const DTYPES: [Dtype; 3] = [Dtype::BF16, Dtype::F16, Dtype::F32];

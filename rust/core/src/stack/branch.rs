@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashSet};
 
 use serde::Serialize;
 
-use crate::delta::{Delta, Form, Parameter};
-use crate::slot::Slot;
+use crate::adapter::delta::{Delta, Form, Parameter};
+use crate::model::slot::Slot;
 
 /// What a piece takes in its slot beside ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
+use crate::model::slot::Slot;
 use crate::model::{self, Target, TargetId};
-use crate::slot::Slot;
 
 /// Where the known modules are computed, and which slots share a pattern.
 #[derive(Debug, Clone)]

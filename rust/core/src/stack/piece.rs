@@ -3,8 +3,8 @@
 use super::placed::{Placed, Takes};
 use super::{SkipKind, StackOptions};
 use crate::adapter::PieceKind;
-use crate::delta::{Delta, Form, Parameter};
-use crate::slot::{Slot, SlotKind, pad_rank};
+use crate::adapter::delta::{Delta, Form, Parameter};
+use crate::model::slot::{Slot, SlotKind, pad_rank};
 
 /// A Kronecker product of at most this rank is executed as rank: up to there, ranks in a branch
 /// that is computed anyway cost less than the launches of a side branch of their own. Beyond, the

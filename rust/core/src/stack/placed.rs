@@ -6,16 +6,16 @@
 use std::ops::Range;
 
 use super::branch::Branch;
-use super::group::PlacedGroup;
+use super::uniform::PlacedGroup;
 use super::{LoraRow, Piece, Skip, SlotPlan, StackPlan, TensorRef};
 use crate::adapter::PieceKind;
-use crate::delta::{Delta, Form};
-use crate::document;
+use crate::adapter::delta::{Delta, Form};
+use crate::adapter::module::Module;
+use crate::key::table::Entry;
 use crate::model;
-use crate::module::Module;
+use crate::model::slot::{RowOrder, Slot};
 use crate::plan::FilePlan;
-use crate::slot::{RowOrder, Slot};
-use crate::table::Entry;
+use crate::plan::document;
 
 /// A delta in its slot.
 #[derive(Debug, Clone, Copy)]

@@ -1,21 +1,21 @@
 //! The work of planning a stack: every module finds its slot or a reason.
 
-use super::group::{self, Summed};
 use super::index::SlotIndex;
 use super::piece::{self, Origin, Place};
 use super::placed::{self, Placed, PlacedStack};
+use super::uniform::{self, Summed};
 use super::{LokrScale, LoraRow, Skip, SkipKind, StackError, StackItem, StackOptions};
 use crate::adapter::PieceKind;
-use crate::check::ModelCheck;
-use crate::delta::Delta;
-use crate::fit;
+use crate::adapter::delta::Delta;
+use crate::adapter::module::{Fault, Module, ScaleSource};
 use crate::key::Foreign;
+use crate::key::reason::Reason;
+use crate::key::table::{Entry, KeyTable};
+use crate::model::slot::{self, MODULATION_PLANES, Slot, SlotKind};
 use crate::model::{self, Model, Target};
-use crate::module::{Fault, Module, ScaleSource};
 use crate::plan::FilePlan;
-use crate::reason::Reason;
-use crate::slot::{self, MODULATION_PLANES, Slot, SlotKind};
-use crate::table::{Entry, KeyTable};
+use crate::plan::check::ModelCheck;
+use crate::plan::fit;
 
 /// A stack while it is being planned.
 pub(super) struct Planner<'s> {
@@ -137,7 +137,7 @@ impl<'s> Planner<'s> {
             at,
             slot,
             rows: rows_in(target, slot),
-            rank_limit: group::rank_limit(slot, self.options.max_rank),
+            rank_limit: uniform::rank_limit(slot, self.options.max_rank),
         };
         for (at, delta) in module.deltas.iter().enumerate() {
             let scale = self.scale(delta, module, item);
@@ -253,8 +253,8 @@ impl<'s> Planner<'s> {
             )?);
             begin = end;
         }
-        let groups = group::form(self.slots, self.index, &mut slots);
-        let added_bytes = group::added_bytes(self.slots, &slots, &groups);
+        let groups = uniform::form(self.slots, self.index, &mut slots);
+        let added_bytes = uniform::added_bytes(self.slots, &slots, &groups);
         let loras = items.iter().map(|item| LoraRow {
             name: item.name.to_owned(),
             strength: item.strength,

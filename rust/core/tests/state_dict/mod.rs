@@ -1,8 +1,8 @@
 //! State dicts without data, key by key.
 
 use qwenlora_core::dtype::Dtype;
+use qwenlora_core::key::table::RawTensor;
 use qwenlora_core::plan::{FilePlan, PlanError};
-use qwenlora_core::table::RawTensor;
 
 /// A module of every Qwen-Image LoRA.
 pub(crate) const TO_Q: &str = "transformer_blocks.0.attn.to_q";

@@ -1,0 +1,88 @@
+//! Adapters that are not applied, by name and with what would be lost.
+
+use super::{Fault, Parts};
+use crate::adapter::Adapter;
+use crate::dtype::Dtype;
+use crate::key::role::Role;
+use crate::model::ModuleKind;
+
+/// Dtypes whose values usually need a scale.
+const FLOAT8: [Dtype; 5] = [
+    Dtype::F8E4M3,
+    Dtype::F8E5M2,
+    Dtype::F8E4M3Fnuz,
+    Dtype::F8E5M2Fnuz,
+    Dtype::F8E8M0,
+];
+
+impl Parts<'_> {
+    /// Why a module of this kind of adapter is not applied, whatever its shapes are.
+    pub(super) fn refusal(&self, adapter: Adapter) -> Option<Fault> {
+        let unsupported = |text: String| Some(Fault::Unsupported(text));
+        if let Some(loss) = adapter.loss() {
+            return unsupported(format!("{} is not supported: {loss}", adapter.title()));
+        }
+        self.replacement()
+            .or_else(|| self.convolution())
+            .or_else(|| self.wrong_layer(adapter))
+            .or_else(|| {
+                if self.beside_unknown && self.has_float8() {
+                    unsupported(
+                        "float8 tensors beside a tensor of unknown kind, which may be their \
+                         scale, are not supported"
+                            .to_owned(),
+                    )
+                } else {
+                    None
+                }
+            })
+    }
+
+    /// A LoRA that does not add to the weight but changes what it is.
+    pub(super) fn replacement(&self) -> Option<Fault> {
+        let text = if self.has(Role::Reshape) {
+            "`reshape_weight` is not supported: it asks for a module of another size"
+        } else if self.has(Role::SetWeight) {
+            "`set_weight` is not supported: it replaces the base weight"
+        } else {
+            return None;
+        };
+        Some(Fault::Unsupported(text.to_owned()))
+    }
+
+    /// The cores of convolutions: the model has none.
+    fn convolution(&self) -> Option<Fault> {
+        let core = [Role::LokrT2, Role::HadaT1, Role::HadaT2]
+            .into_iter()
+            .find(|role| self.has(*role))?;
+        Some(Fault::Unsupported(format!(
+            "`{}` is not supported: it is the core of a convolution, of which the model has none",
+            core.name()
+        )))
+    }
+
+    /// An adapter of a layer to which it cannot be applied.
+    fn wrong_layer(&self, adapter: Adapter) -> Option<Fault> {
+        let (layer, fits) = match self.kind() {
+            ModuleKind::Linear { .. } => return None,
+            ModuleKind::Norm { .. } => ("norm", adapter == Adapter::Norm),
+            ModuleKind::Embedding { .. } => (
+                "embedding",
+                matches!(adapter, Adapter::Lora | Adapter::Full)
+                    && ![Role::Mid, Role::PackedDown, Role::WNorm]
+                        .iter()
+                        .any(|role| self.has(*role)),
+            ),
+        };
+        let (title, article) = (adapter.title(), if layer == "norm" { "a" } else { "an" });
+        (!fits)
+            .then(|| Fault::Unsupported(format!("a {title} of {article} {layer} has no meaning")))
+    }
+
+    fn has_float8(&self) -> bool {
+        self.tensors
+            .iter()
+            .filter_map(|&i| self.entries.get(i))
+            .any(|e| e.role.is_factor() && FLOAT8.contains(&e.tensor.dtype))
+    }
+}

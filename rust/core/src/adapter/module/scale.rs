@@ -1,0 +1,188 @@
+//! The factor on a module's raw product, and where it comes from.
+
+use serde::Serialize;
+
+use super::{ModuleError, Parts};
+use crate::adapter::Adapter;
+use crate::adapter::peft::AdapterConfig;
+use crate::header::Quoted;
+use crate::key::role::Role;
+use crate::key::table::Entry;
+use crate::model;
+
+/// A scale and its ground.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scale {
+    /// Factor on the raw product at strength 1.
+    pub value: f64,
+    /// Where it comes from.
+    pub source: ScaleSource,
+}
+
+/// Where a scale comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum ScaleSource {
+    /// The module's alpha tensor: alpha / rank.
+    Alpha {
+        /// Index of the tensor in the table of keys.
+        tensor: usize,
+        /// Its value.
+        alpha: f64,
+        /// What it is divided by.
+        rank: u64,
+    },
+    /// An alpha tensor of 0, which means alpha = rank: 1.
+    ZeroAlpha {
+        /// Index of the tensor in the table of keys.
+        tensor: usize,
+    },
+    /// A tensor that holds the scale itself.
+    Stored {
+        /// Index of the tensor in the table of keys.
+        tensor: usize,
+    },
+    /// PEFT's configuration: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+    Config {
+        /// The alpha for this path.
+        alpha: f64,
+        /// What it, or its root, divides.
+        rank: u64,
+        /// Whether the root is taken.
+        rslora: bool,
+    },
+    /// A LoKr whose factors are both stored as they are: 1, whatever alpha says.
+    BothDirect,
+    /// The file says nothing: 1.
+    Nothing,
+    /// This kind of adapter has no alpha: 1.
+    Unscaled,
+}
+
+impl Parts<'_> {
+    /// The scale that trainers mean, without those of float8 tensors.
+    pub(super) fn raw_scale(
+        &self,
+        adapter: Adapter,
+        config: Option<&AdapterConfig>,
+    ) -> Result<Scale, ModuleError> {
+        let one = |source| Ok(Scale { value: 1.0, source });
+        let Some(rank) = self.divisor(adapter).filter(|d| *d > 0) else {
+            if let Some(scale) = self.configured_direct(adapter, config) {
+                return Ok(scale);
+            }
+            // An alpha is not even looked at: in fp16 files it may be infinite.
+            let is_direct = adapter == Adapter::Lokr;
+            return one(if is_direct {
+                ScaleSource::BothDirect
+            } else {
+                ScaleSource::Unscaled
+            });
+        };
+        match (self.stored(Role::Alpha)?, self.stored(Role::Scale)?) {
+            (Some((tensor, alpha)), _) if alpha != 0.0 => Ok(Scale {
+                value: ratio(alpha, rank),
+                source: ScaleSource::Alpha {
+                    tensor,
+                    alpha,
+                    rank,
+                },
+            }),
+            (Some((tensor, _)), _) => one(ScaleSource::ZeroAlpha { tensor }),
+            (None, Some((tensor, value))) => Ok(Scale {
+                value,
+                source: ScaleSource::Stored { tensor },
+            }),
+            (None, None) => Ok(self.configured(adapter, config, rank).unwrap_or(Scale {
+                value: 1.0,
+                source: ScaleSource::Nothing,
+            })),
+        }
+    }
+
+    fn configured(
+        &self,
+        adapter: Adapter,
+        config: Option<&AdapterConfig>,
+        rank: u64,
+    ) -> Option<Scale> {
+        let config = config.filter(|config| config.governs(adapter))?;
+        let path = &model::table().target(self.target).path;
+        Some(Scale {
+            value: config.scale(path, rank)?,
+            source: ScaleSource::Config {
+                alpha: config.alpha(path)?,
+                rank,
+                rslora: config.use_rslora(),
+            },
+        })
+    }
+
+    /// The scale of a LoKr of PEFT's whose factors are both stored as they are: alpha / r, where
+    /// every other trainer means 1. Such a file has no alpha tensor.
+    fn configured_direct(&self, adapter: Adapter, config: Option<&AdapterConfig>) -> Option<Scale> {
+        if adapter != Adapter::Lokr || self.has(Role::Alpha) {
+            return None;
+        }
+        let path = &model::table().target(self.target).path;
+        let rank = config?.promised_rank(path).filter(|rank| *rank > 0)?;
+        self.configured(adapter, config, rank)
+    }
+
+    /// The scale with those of all float8 tensors of the weight's delta.
+    pub(super) fn whole_scale(&self, adapter: Adapter, raw: f64) -> Result<f64, ModuleError> {
+        let is_beside =
+            |role| role == Role::Diff && !matches!(adapter, Adapter::Full | Adapter::Norm);
+        self.float8_scaled(raw, |role| !is_beside(role))
+    }
+
+    /// `scale` times the scales of the float8 tensors of the roles that `is_meant`: a float8 tensor
+    /// is its values times its scale.
+    pub(super) fn float8_scaled(
+        &self,
+        mut scale: f64,
+        is_meant: impl Fn(Role) -> bool,
+    ) -> Result<f64, ModuleError> {
+        for &index in &self.tensors {
+            if let Some(entry) = self.entries.get(index)
+                && entry.role == Role::Fp8Scale
+                && entry.scales.is_some_and(&is_meant)
+            {
+                scale *= scalar(entry)?;
+            }
+        }
+        if scale.is_finite() {
+            Ok(scale)
+        } else {
+            let key = Quoted::new(&model::table().target(self.target).path);
+            Err(ModuleError::NonFiniteScale { key, value: scale })
+        }
+    }
+
+    fn stored(&self, role: Role) -> Result<Option<(usize, f64)>, ModuleError> {
+        self.find(role)
+            .map(|(index, entry)| Ok((index, scalar(entry)?)))
+            .transpose()
+    }
+}
+
+#[allow(clippy::cast_precision_loss, reason = "a rank is far below 2^52")]
+fn ratio(alpha: f64, rank: u64) -> f64 {
+    alpha / rank as f64
+}
+
+fn scalar(entry: &Entry) -> Result<f64, ModuleError> {
+    let key = || Quoted::new(&entry.tensor.key);
+    match entry.value {
+        Some(value) if value.is_finite() => Ok(value),
+        Some(value) => Err(ModuleError::NonFiniteScale { key: key(), value }),
+        None => {
+            let (elements, shape) = (entry.elements(), entry.tensor.shape.clone());
+            Err(ModuleError::NotAScalar {
+                key: key(),
+                elements,
+                shape,
+            })
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! The slots of a released model, for work on files without a model at hand.
+
+use serde::Serialize;
+
+use crate::model::slot::{self, Slot, SlotKind};
+use crate::model::{self, Model, ModuleKind, Target};
+
+/// A slot of a released model, and the modules that are computed in it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct KnownSlot {
+    /// The slot.
+    #[serde(flatten)]
+    pub slot: Slot,
+    /// Canonical paths of its modules; the slot's rows are cut into as many equal parts.
+    pub parts: Vec<&'static str>,
+}
+
+/// The slots of Qwen-Image as Nunchaku quantizes it, in model order.
+///
+/// Ranks of the base are not counted: they differ from one released file to the next.
+pub fn qwen_image_slots() -> Vec<KnownSlot> {
+    let targets = model::table().targets().iter();
+    targets
+        .filter(|target| target.model == Model::QwenImage && target.place.slot == target.path)
+        .map(known_slot)
+        .collect()
+}
+
+fn known_slot(target: &'static Target) -> KnownSlot {
+    let (kind, out_features, in_features) = match target.kind {
+        ModuleKind::Norm { channels } => (SlotKind::Norm, channels, 1),
+        ModuleKind::Embedding { rows, dim } => (SlotKind::Embedding, dim, rows),
+        ModuleKind::Linear {
+            out_features,
+            in_features,
+        } => (kind_of_linear(target), out_features, in_features),
+    };
+    let parts = if target.is_fused() {
+        let path = |id: &usize| model::table().target(*id).path.as_str();
+        target.split.iter().map(path).collect()
+    } else {
+        vec![target.path.as_str()]
+    };
+    KnownSlot {
+        slot: Slot {
+            path: target.path.clone(),
+            kind,
+            in_features,
+            out_features,
+            base_rank: 0,
+            element_bytes: 2,
+            offloaded: false,
+            pattern: target.path.clone(),
+            has_bias: matches!(target.kind, ModuleKind::Linear { .. }),
+        },
+        parts,
+    }
+}
+
+/// Blocks are quantized, what stands around them is not.
+fn kind_of_linear(target: &Target) -> SlotKind {
+    if target.block.is_none() {
+        SlotKind::Linear
+    } else if slot::awq_row_order(&target.path).is_some() {
+        SlotKind::Awq
+    } else {
+        SlotKind::Svdq
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_module_is_in_one_slot() {
+        let slots = qwen_image_slots();
+        assert_eq!(slots.len(), 60 * 14 + 8);
+        let mut parts: Vec<_> = slots.iter().flat_map(|s| s.parts.iter().copied()).collect();
+        assert_eq!(parts.len(), 60 * 18 + 8);
+        parts.sort_unstable();
+        parts.dedup();
+        assert_eq!(parts.len(), 60 * 18 + 8);
+        let count = |kind| slots.iter().filter(|s| s.slot.kind == kind).count();
+        assert_eq!(count(SlotKind::Awq), 120);
+        assert_eq!(count(SlotKind::Svdq), 60 * 8);
+        assert_eq!(count(SlotKind::Linear), 6);
+        assert_eq!(count(SlotKind::Norm), 60 * 4 + 1);
+        assert_eq!(count(SlotKind::Embedding), 1);
+    }
+
+    #[test]
+    fn a_slot_as_json_is_a_slot_again() {
+        for known in qwen_image_slots() {
+            let json = serde_json::to_string(&known).unwrap();
+            let slot: Slot = serde_json::from_str(&json).unwrap();
+            assert_eq!(slot, known.slot);
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! One file, no model: what it is, and what would be applied.
+
+pub mod check;
+pub mod component;
+pub mod config;
+pub mod document;
+pub mod explain;
+mod file_plan;
+pub mod fit;
+mod notes;
+
+pub use file_plan::{FilePlan, PlanError, Verdict};

@@ -1,0 +1,10 @@
+//! Work shared among threads.
+
+pub(crate) mod countdown;
+pub(crate) mod crew;
+pub(crate) mod drain;
+#[cfg(test)]
+#[cfg(loom)]
+pub(crate) mod model_checking;
+pub(crate) mod pieces;
+pub(crate) mod sync;
