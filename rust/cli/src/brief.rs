@@ -160,7 +160,7 @@ fn remark(plan: &FilePlan) -> String {
 
 /// Why a file is not applied whole: the reason that concerns the most of it.
 fn why(plan: &FilePlan) -> String {
-    if !matches!(plan.check(), ModelCheck::Known(Model::QwenImage)) {
+    if !plan.model().is_some_and(Model::is_applied) {
         let reason = plan.reason().unwrap_or_default();
         return until(&reason, &[" (", ": "]).to_owned();
     }

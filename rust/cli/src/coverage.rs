@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use qwenlora_core::model::{self, ModuleKind, Target};
+use qwenlora_core::model::{self, ModuleKind, Section, Target};
 use qwenlora_core::plan::FilePlan;
 
 /// More stretches of blocks than this are cut short.
@@ -132,7 +132,7 @@ fn add(kinds: &mut Vec<Kind>, target: &'static Target, is_trained: bool) {
             kind.blocks.extend(blocks);
         }
         None => kinds.push(Kind {
-            class: class_of(target, name),
+            class: class_of(target),
             group,
             name,
             total: 1,
@@ -141,27 +141,26 @@ fn add(kinds: &mut Vec<Kind>, target: &'static Target, is_trained: bool) {
     }
 }
 
-fn class_of(target: &Target, name: &str) -> Class {
+fn class_of(target: &Target) -> Class {
     if target.block.is_none() {
         Class::TopLevel
     } else if matches!(target.kind, ModuleKind::Norm { .. }) {
         Class::Norm
-    } else if name.contains("_mlp.") || name.starts_with("feed_forward.") {
-        Class::Mlp
-    } else if name.contains("_mod.") || name.starts_with("adaLN_modulation.") {
-        Class::Modulation
     } else {
-        Class::Attention
+        match target.section {
+            Section::Mlp => Class::Mlp,
+            Section::Modulation => Class::Modulation,
+            Section::Attention | Section::TextAttention | Section::Other => Class::Attention,
+        }
     }
 }
 
 /// `60/60 blocks: `, with the blocks where not all are there; nothing at top level.
 fn extent(kind: &Kind) -> String {
-    let group = match kind.group {
-        "" => return String::new(),
-        "transformer_blocks" => "blocks",
-        other => other,
+    let Some(blocks) = model::block_groups().find(|blocks| blocks.path == kind.group) else {
+        return String::new();
     };
+    let group = blocks.title;
     let (count, total) = (kind.blocks.len(), kind.total);
     if count == total {
         format!("{count}/{total} {group}: ")

@@ -7,7 +7,6 @@ use qwenlora_core::adapter::module::{self, Module};
 use qwenlora_core::header::Quoted;
 use qwenlora_core::key::reason::Reason;
 use qwenlora_core::key::table::Entry;
-use qwenlora_core::model::Model;
 use qwenlora_core::plan::FilePlan;
 use qwenlora_core::plan::check::ModelCheck;
 use qwenlora_core::plan::component::Component;
@@ -134,9 +133,7 @@ fn reason_of(module: &Module, check: &ModelCheck) -> Option<String> {
     let own = module.fault.as_ref().map(|fault| fault.text().to_owned());
     own.or_else(|| module.misfit.clone())
         .or_else(|| match check {
-            ModelCheck::Known(Model::ZImage) => {
-                Some("applying to Z-Image is not supported yet".to_owned())
-            }
+            ModelCheck::Known(model) => model.refusal().map(str::to_owned),
             _ => None,
         })
 }

@@ -1,6 +1,6 @@
 //! Which program wrote a file: from its metadata where they say so, else from the style of its keys.
 
-use qwenlora_core::model::BLOCK_GROUPS;
+use qwenlora_core::model;
 use qwenlora_core::plan::FilePlan;
 
 use Sign::{Bare, KeyEnd, KeyPart, KeyStart, Lightning, Metadata, MetadataStart, Packed};
@@ -193,11 +193,10 @@ fn shows(plan: &FilePlan, sign: Sign) -> bool {
         KeyPart(part) => any_key(&|key| key.contains(part)),
         KeyEnd(end) => any_key(&|key| key.ends_with(end)),
         Bare => any_key(&|key| {
-            let block = |(group, _): &(&str, u32)| {
-                key.strip_prefix(group)
+            model::block_groups().any(|blocks| {
+                key.strip_prefix(blocks.path)
                     .is_some_and(|rest| rest.starts_with('.'))
-            };
-            BLOCK_GROUPS.iter().any(block)
+            })
         }),
         Packed => plan
             .table()

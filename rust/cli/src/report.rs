@@ -4,7 +4,6 @@ use std::path::Path;
 
 use qwenlora_core::adapter::Adapter;
 use qwenlora_core::adapter::module::{Fault, Module};
-use qwenlora_core::model::Model;
 use qwenlora_core::plan::check::ModelCheck;
 use qwenlora_core::plan::{FilePlan, Verdict};
 
@@ -66,12 +65,10 @@ fn sentence(plan: &FilePlan) -> String {
             format!("{whole}, but some tensors are left out")
         }
         (Verdict::Partial, _) => format!("{applied} of {all} modules are applied"),
-        (Verdict::Reject, ModelCheck::Known(Model::QwenImage)) if all == 1 => {
-            "its one module is not applied".to_owned()
-        }
-        (Verdict::Reject, ModelCheck::Known(Model::QwenImage)) => {
-            format!("none of its {all} modules is applied")
-        }
+        (Verdict::Reject, ModelCheck::Known(model)) if model.is_applied() => match all {
+            1 => "its one module is not applied".to_owned(),
+            _ => format!("none of its {all} modules is applied"),
+        },
         (Verdict::Reject, _) => plan.reason().unwrap_or_default(),
     }
 }
@@ -99,8 +96,7 @@ fn loss_rows(screen: &mut Screen, tone: Tone, label: &str, noun: &str, losses: &
 /// What the file is.
 fn facts(plan: &FilePlan) -> Vec<(&'static str, String)> {
     let model = match plan.check() {
-        ModelCheck::Known(Model::QwenImage) => "Qwen-Image",
-        ModelCheck::Known(Model::ZImage) => "Z-Image",
+        ModelCheck::Known(model) => model.title(),
         ModelCheck::Other(_) | ModelCheck::OtherShapes(_) => "not Qwen-Image",
         ModelCheck::Nothing(_) => "unknown",
     };

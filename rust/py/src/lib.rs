@@ -44,7 +44,7 @@ mod _core {
     #[pymodule_export]
     const MAX_RANK: u64 = qwenlora_core::model::slot::MAX_RANK;
     #[pymodule_export]
-    const MODULATION_PLANES: u64 = qwenlora_core::model::slot::MODULATION_PLANES;
+    const MODULATION_PLANES: u64 = qwenlora_core::model::qwen_image::MODULATION_PLANES;
     #[pymodule_export]
     const RANK_MULTIPLE: u64 = qwenlora_core::model::slot::RANK_MULTIPLE;
     #[pymodule_export]

@@ -10,7 +10,7 @@ use super::wrapper;
 use crate::key::part::Part;
 use crate::key::role::Role;
 use crate::key::suffix;
-use crate::model::{self, BLOCK_GROUPS, TargetId, strip_flat};
+use crate::model::{self, TargetId, strip_flat};
 
 /// Prefixes that trainers and runtimes put before a path. They stack.
 pub const PREFIXES: [&str; 14] = [
@@ -284,16 +284,17 @@ pub(crate) fn block_out_of_range(key: &str) -> Option<String> {
     let stem = suffix::cut(bare).map_or(bare, |cut| cut.stem);
     let path = without_processor(stem);
     let in_another_block = |path: &str| {
-        BLOCK_GROUPS.iter().find_map(|(group, count)| {
+        model::block_groups().find_map(|blocks| {
+            let group = blocks.path;
             let rest = strip_flat(strip_flat(path, group)?, "_")?;
             let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
             let (number, rest) = rest.split_at_checked(digits)?;
             let beyond = number
                 .parse::<u32>()
-                .map_or(!number.is_empty(), |n| n >= *count);
+                .map_or(!number.is_empty(), |n| n >= blocks.count);
             let target = beyond.then(|| model::table().find(&format!("{group}_0{rest}")))??;
             let model = model::table().target(target).model.title();
-            let last = count - 1;
+            let last = blocks.count - 1;
             Some(format!(
                 "names a block that {model} does not have (its last is `{group}.{last}`)"
             ))

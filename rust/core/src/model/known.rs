@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 
-use crate::model::slot::{self, Slot, SlotKind};
-use crate::model::{self, Model, ModuleKind, Target};
+use crate::model::slot::{Slot, SlotKind};
+use crate::model::{self, Layer, Model, ModuleKind, Target};
 
 /// A slot of a released model, and the modules that are computed in it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -22,18 +22,19 @@ pub fn qwen_image_slots() -> Vec<KnownSlot> {
     let targets = model::table().targets().iter();
     targets
         .filter(|target| target.model == Model::QwenImage && target.place.slot == target.path)
-        .map(known_slot)
+        .filter_map(known_slot)
         .collect()
 }
 
-fn known_slot(target: &'static Target) -> KnownSlot {
+/// None for a layer that is computed in a way that is not known.
+fn known_slot(target: &'static Target) -> Option<KnownSlot> {
     let (kind, out_features, in_features) = match target.kind {
         ModuleKind::Norm { channels } => (SlotKind::Norm, channels, 1),
         ModuleKind::Embedding { rows, dim } => (SlotKind::Embedding, dim, rows),
         ModuleKind::Linear {
             out_features,
             in_features,
-        } => (kind_of_linear(target), out_features, in_features),
+        } => (kind_of(target.layer?), out_features, in_features),
     };
     let parts = if target.is_fused() {
         let path = |id: &usize| model::table().target(*id).path.as_str();
@@ -41,7 +42,7 @@ fn known_slot(target: &'static Target) -> KnownSlot {
     } else {
         vec![target.path.as_str()]
     };
-    KnownSlot {
+    Some(KnownSlot {
         slot: Slot {
             path: target.path.clone(),
             kind,
@@ -54,17 +55,14 @@ fn known_slot(target: &'static Target) -> KnownSlot {
             has_bias: matches!(target.kind, ModuleKind::Linear { .. }),
         },
         parts,
-    }
+    })
 }
 
-/// Blocks are quantized, what stands around them is not.
-fn kind_of_linear(target: &Target) -> SlotKind {
-    if target.block.is_none() {
-        SlotKind::Linear
-    } else if slot::awq_row_order(&target.path).is_some() {
-        SlotKind::Awq
-    } else {
-        SlotKind::Svdq
+fn kind_of(layer: Layer) -> SlotKind {
+    match layer {
+        Layer::Svdq | Layer::SvdqInFusedMlp => SlotKind::Svdq,
+        Layer::Awq { .. } => SlotKind::Awq,
+        Layer::Plain => SlotKind::Linear,
     }
 }
 

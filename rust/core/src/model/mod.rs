@@ -5,12 +5,18 @@
 //! are all one entry and no name is ever guessed from its underscores.
 
 pub mod known;
+pub mod qwen_image;
+mod rows;
 pub mod slot;
+mod z_image;
 
 use std::fmt;
 use std::sync::LazyLock;
 
 use serde::Serialize;
+
+use rows::ModelRows;
+use slot::RowOrder;
 
 /// A model family whose modules are known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
@@ -24,20 +30,39 @@ pub enum Model {
 }
 
 impl Model {
+    /// Every one.
+    pub const ALL: [Self; 2] = [Self::QwenImage, Self::ZImage];
+
+    fn rows(self) -> &'static ModelRows {
+        match self {
+            Self::QwenImage => &qwen_image::ROWS,
+            Self::ZImage => &z_image::ROWS,
+        }
+    }
+
     /// The name in reports and in JSON.
     pub fn name(self) -> &'static str {
-        match self {
-            Self::QwenImage => "qwen-image",
-            Self::ZImage => "z-image",
-        }
+        self.rows().name
     }
 
     /// How people write it.
     pub fn title(self) -> &'static str {
-        match self {
-            Self::QwenImage => "Qwen-Image",
-            Self::ZImage => "Z-Image",
-        }
+        self.rows().title
+    }
+
+    /// Whether metadata names it, in lower case, without `-` and `_`.
+    pub(crate) fn is_named_by(self, name: &str) -> bool {
+        name.contains(self.rows().metadata_word)
+    }
+
+    /// Why this version does not apply its files, where it does not.
+    pub fn refusal(self) -> Option<&'static str> {
+        self.rows().refusal
+    }
+
+    /// Whether this version applies its files.
+    pub fn is_applied(self) -> bool {
+        self.refusal().is_none()
     }
 }
 
@@ -85,6 +110,49 @@ impl ModuleKind {
     }
 }
 
+/// The part of a block that a module belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Section {
+    /// The attention; where image and text have linears of their own, the image's.
+    Attention,
+    /// The text's side of the attention.
+    TextAttention,
+    /// The MLPs.
+    Mlp,
+    /// The modulation.
+    Modulation,
+    /// None of these, or no block at all.
+    Other,
+}
+
+/// How Nunchaku's model computes a linear.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Layer {
+    /// By SVDQuant.
+    Svdq,
+    /// By SVDQuant in the kernel of a whole MLP: its input and output never surface.
+    SvdqInFusedMlp,
+    /// By AWQ.
+    Awq {
+        /// Its rows are cut into this many equal planes.
+        planes: u64,
+        /// The order of its rows.
+        row_order: RowOrder,
+    },
+    /// As a plain linear.
+    Plain,
+}
+
+impl Layer {
+    /// Whether its weight is quantized.
+    pub fn is_quantized(self) -> bool {
+        match self {
+            Self::Svdq | Self::SvdqInFusedMlp | Self::Awq { .. } => true,
+            Self::Plain => false,
+        }
+    }
+}
+
 /// Index of a target in the table.
 pub type TargetId = usize;
 
@@ -108,6 +176,10 @@ pub struct Target {
     pub model: Model,
     /// Kind and size in the released models.
     pub kind: ModuleKind,
+    /// The part of a block that it belongs to.
+    pub section: Section,
+    /// For a linear, how Nunchaku's models compute it, where that is known.
+    pub layer: Option<Layer>,
     /// Index of the block, none at top level.
     pub block: Option<u32>,
     /// The place in the fused slot; for a target that is not fused, itself.
@@ -165,6 +237,12 @@ impl ModelTable {
         in_blocks.or_else(|| find_name(&self.top, path))
     }
 
+    /// How Nunchaku's model computes the linear at a canonical path, where that is known.
+    pub fn layer_at(&self, path: &str) -> Option<Layer> {
+        let target = self.target(self.find(path)?);
+        target.layer.filter(|_| target.path == path)
+    }
+
     /// Number of spellings.
     pub fn spelling_count(&self) -> usize {
         let in_blocks = |blocks: &Blocks| blocks.count as usize * blocks.names.len();
@@ -211,296 +289,29 @@ pub(crate) fn strip_flat<'p>(path: &'p str, prefix: &str) -> Option<&'p str> {
 
 /// The one table of known modules.
 pub fn table() -> &'static ModelTable {
-    static TABLE: LazyLock<ModelTable> = LazyLock::new(build);
+    static TABLE: LazyLock<ModelTable> = LazyLock::new(rows::build);
     &TABLE
 }
 
-/// Blocks of the released models: (flattened prefix of the block path, number of blocks).
-pub const BLOCK_GROUPS: [(&str, u32); 4] = [
-    ("transformer_blocks", 60),
-    ("layers", 30),
-    ("noise_refiner", 2),
-    ("context_refiner", 2),
-];
-
-const QWEN_WIDTH: u64 = 3072;
-const QWEN_MLP: u64 = 12288;
-const QWEN_MOD: u64 = 18432;
-const QWEN_TEXT: u64 = 3584;
-const QWEN_LATENT: u64 = 64;
-const HEAD_DIM: u64 = 128;
-const Z_WIDTH: u64 = 3840;
-const Z_MLP: u64 = 10240;
-
-/// A linear of a block: (path in the block, out, in).
-type LinearRow = (&'static str, u64, u64);
-/// A fused linear: (path, the three parts it is made of).
-type FusedRow = (&'static str, [&'static str; 3]);
-
-const QWEN_LINEARS: [LinearRow; 14] = [
-    ("attn.to_q", QWEN_WIDTH, QWEN_WIDTH),
-    ("attn.to_k", QWEN_WIDTH, QWEN_WIDTH),
-    ("attn.to_v", QWEN_WIDTH, QWEN_WIDTH),
-    ("attn.add_q_proj", QWEN_WIDTH, QWEN_WIDTH),
-    ("attn.add_k_proj", QWEN_WIDTH, QWEN_WIDTH),
-    ("attn.add_v_proj", QWEN_WIDTH, QWEN_WIDTH),
-    ("attn.to_out.0", QWEN_WIDTH, QWEN_WIDTH),
-    ("attn.to_add_out", QWEN_WIDTH, QWEN_WIDTH),
-    ("img_mlp.net.0.proj", QWEN_MLP, QWEN_WIDTH),
-    ("img_mlp.net.2", QWEN_WIDTH, QWEN_MLP),
-    ("txt_mlp.net.0.proj", QWEN_MLP, QWEN_WIDTH),
-    ("txt_mlp.net.2", QWEN_WIDTH, QWEN_MLP),
-    ("img_mod.1", QWEN_MOD, QWEN_WIDTH),
-    ("txt_mod.1", QWEN_MOD, QWEN_WIDTH),
-];
-const QWEN_NORMS: [(&str, u64); 4] = [
-    ("attn.norm_q", HEAD_DIM),
-    ("attn.norm_k", HEAD_DIM),
-    ("attn.norm_added_q", HEAD_DIM),
-    ("attn.norm_added_k", HEAD_DIM),
-];
-const QWEN_FUSED: [FusedRow; 2] = [
-    ("attn.to_qkv", ["attn.to_q", "attn.to_k", "attn.to_v"]),
-    (
-        "attn.add_qkv_proj",
-        ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
-    ),
-];
-const QWEN_ALIASES: [(&str, &str); 2] = [
-    ("attn.to_out", "attn.to_out.0"),
-    ("attn.to_added_qkv", "attn.add_qkv_proj"),
-];
-const QWEN_TOP: [LinearRow; 6] = [
-    ("img_in", QWEN_WIDTH, QWEN_LATENT),
-    ("txt_in", QWEN_WIDTH, QWEN_TEXT),
-    (
-        "time_text_embed.timestep_embedder.linear_1",
-        QWEN_WIDTH,
-        256,
-    ),
-    (
-        "time_text_embed.timestep_embedder.linear_2",
-        QWEN_WIDTH,
-        QWEN_WIDTH,
-    ),
-    ("norm_out.linear", 6144, QWEN_WIDTH),
-    ("proj_out", QWEN_LATENT, QWEN_WIDTH),
-];
-
-const Z_LINEARS: [LinearRow; 7] = [
-    ("attention.to_q", Z_WIDTH, Z_WIDTH),
-    ("attention.to_k", Z_WIDTH, Z_WIDTH),
-    ("attention.to_v", Z_WIDTH, Z_WIDTH),
-    ("attention.to_out.0", Z_WIDTH, Z_WIDTH),
-    ("feed_forward.w1", Z_MLP, Z_WIDTH),
-    ("feed_forward.w2", Z_WIDTH, Z_MLP),
-    ("feed_forward.w3", Z_MLP, Z_WIDTH),
-];
-const Z_NORMS: [(&str, u64); 6] = [
-    ("attention.norm_q", HEAD_DIM),
-    ("attention.norm_k", HEAD_DIM),
-    ("attention_norm1", Z_WIDTH),
-    ("attention_norm2", Z_WIDTH),
-    ("ffn_norm1", Z_WIDTH),
-    ("ffn_norm2", Z_WIDTH),
-];
-const Z_FUSED: [FusedRow; 1] = [(
-    "attention.to_qkv",
-    ["attention.to_q", "attention.to_k", "attention.to_v"],
-)];
-const Z_ALIASES: [(&str, &str); 3] = [
-    ("attention.to_out", "attention.to_out.0"),
-    ("attention.out", "attention.to_out.0"),
-    ("attention.qkv", "attention.to_qkv"),
-];
-const Z_MODULATION: LinearRow = ("adaLN_modulation.0", 15360, 256);
-
-/// What one block of a model holds.
-struct BlockRows {
-    model: Model,
-    linears: Vec<LinearRow>,
-    norms: &'static [(&'static str, u64)],
-    fused: &'static [FusedRow],
-    aliases: &'static [(&'static str, &'static str)],
+/// Blocks of one kind of a released model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockGroup {
+    /// Their path, without their numbers.
+    pub path: &'static str,
+    /// Their name in reports.
+    pub title: &'static str,
+    /// How many there are.
+    pub count: u32,
 }
 
-fn build() -> ModelTable {
-    let mut table = ModelTable {
-        targets: Vec::new(),
-        blocks: Vec::new(),
-        top: Vec::new(),
-    };
-    let qwen = BlockRows {
-        model: Model::QwenImage,
-        linears: QWEN_LINEARS.to_vec(),
-        norms: &QWEN_NORMS,
-        fused: &QWEN_FUSED,
-        aliases: &QWEN_ALIASES,
-    };
-    let z_plain = BlockRows {
-        model: Model::ZImage,
-        linears: Z_LINEARS.to_vec(),
-        norms: &Z_NORMS,
-        fused: &Z_FUSED,
-        aliases: &Z_ALIASES,
-    };
-    let z_modulated = BlockRows {
-        linears: Z_LINEARS.iter().copied().chain([Z_MODULATION]).collect(),
-        ..z_plain
-    };
-    for (prefix, count) in BLOCK_GROUPS {
-        let rows = match prefix {
-            "transformer_blocks" => &qwen,
-            // The context refiner sees no timestep, hence has no modulation.
-            "context_refiner" => &z_plain,
-            _ => &z_modulated,
-        };
-        table
-            .blocks
-            .push(rows.blocks(prefix, count, table.targets.len()));
-        for block in 0..count {
-            rows.add_block(&mut table.targets, prefix, block);
-        }
-    }
-    add_qwen_top(&mut table);
-    table
-}
-
-impl BlockRows {
-    /// The modules of a block in the order of its targets.
-    fn names(&self) -> impl Iterator<Item = &'static str> {
-        let linears = self.linears.iter().map(|(name, ..)| *name);
-        let norms = self.norms.iter().map(|(name, _)| *name);
-        linears
-            .chain(norms)
-            .chain(self.fused.iter().map(|(name, _)| *name))
-    }
-
-    /// Which of a block's targets a module is.
-    fn place_of(&self, name: &str) -> Option<usize> {
-        self.names().position(|own| own == name)
-    }
-
-    /// How the modules of all blocks are found; `first` is the first target.
-    fn blocks(&self, prefix: &str, count: u32, first: TargetId) -> Blocks {
-        let own = self.names().map(|name| (name, name));
-        let spelled = own.chain(self.aliases.iter().copied());
-        let names = spelled.filter_map(|(spelling, name)| {
-            let place = self.place_of(name)?;
-            Some((spelling.replace('.', "_"), place))
-        });
-        Blocks {
-            prefix: format!("{prefix}_"),
-            count,
-            first,
-            stride: self.names().count(),
-            names: names.collect(),
-        }
-    }
-
-    fn add_block(&self, targets: &mut Vec<Target>, prefix: &str, block: u32) {
-        let first = targets.len();
-        let path = format!("{prefix}.{block}.");
-        let full = |name: &str| [path.as_str(), name].concat();
-        let mut add = |name: &str, kind, place: Option<SlotPlace>, split| {
-            let path = full(name);
-            targets.push(Target {
-                place: place.unwrap_or_else(|| whole(path.clone())),
-                path,
-                model: self.model,
-                kind,
-                block: Some(block),
-                split,
-            });
-        };
-        for &(name, out_features, in_features) in &self.linears {
-            let kind = ModuleKind::Linear {
-                out_features,
-                in_features,
-            };
-            let place = self.fused.iter().find_map(|(slot, parts)| {
-                let part = parts.iter().position(|p| *p == name)?;
-                Some(SlotPlace {
-                    slot: full(slot),
-                    part,
-                    parts: parts.len(),
-                })
-            });
-            add(name, kind, place, Vec::new());
-        }
-        for &(name, channels) in self.norms {
-            add(name, ModuleKind::Norm { channels }, None, Vec::new());
-        }
-        for (name, parts) in self.fused {
-            let places = parts.iter().filter_map(|part| self.place_of(part));
-            let split = places.map(|place| first + place).collect();
-            add(name, self.fused_kind(parts), None, split);
-        }
-    }
-
-    /// The linear whose rows are those of its parts.
-    fn fused_kind(&self, parts: &[&str]) -> ModuleKind {
-        let own = self
-            .linears
-            .iter()
-            .filter(|(name, ..)| parts.contains(name));
-        let (mut out_features, mut in_features) = (0, 0);
-        for (_, rows, columns) in own {
-            out_features += rows;
-            in_features = *columns;
-        }
-        ModuleKind::Linear {
-            out_features,
-            in_features,
-        }
-    }
-}
-
-fn whole(slot: String) -> SlotPlace {
-    SlotPlace {
-        slot,
-        part: 0,
-        parts: 1,
-    }
-}
-
-fn add_qwen_top(table: &mut ModelTable) {
-    let mut add = |path: &str, kind: ModuleKind| {
-        table
-            .top
-            .push((path.replace('.', "_"), table.targets.len()));
-        table.targets.push(Target {
-            path: path.to_owned(),
-            model: Model::QwenImage,
-            kind,
-            block: None,
-            place: whole(path.to_owned()),
-            split: Vec::new(),
-        });
-    };
-    for (path, out_features, in_features) in QWEN_TOP {
-        add(
-            path,
-            ModuleKind::Linear {
-                out_features,
-                in_features,
-            },
-        );
-    }
-    add(
-        "txt_norm",
-        ModuleKind::Norm {
-            channels: QWEN_TEXT,
-        },
-    );
-    // Only Qwen-Image-Layered has it.
-    add(
-        "time_text_embed.addition_t_embedding",
-        ModuleKind::Embedding {
-            rows: 2,
-            dim: QWEN_WIDTH,
-        },
-    );
+/// The blocks of all released models, kind by kind.
+pub fn block_groups() -> impl Iterator<Item = BlockGroup> {
+    let rows = Model::ALL.into_iter().flat_map(|model| model.rows().blocks);
+    rows.map(|rows| BlockGroup {
+        path: rows.path,
+        title: rows.title,
+        count: rows.count,
+    })
 }
 
 #[cfg(test)]
@@ -568,6 +379,37 @@ mod tests {
             "transformer_block\u{e9}",
         ] {
             assert_eq!(table().find(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn layers_are_known_by_canonical_paths() {
+        let layer = |path| table().layer_at(path);
+        let modulation = Layer::Awq {
+            planes: 6,
+            row_order: RowOrder::Interleaved,
+        };
+        for (path, expected) in [
+            ("transformer_blocks.59.attn.to_qkv", Some(Layer::Svdq)),
+            ("transformer_blocks.59.attn.to_add_out", Some(Layer::Svdq)),
+            (
+                "transformer_blocks.0.img_mlp.net.0.proj",
+                Some(Layer::SvdqInFusedMlp),
+            ),
+            (
+                "transformer_blocks.0.txt_mlp.net.2",
+                Some(Layer::SvdqInFusedMlp),
+            ),
+            ("transformer_blocks.0.img_mod.1", Some(modulation)),
+            ("transformer_blocks.0.txt_mod.1", Some(modulation)),
+            ("norm_out.linear", Some(Layer::Plain)),
+            ("txt_norm", None),
+            ("transformer_blocks.0.attn.norm_q", None),
+            ("transformer_blocks_0_img_mod_1", None),
+            ("transformer_blocks.60.img_mod.1", None),
+            ("layers.0.attention.to_q", None),
+        ] {
+            assert_eq!(layer(path), expected, "{path}");
         }
     }
 

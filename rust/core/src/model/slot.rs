@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::model::{self, Layer};
+
 /// Highest rank that the low-rank kernels take; past it they read beyond their scale array and
 /// return garbage without a word.
 pub const MAX_RANK: u64 = 1024;
@@ -83,39 +85,38 @@ impl Slot {
     /// Whether an exact side branch can be computed beside it.
     pub fn carries_branch(&self) -> bool {
         match self.kind {
-            SlotKind::Svdq => !is_in_fused_mlp(&self.path),
+            SlotKind::Svdq => self.layer() != Some(Layer::SvdqInFusedMlp),
             SlotKind::Awq | SlotKind::Linear => true,
             SlotKind::Norm | SlotKind::Embedding => false,
         }
+    }
+
+    /// The order of its output rows; none where it is not known.
+    pub fn row_order(&self) -> Option<RowOrder> {
+        match self.kind {
+            SlotKind::Svdq | SlotKind::Linear | SlotKind::Norm | SlotKind::Embedding => {
+                Some(RowOrder::Planar)
+            }
+            SlotKind::Awq => match self.layer() {
+                Some(Layer::Awq { planes, row_order })
+                    if self.out_features.is_multiple_of(planes) =>
+                {
+                    Some(row_order)
+                }
+                _ => None,
+            },
+        }
+    }
+
+    /// How the released model computes the layer at this path.
+    fn layer(&self) -> Option<Layer> {
+        model::table().layer_at(&self.path)
     }
 }
 
 /// `value` up to the next multiple of 16, saturating.
 pub fn pad_rank(value: u64) -> u64 {
     value.div_ceil(RANK_MULTIPLE).saturating_mul(RANK_MULTIPLE)
-}
-
-/// Planes of a modulation layer: shift, scale and gate, twice.
-pub const MODULATION_PLANES: u64 = 6;
-
-/// The row order of an AWQ layer, known per path: an unknown path has none.
-pub fn awq_row_order(path: &str) -> Option<RowOrder> {
-    let known = path.starts_with("transformer_blocks.")
-        && (path.ends_with(".img_mod.1") || path.ends_with(".txt_mod.1"));
-    known.then_some(RowOrder::Interleaved)
-}
-
-/// Whether the layer at a path is computed inside the kernel of a whole MLP, where its input and
-/// output never surface: known per path.
-fn is_in_fused_mlp(path: &str) -> bool {
-    let in_block = path
-        .strip_prefix("transformer_blocks.")
-        .and_then(|rest| rest.split_once('.'));
-    in_block.is_some_and(|(_, name)| {
-        ["img_mlp.net.", "txt_mlp.net."]
-            .iter()
-            .any(|mlp| name.starts_with(mlp))
-    })
 }
 
 #[cfg(test)]

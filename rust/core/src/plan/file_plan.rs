@@ -308,16 +308,16 @@ impl FilePlan {
                 ModelCheck::Other(text) | ModelCheck::OtherShapes(text) | ModelCheck::Nothing(text),
                 _,
             ) => Some(text.clone()),
-            (ModelCheck::Known(Model::ZImage), _) => {
-                Some("a Z-Image LoRA: applying to Z-Image is not supported yet".to_owned())
-            }
-            (ModelCheck::Known(Model::QwenImage), _) => self.main_reason(),
+            (ModelCheck::Known(model), _) => match model.refusal() {
+                Some(refusal) => Some(format!("a {} LoRA: {refusal}", model.title())),
+                None => self.main_reason(),
+            },
         }
     }
 
     /// The modules that are applied on a released model.
     pub fn applied_modules(&self) -> impl Iterator<Item = &Module> {
-        let known = self.check == ModelCheck::Known(Model::QwenImage);
+        let known = self.model().is_some_and(Model::is_applied);
         self.modules
             .iter()
             .filter(move |m| known && m.is_supported() && m.misfit.is_none())

@@ -83,13 +83,14 @@ fn out_in(kind: ModuleKind) -> (u64, u64) {
 
 /// The model most modules belong to.
 pub fn majority_model(modules: &[Module]) -> Option<Model> {
-    let qwen = modules
-        .iter()
-        .filter(|m| model::table().target(m.target).model == Model::QwenImage)
-        .count();
-    match modules.len() {
-        0 => None,
-        all if qwen * 2 >= all => Some(Model::QwenImage),
-        _ => Some(Model::ZImage),
-    }
+    let count = |model: Model| {
+        let own = |module: &&Module| model::table().target(module.target).model == model;
+        modules.iter().filter(own).count()
+    };
+    // Of equals the first: `max_by_key` takes the last.
+    let most = Model::ALL
+        .into_iter()
+        .rev()
+        .max_by_key(|model| count(*model));
+    most.filter(|_| !modules.is_empty())
 }

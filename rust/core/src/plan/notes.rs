@@ -10,14 +10,12 @@ use crate::key::role::Role;
 use crate::key::table::Entry;
 use crate::key::{self, Foreign};
 use crate::model::slot::MAX_RANK;
-use crate::model::{self, Model, ModuleKind, Target};
+use crate::model::{self, Layer, Model, Section, Target};
 use crate::plan::FilePlan;
 use crate::plan::check::ModelCheck;
 
 /// Metadata keys under which trainers name the base model.
 const BASE_MODEL_KEYS: [&str; 2] = ["ss_base_model_version", "modelspec.architecture"];
-/// What the names of the known models hold, without `-` and `_`.
-const KNOWN_NAMES: [&str; 2] = ["qwen", "zimage"];
 
 /// How a segment ends that names a scale, in lower case.
 const SCALE_ENDS: [&str; 4] = ["alpha", "scale", "scaling", "multiplier"];
@@ -67,7 +65,7 @@ fn name_note(plan: &FilePlan) -> Option<String> {
     };
     let is_known = |name: &str| {
         let bare = name.to_lowercase().replace(['-', '_'], "");
-        bare.is_empty() || KNOWN_NAMES.iter().any(|known| bare.contains(known))
+        bare.is_empty() || Model::ALL.iter().any(|model| model.is_named_by(&bare))
     };
     let (_, name) = plan
         .metadata
@@ -85,18 +83,18 @@ fn cut_notes(plan: &FilePlan) -> Vec<String> {
     let deltas: Vec<(&Target, &Delta)> = plan
         .applied_modules()
         .map(|module| (model::table().target(module.target), module))
-        .filter(|(target, _)| is_quantized(target))
+        .filter(|(target, _)| target.layer.is_some_and(Layer::is_quantized))
         .flat_map(|(target, module)| module.deltas.iter().map(move |delta| (target, delta)))
         .collect();
     let limit = MAX_RANK - LEAST_BASE_RANK;
     let mut notes = Vec::new();
-    let is_fused_mlp = |target: &Target| target.path.contains("_mlp.");
+    let is_fused_mlp = |target: &Target| target.layer == Some(Layer::SvdqInFusedMlp);
     let krons = |(target, delta): &&(&Target, &Delta)| {
         matches!(delta.form, Form::Kronecker { .. }) && is_fused_mlp(target)
     };
     let ranks = |(target, delta): &&(&Target, &Delta)| {
         let is_rank = !matches!(delta.form, Form::Kronecker { .. } | Form::Full { .. });
-        is_rank && !target.path.ends_with("_mod.1")
+        is_rank && !matches!(target.layer, Some(Layer::Awq { .. }))
     };
     let full = |(_, delta): &&(&Target, &Delta)| matches!(delta.form, Form::Full { .. });
     let beyond = |(_, delta): &&(&Target, &Delta)| delta.rank_bound() > limit;
@@ -123,11 +121,6 @@ fn cut_notes(plan: &FilePlan) -> Vec<String> {
          `max_energy_lost`",
     );
     notes
-}
-
-/// Whether Nunchaku's models hold the module's weight quantized: all linears of the blocks.
-fn is_quantized(target: &Target) -> bool {
-    target.block.is_some() && matches!(target.kind, ModuleKind::Linear { .. })
 }
 
 fn rank_note(plan: &FilePlan, config: &AdapterConfig) -> Option<String> {
@@ -191,6 +184,7 @@ fn config_note(plan: &FilePlan, config: &AdapterConfig) -> Option<String> {
 fn could_be_flux(plan: &FilePlan) -> bool {
     plan.modules.iter().all(|module| {
         let target = model::table().target(module.target);
-        target.block.is_some_and(|block| block <= 19) && target.path.contains(".attn.")
+        let is_attention = matches!(target.section, Section::Attention | Section::TextAttention);
+        target.block.is_some_and(|block| block <= 19) && is_attention
     })
 }

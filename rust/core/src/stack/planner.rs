@@ -11,8 +11,8 @@ use crate::adapter::module::{Fault, Module, ScaleSource};
 use crate::key::Foreign;
 use crate::key::reason::Reason;
 use crate::key::table::{Entry, KeyTable};
-use crate::model::slot::{self, MODULATION_PLANES, Slot, SlotKind};
-use crate::model::{self, Model, Target};
+use crate::model::slot::{Slot, SlotKind};
+use crate::model::{self, Target};
 use crate::plan::FilePlan;
 use crate::plan::check::ModelCheck;
 use crate::plan::fit;
@@ -35,10 +35,10 @@ impl<'s> Planner<'s> {
         };
         match &item.plan.check {
             // Shapes are compared with the model at hand, below.
-            ModelCheck::Known(Model::QwenImage) | ModelCheck::OtherShapes(_) => {}
-            ModelCheck::Known(Model::ZImage) => {
+            ModelCheck::Known(model) if !model.is_applied() => {
                 return Err(refuse(item.plan.reason().unwrap_or_default()));
             }
+            ModelCheck::Known(_) | ModelCheck::OtherShapes(_) => {}
             ModelCheck::Other(reason) | ModelCheck::Nothing(reason) => {
                 return Err(refuse(reason.clone()));
             }
@@ -280,9 +280,7 @@ fn check_modulation(slot: &Slot, item: &StackItem<'_>) -> Result<(), (SkipKind, 
         let text = "modulation layers are turned off".to_owned();
         return Err((SkipKind::TurnedOff, text));
     }
-    if slot::awq_row_order(&slot.path).is_none()
-        || !slot.out_features.is_multiple_of(MODULATION_PLANES)
-    {
+    if slot.row_order().is_none() {
         let text = "the row order of this AWQ layer is not known".to_owned();
         return Err((SkipKind::UnknownLayout, text));
     }

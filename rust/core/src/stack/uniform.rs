@@ -8,7 +8,7 @@ use super::index::SlotIndex;
 use super::piece;
 use super::placed::{Placed, PlacedSlot, Takes};
 use super::{RankGroup, StackError, StackOptions};
-use crate::model::slot::{self, RowOrder, Slot, SlotKind};
+use crate::model::slot::{self, RowOrder, Slot};
 use crate::plan::FilePlan;
 
 /// Most ranks that may be added to a slot.
@@ -55,15 +55,10 @@ impl Summed {
             .chunk_by(|a, b| a.lora == b.lora)
             .map(piece::padded_rank)
             .fold(0u64, u64::saturating_add);
-        let row_order = match slot.kind {
-            SlotKind::Awq => slot::awq_row_order(&slot.path).unwrap_or(RowOrder::Planar),
-            SlotKind::Svdq | SlotKind::Linear | SlotKind::Norm | SlotKind::Embedding => {
-                RowOrder::Planar
-            }
-        };
         let slot = PlacedSlot {
             slot: at,
-            row_order,
+            // A slot whose rows have no known order carries nothing.
+            row_order: slot.row_order().unwrap_or(RowOrder::Planar),
             rank: limit.map_or(exact, |limit| exact.min(slot::pad_rank(limit))),
             rank_limit: limit,
             branch_bytes,

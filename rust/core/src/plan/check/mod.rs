@@ -7,7 +7,7 @@ use crate::header::Quoted;
 use crate::key::lookalike;
 use crate::key::role::Role;
 use crate::key::table::KeyTable;
-use crate::model::{self, Model};
+use crate::model::{self, Model, Section};
 use crate::plan::fit::{self, Fit};
 
 /// What a file is found to be.
@@ -94,12 +94,14 @@ pub(crate) fn check_model(modules: &mut [Module], table: &KeyTable) -> ModelChec
 fn name_by_width(modules: &[Module], model: Model) -> Option<&'static str> {
     let attention = || {
         modules.iter().filter_map(|module| {
-            let path = &model::table().target(module.target).path;
-            let is_attention = [".attn.", ".attention."].iter().any(|s| path.contains(s));
-            Some((path, module.shape.filter(|_| is_attention)?))
+            let section = model::table().target(module.target).section;
+            match section {
+                Section::Attention | Section::TextAttention => Some((section, module.shape?)),
+                Section::Mlp | Section::Modulation | Section::Other => None,
+            }
         })
     };
-    let has_text_side = attention().any(|(path, _)| path.contains(".add_"));
+    let has_text_side = attention().any(|(section, _)| section == Section::TextAttention);
     let mut widths: Vec<u64> = attention()
         .filter(|(_, (out, inp))| out == inp)
         .map(|(_, (out, _))| out)
