@@ -1,13 +1,26 @@
-//! The kinds of adapter, and which this version applies.
+//! The kinds of adapter, one file for each.
+//!
+//! A question is one match here: a new kind makes the compiler list all that must be answered.
 
 pub mod delta;
+mod full;
+mod loha;
+mod lokr;
+mod lora;
 pub mod module;
+mod norm;
+mod parts;
 pub mod peft;
+mod refused;
 
 use serde::{Serialize, Serializer};
 
-use crate::key::peft_method::PeftMethod;
+use crate::key::peft_method::{self, PeftMethod};
 use crate::key::role::Role;
+use crate::model::ModuleKind;
+use delta::Form;
+use module::Fault;
+use parts::Parts;
 
 /// How a module's tensors change its weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -106,42 +119,104 @@ impl Adapter {
         }
     }
 
-    /// The kind that a module's roles make up. A kind that changes the meaning of another's
+    /// The kind that a module's tensors make up. A kind that changes the meaning of another's
     /// tensors comes first: a pair with a magnitude is DoRA, never a LoRA.
-    /// `method` is that of the module's [`Role::PeftOnly`] tensors.
-    pub(crate) fn of(
-        has: &impl Fn(Role) -> bool,
-        is_norm: bool,
-        oft_rank: usize,
-        method: Option<&'static PeftMethod>,
-    ) -> Option<Self> {
-        let any = |roles: &[Role]| roles.iter().any(|r| has(*r));
-        if let Some(method) = method {
+    fn of(parts: &Parts<'_>) -> Option<Self> {
+        let is_norm = matches!(parts.kind(), ModuleKind::Norm { .. });
+        let blocks = parts.find(Role::OftBlocks);
+        let dimensions = blocks.map_or(0, |(_, entry)| entry.tensor.shape.len());
+        let is_oft = parts.has_any(&refused::OFT_OR_BOFT) && dimensions != refused::BOFT_DIMENSIONS;
+        if let Some(method) = peft_method(parts) {
             Some(Self::Peft(method))
-        } else if any(&[Role::DoraScale]) {
+        } else if parts.has_any(&refused::DORA) {
             Some(Self::Dora)
-        } else if any(&LOKR) {
+        } else if parts.has_any(&lokr::ROLES) {
             Some(Self::Lokr)
-        } else if any(&LOHA) {
+        } else if parts.has_any(&loha::ROLES) {
             Some(Self::Loha)
-        } else if any(&GLORA) {
+        } else if parts.has_any(&refused::GLORA) {
             Some(Self::Glora)
-        } else if any(&[Role::OftR]) || (any(&[Role::OftBlocks]) && oft_rank != 4) {
+        } else if parts.has_any(&refused::OFT) || is_oft {
             Some(Self::Oft)
-        } else if any(&[Role::OftBlocks, Role::BoftR, Role::BoftS]) {
+        } else if parts.has_any(&refused::OFT_OR_BOFT) || parts.has_any(&refused::BOFT) {
             Some(Self::Boft)
-        } else if any(&[Role::Ia3, Role::Ia3L]) {
+        } else if parts.has_any(&refused::IA3) {
             Some(Self::Ia3)
-        } else if any(&[Role::Down, Role::Up, Role::PackedDown, Role::PackedUp]) {
+        } else if parts.has_any(&lora::ROLES) {
             Some(Self::Lora)
-        } else if is_norm && any(&[Role::Diff, Role::WNorm, Role::SetWeight]) {
+        } else if is_norm && parts.has_any(&norm::ROLES) {
             Some(Self::Norm)
-        } else if any(&[Role::Diff, Role::DiffB, Role::WNorm, Role::SetWeight]) {
+        } else if parts.has_any(&full::ROLES) {
             Some(Self::Full)
         } else {
             None
         }
     }
+
+    /// How a module's tensors make up the delta of its weight.
+    fn form(self, parts: &Parts<'_>) -> Result<Form, Fault> {
+        match self {
+            Self::Lora => lora::form(parts),
+            Self::Lokr => lokr::form(parts),
+            Self::Loha => loha::form(parts),
+            Self::Full => full::form(parts),
+            Self::Norm => norm::form(parts),
+            Self::Dora | Self::Glora | Self::Oft | Self::Boft | Self::Ia3 | Self::Peft(_) => {
+                refused::form(self)
+            }
+        }
+    }
+
+    /// The rank that is stored, or an upper bound of the delta's.
+    fn rank(self, parts: &Parts<'_>) -> Option<u64> {
+        let full = parts.full_rank();
+        let bounded = |rank: Option<u64>| Some(rank?.min(full?));
+        match self {
+            Self::Lora => lora::rank(parts),
+            Self::Dora => lora::pair_rank(parts),
+            Self::Lokr => bounded(lokr::rank(parts)),
+            Self::Loha => bounded(loha::rank(parts)),
+            Self::Glora => bounded(refused::glora_rank(parts).map(|r| r.saturating_mul(2))),
+            Self::Oft | Self::Boft | Self::Ia3 => full,
+            Self::Full => full::rank(parts),
+            Self::Norm | Self::Peft(_) => None,
+        }
+    }
+
+    /// What a stored alpha is divided by; none where the kind has no alpha.
+    fn divisor(self, parts: &Parts<'_>) -> Option<u64> {
+        match self {
+            Self::Lora => lora::divisor(parts),
+            Self::Dora => lora::pair_divisor(parts),
+            Self::Lokr => lokr::divisor(parts),
+            Self::Loha => loha::divisor(parts),
+            Self::Glora => refused::glora_rank(parts),
+            Self::Oft | Self::Boft | Self::Ia3 | Self::Full | Self::Norm | Self::Peft(_) => None,
+        }
+    }
+
+    /// (out, in) of the weight's delta, as far as tensors tell.
+    fn shape(self, parts: &Parts<'_>) -> Option<(u64, u64)> {
+        match self {
+            Self::Lora => lora::shape(parts),
+            Self::Dora => lora::pair_shape(parts),
+            Self::Lokr => lokr::shape(parts),
+            Self::Loha => loha::shape(parts),
+            Self::Full => full::shape(parts),
+            Self::Norm => norm::shape(parts),
+            Self::Glora | Self::Oft | Self::Boft | Self::Ia3 | Self::Peft(_) => None,
+        }
+    }
+}
+
+/// The kind that only PEFT knows, where one of the module's tensors is of such a kind.
+fn peft_method(parts: &Parts<'_>) -> Option<&'static PeftMethod> {
+    let (_, entry) = parts.find(Role::PeftOnly)?;
+    peft_method::of_key(&entry.tensor.key)
+}
+
+fn missing(adapter: Adapter, role: Role) -> Fault {
+    Fault::Broken(format!("is a {} without {}", adapter.title(), role.name()))
 }
 
 /// What a module's delta is to the slot that carries it.
@@ -160,31 +235,6 @@ pub enum PieceKind {
     /// Orthogonal blocks (reserved).
     Rotation,
 }
-
-const LOKR: [Role; 7] = [
-    Role::LokrW1,
-    Role::LokrW1A,
-    Role::LokrW1B,
-    Role::LokrW2,
-    Role::LokrW2A,
-    Role::LokrW2B,
-    Role::LokrT2,
-];
-const LOHA: [Role; 6] = [
-    Role::HadaW1A,
-    Role::HadaW1B,
-    Role::HadaW2A,
-    Role::HadaW2B,
-    Role::HadaT1,
-    Role::HadaT2,
-];
-const GLORA: [Role; 5] = [
-    Role::GloraA1,
-    Role::GloraA2,
-    Role::GloraB1,
-    Role::GloraB2,
-    Role::GloraBm,
-];
 
 impl Serialize for Adapter {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {

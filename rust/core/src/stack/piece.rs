@@ -91,7 +91,15 @@ fn check_kind(delta: &Delta, place: &Place<'_>) -> Result<(), (SkipKind, String)
             Form::Tucker { .. } | Form::Hadamard { .. } | Form::Kronecker { .. },
             SlotKind::Embedding,
         ) => unsupported("an embedding of this model takes a LoRA or a full delta alone"),
-        _ => Ok(()),
+        (
+            Form::Pair { .. }
+            | Form::Tucker { .. }
+            | Form::Packed { .. }
+            | Form::Hadamard { .. }
+            | Form::Kronecker { .. }
+            | Form::Full { .. },
+            SlotKind::Svdq | SlotKind::Awq | SlotKind::Linear | SlotKind::Embedding,
+        ) => Ok(()),
     }
 }
 

@@ -1,7 +1,6 @@
 //! Tensors grouped into modules, each with its adapter, rank, scale and deltas.
 
 mod deltas;
-mod rank;
 mod refusal;
 mod scale;
 
@@ -9,12 +8,12 @@ use std::collections::HashSet;
 
 use crate::adapter::Adapter;
 use crate::adapter::delta::Delta;
+use crate::adapter::parts::Parts;
 use crate::adapter::peft::AdapterConfig;
 use crate::header::Quoted;
-use crate::key::peft_method;
 use crate::key::role::{Role, Roles};
-use crate::key::table::{Entry, KeyTable};
-use crate::model::{self, ModuleKind, TargetId};
+use crate::key::table::KeyTable;
+use crate::model::{self, TargetId};
 pub use scale::{Scale, ScaleSource};
 
 /// Why a module is not applied, or not wholly.
@@ -134,38 +133,9 @@ pub fn group(table: &KeyTable, config: Option<&AdapterConfig>) -> Result<Vec<Mod
         .collect()
 }
 
-/// One module's tensors while they are being understood.
-struct Parts<'t> {
-    entries: &'t [Entry],
-    target: TargetId,
-    tensors: Vec<usize>,
-    /// What they are.
-    roles: Roles,
-    /// Whether the file has tensors of unknown kind under the module's name.
-    beside_unknown: bool,
-}
-
 impl Parts<'_> {
-    fn find(&self, role: Role) -> Option<(usize, &Entry)> {
-        if !self.roles.has(role) {
-            return None;
-        }
-        self.tensors
-            .iter()
-            .filter_map(|&i| Some((i, self.entries.get(i)?)))
-            .find(|(_, e)| e.role == role)
-    }
-
-    fn has(&self, role: Role) -> bool {
-        self.roles.has(role)
-    }
-
-    fn kind(&self) -> ModuleKind {
-        model::table().target(self.target).kind
-    }
-
     fn module(self, config: Option<&AdapterConfig>) -> Result<Module, ModuleError> {
-        let Some(adapter) = self.adapter() else {
+        let Some(adapter) = Adapter::of(&self) else {
             return Ok(self.incomplete());
         };
         let raw = self.raw_scale(adapter, config)?;
@@ -186,26 +156,16 @@ impl Parts<'_> {
         Ok(Module {
             target: self.target,
             adapter,
-            rank: self.rank(adapter),
+            rank: adapter.rank(&self),
             scale,
             scale_source: raw.source,
-            shape: self.shape(adapter),
+            shape: adapter.shape(&self),
             deltas,
             fault,
             left_out,
             misfit: None,
             tensors: self.tensors,
         })
-    }
-
-    fn adapter(&self) -> Option<Adapter> {
-        let is_norm = matches!(self.kind(), ModuleKind::Norm { .. });
-        let oft_rank = self
-            .find(Role::OftBlocks)
-            .map_or(0, |(_, e)| e.tensor.shape.len());
-        let only_peft = self.find(Role::PeftOnly);
-        let method = only_peft.and_then(|(_, e)| peft_method::of_key(&e.tensor.key));
-        Adapter::of(&|role| self.has(role), is_norm, oft_rank, method)
     }
 
     /// A module of which only scalars or leftovers are there.

@@ -1,7 +1,8 @@
 //! Adapters that are not applied, by name and with what would be lost.
 
-use super::{Fault, Parts};
+use super::Fault;
 use crate::adapter::Adapter;
+use crate::adapter::parts::Parts;
 use crate::dtype::Dtype;
 use crate::key::role::Role;
 use crate::model::ModuleKind;
@@ -69,9 +70,7 @@ impl Parts<'_> {
             ModuleKind::Embedding { .. } => (
                 "embedding",
                 matches!(adapter, Adapter::Lora | Adapter::Full)
-                    && ![Role::Mid, Role::PackedDown, Role::WNorm]
-                        .iter()
-                        .any(|role| self.has(*role)),
+                    && !self.has_any(&[Role::Mid, Role::PackedDown, Role::WNorm]),
             ),
         };
         let (title, article) = (adapter.title(), if layer == "norm" { "a" } else { "an" });

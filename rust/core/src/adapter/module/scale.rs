@@ -2,8 +2,9 @@
 
 use serde::Serialize;
 
-use super::{ModuleError, Parts};
+use super::ModuleError;
 use crate::adapter::Adapter;
+use crate::adapter::parts::Parts;
 use crate::adapter::peft::AdapterConfig;
 use crate::header::Quoted;
 use crate::key::role::Role;
@@ -67,7 +68,7 @@ impl Parts<'_> {
         config: Option<&AdapterConfig>,
     ) -> Result<Scale, ModuleError> {
         let one = |source| Ok(Scale { value: 1.0, source });
-        let Some(rank) = self.divisor(adapter).filter(|d| *d > 0) else {
+        let Some(rank) = adapter.divisor(self).filter(|d| *d > 0) else {
             if let Some(scale) = self.configured_direct(adapter, config) {
                 return Ok(scale);
             }
