@@ -209,7 +209,7 @@ fn write_adapters(root: &Path) -> Outcome<()> {
 
 fn write_dictionaries(root: &Path) -> Outcome<()> {
     let paths = model::table()
-        .targets()
+        .modules()
         .iter()
         .map(|target| target.path.as_str());
     let mut words: HashSet<String> = paths

@@ -7,10 +7,10 @@ use std::sync::LazyLock;
 
 use arbitrary::{Result, Unstructured};
 use qwenlora_core::dtype::Dtype;
-use qwenlora_core::model::{self, ModuleKind, Target};
 use qwenlora_core::key::role::Role;
-use qwenlora_core::stack::{LokrScale, StackOptions};
 use qwenlora_core::key::suffix;
+use qwenlora_core::model::{self, KnownModule, ModuleKind};
+use qwenlora_core::stack::{LokrScale, StackOptions};
 
 use crate::listing::Listing;
 use crate::stack::{self, BLOCKS};
@@ -69,9 +69,9 @@ const METADATA: [(&str, &str); 9] = [
 ];
 
 /// The modules of the blocks that stacks are planned on, and those outside of blocks.
-static NEAR: LazyLock<Vec<&Target>> = LazyLock::new(|| {
-    let is_near = |target: &&Target| target.block.is_none_or(|block| BLOCKS.contains(&block));
-    model::table().targets().iter().filter(is_near).collect()
+static NEAR: LazyLock<Vec<&KnownModule>> = LazyLock::new(|| {
+    let is_near = |module: &&KnownModule| module.block.is_none_or(|block| BLOCKS.contains(&block));
+    model::table().modules().iter().filter(is_near).collect()
 });
 
 /// Checks what the bytes choose.
@@ -126,12 +126,12 @@ fn lora(choice: &mut Unstructured) -> Result<Listing> {
 }
 
 fn add_module(choice: &mut Unstructured, listing: &mut Listing) -> Result<()> {
-    let target = *choice.choose(&NEAR)?;
+    let module = *choice.choose(&NEAR)?;
     let prefix = *choice.choose(&PREFIXES)?;
     let path = if prefix.ends_with('_') {
-        target.path.replace('.', "_")
+        module.path.replace('.', "_")
     } else {
-        target.path.clone()
+        module.path.clone()
     };
     let mut suffixes = choice.choose(&FAMILIES)?.to_vec();
     if rarely(choice, 4)? {
@@ -146,7 +146,7 @@ fn add_module(choice: &mut Unstructured, listing: &mut Listing) -> Result<()> {
     let dtype = *choice.choose(&DTYPES)?;
     for suffix in suffixes {
         let role = suffix::cut(&format!("{path}{suffix}")).map(|cut| cut.role);
-        let mut shape = shape(target.kind, role, ranks, cut);
+        let mut shape = shape(module.kind, role, ranks, cut);
         if rarely(choice, 12)? {
             spoil(choice, &mut shape)?;
         }

@@ -5,9 +5,9 @@ use std::path::Path;
 use std::sync::LazyLock;
 
 use qwenlora_core::header::{Header, TensorInfo};
-use qwenlora_core::plan::FilePlan;
 use qwenlora_core::key::reason::Reason;
 use qwenlora_core::key::table::RawTensor;
+use qwenlora_core::plan::FilePlan;
 use tempfile::TempDir;
 
 use crate::{assert_speakable, plan};

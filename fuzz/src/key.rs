@@ -1,9 +1,9 @@
 //! One key: the grammar cuts it into parts of itself.
 
 use qwenlora_core::header::MAX_NAME_BYTES;
+use qwenlora_core::key::suffix;
 use qwenlora_core::key::{self, ParsedKey};
 use qwenlora_core::model;
-use qwenlora_core::key::suffix;
 
 /// Checks one key; bytes that are no text are replaced.
 pub fn check(bytes: &[u8]) {
@@ -18,7 +18,7 @@ pub fn check(bytes: &[u8]) {
         assert!(key.starts_with(cut.stem) && cut.stem.len() < key.len());
         assert!(
             key.get(cut.stem.len()..)
-                .is_some_and(|rest| rest.contains(cut.slot))
+                .is_some_and(|rest| rest.contains(cut.adapter_name))
         );
         assert_eq!(
             cut.scales.is_some(),
@@ -27,18 +27,18 @@ pub fn check(bytes: &[u8]) {
     }
     match parsed {
         ParsedKey::Module {
-            target,
+            module,
             stem,
             role,
-            slot,
+            adapter_name,
             scales,
             bare,
         } => {
             let cut = cut.expect("a module's tensor has a suffix");
-            let parts = (cut.stem, cut.role, cut.slot, cut.scales, cut.bare);
-            assert_eq!(parts, (stem, role, slot, scales, bare));
-            assert_eq!(key::resolve(stem), Some(target));
-            assert_canonical(target, key.get(stem.len()..).unwrap_or_default());
+            let parts = (cut.stem, cut.role, cut.adapter_name, cut.scales, cut.bare);
+            assert_eq!(parts, (stem, role, adapter_name, scales, bare));
+            assert_eq!(key::resolve(stem), Some(module));
+            assert_canonical(module, key.get(stem.len()..).unwrap_or_default());
         }
         ParsedKey::Foreign { reason, beside } => {
             let is_unknown = reason == key::Foreign::UnknownForm;
@@ -49,12 +49,12 @@ pub fn check(bytes: &[u8]) {
 }
 
 /// The same suffix at the module's canonical path says the same.
-fn assert_canonical(target: model::TargetId, suffix: &str) {
-    let path = &model::table().target(target).path;
+fn assert_canonical(module: model::ModuleId, suffix: &str) {
+    let path = &model::table().module(module).path;
     let canonical = format!("{path}{suffix}");
     let again = match key::parse(&canonical) {
-        ParsedKey::Module { target, .. } => Some(target),
+        ParsedKey::Module { module, .. } => Some(module),
         ParsedKey::Foreign { .. } => None,
     };
-    assert_eq!(again, Some(target), "{canonical}");
+    assert_eq!(again, Some(module), "{canonical}");
 }

@@ -4,8 +4,8 @@
 //! bytes are a listing.
 
 use qwenlora_core::dtype::Dtype;
-use qwenlora_core::plan::FilePlan;
 use qwenlora_core::key::table::RawTensor;
+use qwenlora_core::plan::FilePlan;
 
 use crate::{assert_speakable, plan};
 

@@ -2,9 +2,9 @@
 
 use std::collections::HashSet;
 
+use qwenlora_core::key::role::Role;
 use qwenlora_core::model;
 use qwenlora_core::plan::{FilePlan, Verdict};
-use qwenlora_core::key::role::Role;
 use serde_json::Value;
 
 use crate::assert_speakable;
@@ -32,14 +32,14 @@ fn assert_one_place_each(plan: &FilePlan) {
     for module in plan.modules() {
         for &index in &module.tensors {
             assert_eq!(
-                homes[index].replace(module.target),
+                homes[index].replace(module.id),
                 None,
                 "two modules share a tensor"
             );
         }
     }
     for (entry, home) in plan.table().entries().iter().zip(homes) {
-        assert_eq!(entry.target, home, "{}", entry.tensor.key);
+        assert_eq!(entry.module, home, "{}", entry.tensor.key);
         assert_eq!(
             home.is_none(),
             entry.reason.is_some(),
@@ -62,8 +62,8 @@ fn assert_one_place_each(plan: &FilePlan) {
 fn assert_modules(plan: &FilePlan) {
     let mut seen = HashSet::new();
     for module in plan.modules() {
-        let path = &model::table().target(module.target).path;
-        assert!(seen.insert(module.target), "{path} twice");
+        let path = &model::table().module(module.id).path;
+        assert!(seen.insert(module.id), "{path} twice");
         assert!(module.scale.is_finite(), "{path}: {}", module.scale);
         assert_eq!(module.fault.is_some(), module.deltas.is_empty(), "{path}");
         assert!(

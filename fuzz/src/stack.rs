@@ -3,9 +3,9 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::LazyLock;
 
+use qwenlora_core::model::slot::{MAX_RANK, RANK_MULTIPLE, Slot, SlotKind};
 use qwenlora_core::model::{self, Model, ModuleKind};
 use qwenlora_core::plan::FilePlan;
-use qwenlora_core::model::slot::{MAX_RANK, RANK_MULTIPLE, Slot, SlotKind};
 use qwenlora_core::stack::{SlotPlan, StackItem, StackOptions, StackPlan};
 use serde_json::Value;
 
@@ -30,38 +30,38 @@ pub fn slots(base_rank: u64, offloaded: bool) -> Vec<Slot> {
 }
 
 fn released_slots() -> Vec<Slot> {
-    let targets = model::table().targets();
-    let in_model = targets.iter().filter(|target| {
-        target.model == Model::QwenImage
-            && target.block.is_none_or(|block| BLOCKS.contains(&block))
-            && target.place.slot == target.path
+    let modules = model::table().modules();
+    let in_model = modules.iter().filter(|module| {
+        module.model == Model::QwenImage
+            && module.block.is_none_or(|block| BLOCKS.contains(&block))
+            && module.place.slot == module.path
     });
     in_model
-        .map(|target| {
-            let in_block = target.block.is_some();
-            let (kind, in_features, out_features) = match target.kind {
+        .map(|module| {
+            let in_block = module.block.is_some();
+            let (kind, in_features, out_features) = match module.kind {
                 ModuleKind::Linear {
                     out_features,
                     in_features,
                 } => (
-                    linear_kind(&target.path, in_block),
+                    linear_kind(&module.path, in_block),
                     in_features,
                     out_features,
                 ),
                 ModuleKind::Norm { channels } => (SlotKind::Norm, 1, channels),
                 ModuleKind::Embedding { rows, dim } => (SlotKind::Embedding, rows, dim),
             };
-            let number = target.block.map(|block| format!(".{block}."));
+            let number = module.block.map(|block| format!(".{block}."));
             Slot {
-                path: target.path.clone(),
+                path: module.path.clone(),
                 kind,
                 in_features,
                 out_features,
                 base_rank: 0,
                 element_bytes: 2,
                 offloaded: in_block,
-                pattern: number.map_or(target.path.clone(), |n| target.path.replacen(&n, ".*.", 1)),
-                has_bias: matches!(target.kind, ModuleKind::Linear { .. }),
+                pattern: number.map_or(module.path.clone(), |n| module.path.replacen(&n, ".*.", 1)),
+                has_bias: matches!(module.kind, ModuleKind::Linear { .. }),
             }
         })
         .collect()
@@ -115,7 +115,7 @@ fn assert_plan(plan: &StackPlan, items: &[StackItem], slots: &[Slot], options: S
     for slot in &plan.slots {
         assert_slot(slot, by_path[slot.path.as_str()], items, options);
     }
-    for group in &plan.groups {
+    for group in &plan.uniform {
         let ranks = plan
             .slots
             .iter()
@@ -192,10 +192,10 @@ fn assert_nothing_is_lost(plan: &StackPlan, lora: usize, item: &StackItem) {
         .filter(|s| s.lora == lora)
         .map(|s| s.name.as_str())
         .collect();
-    let placed: HashSet<&str> = pieces().map(|piece| piece.target.as_str()).collect();
+    let placed: HashSet<&str> = pieces().map(|piece| piece.module.as_str()).collect();
     assert_eq!(placed.len(), plan.applied_modules[lora]);
     for module in item.plan.modules() {
-        let path = model::table().target(module.target).path.as_str();
+        let path = model::table().module(module.id).path.as_str();
         assert!(placed.contains(path) != skipped.contains(path), "{path}");
     }
     let entries = item.plan.table().entries();
@@ -212,8 +212,8 @@ fn assert_nothing_is_lost(plan: &StackPlan, lora: usize, item: &StackItem) {
         .collect();
     for entry in entries.iter().filter(|entry| entry.role.is_factor()) {
         let key = entry.tensor.key.as_str();
-        let Some(target) = entry.target else { continue };
-        let module_is_out = skipped.contains(model::table().target(target).path.as_str());
+        let Some(id) = entry.module else { continue };
+        let module_is_out = skipped.contains(model::table().module(id).path.as_str());
         assert!(
             read.contains(key) || skipped.contains(key) || module_is_out,
             "{key} is lost"

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use qwenlora_core::model::{self, ModuleKind, Section, Target};
+use qwenlora_core::model::{self, KnownModule, ModuleKind, Section};
 use qwenlora_core::plan::FilePlan;
 
 /// More stretches of blocks than this are cut short.
@@ -81,10 +81,10 @@ pub(crate) fn brief(plan: &FilePlan) -> String {
 
 /// The kinds of module that a file trains.
 fn kinds(plan: &FilePlan) -> Vec<Kind> {
-    let trained: HashSet<usize> = plan.modules().iter().map(|module| module.target).collect();
+    let trained: HashSet<usize> = plan.modules().iter().map(|module| module.id).collect();
     let mut kinds: Vec<Kind> = Vec::new();
-    for (id, target) in model::table().targets().iter().enumerate() {
-        add(&mut kinds, target, trained.contains(&id));
+    for (id, module) in model::table().modules().iter().enumerate() {
+        add(&mut kinds, module, trained.contains(&id));
     }
     kinds.retain(|kind| !kind.blocks.is_empty());
     kinds
@@ -113,15 +113,15 @@ pub(crate) fn rows(plan: &FilePlan) -> Vec<(&'static str, String)> {
     rows
 }
 
-fn add(kinds: &mut Vec<Kind>, target: &'static Target, is_trained: bool) {
-    let (group, name) = match target.block {
+fn add(kinds: &mut Vec<Kind>, module: &'static KnownModule, is_trained: bool) {
+    let (group, name) = match module.block {
         Some(_) => {
-            let (group, rest) = target.path.split_once('.').unwrap_or(("", &target.path));
+            let (group, rest) = module.path.split_once('.').unwrap_or(("", &module.path));
             (group, rest.split_once('.').map_or(rest, |(_, name)| name))
         }
-        None => ("", target.path.as_str()),
+        None => ("", module.path.as_str()),
     };
-    let block = target.block.unwrap_or(0);
+    let block = module.block.unwrap_or(0);
     let at = kinds
         .iter()
         .position(|kind| kind.group == group && kind.name == name);
@@ -132,7 +132,7 @@ fn add(kinds: &mut Vec<Kind>, target: &'static Target, is_trained: bool) {
             kind.blocks.extend(blocks);
         }
         None => kinds.push(Kind {
-            class: class_of(target),
+            class: class_of(module),
             group,
             name,
             total: 1,
@@ -141,13 +141,13 @@ fn add(kinds: &mut Vec<Kind>, target: &'static Target, is_trained: bool) {
     }
 }
 
-fn class_of(target: &Target) -> Class {
-    if target.block.is_none() {
+fn class_of(module: &KnownModule) -> Class {
+    if module.block.is_none() {
         Class::TopLevel
-    } else if matches!(target.kind, ModuleKind::Norm { .. }) {
+    } else if matches!(module.kind, ModuleKind::Norm { .. }) {
         Class::Norm
     } else {
-        match target.section {
+        match module.section {
             Section::Mlp => Class::Mlp,
             Section::Modulation => Class::Modulation,
             Section::Attention | Section::TextAttention | Section::Other => Class::Attention,
@@ -157,7 +157,7 @@ fn class_of(target: &Target) -> Class {
 
 /// `60/60 blocks: `, with the blocks where not all are there; nothing at top level.
 fn extent(kind: &Kind) -> String {
-    let Some(blocks) = model::block_groups().find(|blocks| blocks.path == kind.group) else {
+    let Some(blocks) = model::block_kinds().find(|blocks| blocks.path == kind.group) else {
         return String::new();
     };
     let group = blocks.title;

@@ -53,7 +53,7 @@ pub(crate) fn reading_screen(key: &str, reading: Option<&Reading>) -> Screen {
         screen.below("as it is read in any file; name one to see its scale and its fate");
         screen.blank();
         add_reading(&mut screen, reading, reading.role);
-        screen.row(Tone::Faint, "module", reading.target);
+        screen.row(Tone::Faint, "module", reading.module);
     } else {
         screen.headline(Tone::Bad, "KEY", &shown);
         screen.below(&unread(key));
@@ -64,12 +64,12 @@ pub(crate) fn reading_screen(key: &str, reading: Option<&Reading>) -> Screen {
 /// What a key says that is no tensor of a module.
 fn unread(key: &str) -> String {
     match Unread::of(key) {
-        Some(Unread::PathAlone { target }) => format!(
-            "names the module `{target}`, without an ending that says what the tensor is, such as \
+        Some(Unread::PathAlone { module }) => format!(
+            "names the module `{module}`, without an ending that says what the tensor is, such as \
              `.lora_A.weight`"
         ),
-        Some(Unread::UnknownEnding { target, ending }) => format!(
-            "names the module `{target}`, with an unknown ending: `{}`",
+        Some(Unread::UnknownEnding { module, ending }) => format!(
+            "names the module `{module}`, with an unknown ending: `{}`",
             escape::short(&ending, QUOTED_COLUMNS)
         ),
         Some(Unread::BeyondTheModel(block)) => block,
@@ -166,7 +166,7 @@ fn add_reading(screen: &mut Screen, reading: &Reading, role: Role) {
 
 fn add_module(screen: &mut Screen, module: &ModuleExplanation, own_key: &str) {
     let mut row = |label, text: &str| screen.row(Tone::Faint, label, text);
-    row("module", module.target);
+    row("module", module.path);
     match module.parts {
         0 | 1 => row("slot", module.slot),
         parts => row(

@@ -52,14 +52,10 @@ fn fate(entry: &Entry, reason: Option<&str>, is_other: bool) -> String {
     if let Some(reason) = &entry.reason {
         return format!("ignored: {}", escape::short(&reason.text(), KEY_CHARS));
     }
-    let Some(target) = entry.target.filter(|_| !is_other) else {
+    let Some(id) = entry.module.filter(|_| !is_other) else {
         return "ignored: other model".to_owned();
     };
-    let mut text = format!(
-        "{} {}",
-        model::table().target(target).path,
-        entry.role.name()
-    );
+    let mut text = format!("{} {}", model::table().module(id).path, entry.role.name());
     if let Some(value) = entry.value {
         text = format!("{text} = {}", number(value));
     }

@@ -193,7 +193,7 @@ fn shows(plan: &FilePlan, sign: Sign) -> bool {
         KeyPart(part) => any_key(&|key| key.contains(part)),
         KeyEnd(end) => any_key(&|key| key.ends_with(end)),
         Bare => any_key(&|key| {
-            model::block_groups().any(|blocks| {
+            model::block_kinds().any(|blocks| {
                 key.strip_prefix(blocks.path)
                     .is_some_and(|rest| rest.starts_with('.'))
             })

@@ -100,7 +100,7 @@ fn bench(criterion: &mut Criterion) {
     group.bench_function("stack plan", |b| b.iter(|| place().added_bytes));
     let stack = place();
     group.bench_function("stack plan, grouped", |b| {
-        b.iter(|| stack.grouped(&[&plan], &slots, &index).alike.len());
+        b.iter(|| stack.grouped(&[&plan], &slots, &index).groups.len());
     });
     group.bench_function("stack plan, told as JSON", |b| {
         b.iter(|| stack.told(&[&plan], &slots).to_json().len());

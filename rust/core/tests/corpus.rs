@@ -1,4 +1,4 @@
-//! All 83 key layouts: every tensor's target and role, every module's rank and scale, every
+//! All 83 key layouts: every tensor's module and role, every module's rank and scale, every
 //! file's verdict, and a stack of each file on the whole model.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
@@ -100,7 +100,7 @@ fn every_tensor_has_its_target_role_and_reason() {
             assert_eq!(found["key"], *key, "{name}");
             assert_eq!(
                 found["target"], expected["target"],
-                "{name}: target of {key}"
+                "{name}: module of {key}"
             );
             assert_eq!(found["role"], expected["role"], "{name}: role of {key}");
             if !expected["reason"].is_null() {
@@ -266,7 +266,7 @@ fn every_file_is_planned_whole_or_refused() {
             .sum();
         let applied = plan.table().entries().iter().filter(|entry| {
             let is_scale = matches!(entry.role, Role::Alpha | Role::Scale | Role::Fp8Scale);
-            entry.target.is_some() && !is_scale
+            entry.module.is_some() && !is_scale
         });
         assert_eq!(planned, applied.count(), "{name}: tensors");
     }

@@ -24,7 +24,7 @@ fn a_key_is_taken_apart() {
             wrappers: Vec::new(),
             prefixes: vec!["transformer.", "base_model.model."],
             spelling: "transformer_blocks.3.attn.to.out".to_owned(),
-            target: "transformer_blocks.3.attn.to_out.0",
+            module: "transformer_blocks.3.attn.to_out.0",
             suffix: ".lora_B.style.default.weight".to_owned(),
             role: Role::Up,
             scales: None,

@@ -128,7 +128,7 @@ fn spellings_that_were_met_are_read() {
     ] {
         let reading = Reading::of(key);
         assert_eq!(
-            reading.as_ref().map(|reading| reading.target),
+            reading.as_ref().map(|reading| reading.module),
             Some(path),
             "{key} ({met})"
         );
@@ -136,7 +136,7 @@ fn spellings_that_were_met_are_read() {
     // One underscore, and no other letter.
     for key in ["img_in__.alpha", "img_in_x.alpha", "_.alpha"] {
         assert!(
-            Reading::of(key).is_none_or(|reading| reading.target != "img_in"),
+            Reading::of(key).is_none_or(|reading| reading.module != "img_in"),
             "{key}"
         );
     }
@@ -187,8 +187,8 @@ fn keys_of_wrapped_models_are_read() {
             "FairScale's FSDP",
         ),
     ] {
-        let target = Reading::of(key).map(|reading| reading.target);
-        assert_eq!(target, Some(TO_Q), "{key} ({wrapper})");
+        let module = Reading::of(key).map(|reading| reading.module);
+        assert_eq!(module, Some(TO_Q), "{key} ({wrapper})");
     }
 }
 
@@ -369,7 +369,7 @@ fn fused() -> Tensors {
         .tensor(&format!("{QKV}.lora_B.weight"), &[9216, 16])
 }
 
-fn targets(plan: &FilePlan) -> Vec<usize> {
+fn ids(plan: &FilePlan) -> Vec<usize> {
     plan.modules().iter().map(|m| m.tensors.len()).collect()
 }
 
@@ -381,7 +381,7 @@ fn all_parts_replace_the_fused_module() {
     }
     let plan = tensors.plan();
     assert_eq!(
-        (targets(&plan), plan.verdict()),
+        (ids(&plan), plan.verdict()),
         (vec![2, 2, 2], Verdict::Apply)
     );
     assert_eq!(
@@ -398,7 +398,7 @@ fn some_parts_do_not_replace_the_fused_module() {
         .scalar("transformer_blocks.0.attn.to_v.alpha", 16.0)
         .plan();
     assert_eq!(
-        (targets(&plan), plan.verdict()),
+        (ids(&plan), plan.verdict()),
         (vec![2], Verdict::Partial)
     );
     assert_eq!(
@@ -577,7 +577,7 @@ fn offloaded_slots_of_one_pattern_share_a_rank() {
     }
     let plan = Tensors::default().peft(TO_Q, 16).plan();
     let stack = StackPlan::new(&[item(&plan)], &slots, StackOptions::default()).unwrap();
-    assert_eq!(stack.groups.len(), 1);
-    assert_eq!(stack.groups[0].pattern, "transformer_blocks.*.attn.to_qkv");
-    assert_eq!(stack.groups[0].slots.len(), 2);
+    assert_eq!(stack.uniform.len(), 1);
+    assert_eq!(stack.uniform[0].pattern, "transformer_blocks.*.attn.to_qkv");
+    assert_eq!(stack.uniform[0].slots.len(), 2);
 }

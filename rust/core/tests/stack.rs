@@ -139,7 +139,7 @@ fn a_lokr_of_low_rank_is_rank_and_another_a_side_branch() {
     ] {
         let stack = stack(tensors);
         let piece = only(&stack);
-        assert_eq!(execution(piece), expected, "{}", piece.target);
+        assert_eq!(execution(piece), expected, "{}", piece.module);
         assert_eq!(piece.adapter, Adapter::Lokr);
     }
 }
@@ -862,8 +862,8 @@ fn side_branches_are_uniform_over_offloaded_blocks() {
     .unwrap();
     let (wide, square) = (16 * 16 + 192 * 192, 48 * 48 + 64 * 64);
     let each = 2 * (2 * wide + square + wide);
-    let group = &stack.groups[0];
-    assert_eq!((stack.groups.len(), group.slots.len()), (1, 3));
+    let group = &stack.uniform[0];
+    assert_eq!((stack.uniform.len(), group.slots.len()), (1, 3));
     assert_eq!((group.rank, group.branch_bytes), (0, each));
     let counts: Vec<_> = group
         .krons
@@ -874,7 +874,7 @@ fn side_branches_are_uniform_over_offloaded_blocks() {
     let bytes: Vec<_> = stack
         .slots
         .iter()
-        .map(|s| (s.group, s.branch_bytes))
+        .map(|s| (s.uniform, s.branch_bytes))
         .collect();
     assert_eq!(
         bytes,
@@ -903,8 +903,11 @@ fn vectors_alone_make_no_group() {
         .tensor(&format!("{TO_Q}.diff_b"), &[3072])
         .plan();
     let stack = stack_on(&plan, &offloaded(), StackOptions::default());
-    assert!(stack.groups.is_empty());
-    assert_eq!((stack.slots[0].group, stack.added_bytes), (None, 9216 * 2));
+    assert!(stack.uniform.is_empty());
+    assert_eq!(
+        (stack.slots[0].uniform, stack.added_bytes),
+        (None, 9216 * 2)
+    );
 }
 
 #[test]
@@ -916,7 +919,7 @@ fn a_group_without_a_piece_in_a_block_counts_its_room() {
     let kron = 2 * (16 * 16 + 192 * 192);
     assert_eq!(stack.added_bytes, 3 * (kron + 16 * (9216 + 3072) * 2));
     let ranks: Vec<_> = stack.slots.iter().map(|s| s.rank).collect();
-    assert_eq!((ranks, stack.groups[0].rank), (vec![0, 16], 16));
+    assert_eq!((ranks, stack.uniform[0].rank), (vec![0, 16], 16));
 }
 
 #[test]

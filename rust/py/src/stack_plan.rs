@@ -9,8 +9,7 @@ use qwenlora_core::model::known;
 use qwenlora_core::model::slot::{RowOrder, Slot};
 use qwenlora_core::plan::FilePlan as CorePlan;
 use qwenlora_core::stack::{
-    AlikeMember, AlikeSlots, AlikeStack, AlikeTensor, PlacedStack, SlotIndex, StackItem,
-    StackOptions,
+    Group, Located, Member, PlacedStack, Share, SlotIndex, StackItem, StackOptions,
 };
 
 use crate::error;
@@ -119,10 +118,10 @@ impl PlannedStack {
             let single = (!found.single.is_empty())
                 // Strings and numbers always serialise.
                 .then(|| serde_json::to_string(&found.single).unwrap_or_default());
-            (found.alike, single)
+            (found.groups, single)
         });
-        let alike = grouped.iter().map(|slots| alike_slots(py, slots));
-        Ok((alike.collect::<PyResult<_>>()?, single))
+        let groups = grouped.iter().map(|group| group_tuple(py, group));
+        Ok((groups.collect::<PyResult<_>>()?, single))
     }
 
     /// The plans of some slots, in model order.
@@ -154,23 +153,23 @@ impl PlannedStack {
     }
 }
 
-fn alike_slots<'py>(py: Python<'py>, slots: &AlikeSlots) -> PyResult<Bound<'py, PyTuple>> {
-    let indices = PyTuple::new(py, &slots.slots)?;
-    let stacks = slots.stacks.iter().map(|stack| alike_stack(py, stack));
-    let stacks = PyTuple::new(py, stacks.collect::<PyResult<Vec<_>>>()?)?;
-    (indices, row_order(slots.row_order), stacks).into_pyobject(py)
+fn group_tuple<'py>(py: Python<'py>, group: &Group) -> PyResult<Bound<'py, PyTuple>> {
+    let indices = PyTuple::new(py, &group.slots)?;
+    let shares = group.shares.iter().map(|share| share_tuple(py, share));
+    let shares = PyTuple::new(py, shares.collect::<PyResult<Vec<_>>>()?)?;
+    (indices, row_order(group.row_order), shares).into_pyobject(py)
 }
 
-fn alike_stack<'py>(py: Python<'py>, stack: &AlikeStack) -> PyResult<Bound<'py, PyTuple>> {
-    let members = stack.members.iter().map(|member| alike_member(py, member));
+fn share_tuple<'py>(py: Python<'py>, share: &Share) -> PyResult<Bound<'py, PyTuple>> {
+    let members = share.members.iter().map(|member| member_tuple(py, member));
     let members = PyTuple::new(py, members.collect::<PyResult<Vec<_>>>()?)?;
-    (stack.lora, members).into_pyobject(py)
+    (share.lora, members).into_pyobject(py)
 }
 
-fn alike_member<'py>(py: Python<'py>, member: &AlikeMember) -> PyResult<Bound<'py, PyTuple>> {
+fn member_tuple<'py>(py: Python<'py>, member: &Member) -> PyResult<Bound<'py, PyTuple>> {
     let (down, up) = (
-        alike_tensor(py, &member.down)?,
-        alike_tensor(py, &member.up)?,
+        located_tuple(py, &member.down)?,
+        located_tuple(py, &member.up)?,
     );
     (
         member.rank,
@@ -184,7 +183,7 @@ fn alike_member<'py>(py: Python<'py>, member: &AlikeMember) -> PyResult<Bound<'p
         .into_pyobject(py)
 }
 
-fn alike_tensor<'py>(py: Python<'py>, tensor: &AlikeTensor) -> PyResult<Bound<'py, PyTuple>> {
+fn located_tuple<'py>(py: Python<'py>, tensor: &Located) -> PyResult<Bound<'py, PyTuple>> {
     let offsets = numbers(py, &tensor.offsets_bytes)?;
     let indices = numbers(py, &tensor.indices)?;
     (tensor.len_bytes, offsets, indices).into_pyobject(py)

@@ -6,7 +6,7 @@ use crate::dtype::Dtype;
 use crate::key::role::{Role, Roles};
 use crate::key::suffix;
 use crate::key::table::Entry;
-use crate::model::{self, ModuleKind, TargetId};
+use crate::model::{self, ModuleId, ModuleKind};
 
 /// Dtypes that the tensors of a delta may be stored in.
 const FLOAT_DTYPES: [Dtype; 6] = [
@@ -22,7 +22,8 @@ const FLOAT_DTYPES: [Dtype; 6] = [
 pub(super) struct Parts<'t> {
     /// All entries of the file.
     pub(super) entries: &'t [Entry],
-    pub(super) target: TargetId,
+    /// Which module it is.
+    pub(super) id: ModuleId,
     /// Indices of the module's own.
     pub(super) tensors: Vec<usize>,
     /// Their roles.
@@ -51,7 +52,7 @@ impl Parts<'_> {
     }
 
     pub(super) fn kind(&self) -> ModuleKind {
-        model::table().target(self.target).kind
+        model::table().module(self.id).kind
     }
 
     /// The rank of any matrix of the weight's shape, at most.

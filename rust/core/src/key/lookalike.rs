@@ -261,8 +261,8 @@ mod tests {
     /// A module of a known model that looked like another's would be refused.
     #[test]
     fn no_module_of_the_table_is_a_witness() {
-        for target in model::table().targets() {
-            let dotted = format!("{}.lora_A.weight", target.path);
+        for module in model::table().modules() {
+            let dotted = format!("{}.lora_A.weight", module.path);
             assert_eq!(witness(&dotted), None, "{dotted}");
         }
     }

@@ -10,7 +10,7 @@ use super::wrapper;
 use crate::key::part::Part;
 use crate::key::role::Role;
 use crate::key::suffix;
-use crate::model::{self, TargetId, strip_flat};
+use crate::model::{self, ModuleId, strip_flat};
 
 /// Prefixes that trainers and runtimes put before a path. They stack.
 pub const PREFIXES: [&str; 14] = [
@@ -91,13 +91,13 @@ pub enum ParsedKey<'k> {
     /// A tensor of a known module.
     Module {
         /// The module.
-        target: TargetId,
+        module: ModuleId,
         /// The key up to the suffix: how it spells the module.
         stem: &'k str,
         /// What the tensor is to it.
         role: Role,
         /// Adapter names of PEFT's spelling.
-        slot: &'k str,
+        adapter_name: &'k str,
         /// For a float8 scale, the role of the tensor that it scales.
         scales: Option<Role>,
         /// A pair without `.weight`.
@@ -108,7 +108,7 @@ pub enum ParsedKey<'k> {
         /// Why.
         reason: Foreign,
         /// For [`Foreign::UnknownForm`], the module that the key names.
-        beside: Option<TargetId>,
+        beside: Option<ModuleId>,
     },
 }
 
@@ -119,19 +119,19 @@ pub fn parse(key: &str) -> ParsedKey<'_> {
 
 /// Parses one key; `known` is another key's stem and the module that it names. A module's tensors
 /// mostly follow each other.
-pub(crate) fn parse_beside<'k>(key: &'k str, known: Option<(&str, TargetId)>) -> ParsedKey<'k> {
+pub(crate) fn parse_beside<'k>(key: &'k str, known: Option<(&str, ModuleId)>) -> ParsedKey<'k> {
     let find = |stem: &str| match known {
-        Some((known, target)) if known == stem => Some(target),
+        Some((known, module)) if known == stem => Some(module),
         _ => resolve(stem),
     };
     if let Some(cut) = suffix::cut(key)
-        && let Some(target) = find(cut.stem)
+        && let Some(module) = find(cut.stem)
     {
         return ParsedKey::Module {
-            target,
+            module,
             stem: cut.stem,
             role: cut.role,
-            slot: cut.slot,
+            adapter_name: cut.adapter_name,
             scales: cut.scales,
             bare: cut.bare,
         };
@@ -144,7 +144,7 @@ pub(crate) fn parse_beside<'k>(key: &'k str, known: Option<(&str, TargetId)>) ->
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resolved {
     /// The module.
-    pub target: TargetId,
+    pub module: ModuleId,
     /// The prefixes that were stripped, in order.
     pub prefixes: Vec<&'static str>,
     /// The wrappers' names that were taken out, in order.
@@ -154,12 +154,12 @@ pub struct Resolved {
 }
 
 /// The module that a stem (prefixes and path) names.
-pub fn resolve(stem: &str) -> Option<TargetId> {
+pub fn resolve(stem: &str) -> Option<ModuleId> {
     // A converter that turned the dot before its own suffix into `_`, too, left one at the end.
-    target_of(stem).or_else(|| target_of(stem.strip_suffix('_')?))
+    module_of(stem).or_else(|| module_of(stem.strip_suffix('_')?))
 }
 
-fn target_of(stem: &str) -> Option<TargetId> {
+fn module_of(stem: &str) -> Option<ModuleId> {
     let path = without_processor(stem);
     let find = |path: &str| find_stripped(path, &mut Vec::new());
     find(&path).or_else(|| find(&wrapper::unwrap(&path)?.0))
@@ -184,11 +184,11 @@ fn resolve_as_it_is(stem: &str) -> Option<Resolved> {
 
 fn resolve_path(path: &str, wrappers: Vec<String>) -> Option<Resolved> {
     let mut prefixes = Vec::new();
-    let target = find_stripped(path, &mut prefixes)?;
+    let module = find_stripped(path, &mut prefixes)?;
     let stripped: usize = prefixes.iter().map(|prefix| prefix.len()).sum();
     let path = path.get(stripped..)?.to_owned();
     Some(Resolved {
-        target,
+        module,
         prefixes,
         wrappers,
         path,
@@ -196,7 +196,7 @@ fn resolve_path(path: &str, wrappers: Vec<String>) -> Option<Resolved> {
 }
 
 /// The module of a path; `prefixes` takes those that are stripped.
-fn find_stripped(path: &str, prefixes: &mut Vec<&'static str>) -> Option<TargetId> {
+fn find_stripped(path: &str, prefixes: &mut Vec<&'static str>) -> Option<ModuleId> {
     search(path, prefixes, &|path| model::table().find(path))
 }
 
@@ -244,7 +244,7 @@ const TEXT_ENCODERS: [&str; 7] = [
 ];
 
 /// The reason, and the module beside which a tensor of unknown kind stands.
-fn foreign(key: &str) -> (Foreign, Option<TargetId>) {
+fn foreign(key: &str) -> (Foreign, Option<ModuleId>) {
     let unwrapped = wrapper::unwrap(key);
     let bare = unwrapped.as_ref().map_or(key, |(bare, _)| bare);
     let starts = |names: &[&str]| names.iter().any(|name| bare.starts_with(name));
@@ -262,8 +262,8 @@ fn foreign(key: &str) -> (Foreign, Option<TargetId>) {
         Foreign::PlainWeight
     } else if block_out_of_range(bare).is_some() {
         Foreign::BlockOutOfRange
-    } else if let Some((target, _)) = named_module(key) {
-        return (Foreign::UnknownForm, Some(target));
+    } else if let Some((module, _)) = named_module(key) {
+        return (Foreign::UnknownForm, Some(module));
     } else {
         match Part::of(bare) {
             Some(Part::TextEncoder) => Foreign::TextEncoder,
@@ -284,7 +284,7 @@ pub(crate) fn block_out_of_range(key: &str) -> Option<String> {
     let stem = suffix::cut(bare).map_or(bare, |cut| cut.stem);
     let path = without_processor(stem);
     let in_another_block = |path: &str| {
-        model::block_groups().find_map(|blocks| {
+        model::block_kinds().find_map(|blocks| {
             let group = blocks.path;
             let rest = strip_flat(strip_flat(path, group)?, "_")?;
             let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
@@ -292,8 +292,8 @@ pub(crate) fn block_out_of_range(key: &str) -> Option<String> {
             let beyond = number
                 .parse::<u32>()
                 .map_or(!number.is_empty(), |n| n >= blocks.count);
-            let target = beyond.then(|| model::table().find(&format!("{group}_0{rest}")))??;
-            let model = model::table().target(target).model.title();
+            let module = beyond.then(|| model::table().find(&format!("{group}_0{rest}")))??;
+            let model = model::table().module(module).model.title();
             let last = blocks.count - 1;
             Some(format!(
                 "names a block that {model} does not have (its last is `{group}.{last}`)"
@@ -304,11 +304,11 @@ pub(crate) fn block_out_of_range(key: &str) -> Option<String> {
 }
 
 /// The module whose path a leading part of the key, or all of it, is, and what follows the path.
-pub(crate) fn named_module(key: &str) -> Option<(TargetId, String)> {
+pub(crate) fn named_module(key: &str) -> Option<(ModuleId, String)> {
     named_as_it_is(key).or_else(|| named_as_it_is(&wrapper::unwrap(key)?.0))
 }
 
-fn named_as_it_is(key: &str) -> Option<(TargetId, String)> {
+fn named_as_it_is(key: &str) -> Option<(ModuleId, String)> {
     let is_flat = !key.contains('.');
     let is_joint = |byte: u8| byte == b'.' || (is_flat && byte == b'_');
     let joints = key.bytes().enumerate().filter(|(_, byte)| is_joint(*byte));
@@ -319,8 +319,8 @@ fn named_as_it_is(key: &str) -> Option<(TargetId, String)> {
     starts.find_map(|at| {
         let path = without_processor(key.get(..at)?);
         let find = |path: &str| find_stripped(path, &mut Vec::new());
-        let target = find(&path).or_else(|| find(path.strip_suffix('_')?))?;
-        Some((target, key.get(at..)?.to_owned()))
+        let module = find(&path).or_else(|| find(path.strip_suffix('_')?))?;
+        Some((module, key.get(at..)?.to_owned()))
     })
 }
 
@@ -329,7 +329,7 @@ mod tests {
     use super::*;
 
     fn path(stem: &str) -> Option<&'static str> {
-        resolve(stem).map(|id| model::table().target(id).path.as_str())
+        resolve(stem).map(|id| model::table().module(id).path.as_str())
     }
 
     #[test]

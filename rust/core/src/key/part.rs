@@ -183,8 +183,8 @@ mod tests {
 
     #[test]
     fn no_module_of_the_table_is_of_another_part() {
-        for target in model::table().targets() {
-            let key = format!("model.diffusion_model.{}.weight", target.path);
+        for module in model::table().modules() {
+            let key = format!("model.diffusion_model.{}.weight", module.path);
             assert_eq!(Part::of(&key), None, "{key}");
         }
     }

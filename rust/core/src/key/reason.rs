@@ -33,8 +33,8 @@ impl Reason {
                     Quoted::new(key)
                 )
             }
-            Self::SecondAdapter(slot) => {
-                format!("second adapter {} of this module", Quoted::new(slot))
+            Self::SecondAdapter(name) => {
+                format!("second adapter {} of this module", Quoted::new(name))
             }
             Self::Foreign(_) | Self::SplitPreferred | Self::FusedPreferred | Self::NoBias => {
                 self.kind().to_owned()

@@ -11,7 +11,7 @@ pub struct Cut<'k> {
     /// What the tensor is.
     pub role: Role,
     /// PEFT's adapter names between the role and `.weight`; empty where there are none.
-    pub slot: &'k str,
+    pub adapter_name: &'k str,
     /// For a float8 scale, the role of the tensor that it scales.
     pub scales: Option<Role>,
     /// Whether the suffix is a pair's without `.weight`: Nunchaku's packed tensors look so.
@@ -19,7 +19,7 @@ pub struct Cut<'k> {
 }
 
 /// Most adapter names that may stand between a role and `.weight`.
-const MAX_SLOTS: usize = 2;
+const MAX_NAMES: usize = 2;
 
 /// How a float8 scale ends, the longer before what it ends in.
 const FLOAT8_SCALES: [&str; 3] = ["weight.scale_weight", "scale_weight", "weight_scale"];
@@ -145,7 +145,7 @@ fn cut_fixed(key: &str) -> Option<Cut<'_>> {
     Some(Cut {
         stem,
         role: *role,
-        slot: "",
+        adapter_name: "",
         scales: None,
         bare,
     })
@@ -208,7 +208,7 @@ fn cut_named(key: &str) -> Option<Cut<'_>> {
             return Some(Cut {
                 stem,
                 role: Role::PeftOnly,
-                slot: "",
+                adapter_name: "",
                 scales: None,
                 bare: false,
             });
@@ -223,23 +223,23 @@ fn finish_named<'k>(
     (role, storage): (Role, Storage),
     tail: &'k str,
 ) -> Option<Cut<'k>> {
-    let cut = |role, slot, bare| {
+    let cut = |role, adapter_name, bare| {
         Some(Cut {
             stem,
             role,
-            slot,
+            adapter_name,
             scales: None,
             bare: bare && matches!(role, Role::Down | Role::Up),
         })
     };
     let tail = tail.strip_prefix('.').unwrap_or(tail);
     // What stands before the last segment: nothing, or names that each end in a dot.
-    let slots_of = |before: &'k str| {
+    let names_of = |before: &'k str| {
         let Some(names) = before.strip_suffix('.') else {
             return Some("");
         };
         let well_formed =
-            names.split('.').count() <= MAX_SLOTS && names.split('.').all(|name| !name.is_empty());
+            names.split('.').count() <= MAX_NAMES && names.split('.').all(|name| !name.is_empty());
         well_formed.then_some(names)
     };
     if tail.is_empty() && role != Role::OftR {
@@ -252,20 +252,20 @@ fn finish_named<'k>(
         return Some(Cut {
             stem,
             role: Role::Fp8Scale,
-            slot: slots_of(names)?,
+            adapter_name: names_of(names)?,
             scales: role.is_factor().then_some(Some(role))?,
             bare: false,
         });
     }
     if storage != Storage::Parameter
-        && let Some(slot) = ends_in_segment(tail, "weight")
+        && let Some(adapter_name) = ends_in_segment(tail, "weight")
     {
-        return cut(role, slots_of(slot)?, false);
+        return cut(role, names_of(adapter_name)?, false);
     }
     if segment == "lora_B"
-        && let Some(slot) = ends_in_segment(tail, "bias")
+        && let Some(adapter_name) = ends_in_segment(tail, "bias")
     {
-        return cut(Role::UpBias, slots_of(slot)?, false);
+        return cut(Role::UpBias, names_of(adapter_name)?, false);
     }
     if storage != Storage::Layer && !tail.contains('.') {
         return cut(role, tail, true);
@@ -284,7 +284,7 @@ mod tests {
     use super::*;
 
     fn roles(key: &str) -> Option<(&str, Role, &str)> {
-        cut(key).map(|c| (c.stem, c.role, c.slot))
+        cut(key).map(|c| (c.stem, c.role, c.adapter_name))
     }
 
     #[test]
@@ -354,7 +354,7 @@ mod tests {
         );
         let scale = cut("x.lora_B.weight_scale").unwrap();
         assert_eq!((scale.role, scale.scales), (Role::Fp8Scale, Some(Role::Up)));
-        for (ending, slot) in [
+        for (ending, adapter_name) in [
             ("lora_A.weight.scale_weight", ""),
             ("lora_A.default.weight_scale", "default"),
             ("lora_A.default.scale_weight", "default"),
@@ -367,7 +367,11 @@ mod tests {
                 (scale.role, scale.scales),
                 (Role::Fp8Scale, Some(Role::Down))
             );
-            assert_eq!((scale.stem, scale.slot), ("x", slot), "{key}");
+            assert_eq!(
+                (scale.stem, scale.adapter_name),
+                ("x", adapter_name),
+                "{key}"
+            );
         }
     }
 

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use crate::model::slot::{Slot, SlotKind};
-use crate::model::{self, Layer, Model, ModuleKind, Target};
+use crate::model::{self, KnownModule, Layer, Model, ModuleKind};
 
 /// A slot of a released model, and the modules that are computed in it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -19,40 +19,40 @@ pub struct KnownSlot {
 ///
 /// Ranks of the base are not counted: they differ from one released file to the next.
 pub fn qwen_image_slots() -> Vec<KnownSlot> {
-    let targets = model::table().targets().iter();
-    targets
-        .filter(|target| target.model == Model::QwenImage && target.place.slot == target.path)
+    let modules = model::table().modules().iter();
+    modules
+        .filter(|module| module.model == Model::QwenImage && module.place.slot == module.path)
         .filter_map(known_slot)
         .collect()
 }
 
 /// None for a layer that is computed in a way that is not known.
-fn known_slot(target: &'static Target) -> Option<KnownSlot> {
-    let (kind, out_features, in_features) = match target.kind {
+fn known_slot(module: &'static KnownModule) -> Option<KnownSlot> {
+    let (kind, out_features, in_features) = match module.kind {
         ModuleKind::Norm { channels } => (SlotKind::Norm, channels, 1),
         ModuleKind::Embedding { rows, dim } => (SlotKind::Embedding, dim, rows),
         ModuleKind::Linear {
             out_features,
             in_features,
-        } => (kind_of(target.layer?), out_features, in_features),
+        } => (kind_of(module.layer?), out_features, in_features),
     };
-    let parts = if target.is_fused() {
-        let path = |id: &usize| model::table().target(*id).path.as_str();
-        target.split.iter().map(path).collect()
+    let parts = if module.is_fused() {
+        let path = |id: &usize| model::table().module(*id).path.as_str();
+        module.split.iter().map(path).collect()
     } else {
-        vec![target.path.as_str()]
+        vec![module.path.as_str()]
     };
     Some(KnownSlot {
         slot: Slot {
-            path: target.path.clone(),
+            path: module.path.clone(),
             kind,
             in_features,
             out_features,
             base_rank: 0,
             element_bytes: 2,
             offloaded: false,
-            pattern: target.path.clone(),
-            has_bias: matches!(target.kind, ModuleKind::Linear { .. }),
+            pattern: module.path.clone(),
+            has_bias: matches!(module.kind, ModuleKind::Linear { .. }),
         },
         parts,
     })

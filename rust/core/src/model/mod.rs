@@ -153,10 +153,10 @@ impl Layer {
     }
 }
 
-/// Index of a target in the table.
-pub type TargetId = usize;
+/// Index of a module in the table.
+pub type ModuleId = usize;
 
-/// Where a target's output rows lie inside the slot it is computed in.
+/// Where a module's output rows lie inside the slot it is computed in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SlotPlace {
     /// Path of the slot, e.g. `transformer_blocks.0.attn.to_qkv` for `…attn.to_k`.
@@ -169,7 +169,7 @@ pub struct SlotPlace {
 
 /// A module that a LoRA file can name.
 #[derive(Debug, Clone)]
-pub struct Target {
+pub struct KnownModule {
     /// Canonical (diffusers) path.
     pub path: String,
     /// The model it belongs to.
@@ -182,25 +182,25 @@ pub struct Target {
     pub layer: Option<Layer>,
     /// Index of the block, none at top level.
     pub block: Option<u32>,
-    /// The place in the fused slot; for a target that is not fused, itself.
+    /// The place in the fused slot; for a module that is not fused, itself.
     pub place: SlotPlace,
-    /// For a fused target, the targets its rows are cut into, in order.
-    pub split: Vec<TargetId>,
+    /// For a fused module, the modules its rows are cut into, in order.
+    pub split: Vec<ModuleId>,
 }
 
-impl Target {
+impl KnownModule {
     /// Whether the module is a fused one.
     pub fn is_fused(&self) -> bool {
         !self.split.is_empty()
     }
 }
 
-/// All targets of all models.
+/// All modules of all models.
 pub struct ModelTable {
-    targets: Vec<Target>,
+    modules: Vec<KnownModule>,
     blocks: Vec<Blocks>,
     /// Flattened paths of the modules outside of blocks.
-    top: Vec<(String, TargetId)>,
+    top: Vec<(String, ModuleId)>,
 }
 
 /// The blocks of one kind: each has the same modules, one block's after another's.
@@ -208,39 +208,39 @@ struct Blocks {
     /// Flattened path of the blocks, with the `_` before their numbers.
     prefix: String,
     count: u32,
-    /// The first target of the first block.
-    first: TargetId,
-    /// How many targets a block has.
+    /// The first module of the first block.
+    first: ModuleId,
+    /// How many modules a block has.
     stride: usize,
-    /// Flattened spellings of a block's modules, and which of its targets each is.
+    /// Flattened spellings of a block's modules, and which of its modules each is.
     names: Vec<(String, usize)>,
 }
 
 impl ModelTable {
-    /// The target with this index.
+    /// The module with this index.
     ///
     /// # Panics
     /// If `id` did not come from this table.
-    pub fn target(&self, id: TargetId) -> &Target {
-        &self.targets[id]
+    pub fn module(&self, id: ModuleId) -> &KnownModule {
+        &self.modules[id]
     }
 
-    /// All targets, in model order.
-    pub fn targets(&self) -> &[Target] {
-        &self.targets
+    /// All modules, in model order.
+    pub fn modules(&self) -> &[KnownModule] {
+        &self.modules
     }
 
     /// Looks up a path; its dots may have been turned into underscores, or its underscores into
     /// dots.
-    pub fn find(&self, path: &str) -> Option<TargetId> {
+    pub fn find(&self, path: &str) -> Option<ModuleId> {
         let in_blocks = self.blocks.iter().find_map(|blocks| blocks.find(path));
         in_blocks.or_else(|| find_name(&self.top, path))
     }
 
     /// How Nunchaku's model computes the linear at a canonical path, where that is known.
     pub fn layer_at(&self, path: &str) -> Option<Layer> {
-        let target = self.target(self.find(path)?);
-        target.layer.filter(|_| target.path == path)
+        let module = self.module(self.find(path)?);
+        module.layer.filter(|_| module.path == path)
     }
 
     /// Number of spellings.
@@ -251,7 +251,7 @@ impl ModelTable {
 }
 
 impl Blocks {
-    fn find(&self, path: &str) -> Option<TargetId> {
+    fn find(&self, path: &str) -> Option<ModuleId> {
         let rest = strip_flat(path, &self.prefix)?;
         let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
         let (number, rest) = rest.split_at_checked(digits)?;
@@ -295,7 +295,7 @@ pub fn table() -> &'static ModelTable {
 
 /// Blocks of one kind of a released model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BlockGroup {
+pub struct BlockKind {
     /// Their path, without their numbers.
     pub path: &'static str,
     /// Their name in reports.
@@ -305,9 +305,9 @@ pub struct BlockGroup {
 }
 
 /// The blocks of all released models, kind by kind.
-pub fn block_groups() -> impl Iterator<Item = BlockGroup> {
+pub fn block_kinds() -> impl Iterator<Item = BlockKind> {
     let rows = Model::ALL.into_iter().flat_map(|model| model.rows().blocks);
-    rows.map(|rows| BlockGroup {
+    rows.map(|rows| BlockKind {
         path: rows.path,
         title: rows.title,
         count: rows.count,
@@ -321,7 +321,7 @@ mod tests {
     #[test]
     fn sizes_of_the_table() {
         let qwen = table()
-            .targets()
+            .modules()
             .iter()
             .filter(|t| t.model == Model::QwenImage)
             .count();
@@ -334,9 +334,9 @@ mod tests {
 
     #[test]
     fn every_target_is_found_by_every_spelling_and_nothing_else_is() {
-        for (id, target) in table().targets().iter().enumerate() {
-            let flat = target.path.replace('.', "_");
-            for spelling in [&target.path, &flat, &flat.replace('_', ".")] {
+        for (id, module) in table().modules().iter().enumerate() {
+            let flat = module.path.replace('.', "_");
+            for spelling in [&module.path, &flat, &flat.replace('_', ".")] {
                 assert_eq!(table().find(spelling), Some(id), "{spelling}");
             }
             for other in [format!("{flat}_"), format!("x{flat}"), format!("_{flat}")] {
@@ -418,7 +418,7 @@ mod tests {
         let id = table()
             .find("transformer_blocks_7_attn_add_k_proj")
             .unwrap();
-        let place = &table().target(id).place;
+        let place = &table().module(id).place;
         assert_eq!(
             (place.slot.as_str(), place.part, place.parts),
             ("transformer_blocks.7.attn.add_qkv_proj", 1, 3)
@@ -426,6 +426,6 @@ mod tests {
         let fused = table()
             .find("transformer_blocks_7_attn_to_added_qkv")
             .unwrap();
-        assert_eq!(table().target(fused).kind.weight_shape(), [9216, 3072]);
+        assert_eq!(table().module(fused).kind.weight_shape(), [9216, 3072]);
     }
 }

@@ -1,6 +1,8 @@
 //! The rows that a model's file is made of, and the table built from them.
 
-use super::{Blocks, Layer, Model, ModelTable, ModuleKind, Section, SlotPlace, Target, TargetId};
+use super::{
+    Blocks, KnownModule, Layer, Model, ModelTable, ModuleId, ModuleKind, Section, SlotPlace,
+};
 
 /// All that is known of a model.
 pub(super) struct ModelRows {
@@ -52,30 +54,30 @@ pub(super) type TopRow = (&'static str, ModuleKind);
 /// Builds the table of all models: their blocks first, then what stands around them.
 pub(super) fn build() -> ModelTable {
     let mut table = ModelTable {
-        targets: Vec::new(),
+        modules: Vec::new(),
         blocks: Vec::new(),
         top: Vec::new(),
     };
     for model in Model::ALL {
         for rows in model.rows().blocks {
-            table.blocks.push(rows.blocks(table.targets.len()));
+            table.blocks.push(rows.blocks(table.modules.len()));
             for block in 0..rows.count {
-                rows.add_block(&mut table.targets, model, block);
+                rows.add_block(&mut table.modules, model, block);
             }
         }
     }
     for model in Model::ALL {
         for &(path, kind) in model.rows().top {
             let flat = path.replace('.', "_");
-            table.top.push((flat, table.targets.len()));
-            table.targets.push(top_target(model, path, kind));
+            table.top.push((flat, table.modules.len()));
+            table.modules.push(top_module(model, path, kind));
         }
     }
     table
 }
 
-fn top_target(model: Model, path: &str, kind: ModuleKind) -> Target {
-    Target {
+fn top_module(model: Model, path: &str, kind: ModuleKind) -> KnownModule {
+    KnownModule {
         path: path.to_owned(),
         model,
         kind,
@@ -88,7 +90,7 @@ fn top_target(model: Model, path: &str, kind: ModuleKind) -> Target {
 }
 
 impl BlockRows {
-    /// The modules of a block in the order of its targets.
+    /// The modules of a block in the order of its modules.
     fn names(&self) -> impl Iterator<Item = &'static str> {
         let linears = self.linears.iter().map(|row| row.path);
         let norms = self.norms.iter().map(|(path, ..)| *path);
@@ -97,13 +99,13 @@ impl BlockRows {
             .chain(self.fused.iter().map(|(path, _)| *path))
     }
 
-    /// Which of a block's targets a module is.
+    /// Which of a block's modules a module is.
     fn place_of(&self, name: &str) -> Option<usize> {
         self.names().position(|own| own == name)
     }
 
-    /// How the modules of all blocks are found; `first` is the first target.
-    fn blocks(&self, first: TargetId) -> Blocks {
+    /// How the modules of all blocks are found; `first` is the first module.
+    fn blocks(&self, first: ModuleId) -> Blocks {
         let own = self.names().map(|name| (name, name));
         let spelled = own.chain(self.aliases.iter().copied());
         let names = spelled.filter_map(|(spelling, name)| {
@@ -119,12 +121,12 @@ impl BlockRows {
         }
     }
 
-    fn add_block(&self, targets: &mut Vec<Target>, model: Model, block: u32) {
-        let first = targets.len();
+    fn add_block(&self, modules: &mut Vec<KnownModule>, model: Model, block: u32) {
+        let first = modules.len();
         let prefix = format!("{}.{block}.", self.path);
-        let target = |name: &str, kind, section, layer| {
+        let module = |name: &str, kind, section, layer| {
             let path = [prefix.as_str(), name].concat();
-            Target {
+            KnownModule {
                 place: whole(path.clone()),
                 path,
                 model,
@@ -136,15 +138,15 @@ impl BlockRows {
             }
         };
         for row in self.linears {
-            let own = target(row.path, row.kind(), row.section, row.layer);
+            let own = module(row.path, row.kind(), row.section, row.layer);
             let place = self.place_in_fused(row.path, &prefix);
-            targets.push(Target {
+            modules.push(KnownModule {
                 place: place.unwrap_or_else(|| own.place.clone()),
                 ..own
             });
         }
         for &(name, section, channels) in self.norms {
-            targets.push(target(name, ModuleKind::Norm { channels }, section, None));
+            modules.push(module(name, ModuleKind::Norm { channels }, section, None));
         }
         for (name, parts) in self.fused {
             let places = parts.iter().filter_map(|part| self.place_of(part));
@@ -155,9 +157,9 @@ impl BlockRows {
                 out_features: rows().map(|row| row.out_features).sum(),
                 in_features: like.in_features,
             };
-            targets.push(Target {
+            modules.push(KnownModule {
                 split,
-                ..target(name, kind, like.section, like.layer)
+                ..module(name, kind, like.section, like.layer)
             });
         }
     }

@@ -10,7 +10,7 @@ use crate::adapter::{Adapter, PieceKind};
 use crate::key::reason::Reason;
 use crate::key::role::Role;
 use crate::key::table::Entry;
-use crate::model::{self, Target};
+use crate::model::{self, KnownModule};
 use crate::plan::FilePlan;
 use crate::plan::check::ModelCheck;
 use crate::plan::component::Component;
@@ -42,7 +42,8 @@ struct TensorRow<'p> {
     key: &'p str,
     dtype: &'static str,
     shape: &'p [u64],
-    target: Option<&'static str>,
+    #[serde(rename = "target")]
+    module: Option<&'static str>,
     role: &'static str,
     reason: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -51,7 +52,8 @@ struct TensorRow<'p> {
 
 #[derive(Serialize)]
 struct ModuleRow {
-    target: &'static str,
+    #[serde(rename = "target")]
+    path: &'static str,
     adapter: Adapter,
     rank: Option<u64>,
     scale: f64,
@@ -130,12 +132,12 @@ impl FilePlan {
     }
 
     fn tensor_row<'p>(entry: &'p Entry, left_out: Option<&&str>, other: bool) -> TensorRow<'p> {
-        let (target, role, reason) = if other && !is_told(entry) {
+        let (module, role, reason) = if other && !is_told(entry) {
             (None, Role::Ignored, Some(OTHER_MODEL.to_owned()))
         } else {
             let reason = entry.reason.as_ref().map(Reason::text);
             (
-                entry.target,
+                entry.module,
                 entry.role,
                 reason.or_else(|| left_out.map(|t| (*t).to_owned())),
             )
@@ -144,7 +146,7 @@ impl FilePlan {
             key: &entry.tensor.key,
             dtype: entry.tensor.dtype.name(),
             shape: &entry.tensor.shape,
-            target: target.map(|t| path_of(model::table().target(t))),
+            module: module.map(|id| path_of(model::table().module(id))),
             role: role.name(),
             reason,
             value: entry.value.map(number),
@@ -152,15 +154,15 @@ impl FilePlan {
     }
 
     fn module_rows(&self) -> Vec<ModuleRow> {
-        let applied: HashSet<_> = self.applied_modules().map(|m| m.target).collect();
+        let applied: HashSet<_> = self.applied_modules().map(|m| m.id).collect();
         self.modules
             .iter()
             .map(|module| ModuleRow {
-                target: path_of(model::table().target(module.target)),
+                path: path_of(model::table().module(module.id)),
                 adapter: module.adapter,
                 rank: module.rank,
                 scale: module.scale,
-                supported: applied.contains(&module.target),
+                supported: applied.contains(&module.id),
                 reason: module
                     .fault
                     .as_ref()
@@ -176,10 +178,10 @@ impl FilePlan {
         let mut rows: Vec<SlotRow> = Vec::new();
         let mut index = HashMap::new();
         for module in self.applied_modules() {
-            let target = model::table().target(module.target);
-            let at = *index.entry(target.place.slot.as_str()).or_insert_with(|| {
+            let known = model::table().module(module.id);
+            let at = *index.entry(known.place.slot.as_str()).or_insert_with(|| {
                 rows.push(SlotRow {
-                    slot: target.place.slot.clone(),
+                    slot: known.place.slot.clone(),
                     rank: 0,
                     parts: Vec::new(),
                 });
@@ -188,15 +190,15 @@ impl FilePlan {
             if let Some(row) = rows.get_mut(at) {
                 let ranks = module.deltas.iter().map(Delta::rank_bound);
                 row.rank = ranks.fold(row.rank, u64::saturating_add);
-                if target.is_fused() {
+                if known.is_fused() {
                     row.parts.extend(
-                        target
+                        known
                             .split
                             .iter()
-                            .map(|t| path_of(model::table().target(*t))),
+                            .map(|t| path_of(model::table().module(*t))),
                     );
                 } else {
-                    row.parts.push(path_of(target));
+                    row.parts.push(path_of(known));
                 }
             }
         }
@@ -224,8 +226,8 @@ fn is_told(entry: &Entry) -> bool {
     }
 }
 
-fn path_of(target: &'static Target) -> &'static str {
-    &target.path
+fn path_of(module: &'static KnownModule) -> &'static str {
+    &module.path
 }
 
 /// A number, or its name where JSON has none.

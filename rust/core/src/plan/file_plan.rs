@@ -208,10 +208,11 @@ impl FilePlan {
         if config.is_some_and(AdapterConfig::trains_biases) {
             table.mark_trained_biases();
         }
-        let mut modules = module::group(&table, config).map_err(|source| PlanError::Module {
-            origin: origin.to_owned(),
-            source,
-        })?;
+        let mut modules =
+            module::modules_of(&table, config).map_err(|source| PlanError::Module {
+                origin: origin.to_owned(),
+                source,
+            })?;
         let check = check::check_model(&mut modules, &table);
         let mut plan = Self {
             path: None,
@@ -335,7 +336,7 @@ impl FilePlan {
 
     /// The reason that concerns the most modules, else the most tensors.
     fn main_reason(&self) -> Option<String> {
-        let path = |module: &Module| Quoted::new(&model::table().target(module.target).path);
+        let path = |module: &Module| Quoted::new(&model::table().module(module.id).path);
         let whole = self.modules.iter().filter_map(|m| {
             let text = m
                 .fault

@@ -17,14 +17,14 @@ pub enum Fit {
 
 /// Compares a module's delta with the weight of the released model.
 pub fn fit(module: &Module) -> Fit {
-    let target = model::table().target(module.target);
-    let sides = out_in(target.kind);
+    let known = model::table().module(module.id);
+    let sides = out_in(known.kind);
     let found = match (module.shape, module.deltas.first()) {
         (Some((out, inp)), _) => Some((out, Some(inp))),
         (None, Some(delta)) => delta.shape(),
         (None, None) => return Fit::Unknown,
     };
-    match misfit(found, sides, target.model.name()) {
+    match misfit(found, sides, known.model.name()) {
         Some(text) => Fit::Differs(text),
         None if module.shape.is_some() => Fit::Fits,
         // A bias alone is no witness: many modules have as many outputs.
@@ -34,13 +34,13 @@ pub fn fit(module: &Module) -> Fit {
 
 /// Deltas beside the weight's that do not fit the released model: (tensor, how).
 pub fn misfits_beside(module: &Module) -> Vec<(usize, String)> {
-    let target = model::table().target(module.target);
-    let sides = out_in(target.kind);
+    let known = model::table().module(module.id);
+    let sides = out_in(known.kind);
     let beside = module.deltas.iter().skip(1);
     beside
         .filter_map(|delta| {
             let (_, tensor) = delta.tensors().into_iter().next()?;
-            Some((tensor, misfit_of(delta, sides, target.model.name())?))
+            Some((tensor, misfit_of(delta, sides, known.model.name())?))
         })
         .collect()
 }
@@ -84,7 +84,7 @@ fn out_in(kind: ModuleKind) -> (u64, u64) {
 /// The model most modules belong to.
 pub fn majority_model(modules: &[Module]) -> Option<Model> {
     let count = |model: Model| {
-        let own = |module: &&Module| model::table().target(module.target).model == model;
+        let own = |module: &&Module| model::table().module(module.id).model == model;
         modules.iter().filter(own).count()
     };
     // Of equals the first: `max_by_key` takes the last.

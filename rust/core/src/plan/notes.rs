@@ -10,7 +10,7 @@ use crate::key::role::Role;
 use crate::key::table::Entry;
 use crate::key::{self, Foreign};
 use crate::model::slot::MAX_RANK;
-use crate::model::{self, Layer, Model, Section, Target};
+use crate::model::{self, KnownModule, Layer, Model, Section};
 use crate::plan::FilePlan;
 use crate::plan::check::ModelCheck;
 
@@ -80,24 +80,24 @@ fn name_note(plan: &FilePlan) -> Option<String> {
 
 /// What is applied, but as the best that fits: a reader of `all modules are applied` must know.
 fn cut_notes(plan: &FilePlan) -> Vec<String> {
-    let deltas: Vec<(&Target, &Delta)> = plan
+    let deltas: Vec<(&KnownModule, &Delta)> = plan
         .applied_modules()
-        .map(|module| (model::table().target(module.target), module))
-        .filter(|(target, _)| target.layer.is_some_and(Layer::is_quantized))
-        .flat_map(|(target, module)| module.deltas.iter().map(move |delta| (target, delta)))
+        .map(|module| (model::table().module(module.id), module))
+        .filter(|(known, _)| known.layer.is_some_and(Layer::is_quantized))
+        .flat_map(|(known, module)| module.deltas.iter().map(move |delta| (known, delta)))
         .collect();
     let limit = MAX_RANK - LEAST_BASE_RANK;
     let mut notes = Vec::new();
-    let is_fused_mlp = |target: &Target| target.layer == Some(Layer::SvdqInFusedMlp);
-    let krons = |(target, delta): &&(&Target, &Delta)| {
-        matches!(delta.form, Form::Kronecker { .. }) && is_fused_mlp(target)
+    let is_fused_mlp = |known: &KnownModule| known.layer == Some(Layer::SvdqInFusedMlp);
+    let krons = |(known, delta): &&(&KnownModule, &Delta)| {
+        matches!(delta.form, Form::Kronecker { .. }) && is_fused_mlp(known)
     };
-    let ranks = |(target, delta): &&(&Target, &Delta)| {
+    let ranks = |(known, delta): &&(&KnownModule, &Delta)| {
         let is_rank = !matches!(delta.form, Form::Kronecker { .. } | Form::Full { .. });
-        is_rank && !matches!(target.layer, Some(Layer::Awq { .. }))
+        is_rank && !matches!(known.layer, Some(Layer::Awq { .. }))
     };
-    let full = |(_, delta): &&(&Target, &Delta)| matches!(delta.form, Form::Full { .. });
-    let beyond = |(_, delta): &&(&Target, &Delta)| delta.rank_bound() > limit;
+    let full = |(_, delta): &&(&KnownModule, &Delta)| matches!(delta.form, Form::Full { .. });
+    let beyond = |(_, delta): &&(&KnownModule, &Delta)| delta.rank_bound() > limit;
     let mut say = |count: usize, what: &str, becomes: &str| {
         if count > 0 {
             let all = plan.modules.len();
@@ -128,7 +128,7 @@ fn rank_note(plan: &FilePlan, config: &AdapterConfig) -> Option<String> {
         .iter()
         .filter(|m| m.adapter == Adapter::Lora)
         .find_map(|module| {
-            let path = &model::table().target(module.target).path;
+            let path = &model::table().module(module.id).path;
             let (stored, promised) = (module.rank?, config.promised_rank(path)?);
             (stored != promised).then(|| {
                 format!("`{path}` has rank {stored}, the metadata says {promised}: the tensors win")
@@ -183,8 +183,8 @@ fn config_note(plan: &FilePlan, config: &AdapterConfig) -> Option<String> {
 /// and 19 and 20 such blocks.
 fn could_be_flux(plan: &FilePlan) -> bool {
     plan.modules.iter().all(|module| {
-        let target = model::table().target(module.target);
-        let is_attention = matches!(target.section, Section::Attention | Section::TextAttention);
-        target.block.is_some_and(|block| block <= 19) && is_attention
+        let known = model::table().module(module.id);
+        let is_attention = matches!(known.section, Section::Attention | Section::TextAttention);
+        known.block.is_some_and(|block| block <= 19) && is_attention
     })
 }

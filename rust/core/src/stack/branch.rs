@@ -44,7 +44,7 @@ impl KronShape {
     }
 }
 
-/// Room for Kronecker products of one shape, on every slot of a group.
+/// Room for Kronecker products of one shape, in each of the uniform slots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct KronBuffer {
     /// Their shape.

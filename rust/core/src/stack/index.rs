@@ -3,13 +3,13 @@
 use std::collections::HashMap;
 
 use crate::model::slot::Slot;
-use crate::model::{self, Target, TargetId};
+use crate::model::{self, KnownModule, ModuleId};
 
 /// Where the known modules are computed, and which slots share a pattern.
 #[derive(Debug, Clone)]
 pub struct SlotIndex {
-    /// The slot that computes each target, if any.
-    of_target: Vec<Option<usize>>,
+    /// The slot that computes each module, if any.
+    of_module: Vec<Option<usize>>,
     /// The number of each slot's pattern, by the order in which patterns come first.
     patterns: Vec<usize>,
     pattern_count: usize,
@@ -23,10 +23,10 @@ impl SlotIndex {
             .enumerate()
             .map(|(at, slot)| (slot.path.as_str(), at))
             .collect();
-        // The fused slot where the model has it, else the target's own.
-        let slot_of = |target: &Target| {
-            let fused = by_path.get(target.place.slot.as_str());
-            fused.or_else(|| by_path.get(target.path.as_str())).copied()
+        // The fused slot where the model has it, else the module's own.
+        let slot_of = |module: &KnownModule| {
+            let fused = by_path.get(module.place.slot.as_str());
+            fused.or_else(|| by_path.get(module.path.as_str())).copied()
         };
         let mut numbers: HashMap<&str, usize> = HashMap::new();
         let patterns = slots
@@ -37,15 +37,15 @@ impl SlotIndex {
             })
             .collect();
         Self {
-            of_target: model::table().targets().iter().map(slot_of).collect(),
+            of_module: model::table().modules().iter().map(slot_of).collect(),
             patterns,
             pattern_count: numbers.len(),
         }
     }
 
-    /// The slot that computes a target, by its place in the map.
-    pub(super) fn slot_of(&self, target: TargetId) -> Option<usize> {
-        self.of_target.get(target).copied().flatten()
+    /// The slot that computes a module, by its place in the map.
+    pub(super) fn slot_of(&self, module: ModuleId) -> Option<usize> {
+        self.of_module.get(module).copied().flatten()
     }
 
     /// The number of a slot's pattern.

@@ -2,8 +2,8 @@
 //!
 //! Everything is validated here, before a tensor is read or the model is touched.
 
-mod alike;
 mod branch;
+mod group;
 mod index;
 mod piece;
 mod placed;
@@ -18,8 +18,8 @@ use crate::adapter::delta::Parameter;
 use crate::adapter::{Adapter, PieceKind};
 use crate::model::slot::{self, RowOrder, Slot, SlotKind};
 use crate::plan::FilePlan;
-pub use alike::{AlikeMember, AlikeSlots, AlikeStack, AlikeTensor, Grouped};
 pub use branch::{KronBuffer, KronShape};
+pub use group::{Group, Grouped, Located, Member, Share};
 pub use index::SlotIndex;
 pub use piece::MAX_KRON_RANK;
 pub use placed::PlacedStack;
@@ -144,7 +144,8 @@ pub struct Piece {
     /// Index of its LoRA.
     pub lora: usize,
     /// The module it came from.
-    pub target: String,
+    #[serde(rename = "target")]
+    pub module: String,
     /// Its rank, or an upper bound; 0 where it takes none.
     pub rank: u64,
     /// Columns of the exact pair that the stored delta equals, or the most that its shape allows.
@@ -180,8 +181,9 @@ pub struct SlotPlan {
     pub rank_limit: Option<u64>,
     /// Upper bound of the bytes that its pieces take beside ranks.
     pub branch_bytes: u64,
-    /// Index of its uniform-rank group.
-    pub group: Option<usize>,
+    /// Under offload, the index of the uniform slots that it is one of.
+    #[serde(rename = "group")]
+    pub uniform: Option<usize>,
     /// The pieces, LoRA by LoRA in the order of the stack.
     pub pieces: Vec<Piece>,
 }
@@ -189,7 +191,7 @@ pub struct SlotPlan {
 /// Slots whose rank and side branches must be the same, because offload copies them through one
 /// buffer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct RankGroup {
+pub struct UniformSlots {
     /// Their common path, the block's number replaced by `*`.
     pub pattern: String,
     /// All of them, those without a piece included.
@@ -220,8 +222,9 @@ pub struct StackPlan {
     pub loras: Vec<LoraRow>,
     /// The slots that change, in model order.
     pub slots: Vec<SlotPlan>,
-    /// Uniform-rank groups.
-    pub groups: Vec<RankGroup>,
+    /// Slots that offload wants alike.
+    #[serde(rename = "groups")]
+    pub uniform: Vec<UniformSlots>,
     /// What is left out.
     pub skipped: Vec<Skip>,
     /// Modules applied, per LoRA.

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::branch::Branch;
-use super::uniform::PlacedGroup;
+use super::uniform::PlacedUniform;
 use super::{LoraRow, Piece, Skip, SlotPlan, StackPlan, TensorRef};
 use crate::adapter::PieceKind;
 use crate::adapter::delta::{Delta, Form};
@@ -79,7 +79,7 @@ pub(super) struct PlacedSlot {
     pub(super) rank: u64,
     pub(super) rank_limit: Option<u64>,
     pub(super) branch_bytes: u64,
-    pub(super) group: Option<usize>,
+    pub(super) uniform: Option<usize>,
     /// Which of the stack's deltas are its own.
     pub(super) own: Range<usize>,
 }
@@ -92,7 +92,7 @@ pub struct PlacedStack {
     /// The deltas, slot by slot, in each in the order of the stack and of their rows.
     pub(super) placed: Vec<Placed>,
     pub(super) slots: Vec<PlacedSlot>,
-    pub(super) groups: Vec<PlacedGroup>,
+    pub(super) uniform: Vec<PlacedUniform>,
     /// What is left out.
     pub skipped: Vec<Skip>,
     /// Modules applied, per LoRA.
@@ -108,8 +108,8 @@ impl PlacedStack {
             schema: document::SCHEMA,
             loras: self.loras.clone(),
             slots: self.slot_plans(plans, slots, |_| true),
-            groups: self
-                .groups
+            uniform: self
+                .uniform
                 .iter()
                 .filter_map(|own| own.told(slots))
                 .collect(),
@@ -153,7 +153,7 @@ impl PlacedStack {
             rank: placed.rank,
             rank_limit: placed.rank_limit,
             branch_bytes: placed.branch_bytes,
-            group: placed.group,
+            uniform: placed.uniform,
             pieces: pieces.collect(),
         }
     }
@@ -176,7 +176,7 @@ fn piece(placed: &Placed, module: &Module, delta: &Delta, entries: &[Entry]) -> 
         kind: placed.kind,
         adapter: delta.adapter,
         lora: placed.lora,
-        target: model::table().target(module.target).path.clone(),
+        module: model::table().module(module.id).path.clone(),
         rank: placed.rank,
         rank_bound: delta.rank_bound(),
         rank_budget: placed.rank_budget,

@@ -12,7 +12,7 @@ use crate::key::Foreign;
 use crate::key::reason::Reason;
 use crate::key::table::{Entry, KeyTable};
 use crate::model::slot::{Slot, SlotKind};
-use crate::model::{self, Target};
+use crate::model::{self, KnownModule};
 use crate::plan::FilePlan;
 use crate::plan::check::ModelCheck;
 use crate::plan::fit;
@@ -108,11 +108,11 @@ impl<'s> Planner<'s> {
         item: &StackItem<'_>,
         module: &Module,
     ) -> Result<(), Skip> {
-        let target = model::table().target(module.target);
+        let known = model::table().module(module.id);
         let entries = item.plan.table.entries();
         let skip = |kind, reason: String| Skip {
             lora,
-            name: target.path.clone(),
+            name: known.path.clone(),
             kind,
             reason,
             piece: Some(module.adapter.piece()),
@@ -136,7 +136,7 @@ impl<'s> Planner<'s> {
         let place = Place {
             at,
             slot,
-            rows: rows_in(target, slot),
+            rows: rows_in(known, slot),
             rank_limit: uniform::rank_limit(slot, self.options.max_rank),
         };
         for (at, delta) in module.deltas.iter().enumerate() {
@@ -189,7 +189,7 @@ impl<'s> Planner<'s> {
 
     /// The slot that computes a module.
     fn slot_of(&self, module: &Module) -> Option<(usize, &'s Slot)> {
-        let at = self.index.slot_of(module.target)?;
+        let at = self.index.slot_of(module.id)?;
         Some((at, self.slots.get(at)?))
     }
 
@@ -253,8 +253,8 @@ impl<'s> Planner<'s> {
             )?);
             begin = end;
         }
-        let groups = uniform::form(self.slots, self.index, &mut slots);
-        let added_bytes = uniform::added_bytes(self.slots, &slots, &groups);
+        let uniform = uniform::form(self.slots, self.index, &mut slots);
+        let added_bytes = uniform::added_bytes(self.slots, &slots, &uniform);
         let loras = items.iter().map(|item| LoraRow {
             name: item.name.to_owned(),
             strength: item.strength,
@@ -263,7 +263,7 @@ impl<'s> Planner<'s> {
             loras: loras.collect(),
             placed: self.placed,
             slots: slots.into_iter().map(|summed| summed.slot).collect(),
-            groups,
+            uniform,
             skipped: self.skipped,
             applied_modules,
             added_bytes,
@@ -307,12 +307,12 @@ fn skip_beside(
     })
 }
 
-/// The rows that a target changes in a slot.
-fn rows_in(target: &Target, slot: &Slot) -> (u64, u64) {
-    let parts = target.place.parts as u64;
-    if target.place.slot == slot.path && parts > 1 {
+/// The rows that a module changes in a slot.
+fn rows_in(module: &KnownModule, slot: &Slot) -> (u64, u64) {
+    let parts = module.place.parts as u64;
+    if module.place.slot == slot.path && parts > 1 {
         let rows = slot.out_features / parts;
-        (rows * target.place.part as u64, rows)
+        (rows * module.place.part as u64, rows)
     } else {
         (0, slot.out_features)
     }

@@ -1,4 +1,4 @@
-//! A slot's sums, and the groups of slots that offload wants alike.
+//! A slot's sums, and the slots that offload wants uniform.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -7,7 +7,7 @@ use super::branch::{self, KronBuffer, KronShape};
 use super::index::SlotIndex;
 use super::piece;
 use super::placed::{Placed, PlacedSlot, Takes};
-use super::{RankGroup, StackError, StackOptions};
+use super::{StackError, StackOptions, UniformSlots};
 use crate::model::slot::{self, RowOrder, Slot};
 use crate::plan::FilePlan;
 
@@ -19,7 +19,7 @@ pub(super) fn rank_limit(slot: &Slot, max_rank: Option<u64>) -> Option<u64> {
     }
 }
 
-/// A slot with the sums of its deltas while groups are being formed.
+/// A slot with the sums of its deltas while uniform are being formed.
 pub(super) struct Summed {
     pub(super) slot: PlacedSlot,
     krons: BTreeMap<KronShape, usize>,
@@ -62,7 +62,7 @@ impl Summed {
             rank: limit.map_or(exact, |limit| exact.min(slot::pad_rank(limit))),
             rank_limit: limit,
             branch_bytes,
-            group: None,
+            uniform: None,
             own: range,
         };
         Ok(Self { slot, krons })
@@ -71,7 +71,7 @@ impl Summed {
 
 /// Slots whose rank and side branches must be the same.
 #[derive(Debug)]
-pub(super) struct PlacedGroup {
+pub(super) struct PlacedUniform {
     /// All of them by their places in the map, those without a delta included.
     members: Vec<usize>,
     rank: u64,
@@ -79,15 +79,15 @@ pub(super) struct PlacedGroup {
     branch_bytes: u64,
 }
 
-impl PlacedGroup {
-    /// The group with its names.
-    pub(super) fn told(&self, slots: &[Slot]) -> Option<RankGroup> {
+impl PlacedUniform {
+    /// The slots with their names.
+    pub(super) fn told(&self, slots: &[Slot]) -> Option<UniformSlots> {
         let members = || self.members.iter().filter_map(|&at| slots.get(at));
         let krons = self
             .krons
             .iter()
             .map(|(&shape, &count)| KronBuffer { shape, count });
-        Some(RankGroup {
+        Some(UniformSlots {
             pattern: members().next()?.pattern.clone(),
             slots: members().map(|slot| slot.path.clone()).collect(),
             rank: self.rank,
@@ -97,11 +97,11 @@ impl PlacedGroup {
     }
 }
 
-/// Groups the offloaded slots of one path over all blocks, where any of them has a rank or a
-/// Kronecker branch. Every slot of a group has room for the most that any of them has, shape by
+/// Collects the offloaded slots of one path over all blocks, where any of them has a rank or a
+/// Kronecker branch. Each of them has room for the most that any of them has, shape by
 /// shape; parameters that are swapped are there on every block.
-pub(super) fn form(all: &[Slot], index: &SlotIndex, summed: &mut [Summed]) -> Vec<PlacedGroup> {
-    let mut groups: Vec<PlacedGroup> = Vec::new();
+pub(super) fn form(all: &[Slot], index: &SlotIndex, summed: &mut [Summed]) -> Vec<PlacedUniform> {
+    let mut uniform: Vec<PlacedUniform> = Vec::new();
     let mut by_pattern: Vec<Option<usize>> = vec![None; index.pattern_count()];
     let offloaded = |own: &Summed| {
         let is_offloaded = all.get(own.slot.slot).is_some_and(|slot| slot.offloaded);
@@ -118,47 +118,47 @@ pub(super) fn form(all: &[Slot], index: &SlotIndex, summed: &mut [Summed]) -> Ve
             continue;
         };
         let at = *at.get_or_insert_with(|| {
-            groups.push(PlacedGroup {
+            uniform.push(PlacedUniform {
                 members: Vec::new(),
                 rank: 0,
                 krons: BTreeMap::new(),
                 branch_bytes: 0,
             });
-            groups.len() - 1
+            uniform.len() - 1
         });
-        if let Some(group) = groups.get_mut(at) {
-            group.rank = group.rank.max(own.slot.rank);
+        if let Some(alike) = uniform.get_mut(at) {
+            alike.rank = alike.rank.max(own.slot.rank);
             for (shape, count) in &own.krons {
-                let most = group.krons.entry(*shape).or_default();
+                let most = alike.krons.entry(*shape).or_default();
                 *most = (*most).max(*count);
             }
         }
     }
     for (at, _) in all.iter().enumerate().filter(|(_, slot)| slot.offloaded) {
-        let group = index
+        let alike = index
             .pattern_of(at)
             .and_then(|pattern| *by_pattern.get(pattern)?);
-        if let Some(group) = group.and_then(|own| groups.get_mut(own)) {
-            group.members.push(at);
+        if let Some(alike) = alike.and_then(|own| uniform.get_mut(own)) {
+            alike.members.push(at);
         }
     }
     for own in summed {
-        let group = offloaded(own).and_then(|pattern| *by_pattern.get(pattern)?);
-        let Some((at, group)) = group.and_then(|at| Some((at, groups.get_mut(at)?))) else {
+        let alike = offloaded(own).and_then(|pattern| *by_pattern.get(pattern)?);
+        let Some((at, alike)) = alike.and_then(|at| Some((at, uniform.get_mut(at)?))) else {
             continue;
         };
         let element_bytes = all.get(own.slot.slot).map_or(0, |slot| slot.element_bytes);
-        group.branch_bytes = branch::kron_bytes(&group.krons, element_bytes);
+        alike.branch_bytes = branch::kron_bytes(&alike.krons, element_bytes);
         let bytes = branch::kron_bytes(&own.krons, element_bytes);
         let others = own.slot.branch_bytes.saturating_sub(bytes);
-        own.slot.branch_bytes = others.saturating_add(group.branch_bytes);
-        own.slot.group = Some(at);
+        own.slot.branch_bytes = others.saturating_add(alike.branch_bytes);
+        own.slot.uniform = Some(at);
     }
-    groups
+    uniform
 }
 
-/// Bytes of the ranks and branches of all slots, those included that only their group fills.
-pub(super) fn added_bytes(all: &[Slot], summed: &[Summed], groups: &[PlacedGroup]) -> u64 {
+/// Bytes of the ranks and branches of all slots, those included that are filled for uniformity alone.
+pub(super) fn added_bytes(all: &[Slot], summed: &[Summed], uniform: &[PlacedUniform]) -> u64 {
     let bytes_of = |at: usize, rank: u64, branch_bytes: u64| {
         let per_rank = all.get(at).map_or(0, |slot| {
             let sides = slot.in_features.saturating_add(slot.out_features);
@@ -172,17 +172,17 @@ pub(super) fn added_bytes(all: &[Slot], summed: &[Summed], groups: &[PlacedGroup
         if let Some(filled) = is_filled.get_mut(slot.slot) {
             *filled = true;
         }
-        let group = slot.group.and_then(|at| groups.get(at));
-        let rank = group.map_or(slot.rank, |group| group.rank);
+        let alike = slot.uniform.and_then(|at| uniform.get(at));
+        let rank = alike.map_or(slot.rank, |alike| alike.rank);
         bytes_of(slot.slot, rank, slot.branch_bytes)
     });
     let own = own.fold(0, u64::saturating_add);
-    let of_groups = groups.iter().flat_map(|group| {
-        let empty = group
+    let of_empty = uniform.iter().flat_map(|alike| {
+        let empty = alike
             .members
             .iter()
             .filter(|at| is_filled.get(**at) == Some(&false));
-        empty.map(|&at| bytes_of(at, group.rank, group.branch_bytes))
+        empty.map(|&at| bytes_of(at, alike.rank, alike.branch_bytes))
     });
-    of_groups.fold(own, u64::saturating_add)
+    of_empty.fold(own, u64::saturating_add)
 }

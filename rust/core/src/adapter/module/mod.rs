@@ -13,7 +13,7 @@ use crate::adapter::peft::AdapterConfig;
 use crate::header::Quoted;
 use crate::key::role::{Role, Roles};
 use crate::key::table::KeyTable;
-use crate::model::{self, TargetId};
+use crate::model::{self, ModuleId};
 pub use scale::{Scale, ScaleSource};
 
 /// Why a module is not applied, or not wholly.
@@ -38,7 +38,7 @@ impl Fault {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Module {
     /// Which one.
-    pub target: TargetId,
+    pub id: ModuleId,
     /// Kind of adapter.
     pub adapter: Adapter,
     /// Rank of the delta or an upper bound; none for norms and for lone biases.
@@ -97,24 +97,27 @@ pub enum ModuleError {
 }
 
 /// Groups a table's entries, in order of each module's first tensor.
-pub fn group(table: &KeyTable, config: Option<&AdapterConfig>) -> Result<Vec<Module>, ModuleError> {
-    let mut order: Vec<TargetId> = Vec::new();
-    let mut members: Vec<Vec<usize>> = vec![Vec::new(); model::table().targets().len()];
+pub fn modules_of(
+    table: &KeyTable,
+    config: Option<&AdapterConfig>,
+) -> Result<Vec<Module>, ModuleError> {
+    let mut order: Vec<ModuleId> = Vec::new();
+    let mut members: Vec<Vec<usize>> = vec![Vec::new(); model::table().modules().len()];
     for (index, entry) in table.entries().iter().enumerate() {
-        let Some(target) = entry.target else { continue };
-        if let Some(tensors) = members.get_mut(target) {
+        let Some(id) = entry.module else { continue };
+        if let Some(tensors) = members.get_mut(id) {
             if tensors.is_empty() {
-                order.push(target);
+                order.push(id);
             }
             tensors.push(index);
         }
     }
-    let beside_unknown: HashSet<TargetId> =
+    let beside_unknown: HashSet<ModuleId> =
         table.entries().iter().filter_map(|e| e.beside).collect();
     order
         .into_iter()
-        .map(|target| {
-            let tensors = members.get_mut(target).map(std::mem::take);
+        .map(|id| {
+            let tensors = members.get_mut(id).map(std::mem::take);
             let tensors = tensors.unwrap_or_default();
             let mut roles = Roles::default();
             let own = tensors
@@ -123,10 +126,10 @@ pub fn group(table: &KeyTable, config: Option<&AdapterConfig>) -> Result<Vec<Mod
             own.for_each(|entry| roles.add(entry.role));
             Parts {
                 entries: table.entries(),
-                target,
+                id,
                 tensors,
                 roles,
-                beside_unknown: beside_unknown.contains(&target),
+                beside_unknown: beside_unknown.contains(&id),
             }
             .module(config)
         })
@@ -154,7 +157,7 @@ impl Parts<'_> {
             Err(fault) => (Vec::new(), Vec::new(), Some(fault)),
         };
         Ok(Module {
-            target: self.target,
+            id: self.id,
             adapter,
             rank: adapter.rank(&self),
             scale,
@@ -179,7 +182,7 @@ impl Parts<'_> {
         let broken = || Fault::Broken(format!("has {} but no pair", names.join(", ")));
         let fault = self.replacement().unwrap_or_else(broken);
         Module {
-            target: self.target,
+            id: self.id,
             adapter: Adapter::Lora,
             rank: None,
             scale: 1.0,

@@ -108,7 +108,7 @@ impl Parts<'_> {
         rank: u64,
     ) -> Option<Scale> {
         let config = config.filter(|config| config.governs(adapter))?;
-        let path = &model::table().target(self.target).path;
+        let path = &model::table().module(self.id).path;
         Some(Scale {
             value: config.scale(path, rank)?,
             source: ScaleSource::Config {
@@ -125,7 +125,7 @@ impl Parts<'_> {
         if adapter != Adapter::Lokr || self.has(Role::Alpha) {
             return None;
         }
-        let path = &model::table().target(self.target).path;
+        let path = &model::table().module(self.id).path;
         let rank = config?.promised_rank(path).filter(|rank| *rank > 0)?;
         self.configured(adapter, config, rank)
     }
@@ -155,7 +155,7 @@ impl Parts<'_> {
         if scale.is_finite() {
             Ok(scale)
         } else {
-            let key = Quoted::new(&model::table().target(self.target).path);
+            let key = Quoted::new(&model::table().module(self.id).path);
             Err(ModuleError::NonFiniteScale { key, value: scale })
         }
     }

@@ -156,8 +156,8 @@ impl Pattern {
         let Self::Regex(expression) = self else {
             return 0;
         };
-        let paths = model::table().targets().iter();
-        let tried = paths.filter(|target| expression.needed.is_in(&target.path));
+        let paths = model::table().modules().iter();
+        let tried = paths.filter(|module| expression.needed.is_in(&module.path));
         tried.count().saturating_mul(expression.size_bytes)
     }
 }

@@ -12,7 +12,7 @@ use crate::header::TensorInfo;
 use crate::key::reason::Reason;
 use crate::key::role::Role;
 use crate::key::{self, Foreign, ParsedKey};
-use crate::model::{self, ModuleKind, TargetId};
+use crate::model::{self, ModuleId, ModuleKind};
 use crate::source::Stored;
 use spelling::{Extent, Spelling};
 
@@ -80,7 +80,7 @@ pub struct Entry {
     /// The tensor.
     pub tensor: RawTensor,
     /// The module it belongs to, if any.
-    pub target: Option<TargetId>,
+    pub module: Option<ModuleId>,
     /// What it is to that module.
     pub role: Role,
     /// For a float8 scale, the role of the tensor that it scales.
@@ -88,14 +88,14 @@ pub struct Entry {
     /// Why it is left out, if it is.
     pub reason: Option<Reason>,
     /// For a tensor of unknown kind, the module that its key names.
-    pub beside: Option<TargetId>,
+    pub beside: Option<ModuleId>,
     /// The value of a stored scalar.
     pub value: Option<f64>,
 }
 
 impl Entry {
     fn ignore(&mut self, reason: Reason) {
-        self.target = None;
+        self.module = None;
         self.role = Role::Ignored;
         self.reason = Some(reason);
     }
@@ -135,7 +135,7 @@ impl KeyTable {
         for tensor in tensors {
             let last = entries.last().zip(spellings.last());
             let known =
-                last.and_then(|(e, s)| Some((e.tensor.key.get(..s.stem_bytes)?, e.target?)));
+                last.and_then(|(e, s)| Some((e.tensor.key.get(..s.stem_bytes)?, e.module?)));
             let (entry, spelling) = classify(tensor, known);
             entries.push(entry);
             spellings.push(spelling);
@@ -186,9 +186,9 @@ impl KeyTable {
 
     /// For each module, whether it has a tensor of a role.
     fn modules_with(&self, role: Role) -> Vec<bool> {
-        let mut with = vec![false; model::table().targets().len()];
+        let mut with = vec![false; model::table().modules().len()];
         for entry in self.entries.iter().filter(|e| e.role == role) {
-            if let Some(own) = entry.target.and_then(|target| with.get_mut(target)) {
+            if let Some(own) = entry.module.and_then(|id| with.get_mut(id)) {
                 *own = true;
             }
         }
@@ -199,10 +199,7 @@ impl KeyTable {
     fn settle_plain_weights(&mut self) {
         let ia3 = self.modules_with(Role::Ia3OnInput);
         for entry in self.entries.iter_mut().filter(|e| e.role == Role::Ia3) {
-            if entry
-                .target
-                .is_some_and(|target| ia3.get(target) != Some(&true))
-            {
+            if entry.module.is_some_and(|id| ia3.get(id) != Some(&true)) {
                 entry.ignore(Reason::Foreign(Foreign::PlainWeight));
             }
         }
@@ -211,28 +208,28 @@ impl KeyTable {
     /// A fused module beside all of its parts is the same delta written twice; beside some of them
     /// it says more than they do.
     fn prefer_split(&mut self) {
-        let targets = model::table().targets();
-        let mut extents = vec![Extent::default(); targets.len()];
+        let modules = model::table().modules();
+        let mut extents = vec![Extent::default(); modules.len()];
         for entry in &self.entries {
-            if let Some(extent) = entry.target.and_then(|target| extents.get_mut(target)) {
+            if let Some(extent) = entry.module.and_then(|id| extents.get_mut(id)) {
                 extent.add(entry.role);
             }
         }
-        let is_whole = |target: &TargetId| extents.get(*target).is_some_and(|e| e.is_whole());
-        let mut fused: HashSet<TargetId> = HashSet::new();
-        let mut parts: HashSet<TargetId> = HashSet::new();
-        for (id, target) in targets.iter().enumerate().filter(|(_, t)| t.is_fused()) {
-            if target.split.iter().all(is_whole) {
+        let is_whole = |id: &ModuleId| extents.get(*id).is_some_and(|e| e.is_whole());
+        let mut fused: HashSet<ModuleId> = HashSet::new();
+        let mut parts: HashSet<ModuleId> = HashSet::new();
+        for (id, module) in modules.iter().enumerate().filter(|(_, t)| t.is_fused()) {
+            if module.split.iter().all(is_whole) {
                 fused.insert(id);
             } else if is_whole(&id) {
-                parts.extend(&target.split);
+                parts.extend(&module.split);
             }
         }
         for entry in &mut self.entries {
-            let Some(target) = entry.target else { continue };
-            if fused.contains(&target) {
+            let Some(id) = entry.module else { continue };
+            if fused.contains(&id) {
                 entry.ignore(Reason::SplitPreferred);
-            } else if parts.contains(&target) {
+            } else if parts.contains(&id) {
                 entry.ignore(Reason::FusedPreferred);
             }
         }
@@ -246,33 +243,32 @@ impl KeyTable {
         if !spellings.iter().any(|spelling| spelling.bare) {
             return;
         }
-        let ups: HashMap<TargetId, (u64, u64)> = self
+        let ups: HashMap<ModuleId, (u64, u64)> = self
             .entries
             .iter()
             .filter(|e| e.role == Role::Up)
-            .filter_map(|e| Some((e.target?, e.matrix()?)))
+            .filter_map(|e| Some((e.module?, e.matrix()?)))
             .collect();
-        let packed: HashSet<TargetId> = self
+        let packed: HashSet<ModuleId> = self
             .entries
             .iter()
             .zip(spellings)
             .filter(|(e, spelling)| spelling.bare && e.role == Role::Down)
             .filter_map(|(e, _)| {
-                let target = e.target?;
+                let id = e.module?;
                 let (rows, columns) = e.matrix()?;
-                let ModuleKind::Linear { in_features, .. } = model::table().target(target).kind
-                else {
+                let ModuleKind::Linear { in_features, .. } = model::table().module(id).kind else {
                     return None;
                 };
                 let by_channels = rows == in_features && columns != in_features;
                 let by_halves = ups
-                    .get(&target)
+                    .get(&id)
                     .is_some_and(|(_, up_columns)| rows != *up_columns && columns == *up_columns);
-                (by_channels || by_halves).then_some(target)
+                (by_channels || by_halves).then_some(id)
             })
             .collect();
         for entry in &mut self.entries {
-            if entry.target.is_some_and(|target| packed.contains(&target)) {
+            if entry.module.is_some_and(|id| packed.contains(&id)) {
                 entry.role = match entry.role {
                     Role::Down => Role::PackedDown,
                     Role::Up => Role::PackedUp,
@@ -286,11 +282,11 @@ impl KeyTable {
     fn mark_lone_deltas(&mut self) {
         let with_up = self.modules_with(Role::Up);
         for entry in self.entries.iter_mut().filter(|e| e.role == Role::Down) {
-            let Some(target) = entry.target else { continue };
-            if with_up.get(target) == Some(&true) {
+            let Some(id) = entry.module else { continue };
+            if with_up.get(id) == Some(&true) {
                 continue;
             }
-            if entry.tensor.shape == model::table().target(target).kind.weight_shape() {
+            if entry.tensor.shape == model::table().module(id).kind.weight_shape() {
                 entry.role = Role::Diff;
             }
         }
@@ -298,11 +294,8 @@ impl KeyTable {
 
     fn drop_missing_biases(&mut self) {
         for entry in &mut self.entries {
-            let Some(target) = entry.target else { continue };
-            let is_linear = matches!(
-                model::table().target(target).kind,
-                ModuleKind::Linear { .. }
-            );
+            let Some(id) = entry.module else { continue };
+            let is_linear = matches!(model::table().module(id).kind, ModuleKind::Linear { .. });
             if !is_linear && matches!(entry.role, Role::BNorm | Role::DiffB | Role::UpBias) {
                 entry.ignore(Reason::NoBias);
             }
@@ -310,10 +303,10 @@ impl KeyTable {
     }
 }
 
-fn classify(tensor: RawTensor, known: Option<(&str, TargetId)>) -> (Entry, Spelling) {
+fn classify(tensor: RawTensor, known: Option<(&str, ModuleId)>) -> (Entry, Spelling) {
     let mut entry = Entry {
         tensor,
-        target: None,
+        module: None,
         role: Role::Ignored,
         scales: None,
         reason: None,
@@ -323,19 +316,19 @@ fn classify(tensor: RawTensor, known: Option<(&str, TargetId)>) -> (Entry, Spell
     let mut spelling = Spelling::default();
     match key::parse_beside(&entry.tensor.key, known) {
         ParsedKey::Module {
-            target,
+            module,
             stem,
             role,
-            slot,
+            adapter_name,
             scales,
             bare,
         } => {
             spelling = Spelling {
                 stem_bytes: stem.len(),
-                slot: slot.to_owned(),
+                adapter_name: adapter_name.to_owned(),
                 bare,
             };
-            (entry.target, entry.role, entry.scales) = (Some(target), role, scales);
+            (entry.module, entry.role, entry.scales) = (Some(module), role, scales);
         }
         ParsedKey::Foreign { reason, beside } => {
             entry.reason = Some(Reason::Foreign(reason));

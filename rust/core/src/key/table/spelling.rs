@@ -8,7 +8,7 @@ use std::collections::{HashMap, HashSet};
 use super::{Entry, KeyTable, RawTensor};
 use crate::key::reason::Reason;
 use crate::key::role::{Role, Roles};
-use crate::model::{self, TargetId};
+use crate::model::{self, ModuleId};
 
 /// How a tensor's key spells its module.
 #[derive(Debug, Default)]
@@ -16,7 +16,7 @@ pub(super) struct Spelling {
     /// Length of the stem, the key up to its suffix.
     pub(super) stem_bytes: usize,
     /// Adapter names of PEFT's spelling.
-    pub(super) slot: String,
+    pub(super) adapter_name: String,
     /// Whether it is a pair's half without `.weight`.
     pub(super) bare: bool,
 }
@@ -117,9 +117,9 @@ impl KeyTable {
             return;
         };
         let entries = self.entries.iter().enumerate();
-        let mut members: Vec<(TargetId, usize)> = entries
-            .filter_map(|(index, entry)| Some((entry.target?, index)))
-            .filter(|(target, _)| unclear.contains(target))
+        let mut members: Vec<(ModuleId, usize)> = entries
+            .filter_map(|(index, entry)| Some((entry.module?, index)))
+            .filter(|(id, _)| unclear.contains(id))
             .collect();
         members.sort_unstable();
         for module in members.chunk_by(|a, b| a.0 == b.0) {
@@ -135,18 +135,18 @@ impl KeyTable {
 
     /// The modules whose tensors are not all of one spelling and name, in places of their own; none
     /// in almost all files. A module that is here by mistake loses nothing.
-    fn unclear_modules(&self, spellings: &[Spelling]) -> Option<HashSet<TargetId>> {
+    fn unclear_modules(&self, spellings: &[Spelling]) -> Option<HashSet<ModuleId>> {
         #[derive(Clone, Default)]
         struct Seen {
             first: Option<usize>,
             roles: Roles,
         }
-        let mut seen = vec![Seen::default(); model::table().targets().len()];
+        let mut seen = vec![Seen::default(); model::table().modules().len()];
         let mut unclear = HashSet::new();
         // In the order of the file: names that are compared are read one after the other.
         for (index, entry) in self.entries.iter().enumerate() {
-            let Some(target) = entry.target else { continue };
-            let Some(module) = seen.get_mut(target) else {
+            let Some(id) = entry.module else { continue };
+            let Some(module) = seen.get_mut(id) else {
                 continue;
             };
             let first = *module.first.get_or_insert(index);
@@ -155,7 +155,7 @@ impl KeyTable {
                 && self.are_spelled_alike(first, index, spellings);
             module.roles.add(entry.role);
             if !is_clear {
-                unclear.insert(target);
+                unclear.insert(id);
             }
         }
         (!unclear.is_empty()).then_some(unclear)
@@ -163,11 +163,12 @@ impl KeyTable {
 
     /// Whether two tensors name their module, and their adapter, alike.
     fn are_spelled_alike(&self, a: usize, b: usize, spellings: &[Spelling]) -> bool {
-        let slot = |index: usize| spellings.get(index).map_or("", |s| s.slot.as_str());
+        let adapter_name =
+            |index: usize| spellings.get(index).map_or("", |s| s.adapter_name.as_str());
         // The C library takes its time to find that two empty strings are equal.
-        let are_nameless = slot(a).is_empty() && slot(b).is_empty();
+        let are_nameless = adapter_name(a).is_empty() && adapter_name(b).is_empty();
         a == b
-            || ((are_nameless || slot(a) == slot(b))
+            || ((are_nameless || adapter_name(a) == adapter_name(b))
                 && self.stem(a, spellings) == self.stem(b, spellings))
     }
 
@@ -196,7 +197,7 @@ impl KeyTable {
 
     /// Drops what belongs to another adapter name than the first; the rest.
     fn drop_second_adapters(&mut self, members: Vec<usize>, spellings: &[Spelling]) -> Vec<usize> {
-        let named = |index: usize| spellings.get(index).map_or("", |s| s.slot.as_str());
+        let named = |index: usize| spellings.get(index).map_or("", |s| s.adapter_name.as_str());
         let role = |index: usize| self.entries.get(index).map(|e| e.role);
         let is_lycoris = |index: usize| role(index).is_some_and(is_lycoris);
         let lycoris = members.iter().find(|&&i| is_lycoris(i));

@@ -34,7 +34,7 @@ pub(crate) fn check_model(modules: &mut [Module], table: &KeyTable) -> ModelChec
         .entries()
         .iter()
         // No module of the table is a witness, and most keys name one.
-        .filter(|e| e.target.is_none())
+        .filter(|e| e.module.is_none())
         .filter_map(|e| Some((lookalike::witness(&e.tensor.key)?, e.tensor.key.as_str())))
         .collect();
     seen.sort_by_key(|(lookalike, _)| lookalike.place);
@@ -52,7 +52,7 @@ pub(crate) fn check_model(modules: &mut [Module], table: &KeyTable) -> ModelChec
     let (mut fitting, mut differing) = (0usize, 0usize);
     let mut example = None;
     for module in modules.iter_mut() {
-        let own = model::table().target(module.target).model;
+        let own = model::table().module(module.id).model;
         if own != model {
             module.misfit = Some(format!("is a module of {own}, the file is {model}'s"));
             continue;
@@ -69,7 +69,7 @@ pub(crate) fn check_model(modules: &mut [Module], table: &KeyTable) -> ModelChec
             Fit::Differs(text) => {
                 differing += 1;
                 example.get_or_insert_with(|| {
-                    format!("`{}` {text}", model::table().target(module.target).path)
+                    format!("`{}` {text}", model::table().module(module.id).path)
                 });
                 module.misfit = Some(text);
             }
@@ -94,7 +94,7 @@ pub(crate) fn check_model(modules: &mut [Module], table: &KeyTable) -> ModelChec
 fn name_by_width(modules: &[Module], model: Model) -> Option<&'static str> {
     let attention = || {
         modules.iter().filter_map(|module| {
-            let section = model::table().target(module.target).section;
+            let section = model::table().module(module.id).section;
             match section {
                 Section::Attention | Section::TextAttention => Some((section, module.shape?)),
                 Section::Mlp | Section::Modulation | Section::Other => None,

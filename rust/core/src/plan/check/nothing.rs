@@ -11,7 +11,7 @@ use crate::key::role::Role;
 use crate::key::suffix;
 use crate::key::table::{Entry, KeyTable};
 use crate::key::{self, Foreign};
-use crate::model::{self, Target};
+use crate::model::{self, KnownModule};
 
 /// Parts of words that name a kind of adapter, in lower case.
 const ADAPTER_WORDS: [&str; 8] = [
@@ -145,13 +145,13 @@ pub(super) fn nothing_found(table: &KeyTable) -> String {
 
 /// Modules of a known model, with endings that no trainer is known to write.
 fn unknown_form(entries: &[Entry]) -> Option<String> {
-    let (entry, target) = entries.iter().find_map(|e| Some((e, e.beside?)))?;
-    let target = model::table().target(target);
+    let (entry, id) = entries.iter().find_map(|e| Some((e, e.beside?)))?;
+    let module = model::table().module(id);
     Some(format!(
         "a LoRA of {} of an unknown kind: {} names the module `{}`, with an ending that is not known",
-        title(target),
+        title(module),
         Quoted::new(&entry.tensor.key),
-        target.path
+        module.path
     ))
 }
 
@@ -198,16 +198,16 @@ fn main_part<'e>(found: impl Iterator<Item = (Part, &'e str)>) -> Option<(Part, 
 
 /// The known model of which the tensor is a module's weight or its kin.
 fn own_model(entry: &Entry) -> Option<&'static str> {
-    let target = entry.beside.or_else(|| {
+    let id = entry.beside.or_else(|| {
         let plain = Some(Reason::Foreign(Foreign::PlainWeight));
         let stem = entry.tensor.key.rsplit_once('.')?.0;
         key::resolve(stem).filter(|_| entry.reason == plain)
     })?;
-    Some(title(model::table().target(target)))
+    Some(title(model::table().module(id)))
 }
 
-fn title(target: &Target) -> &'static str {
-    target.model.title()
+fn title(module: &KnownModule) -> &'static str {
+    module.model.title()
 }
 
 /// The model that the most telling of the keys gives away.

@@ -14,7 +14,7 @@ use crate::key;
 use crate::key::role::Role;
 use crate::key::suffix;
 use crate::key::table::Entry;
-use crate::model::{self, Target};
+use crate::model::{self, KnownModule};
 use crate::plan::FilePlan;
 use crate::plan::check::ModelCheck;
 pub use unread::Unread;
@@ -53,7 +53,8 @@ pub struct Reading {
     /// The path as the key spells it.
     pub spelling: String,
     /// The canonical path.
-    pub target: &'static str,
+    #[serde(rename = "target")]
+    pub module: &'static str,
     /// What is cut at the end.
     pub suffix: String,
     /// What that says of the tensor.
@@ -68,7 +69,8 @@ pub struct Reading {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ModuleExplanation {
     /// The canonical path.
-    pub target: &'static str,
+    #[serde(rename = "target")]
+    pub path: &'static str,
     /// The slot that computes it in Nunchaku's model: a fused one holds several modules.
     pub slot: &'static str,
     /// Its part among the slot's parts, counted from 0.
@@ -191,11 +193,11 @@ impl Reading {
             prefixes: resolved.prefixes,
             wrappers: resolved.wrappers,
             spelling: resolved.path,
-            target: path_of(model::table().target(resolved.target)),
+            module: path_of(model::table().module(resolved.module)),
             suffix: key.get(cut.stem.len()..)?.to_owned(),
             role: cut.role,
             scales: cut.scales,
-            adapter_name: (!cut.slot.is_empty()).then(|| cut.slot.to_owned()),
+            adapter_name: (!cut.adapter_name.is_empty()).then(|| cut.adapter_name.to_owned()),
         })
     }
 }
@@ -250,7 +252,7 @@ impl FilePlan {
                 reason: reason.clone(),
             };
         }
-        if self.applied_modules().any(|m| m.target == module.target) {
+        if self.applied_modules().any(|m| m.id == module.id) {
             Fate::Applied
         } else {
             not_applied(&self.reason().unwrap_or_default())
@@ -259,14 +261,14 @@ impl FilePlan {
 }
 
 fn explain_module(module: &Module, index: usize, entries: &[Entry]) -> ModuleExplanation {
-    let target = model::table().target(module.target);
+    let known = model::table().module(module.id);
     let own = || module.tensors.iter().filter_map(|&i| entries.get(i));
     let delta = module.deltas.iter().find(|delta| delta.holds(index));
     ModuleExplanation {
-        target: path_of(target),
-        slot: &target.place.slot,
-        part: target.place.part,
-        parts: target.place.parts,
+        path: path_of(known),
+        slot: &known.place.slot,
+        part: known.place.part,
+        parts: known.place.parts,
         adapter: module.adapter,
         rank: module.rank,
         scale: module.scale,
@@ -314,8 +316,8 @@ fn scale_rule(source: ScaleSource, entries: &[Entry]) -> ScaleRule {
     }
 }
 
-fn path_of(target: &'static Target) -> &'static str {
-    &target.path
+fn path_of(module: &'static KnownModule) -> &'static str {
+    &module.path
 }
 
 /// A number, or its name where JSON has none.

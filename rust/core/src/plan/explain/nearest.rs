@@ -4,7 +4,7 @@ use crate::key;
 use crate::key::role::Role;
 use crate::key::suffix;
 use crate::key::table::Entry;
-use crate::model::TargetId;
+use crate::model::ModuleId;
 
 /// Most edits between keys that may be the same key mistyped.
 const MAX_EDITS: usize = 12;
@@ -42,7 +42,7 @@ pub(super) fn nearest<'e>(entries: &'e [Entry], key: &str, at_most: usize) -> Ve
 }
 
 /// The module that a key or a path names, and the part of it.
-fn named(key: &str) -> Option<(TargetId, Option<Role>)> {
+fn named(key: &str) -> Option<(ModuleId, Option<Role>)> {
     let cut = suffix::cut(key);
     let stem = cut.map_or(key, |cut| cut.stem);
     Some((key::resolve(stem)?, cut.map(|cut| cut.role)))
@@ -50,7 +50,7 @@ fn named(key: &str) -> Option<(TargetId, Option<Role>)> {
 
 fn nearness(
     wanted: &str,
-    meant: Option<(TargetId, Option<Role>)>,
+    meant: Option<(ModuleId, Option<Role>)>,
     other: &str,
 ) -> Option<Nearness> {
     match (meant, meant.and_then(|_| named(other))) {

@@ -12,12 +12,12 @@ pub enum Unread {
     /// A module's path, without an ending.
     PathAlone {
         /// The canonical path.
-        target: &'static str,
+        module: &'static str,
     },
     /// A module's path with an ending that is not in the grammar.
     UnknownEnding {
         /// The canonical path.
-        target: &'static str,
+        module: &'static str,
         /// What follows the path.
         ending: String,
     },
@@ -59,13 +59,13 @@ impl Unread {
     }
 
     fn beside_module(key: &str) -> Self {
-        let Some((target, ending)) = key::named_module(key) else {
+        let Some((module, ending)) = key::named_module(key) else {
             return Self::Unknown;
         };
-        let target = path_of(model::table().target(target));
+        let module = path_of(model::table().module(module));
         match ending.as_str() {
-            "" | "." => Self::PathAlone { target },
-            _ => Self::UnknownEnding { target, ending },
+            "" | "." => Self::PathAlone { module },
+            _ => Self::UnknownEnding { module, ending },
         }
     }
 

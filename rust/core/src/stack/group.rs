@@ -17,7 +17,7 @@ const DTYPES: [Dtype; 3] = [Dtype::BF16, Dtype::F16, Dtype::F32];
 
 /// The same tensor of a module in every slot of a group.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct AlikeTensor {
+pub struct Located {
     /// Bytes of each.
     pub len_bytes: u64,
     /// Where each begins in the file, slot by slot.
@@ -28,7 +28,7 @@ pub struct AlikeTensor {
 
 /// A module of one LoRA in every slot of a group.
 #[derive(Debug, Clone, PartialEq)]
-pub struct AlikeMember {
+pub struct Member {
     /// Its rank.
     pub rank: u64,
     /// Factor on the raw product without the strength.
@@ -40,36 +40,36 @@ pub struct AlikeMember {
     /// Safetensors dtype of both factors.
     pub dtype: &'static str,
     /// (rank, columns).
-    pub down: AlikeTensor,
+    pub down: Located,
     /// (rows, rank).
-    pub up: AlikeTensor,
+    pub up: Located,
 }
 
 /// What one LoRA brings to every slot of a group.
 #[derive(Debug, Clone, PartialEq)]
-pub struct AlikeStack {
+pub struct Share {
     /// Index of the LoRA.
     pub lora: usize,
     /// Its modules, by rows.
-    pub members: Vec<AlikeMember>,
+    pub members: Vec<Member>,
 }
 
 /// Slots of one path that get deltas of the same shapes and scales.
 #[derive(Debug, Clone, PartialEq)]
-pub struct AlikeSlots {
+pub struct Group {
     /// Indices in the slot map that was planned for.
     pub slots: Vec<usize>,
     /// Order of their output rows.
     pub row_order: RowOrder,
     /// What each LoRA brings, in the order of the stack.
-    pub stacks: Vec<AlikeStack>,
+    pub shares: Vec<Share>,
 }
 
 /// The slots of a plan, those that are alike together.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Grouped {
     /// Groups, in the order of their first slots.
-    pub alike: Vec<AlikeSlots>,
+    pub groups: Vec<Group>,
     /// Index in the slot map and plan of each slot that is in none: another adapter than plain
     /// LoRA, or ranks that may exceed the limit.
     pub single: Vec<(usize, SlotPlan)>,
@@ -97,14 +97,14 @@ impl Pair<'_> {
 }
 
 /// A group while it is being found.
-struct Group<'p> {
+struct Forming<'p> {
     /// Its first slot, and the pairs of that.
     first: &'p Slot,
     pairs: Vec<Pair<'p>>,
-    alike: AlikeSlots,
+    group: Group,
 }
 
-impl Group<'_> {
+impl Forming<'_> {
     fn takes(&self, slot: &Slot, pairs: &[Pair<'_>]) -> bool {
         let own = self.first;
         own.offloaded == slot.offloaded
@@ -118,10 +118,10 @@ impl Group<'_> {
     }
 
     fn add(&mut self, slot: usize, pairs: &[Pair<'_>]) {
-        self.alike.slots.push(slot);
+        self.group.slots.push(slot);
         let members = self
-            .alike
-            .stacks
+            .group
+            .shares
             .iter_mut()
             .flat_map(|s| s.members.iter_mut());
         for (member, pair) in members.zip(pairs) {
@@ -131,7 +131,7 @@ impl Group<'_> {
     }
 }
 
-impl AlikeTensor {
+impl Located {
     fn add(&mut self, (index, entry): (usize, &Entry)) {
         self.offsets_bytes.push(entry.tensor.offset_bytes);
         self.indices.push(index as u64);
@@ -144,7 +144,7 @@ impl PlacedStack {
     /// # Arguments
     /// As everywhere here the plans and slots that the stack was made of; `index` is of the slots.
     pub fn grouped(&self, plans: &[&FilePlan], slots: &[Slot], index: &SlotIndex) -> Grouped {
-        let mut groups: Vec<Group<'_>> = Vec::new();
+        let mut forming: Vec<Forming<'_>> = Vec::new();
         let mut of_pattern: Vec<Vec<usize>> = vec![Vec::new(); index.pattern_count()];
         let mut single = Vec::new();
         let mut pairs = Vec::new();
@@ -162,24 +162,24 @@ impl PlacedStack {
                 continue;
             };
             let fitting = known.iter().copied().find(|&at| {
-                let group = groups.get(at);
+                let group = forming.get(at);
                 group.is_some_and(|group| group.takes(slot, &pairs))
             });
             let at = fitting.unwrap_or_else(|| {
-                known.push(groups.len());
-                groups.push(Group {
+                known.push(forming.len());
+                forming.push(Forming {
                     first: slot,
                     pairs: pairs.clone(),
-                    alike: begin(placed, &pairs),
+                    group: begin(placed, &pairs),
                 });
-                groups.len() - 1
+                forming.len() - 1
             });
-            if let Some(group) = groups.get_mut(at) {
+            if let Some(group) = forming.get_mut(at) {
                 group.add(placed.slot, &pairs);
             }
         }
-        let alike = groups.into_iter().map(|group| group.alike).collect();
-        Grouped { alike, single }
+        let groups = forming.into_iter().map(|own| own.group).collect();
+        Grouped { groups, single }
     }
 }
 
@@ -224,7 +224,7 @@ fn pair_of<'p>(
         && own.scale != 0.0;
     // One delta for the rows of q, k and v may have an alpha that is a third of what is meant:
     // that is looked for slot by slot.
-    let is_fused = model::table().target(module.target).is_fused();
+    let is_fused = model::table().module(module.id).is_fused();
     let is_whole = own.rows.1 == slot.out_features;
     let fits = pair.up.1.tensor.dtype == pair.dtype
         && DTYPES.contains(&pair.dtype)
@@ -248,28 +248,28 @@ fn has_room(placed: &PlacedSlot, own: &[Placed]) -> bool {
     exact <= limit && padded <= pad_rank(limit)
 }
 
-fn begin(placed: &PlacedSlot, pairs: &[Pair<'_>]) -> AlikeSlots {
-    let stack = |own: &[Pair<'_>]| AlikeStack {
+fn begin(placed: &PlacedSlot, pairs: &[Pair<'_>]) -> Group {
+    let share = |own: &[Pair<'_>]| Share {
         lora: own.first().map_or(0, |pair| pair.placed.lora),
         members: own.iter().map(member).collect(),
     };
-    AlikeSlots {
+    Group {
         slots: Vec::new(),
         row_order: placed.row_order,
-        stacks: pairs
+        shares: pairs
             .chunk_by(|a, b| a.placed.lora == b.placed.lora)
-            .map(stack)
+            .map(share)
             .collect(),
     }
 }
 
-fn member(pair: &Pair<'_>) -> AlikeMember {
-    let tensor = |(_, entry): (usize, &Entry)| AlikeTensor {
+fn member(pair: &Pair<'_>) -> Member {
+    let tensor = |(_, entry): (usize, &Entry)| Located {
         len_bytes: entry.tensor.len_bytes,
         offsets_bytes: Vec::new(),
         indices: Vec::new(),
     };
-    AlikeMember {
+    Member {
         rank: pair.placed.rank,
         scale: pair.placed.scale,
         row_begin: pair.placed.rows.0,

@@ -10,7 +10,7 @@ use qwenlora_core::key::table::RawTensor;
 use qwenlora_core::model::slot::{Slot, SlotKind};
 use qwenlora_core::plan::FilePlan;
 use qwenlora_core::stack::{
-    AlikeSlots, Piece, PlacedStack, SlotIndex, SlotPlan, StackItem, StackOptions, StackPlan,
+    Group, Piece, PlacedStack, SlotIndex, SlotPlan, StackItem, StackOptions, StackPlan,
 };
 
 const BLOCKS: usize = 4;
@@ -156,7 +156,7 @@ fn key(plan: &SlotPlan, slot: &Slot) -> Option<String> {
             && names == ["down", "up"]
             && tensors().all(|tensor| tensor.dtype == dtype)
             && ["BF16", "F16", "F32"].contains(&dtype)
-            && !piece.target.ends_with("qkv");
+            && !piece.module.ends_with("qkv");
         let (lora, rank, scale) = (piece.lora, piece.rank, piece.scale.to_bits());
         let (begin, count) = (piece.row_begin, piece.row_count);
         is_plain.then(|| format!("{lora} {rank} {scale} {begin} {count} {dtype}"))
@@ -178,8 +178,8 @@ fn key(plan: &SlotPlan, slot: &Slot) -> Option<String> {
 }
 
 /// A group's modules as the pieces of one of its slots tell them.
-fn assert_told(group: &AlikeSlots, at: usize, plan: &SlotPlan) {
-    let members = group.stacks.iter();
+fn assert_told(group: &Group, at: usize, plan: &SlotPlan) {
+    let members = group.shares.iter();
     let members = members.flat_map(|stack| stack.members.iter().map(move |m| (stack.lora, m)));
     assert_eq!(members.clone().count(), plan.pieces.len());
     for ((lora, member), piece) in members.zip(&plan.pieces) {
@@ -245,9 +245,9 @@ proptest! {
         let found = placed.grouped(&plans, &slots, &index);
         prop_assert_eq!(found.single, single);
         let groups: Vec<Vec<usize>> = expected.into_iter().map(|(_, group)| group).collect();
-        let found_groups: Vec<Vec<usize>> = found.alike.iter().map(|own| own.slots.clone()).collect();
+        let found_groups: Vec<Vec<usize>> = found.groups.iter().map(|own| own.slots.clone()).collect();
         prop_assert_eq!(found_groups, groups);
-        for group in &found.alike {
+        for group in &found.groups {
             for (at, place) in group.slots.iter().enumerate() {
                 let plan = told.slots.iter().find(|plan| plan.path == slots[*place].path).unwrap();
                 assert_told(group, at, plan);
