@@ -2,12 +2,11 @@
 
 use std::path::Path;
 
+use qwenlora_core::adapter::module::ScaleSource;
 use qwenlora_core::header::Quoted;
 use qwenlora_core::key::role::Role;
 use qwenlora_core::plan::document::SCHEMA;
-use qwenlora_core::plan::explain::{
-    Explanation, Fate, ModuleExplanation, Reading, ScaleRule, Unread,
-};
+use qwenlora_core::plan::explain::{Explanation, Fate, ModuleExplanation, Reading, Unread};
 use serde::Serialize;
 
 use crate::escape;
@@ -222,31 +221,33 @@ fn add_keys(screen: &mut Screen, module: &ModuleExplanation, own: &str) {
 fn scale(module: &ModuleExplanation) -> String {
     let rule = &module.scale_rule;
     let ground = match rule {
-        ScaleRule::Alpha { .. } | ScaleRule::Config { .. } if module.float8_scales.is_empty() => {
+        ScaleSource::Alpha { .. } | ScaleSource::Config { .. }
+            if module.float8_scales.is_empty() =>
+        {
             return format!("{} = {rule}", number(module.scale));
         }
-        ScaleRule::Alpha { .. } | ScaleRule::Config { .. } | ScaleRule::Stored { .. } => {
+        ScaleSource::Alpha { .. } | ScaleSource::Config { .. } | ScaleSource::Stored { .. } => {
             rule.to_string()
         }
-        ScaleRule::ZeroAlpha { .. } => "an alpha of 0 means alpha = rank".to_owned(),
-        ScaleRule::BothDirect => {
+        ScaleSource::ZeroAlpha { .. } => "an alpha of 0 means alpha = rank".to_owned(),
+        ScaleSource::BothDirect => {
             "both factors are stored whole, so that no alpha counts".to_owned()
         }
-        ScaleRule::Nothing => "neither an alpha nor a configuration".to_owned(),
-        ScaleRule::Unscaled => "this kind of adapter has no alpha".to_owned(),
+        ScaleSource::Nothing => "neither an alpha nor a configuration".to_owned(),
+        ScaleSource::Unscaled => "this kind of adapter has no alpha".to_owned(),
     };
     format!("{}: {ground}", number(module.scale))
 }
 
-fn scale_key(rule: &ScaleRule) -> Option<&str> {
+fn scale_key(rule: &ScaleSource<String>) -> Option<&str> {
     match rule {
-        ScaleRule::Alpha { key, .. } | ScaleRule::ZeroAlpha { key } | ScaleRule::Stored { key } => {
-            Some(key)
-        }
-        ScaleRule::Config { .. }
-        | ScaleRule::BothDirect
-        | ScaleRule::Nothing
-        | ScaleRule::Unscaled => None,
+        ScaleSource::Alpha { tensor: key, .. }
+        | ScaleSource::ZeroAlpha { tensor: key }
+        | ScaleSource::Stored { tensor: key } => Some(key),
+        ScaleSource::Config { .. }
+        | ScaleSource::BothDirect
+        | ScaleSource::Nothing
+        | ScaleSource::Unscaled => None,
     }
 }
 

@@ -4,9 +4,10 @@
 
 mod state_dict;
 
+use qwenlora_core::adapter::module::ScaleSource;
 use qwenlora_core::key::role::Role;
 use qwenlora_core::plan::FilePlan;
-use qwenlora_core::plan::explain::{Explanation, Fate, Reading, ScaleRule};
+use qwenlora_core::plan::explain::{Explanation, Fate, Reading};
 use state_dict::{TO_Q, Tensors};
 
 fn explain(plan: &FilePlan, key: &str) -> Explanation {
@@ -86,7 +87,7 @@ fn the_scale_names_its_ground() {
     let module = explanation.module.as_ref().unwrap();
     assert_eq!(
         (module.scale, &module.scale_rule),
-        (1.0, &ScaleRule::BothDirect)
+        (1.0, &ScaleSource::BothDirect)
     );
     let json = serde_json::to_value(&explanation).unwrap();
     assert_eq!(json["value"], "inf");

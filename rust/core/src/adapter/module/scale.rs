@@ -1,5 +1,7 @@
 //! The factor on a module's raw product, and where it comes from.
 
+use std::fmt;
+
 use serde::Serialize;
 
 use super::ModuleError;
@@ -20,34 +22,37 @@ pub struct Scale {
     pub source: ScaleSource,
 }
 
-/// Where a scale comes from.
+/// The ground of a scale; `T` names a tensor: its index in the table of keys, or its key.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-#[serde(tag = "kind", rename_all = "snake_case")]
-pub enum ScaleSource {
+#[serde(tag = "rule", rename_all = "snake_case")]
+pub enum ScaleSource<T = usize> {
     /// The module's alpha tensor: alpha / rank.
     Alpha {
-        /// Index of the tensor in the table of keys.
-        tensor: usize,
+        /// The tensor.
+        #[serde(rename = "key")]
+        tensor: T,
         /// Its value.
         alpha: f64,
-        /// What it is divided by.
+        /// The divisor.
         rank: u64,
     },
     /// An alpha tensor of 0, which means alpha = rank: 1.
     ZeroAlpha {
-        /// Index of the tensor in the table of keys.
-        tensor: usize,
+        /// The tensor.
+        #[serde(rename = "key")]
+        tensor: T,
     },
     /// A tensor that holds the scale itself.
     Stored {
-        /// Index of the tensor in the table of keys.
-        tensor: usize,
+        /// The tensor.
+        #[serde(rename = "key")]
+        tensor: T,
     },
     /// PEFT's configuration: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
     Config {
         /// The alpha for this path.
         alpha: f64,
-        /// What it, or its root, divides.
+        /// The rank that, or whose root, divides it.
         rank: u64,
         /// Whether the root is taken.
         rslora: bool,
@@ -58,6 +63,67 @@ pub enum ScaleSource {
     Nothing,
     /// This kind of adapter has no alpha: 1.
     Unscaled,
+}
+
+impl<T> ScaleSource<T> {
+    /// The same with another name for its tensor.
+    pub(crate) fn map<U>(self, name: impl FnOnce(T) -> U) -> ScaleSource<U> {
+        match self {
+            Self::Alpha {
+                tensor,
+                alpha,
+                rank,
+            } => ScaleSource::Alpha {
+                tensor: name(tensor),
+                alpha,
+                rank,
+            },
+            Self::ZeroAlpha { tensor } => ScaleSource::ZeroAlpha {
+                tensor: name(tensor),
+            },
+            Self::Stored { tensor } => ScaleSource::Stored {
+                tensor: name(tensor),
+            },
+            Self::Config {
+                alpha,
+                rank,
+                rslora,
+            } => ScaleSource::Config {
+                alpha,
+                rank,
+                rslora,
+            },
+            Self::BothDirect => ScaleSource::BothDirect,
+            Self::Nothing => ScaleSource::Nothing,
+            Self::Unscaled => ScaleSource::Unscaled,
+        }
+    }
+}
+
+impl<T> fmt::Display for ScaleSource<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Alpha { alpha, rank, .. } => write!(f, "alpha {alpha} / rank {rank}"),
+            Self::ZeroAlpha { .. } => f.write_str("alpha is 0, which means alpha = rank: 1"),
+            Self::Stored { .. } => f.write_str("stored as a scale"),
+            Self::Config {
+                alpha,
+                rank,
+                rslora: false,
+            } => write!(f, "alpha {alpha} of the configuration / rank {rank}"),
+            Self::Config { alpha, rank, .. } => {
+                write!(
+                    f,
+                    "alpha {alpha} of the configuration / sqrt(rank {rank}), rsLoRA"
+                )
+            }
+            Self::BothDirect => {
+                f.write_str("both factors are stored whole: 1, whatever alpha says")
+            }
+            Self::Nothing => f.write_str("neither an alpha nor a configuration: 1"),
+            Self::Unscaled => f.write_str("this kind of adapter has no alpha: 1"),
+        }
+    }
 }
 
 impl Parts<'_> {

@@ -4,8 +4,6 @@
 mod nearest;
 mod unread;
 
-use std::fmt;
-
 use serde::{Serialize, Serializer};
 
 use crate::adapter::Adapter;
@@ -84,79 +82,13 @@ pub struct ModuleExplanation {
     /// Factor on the weight's raw delta at strength 1, float8 scales included.
     pub scale: f64,
     /// Where that comes from, float8 scales aside.
-    pub scale_rule: ScaleRule,
+    pub scale_rule: ScaleSource<String>,
     /// Keys of float8 scales, each multiplied in.
     pub float8_scales: Vec<String>,
     /// Factor on the delta that this tensor is a part of; none for scalars.
     pub tensor_scale: Option<f64>,
     /// Keys of all of the module's tensors, this one included.
     pub keys: Vec<String>,
-}
-
-/// Where a module's scale comes from.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(tag = "rule", rename_all = "snake_case")]
-pub enum ScaleRule {
-    /// The module's alpha tensor over its rank.
-    Alpha {
-        /// Its key.
-        key: String,
-        /// Its value.
-        alpha: f64,
-        /// The rank.
-        rank: u64,
-    },
-    /// An alpha tensor of 0, which means alpha = rank.
-    ZeroAlpha {
-        /// Its key.
-        key: String,
-    },
-    /// A tensor that holds the scale itself.
-    Stored {
-        /// Its key.
-        key: String,
-    },
-    /// The alpha of PEFT's configuration over the rank, or with rsLoRA over the rank's root.
-    Config {
-        /// The alpha for this path.
-        alpha: f64,
-        /// The rank.
-        rank: u64,
-        /// Whether the root is taken.
-        rslora: bool,
-    },
-    /// A LoKr whose factors are both stored as they are: 1, whatever alpha says.
-    BothDirect,
-    /// The file says nothing: 1.
-    Nothing,
-    /// This kind of adapter has no alpha: 1.
-    Unscaled,
-}
-
-impl fmt::Display for ScaleRule {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Alpha { alpha, rank, .. } => write!(f, "alpha {alpha} / rank {rank}"),
-            Self::ZeroAlpha { .. } => f.write_str("alpha is 0, which means alpha = rank: 1"),
-            Self::Stored { .. } => f.write_str("stored as a scale"),
-            Self::Config {
-                alpha,
-                rank,
-                rslora: false,
-            } => write!(f, "alpha {alpha} of the configuration / rank {rank}"),
-            Self::Config { alpha, rank, .. } => {
-                write!(
-                    f,
-                    "alpha {alpha} of the configuration / sqrt(rank {rank}), rsLoRA"
-                )
-            }
-            Self::BothDirect => {
-                f.write_str("both factors are stored whole: 1, whatever alpha says")
-            }
-            Self::Nothing => f.write_str("neither an alpha nor a configuration: 1"),
-            Self::Unscaled => f.write_str("this kind of adapter has no alpha: 1"),
-        }
-    }
 }
 
 /// What becomes of a tensor on a released model.
@@ -263,6 +195,10 @@ impl FilePlan {
 fn explain_module(module: &Module, index: usize, entries: &[Entry]) -> ModuleExplanation {
     let known = model::table().module(module.id);
     let own = || module.tensors.iter().filter_map(|&i| entries.get(i));
+    let key = |index: usize| {
+        let entry = entries.get(index);
+        entry.map(|e| e.tensor.key.clone()).unwrap_or_default()
+    };
     let delta = module.deltas.iter().find(|delta| delta.holds(index));
     ModuleExplanation {
         path: path_of(known),
@@ -272,47 +208,13 @@ fn explain_module(module: &Module, index: usize, entries: &[Entry]) -> ModuleExp
         adapter: module.adapter,
         rank: module.rank,
         scale: module.scale,
-        scale_rule: scale_rule(module.scale_source, entries),
+        scale_rule: module.scale_source.map(key),
         float8_scales: own()
             .filter(|e| e.role == Role::Fp8Scale)
             .map(|e| e.tensor.key.clone())
             .collect(),
         tensor_scale: delta.map(|delta| delta.scale),
         keys: own().map(|e| e.tensor.key.clone()).collect(),
-    }
-}
-
-fn scale_rule(source: ScaleSource, entries: &[Entry]) -> ScaleRule {
-    let key = |index: usize| {
-        entries
-            .get(index)
-            .map(|e| e.tensor.key.clone())
-            .unwrap_or_default()
-    };
-    match source {
-        ScaleSource::Alpha {
-            tensor,
-            alpha,
-            rank,
-        } => ScaleRule::Alpha {
-            key: key(tensor),
-            alpha,
-            rank,
-        },
-        ScaleSource::ZeroAlpha { tensor } => ScaleRule::ZeroAlpha { key: key(tensor) },
-        ScaleSource::Stored { tensor } => ScaleRule::Stored { key: key(tensor) },
-        ScaleSource::Config {
-            alpha,
-            rank,
-            rslora,
-        } => ScaleRule::Config {
-            alpha,
-            rank,
-            rslora,
-        },
-        ScaleSource::BothDirect => ScaleRule::BothDirect,
-        ScaleSource::Nothing => ScaleRule::Nothing,
-        ScaleSource::Unscaled => ScaleRule::Unscaled,
     }
 }
 
