@@ -1,18 +1,19 @@
 //! One file, no model: the FilePlan.
 
-use std::collections::HashMap;
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 
-use crate::adapter::module::{self, Module, ModuleError};
-use crate::adapter::peft::{AdapterConfig, ConfigError};
+use crate::adapter::module::{self, Module};
+use crate::adapter::peft::AdapterConfig;
 use crate::header::{MAX_NAME_BYTES, MAX_TENSORS, Quoted};
 use crate::key::table::{KeyTable, RawTensor};
 use crate::model::{self, Model};
 use crate::plan::check::{self, ModelCheck};
-use crate::plan::config::{self, PEFT_PICKLE, PEFT_WEIGHTS, SourceIdentity};
+use crate::plan::config::{self, SourceIdentity};
+use crate::plan::error::PlanError;
 use crate::plan::notes;
-use crate::source::{SourceError, SourceFile};
+use crate::plan::tally::most_common;
+use crate::source::SourceFile;
 
 /// Duplicates whose first bytes agree, up to this many, are taken for equal.
 const COMPARED_BYTES: usize = 4096;
@@ -37,80 +38,6 @@ impl Verdict {
             Self::Reject => "reject",
         }
     }
-}
-
-/// Faults that make a file unusable.
-#[derive(Debug, thiserror::Error)]
-pub enum PlanError {
-    /// The file cannot be read, or is not a safetensors file.
-    #[error(transparent)]
-    Source(#[from] SourceError),
-    /// A folder without PEFT's weights.
-    #[error(
-        "{folder} is a folder without `{PEFT_WEIGHTS}`\nhint: name the LoRA file itself{}",
-        .lora.as_ref().map(|name| format!(", as {name} in it")).unwrap_or_default()
-    )]
-    NotAPeftFolder {
-        /// The folder.
-        folder: Quoted,
-        /// The first LoRA file in it.
-        lora: Option<Quoted>,
-    },
-    /// A folder whose weights PEFT saved as a pickle.
-    #[error(
-        "{folder} holds a PyTorch pickle, `{PEFT_PICKLE}`, and no `{PEFT_WEIGHTS}`; a pickle can \
-         run any code while it loads\n\
-         hint: convert it once, in the folder: `python -c \"import torch, safetensors.torch as st; \
-         st.save_file(torch.load('{PEFT_PICKLE}', weights_only=True), '{PEFT_WEIGHTS}')\"`"
-    )]
-    PickledPeftFolder {
-        /// The folder.
-        folder: Quoted,
-    },
-    /// PEFT's configuration cannot be read.
-    #[error("cannot read {path}: {detail}")]
-    Config {
-        /// Its path.
-        path: Quoted,
-        /// What the system says.
-        detail: String,
-    },
-    /// PEFT's configuration makes no sense.
-    #[error("{origin}: {source}")]
-    ConfigContent {
-        /// The file.
-        origin: Quoted,
-        /// What is wrong.
-        source: ConfigError,
-    },
-    /// More tensors than any model has.
-    #[error("{origin} has too many tensors, over the limit of {max}: {count}")]
-    TooManyTensors {
-        /// The state dict.
-        origin: Quoted,
-        /// How many.
-        count: usize,
-        /// The limit.
-        max: usize,
-    },
-    /// A key longer than any name.
-    #[error("{origin}: tensor {tensor}: the name is over the limit of {max_bytes} bytes")]
-    NameTooLong {
-        /// The state dict.
-        origin: Quoted,
-        /// The name, which tells its length.
-        tensor: Quoted,
-        /// The limit.
-        max_bytes: usize,
-    },
-    /// A module makes no sense.
-    #[error("{origin}: {source}")]
-    Module {
-        /// The file.
-        origin: Quoted,
-        /// What is wrong.
-        source: ModuleError,
-    },
 }
 
 /// One file, understood.
@@ -392,30 +319,4 @@ fn check_names(origin: &Quoted, tensors: &[RawTensor]) -> Result<(), PlanError> 
         }),
         None => Ok(()),
     }
-}
-
-/// A reason with how many it concerns and one of them.
-struct Tally {
-    count: usize,
-    example: String,
-}
-
-/// The reason that concerns the most, the earliest of equals, so that a file always says the same.
-fn most_common(rows: impl Iterator<Item = (String, String)>) -> Option<(String, Tally)> {
-    let mut order: Vec<String> = Vec::new();
-    let mut tallies: HashMap<String, Tally> = HashMap::new();
-    for (reason, example) in rows {
-        tallies
-            .entry(reason)
-            .or_insert_with_key(|reason| {
-                order.push(reason.clone());
-                Tally { count: 0, example }
-            })
-            .count += 1;
-    }
-    let most = tallies.values().map(|tally| tally.count).max()?;
-    let reason = order
-        .into_iter()
-        .find(|r| tallies.get(r).is_some_and(|tally| tally.count == most))?;
-    tallies.remove_entry(&reason)
 }

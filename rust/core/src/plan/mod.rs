@@ -4,9 +4,12 @@ pub mod check;
 pub mod component;
 pub mod config;
 pub mod document;
+mod error;
 pub mod explain;
 mod file_plan;
 pub mod fit;
 mod notes;
+mod tally;
 
-pub use file_plan::{FilePlan, PlanError, Verdict};
+pub use error::PlanError;
+pub use file_plan::{FilePlan, Verdict};
