@@ -1,9 +1,19 @@
 //! Reads LoRA files for Qwen-Image and plans how they apply.
 //!
-//! The stages, each one type: [`header::Header`] (bytes to names, dtypes, shapes, offsets),
-//! [`key::table::KeyTable`] (names to modules and roles), [`plan::FilePlan`] (one file, no model),
-//! [`stack::StackPlan`] (file plans and the slots of a model at hand). [`packed::fill`] moves factors to
-//! where a layer reads them. No tensor arithmetic happens here, and nothing here knows Python.
+//! The stages are folders, and a folder uses only those above it here:
+//!
+//! - `work`: threads that share work.
+//! - [`dtype`]: element types, and values as numbers.
+//! - [`header`]: the bytes of a header to names, dtypes, shapes, offsets.
+//! - [`packed`]: factors moved to the places where a layer reads them.
+//! - [`source`]: an open file, its identity, its bytes.
+//! - [`model`]: the modules of the known models, and the slots of a model at hand.
+//! - [`key`]: names of tensors to modules and roles.
+//! - [`adapter`]: a module's tensors to deltas and a scale.
+//! - [`plan`]: one file without a model, [`plan::FilePlan`].
+//! - [`stack`]: file plans on the slots of a model, [`stack::StackPlan`].
+//!
+//! No tensor arithmetic happens here, and nothing here knows Python.
 
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]

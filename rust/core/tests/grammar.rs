@@ -397,10 +397,7 @@ fn some_parts_do_not_replace_the_fused_module() {
         .scalar("transformer_blocks.0.attn.to_k.alpha", 16.0)
         .scalar("transformer_blocks.0.attn.to_v.alpha", 16.0)
         .plan();
-    assert_eq!(
-        (ids(&plan), plan.verdict()),
-        (vec![2], Verdict::Partial)
-    );
+    assert_eq!((ids(&plan), plan.verdict()), (vec![2], Verdict::Partial));
     assert_eq!(
         reasons(&plan),
         ["the file holds the fused module as well"; 4]
