@@ -64,7 +64,7 @@ What a screen says:
 
 More: docs/keys.md in qwenlora's repository";
 
-/// What is asked for.
+/// The request.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Request {
     /// The help text.
@@ -134,7 +134,7 @@ pub(crate) enum UsageError {
     ValueMissing {
         /// The flag.
         option: String,
-        /// What it takes.
+        /// Its values.
         expected: String,
     },
     /// A value that a flag does not know.
@@ -144,7 +144,7 @@ pub(crate) enum UsageError {
         option: String,
         /// The value.
         value: String,
-        /// What it takes.
+        /// Its values.
         expected: String,
     },
     /// Two flags that exclude each other.

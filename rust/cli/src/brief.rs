@@ -18,20 +18,20 @@ use crate::tally::{count, counted, rounded, size_short};
 /// Digits of a scale.
 const SCALE_DIGITS: usize = 3;
 
-/// What a line of the table says of a file.
+/// A file's line in the table.
 #[derive(Debug)]
 pub(crate) struct Brief {
     /// The verdict in one word.
     pub(crate) mark: (Tone, &'static str),
     /// The file's size; empty where it could not be read.
     pub(crate) size: String,
-    /// What it is made of; none where it is no known model's.
+    /// Its make; none where it is no known model's.
     pub(crate) facts: Option<Facts>,
-    /// What it trains; where it does not apply whole, why.
+    /// The modules that it trains; where it does not apply whole, the reason.
     pub(crate) remark: String,
 }
 
-/// What a file is made of.
+/// A file's make.
 #[derive(Debug)]
 pub(crate) struct Facts {
     /// The commonest kind of adapter.
@@ -52,7 +52,7 @@ pub(crate) fn mark(verdict: Verdict) -> (Tone, &'static str) {
 }
 
 impl Brief {
-    /// Of a file that could be read.
+    /// The line of a file that could be read.
     pub(crate) fn of(plan: &FilePlan) -> Self {
         let facts = matches!(plan.check(), ModelCheck::Known(_)).then(|| Facts::of(plan));
         Self {
@@ -63,7 +63,7 @@ impl Brief {
         }
     }
 
-    /// Of a file that could not be read; the message is said in full elsewhere.
+    /// The line of a file that could not be read; the message is said in full elsewhere.
     pub(crate) fn failure(message: &str) -> Self {
         let first = message.split(HINT).next().unwrap_or_default();
         // Messages begin with the file's name, which the line has anyway.
@@ -184,7 +184,7 @@ fn why(plan: &FilePlan) -> String {
     }
 }
 
-/// What stands before the first of these.
+/// The text before the first of these.
 fn until<'t>(text: &'t str, ends: &[&str]) -> &'t str {
     let end = ends.iter().filter_map(|end| text.find(end)).min();
     end.and_then(|end| text.get(..end)).unwrap_or(text)

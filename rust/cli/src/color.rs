@@ -8,7 +8,7 @@ use clap::builder::PossibleValue;
 
 use crate::screen::Tone;
 
-/// What `--color` says.
+/// The choice of `--color`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ColorChoice {
     /// As standard output can take it.
@@ -33,7 +33,7 @@ impl ValueEnum for ColorChoice {
     }
 }
 
-/// What text is painted with.
+/// The colours of text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Palette {
     /// Nothing: the same text without a single escape sequence.
@@ -43,7 +43,7 @@ pub enum Palette {
 }
 
 impl Palette {
-    /// What the process's standard output can take, and its user wants.
+    /// The choice for the process's standard output, by what it can show and its user wants.
     pub fn of_stdout() -> Self {
         let set = |name| env::var_os(name).is_some_and(|value| !value.is_empty());
         let is_dumb = env::var_os("TERM").is_some_and(|term| term == "dumb");
@@ -66,7 +66,7 @@ impl Palette {
         }
     }
 
-    /// What the flag makes of `auto`.
+    /// The choice that the flag makes of `auto`.
     pub(crate) fn choose(choice: ColorChoice, auto: Self) -> Self {
         match choice {
             ColorChoice::Auto => auto,

@@ -1,4 +1,4 @@
-//! What the process's streams are: whether they are watched, and how wide.
+//! The process's streams: whether they are watched, and how wide.
 
 use std::env;
 use std::io::{self, IsTerminal};
@@ -16,7 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// How the streams that a run writes to are shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Console {
-    /// What `--color auto` means for standard output.
+    /// The meaning of `--color auto` for standard output.
     pub palette: Palette,
     /// Width of a table.
     pub columns: usize,

@@ -1,4 +1,4 @@
-//! What a file trains, per kind of module: in which of the model's blocks.
+//! The modules that a file trains, kind by kind, and the blocks in which it does.
 
 use std::collections::HashSet;
 
@@ -8,7 +8,7 @@ use qwenlora_core::plan::FilePlan;
 /// More stretches of blocks than this are cut short.
 const MAX_STRETCHES: usize = 6;
 
-/// What a module does in the model; the order is the report's.
+/// The work of a module in the model; the order is the report's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Class {
     Attention,
@@ -49,7 +49,7 @@ struct Kind {
     blocks: Vec<u32>,
 }
 
-/// What is trained in few words: `attn mlp mod`, and in how many blocks where not in all.
+/// The trained kinds in few words: `attn mlp mod`, and the number of blocks where not all are.
 pub(crate) fn brief(plan: &FilePlan) -> String {
     let kinds = kinds(plan);
     let mut words: Vec<String> = SHORT

@@ -60,7 +60,7 @@ pub(crate) fn reading_screen(key: &str, reading: Option<&Reading>) -> Screen {
     screen
 }
 
-/// What a key says that is no tensor of a module.
+/// The lines on a key that is no tensor of a module.
 fn unread(key: &str) -> String {
     match Unread::of(key) {
         Some(Unread::PathAlone { module }) => format!(
@@ -251,7 +251,7 @@ fn scale_key(rule: &ScaleSource<String>) -> Option<&str> {
     }
 }
 
-/// What the ending of a checkpoint's tensors says.
+/// The line on a checkpoint's tensors.
 const PLAIN_WEIGHT: &str =
     "the module's own weight, as in a checkpoint; only beside `.on_input` IA3's factors";
 
@@ -321,7 +321,7 @@ struct Read<'d> {
     schema: u32,
     key: &'d str,
     reading: Option<&'d Reading>,
-    /// What it is, where it is not read.
+    /// Its kind, where it is not read.
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
 }
@@ -355,7 +355,7 @@ pub(crate) fn reading_document(key: &str, reading: Option<&Reading>) -> String {
     })
 }
 
-/// What is said where a file has no such key.
+/// The lines where a file has no such key.
 pub(crate) fn missing(path: &Path, key: &str) -> String {
     format!("{} has no key {}", Quoted::path(path), Quoted::new(key))
 }

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::escape;
 
-/// What stands in for the document of a file that cannot be read.
+/// The document of a file that cannot be read.
 #[derive(Serialize)]
 struct Failure<'e> {
     schema: u32,

@@ -1,4 +1,4 @@
-//! What of a file is not applied, and why, in as few rows as there are reasons.
+//! The losses of a file, in as few rows as there are reasons.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
@@ -57,7 +57,7 @@ impl Tally {
     }
 }
 
-/// What is not applied, by what it costs; commonest first.
+/// The losses by their weight; commonest first.
 #[derive(Debug, Default)]
 pub(crate) struct Losses {
     /// Modules that do nothing at all.
@@ -146,7 +146,7 @@ fn kind_of(reason: &Reason) -> String {
     }
 }
 
-/// What a component is, with the name that the keys give it.
+/// The kind of a component, with the name that the keys give it.
 fn title(component: &Component) -> String {
     format!("{} {}", component.reason, Quoted::new(&component.name))
 }

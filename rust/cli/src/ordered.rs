@@ -13,7 +13,7 @@ const WAITING: usize = 2;
 /// Time after which the receiver is told that nothing has come.
 const TICK: Duration = Duration::from_millis(100);
 
-/// What the receiver is told.
+/// A message to the receiver.
 pub(crate) enum Event<R> {
     /// The next result.
     Ready(R),

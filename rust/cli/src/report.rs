@@ -93,7 +93,7 @@ fn loss_rows(screen: &mut Screen, tone: Tone, label: &str, noun: &str, losses: &
     }
 }
 
-/// What the file is.
+/// The rows on the file itself.
 fn facts(plan: &FilePlan) -> Vec<(&'static str, String)> {
     let model = match plan.check() {
         ModelCheck::Known(model) => model.title(),
@@ -135,7 +135,7 @@ fn file(plan: &FilePlan) -> String {
     text
 }
 
-/// What the file trains, where it is a known model's.
+/// The rows on its modules, where it is a known model's.
 fn training(plan: &FilePlan) -> Vec<(&'static str, String)> {
     if !matches!(plan.check(), ModelCheck::Known(_)) {
         return Vec::new();

@@ -34,7 +34,7 @@ enum Item {
     Fault(PathBuf, String),
 }
 
-/// What the arguments stand for.
+/// The files that the arguments stand for.
 #[derive(Debug, Default)]
 struct Found {
     items: Vec<Item>,
@@ -48,7 +48,7 @@ struct Found {
     is_folder: bool,
 }
 
-/// What becomes of the files.
+/// The form of the report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Layout {
     /// A screen each.
@@ -72,13 +72,13 @@ enum Data {
     Nothing,
 }
 
-/// What is said on standard error.
+/// A message on standard error.
 struct Trouble {
     message: String,
     nearest: Vec<String>,
 }
 
-/// What has been reported, and what is still to be said.
+/// The outcomes so far, and the messages that are still to be said.
 #[derive(Default)]
 struct Report {
     exits: Vec<Exit>,

@@ -8,7 +8,7 @@ use qwenlora_core::plan::config;
 
 use crate::natural;
 
-/// What an argument stands for.
+/// The files that an argument stands for.
 #[derive(Debug, Default)]
 pub(crate) struct Sources {
     /// Files and PEFT folders, sorted.
@@ -24,7 +24,7 @@ pub(crate) struct Sources {
 /// A form in which LoRAs lie in folders, but are not read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Form {
-    /// What `torch.save` writes.
+    /// A pickle that `torch.save` writes.
     Pickle,
     /// A file to unpack.
     Archive,
@@ -44,7 +44,7 @@ const UNFINISHED: [&str; 7] = [
     "part",
     "partial",
 ];
-/// What training programs pickle beside a LoRA: beginnings of names.
+/// Names of files that training programs pickle beside a LoRA: their beginnings.
 const TRAINING_STATE: [&str; 6] = [
     "optimizer",
     "random_states",
@@ -74,7 +74,7 @@ impl Form {
         }
     }
 
-    /// What one is called.
+    /// Its name.
     pub(crate) fn noun(self) -> &'static str {
         match self {
             Self::Pickle => "PyTorch pickle",

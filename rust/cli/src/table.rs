@@ -94,7 +94,7 @@ const REMARK: &str = "TRAINS, OR WHY NOT";
 struct Layout {
     name: usize,
     size: usize,
-    /// Of each column of facts; none where no row has anything in it.
+    /// The width of each column of facts; none where no row has anything in it.
     facts: [Option<usize>; FACTS.len()],
     remark: usize,
 }

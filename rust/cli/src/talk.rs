@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use crate::escape;
 
-/// What a message's second line begins with.
+/// The beginning of a message's second line.
 pub(crate) const HINT: &str = "\nhint: ";
 /// Time between two pictures of the progress.
 const FRAME: Duration = Duration::from_millis(100);
 
-/// What is said beside the data; nobody can be told that saying it failed.
+/// Messages beside the data. A message that cannot be written is lost: nobody could be told.
 pub(crate) struct Talk<'s> {
     stderr: &'s mut dyn Write,
     progress_after: Option<Duration>,

@@ -43,7 +43,7 @@ impl<'py> Source<'py> {
         self.0.as_any().clone().unbind()
     }
 
-    /// Where it lies.
+    /// Its place in memory.
     pub(crate) fn place(&self) -> Place {
         Place::of(&self.0, Use::Read)
     }
@@ -85,7 +85,7 @@ impl<'py> Dest<'py> {
         self.0.as_any().clone().unbind()
     }
 
-    /// Where it lies.
+    /// Its place in memory.
     pub(crate) fn place(&self) -> Place {
         Place::of(&self.0, Use::Write)
     }

@@ -15,7 +15,7 @@ use crate::error;
 
 /// (size in bytes, mtime in ns, volume, file id).
 type IdentityTuple = (u64, i128, u64, u64);
-/// Of the weights, and of PEFT's configuration beside them.
+/// Identities of the weights, and of PEFT's configuration beside them.
 pub(crate) type SourceTuple = (IdentityTuple, Option<IdentityTuple>);
 /// (key, dtype, shape, length in bytes).
 type TensorTuple = (String, String, Vec<u64>, u64);

@@ -23,7 +23,7 @@ struct State {
     begun: Vec<Begun>,
 }
 
-/// What is being filled, and the memory that it takes.
+/// A request, and the memory that it fills.
 struct Begun {
     places: Vec<Place>,
     filling: CoreFilling,
@@ -83,7 +83,7 @@ impl Fillers {
     }
 }
 
-/// What became of a request.
+/// The outcome of a request.
 enum Start {
     Begun(CoreFilling),
     /// It takes memory of this one.

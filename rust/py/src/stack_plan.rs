@@ -135,7 +135,7 @@ impl PlannedStack {
         })
     }
 
-    /// What is left out.
+    /// Modules and tensors that are left out, as JSON.
     fn skipped_json(&self, py: Python<'_>) -> String {
         py.detach(|| serde_json::to_string(&self.stack.skipped).unwrap_or_default())
     }

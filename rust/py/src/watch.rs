@@ -14,7 +14,7 @@ struct Children {
     count: usize,
 }
 
-/// Where modules are: plain dictionaries, unless the module is of an unusual kind.
+/// The dictionary of a module's modules, unless the module is of an unusual kind.
 enum Owner {
     Dict(Py<PyDict>),
     Mapping(Py<PyAny>),
@@ -268,7 +268,7 @@ impl Watch {
     }
 }
 
-/// What `id` gives for it.
+/// Its `id` in Python.
 fn address_of(object: &Bound<'_, PyAny>) -> usize {
     object.as_ptr().addr()
 }

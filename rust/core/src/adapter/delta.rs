@@ -1,4 +1,4 @@
-//! What a module's tensors make up: the deltas that slots carry.
+//! Deltas: made up of a module's tensors, carried by slots.
 
 use serde::Serialize;
 
@@ -83,7 +83,7 @@ pub enum Form {
         down: Factor,
         /// Left half.
         up: Factor,
-        /// What the product is the delta of.
+        /// The order of the weight's sides.
         order: WeightOrder,
     },
     /// up (out, s) times mid (s, r) times down (r, in): a Tucker pair of a 1x1 convolution.
@@ -133,7 +133,7 @@ pub enum Form {
         index: usize,
         /// Number of values.
         len: u64,
-        /// What it is added to.
+        /// The parameter that it is added to.
         parameter: Parameter,
     },
 }

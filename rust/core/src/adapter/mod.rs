@@ -183,7 +183,7 @@ impl Adapter {
         }
     }
 
-    /// What a stored alpha is divided by; none where the kind has no alpha.
+    /// The divisor of a stored alpha; none where the kind has no alpha.
     fn divisor(self, parts: &Parts<'_>) -> Option<u64> {
         match self {
             Self::Lora => lora::divisor(parts),
@@ -219,7 +219,7 @@ fn missing(adapter: Adapter, role: Role) -> Fault {
     Fault::Broken(format!("is a {} without {}", adapter.title(), role.name()))
 }
 
-/// What a module's delta is to the slot that carries it.
+/// The way in which a slot carries a delta.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 pub enum PieceKind {
     /// up (out, r) times down (r, in).

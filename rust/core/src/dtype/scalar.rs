@@ -40,7 +40,7 @@ fn exactly<const N: usize>(bytes: &[u8]) -> Option<[u8; N]> {
     bytes.try_into().ok()
 }
 
-/// What the topmost bit patterns of a small float mean.
+/// The meaning of a small float's topmost bit patterns.
 #[derive(Debug, Clone, Copy)]
 enum Specials {
     /// The highest exponent holds infinity and NaN, as in IEEE 754.

@@ -1,4 +1,4 @@
-//! What can be wrong with a header, each fault with the value that shows it.
+//! Faults of a header, each with the value that shows it.
 
 use std::io;
 
@@ -153,7 +153,7 @@ pub enum HeaderError {
          hint: it changed while it was read; try again once it is complete"
     )]
     Ended {
-        /// Where it ended.
+        /// Its end.
         offset_bytes: u64,
     },
     /// The header is not text.
@@ -171,9 +171,9 @@ pub enum HeaderError {
     /// The header is not JSON.
     #[error("the header is not valid JSON at byte {offset_bytes}: {reason}, in {near}")]
     Json {
-        /// Where the parser stopped.
+        /// The place where the parser stopped.
         offset_bytes: u64,
-        /// What it missed.
+        /// The missing part.
         reason: String,
         /// The text up to that place.
         near: Quoted,
@@ -198,7 +198,7 @@ pub enum HeaderError {
     /// `__metadata__` is something else than an object.
     #[error("`__metadata__` is not an object: {found}")]
     MetadataNotObject {
-        /// What it is.
+        /// The value that is there.
         found: Quoted,
     },
     /// More metadata entries than any trainer writes.
@@ -228,7 +228,7 @@ pub enum HeaderError {
     Tensor {
         /// The tensor's name.
         tensor: Quoted,
-        /// What is wrong.
+        /// The fault.
         fault: TensorFault,
     },
     /// A tensor's data begins before that of its predecessor ends.
@@ -238,11 +238,11 @@ pub enum HeaderError {
     Overlap {
         /// The later tensor.
         tensor: Quoted,
-        /// Where it begins.
+        /// Its first byte.
         begin: u64,
         /// The earlier tensor.
         other: Quoted,
-        /// Where that ends.
+        /// The end of that.
         end: u64,
     },
     /// Data bytes before a tensor belong to no tensor.
@@ -250,22 +250,22 @@ pub enum HeaderError {
     Hole {
         /// The tensor after the hole.
         tensor: Quoted,
-        /// Where it begins.
+        /// Its first byte.
         begin: u64,
-        /// Where the data before it ends.
+        /// The end of the data before it.
         end: u64,
     },
     /// Data bytes at the end of the file belong to no tensor.
     #[error("data bytes {end} to {data_len_bytes}, after the last tensor, belong to no tensor")]
     Tail {
-        /// Where the last tensor ends.
+        /// The end of the last tensor.
         end: u64,
         /// Length of the data in this file.
         data_len_bytes: u64,
     },
 }
 
-/// What is wrong with one tensor's entry.
+/// Faults of one tensor's entry.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum TensorFault {
     /// The name is longer than any name.
@@ -279,7 +279,7 @@ pub enum TensorFault {
     /// The entry is something else than an object.
     #[error("the entry is not an object: {found}")]
     NotAnObject {
-        /// What it is.
+        /// The value that is there.
         found: Quoted,
     },
     /// The entry has more fields than any writer adds.
@@ -305,7 +305,7 @@ pub enum TensorFault {
     /// `dtype` is something else than a string.
     #[error("`dtype` is not a string: {found}")]
     DtypeNotString {
-        /// What it is.
+        /// The value that is there.
         found: Quoted,
     },
     /// `dtype` is no name that safetensors knows.
@@ -319,7 +319,7 @@ pub enum TensorFault {
     NotAnArray {
         /// The field.
         field: &'static str,
-        /// What it is.
+        /// The value that is there.
         found: Quoted,
     },
     /// `shape` has more dimensions than any tensor here.

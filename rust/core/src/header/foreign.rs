@@ -9,7 +9,7 @@ const MIN_TEXT_BYTES: usize = 2;
 /// Length of a zip member's entry before its name.
 const ZIP_MEMBER_BYTES: usize = 30;
 
-/// What a format is to somebody who wanted a LoRA.
+/// A format, as somebody who wanted a LoRA sees it.
 #[derive(Clone, Copy)]
 enum Kind {
     /// Has to be unpacked.
@@ -80,7 +80,7 @@ pub(super) fn recognise(start: &[u8]) -> Option<HeaderError> {
     recognise_text(start)
 }
 
-/// What a zip archive with these members is.
+/// The error for a zip archive with these members.
 pub(crate) fn zip(members: &[String]) -> HeaderError {
     if members.iter().any(|name| name.ends_with("/data.pkl")) {
         return HeaderError::Pickle;

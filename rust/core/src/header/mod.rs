@@ -88,7 +88,7 @@ impl Header {
         (self.tensors, self.metadata)
     }
 
-    /// Where the data of the tensors begins, counted in bytes from the start of the file.
+    /// The first byte of the tensors' data, counted from the start of the file.
     pub fn data_start(&self) -> u64 {
         self.data_start
     }

@@ -44,7 +44,7 @@ impl TensorInfo {
         &self.shape
     }
 
-    /// Where the data begins, counted from the start of the file.
+    /// The first byte of the data, counted from the start of the file.
     pub fn offset_bytes(&self) -> u64 {
         self.offset_bytes
     }

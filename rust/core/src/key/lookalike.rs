@@ -100,7 +100,7 @@ pub struct Lookalike {
     pub place: usize,
 }
 
-/// What a key gives away.
+/// The model of others that a key belongs to, if any.
 pub fn witness(key: &str) -> Option<Lookalike> {
     let flat = numberless(key);
     WITNESSES

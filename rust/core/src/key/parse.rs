@@ -85,7 +85,7 @@ impl Foreign {
     }
 }
 
-/// What a key says.
+/// The meaning of a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ParsedKey<'k> {
     /// A tensor of a known module.
@@ -94,7 +94,7 @@ pub enum ParsedKey<'k> {
         module: ModuleId,
         /// The key up to the suffix: how it spells the module.
         stem: &'k str,
-        /// What the tensor is to it.
+        /// The tensor's part in it.
         role: Role,
         /// Adapter names of PEFT's spelling.
         adapter_name: &'k str,
@@ -149,7 +149,7 @@ pub struct Resolved {
     pub prefixes: Vec<&'static str>,
     /// The wrappers' names that were taken out, in order.
     pub wrappers: Vec<String>,
-    /// What was looked up, as it is spelled.
+    /// The path that was looked up, as the key spells it.
     pub path: String,
 }
 

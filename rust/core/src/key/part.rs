@@ -11,13 +11,13 @@ pub enum Part {
     IpAdapter,
     /// Trained words: textual inversion.
     Embedding,
-    /// What makes a picture larger.
+    /// A network that makes a picture larger.
     Upscaler,
     /// The encoder of a prompt; language models are its kin.
     TextEncoder,
     /// The encoder of a picture for a prompt.
     ImageEncoder,
-    /// What turns latents to pictures.
+    /// The network that turns latents to pictures.
     Vae,
 }
 

@@ -1,4 +1,4 @@
-//! What a tensor is to its module: the vocabulary of the key grammar.
+//! The parts that tensors play in their modules: the vocabulary of the key grammar.
 
 use serde::{Serialize, Serializer};
 

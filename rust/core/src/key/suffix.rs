@@ -8,7 +8,7 @@ use crate::key::role::Role;
 pub struct Cut<'k> {
     /// The key up to the suffix: prefixes and path.
     pub stem: &'k str,
-    /// What the tensor is.
+    /// The tensor's part.
     pub role: Role,
     /// PEFT's adapter names between the role and `.weight`; empty where there are none.
     pub adapter_name: &'k str,
@@ -73,7 +73,7 @@ const FIXED: &[(&str, Role)] = &[
     (".weight", Role::Ia3),
 ];
 
-/// What the last bytes of a key are compared with: equal in them are few of [`FIXED`].
+/// The last bytes of one of [`FIXED`], compared first: few are equal in them.
 #[derive(Clone, Copy)]
 struct Tail {
     bytes: u64,
@@ -151,7 +151,7 @@ fn cut_fixed(key: &str) -> Option<Cut<'_>> {
     })
 }
 
-/// What a named segment's tensor is in the program that trains it.
+/// How the program that trains a tensor of a named segment holds it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Storage {
     /// The weight of a layer: `.weight` ends the key.
@@ -273,7 +273,7 @@ fn finish_named<'k>(
     None
 }
 
-/// What precedes `segment` where the dotted `text` ends in it.
+/// The text before `segment`, where the dotted `text` ends in it.
 fn ends_in_segment<'t>(text: &'t str, segment: &str) -> Option<&'t str> {
     let before = text.strip_suffix(segment)?;
     (before.is_empty() || before.ends_with('.')).then_some(before)

@@ -66,7 +66,7 @@ fn unwrap_first(path: &str) -> Option<(String, String)> {
     Some((without, format!("{shown}{}", path.get(begin..end)?)))
 }
 
-/// Where the first name stands that is a segment of its own.
+/// The place of the first name that is a segment of its own.
 fn find(path: &[u8]) -> Option<(usize, usize)> {
     let is_joint = |byte: &u8| matches!(byte, b'.' | b'_');
     // Dots and `_` are the same, as in a module's path.

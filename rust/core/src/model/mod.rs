@@ -72,7 +72,7 @@ impl fmt::Display for Model {
     }
 }
 
-/// What a module is, with the shape of its weight.
+/// The kind of a module, with the shape of its weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ModuleKind {
     /// A linear layer: weight (out, in).
@@ -156,7 +156,7 @@ impl Layer {
 /// Index of a module in the table.
 pub type ModuleId = usize;
 
-/// Where a module's output rows lie inside the slot it is computed in.
+/// The place of a module's output rows in the slot that computes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SlotPlace {
     /// Path of the slot, e.g. `transformer_blocks.0.attn.to_qkv` for `…attn.to_k`.
@@ -281,7 +281,7 @@ fn is_flat_of(flat: &str, path: &str) -> bool {
             })
 }
 
-/// What follows `prefix`, in which `_` stands for a dot, too.
+/// The rest of a path behind `prefix`, in which `_` stands for a dot, too.
 pub(crate) fn strip_flat<'p>(path: &'p str, prefix: &str) -> Option<&'p str> {
     let (begin, rest) = path.split_at_checked(prefix.len())?;
     is_flat_of(prefix, begin).then_some(rest)

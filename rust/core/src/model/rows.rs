@@ -4,7 +4,7 @@ use super::{
     Blocks, KnownModule, Layer, Model, ModelTable, ModuleId, ModuleKind, Section, SlotPlace,
 };
 
-/// All that is known of a model.
+/// The facts of one model.
 pub(super) struct ModelRows {
     /// The name in reports and in JSON.
     pub(super) name: &'static str,

@@ -202,7 +202,7 @@ impl<'a, const U: usize> Part<'a, U> {
     }
 }
 
-/// Where each rank of a column lies.
+/// The source row of each rank of a column.
 fn ranks<'a, const U: usize>(
     tiles: usize,
     members: impl Iterator<Item = DownMember<'a>>,

@@ -1,4 +1,4 @@
-//! What can be wrong with a recipe, each fault with the numbers that show it.
+//! Faults of a recipe, each with the numbers that show it.
 
 use thiserror::Error;
 
@@ -8,7 +8,7 @@ use thiserror::Error;
 pub struct PackError {
     /// Its index.
     pub recipe: usize,
-    /// What is wrong.
+    /// The fault.
     pub fault: PackFault,
 }
 
@@ -40,7 +40,7 @@ pub enum PackFault {
         /// Size of an element.
         element_bytes: usize,
     },
-    /// What is unpacked is no whole factor, or has another size than its destination.
+    /// The source is no whole factor, or has another size than its destination.
     #[error(
         "{got_bytes} bytes are unpacked into {dest_bytes}; {channels} channels of \
          {element_bytes}-byte elements take a multiple of {}, and as much",

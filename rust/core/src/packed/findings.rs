@@ -1,4 +1,4 @@
-//! What the values of low-rank factors tell before they are packed: which modules share a `down`,
+//! Findings on the values of low-rank factors before they are packed: which modules share a `down`,
 //! which slots have no delta, and how large the largest value is.
 //!
 //! Values are compared as bit patterns, so that all of it runs at the speed of memory.
@@ -19,7 +19,7 @@ pub struct Block {
     pub dtype: Dtype,
 }
 
-/// What the factors of some modules tell, slot by slot.
+/// Findings on the factors of some modules, slot by slot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Findings {
     /// For each module the index of the first one with an equal `down`; once where all slots share

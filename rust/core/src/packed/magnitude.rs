@@ -20,7 +20,7 @@ pub struct Magnitudes {
 }
 
 impl Magnitudes {
-    /// Those of a type; none where it is another.
+    /// Magnitudes of a type; none where it is another.
     pub fn of(dtype: Dtype) -> Option<Self> {
         let size = match dtype {
             Dtype::F16 | Dtype::BF16 => ElementSize::Two,
@@ -42,8 +42,8 @@ impl Magnitudes {
 
     /// The pattern of the largest magnitude; that of zero where there are no values.
     ///
-    /// Of several places the largest pattern is that of all. Bytes that are no whole value at the
-    /// end are not looked at.
+    /// The largest pattern of several places is that of all of them. Bytes at the end that are no
+    /// whole value are not looked at.
     pub(crate) fn largest(self, bytes: &[u8]) -> Pattern {
         Pattern(match self.size {
             ElementSize::Two => largest(bytes.as_chunks::<2>().0, magnitude_16)

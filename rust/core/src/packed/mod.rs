@@ -68,7 +68,7 @@ pub struct Recipe<'a> {
     pub channels: usize,
     /// Size of the elements of `dest` and of every source.
     pub element: ElementSize,
-    /// What each channel tile is made of, along the rank.
+    /// The content of each channel tile, along the rank.
     pub columns: Vec<Column<'a>>,
 }
 
@@ -97,7 +97,7 @@ pub enum Column<'a> {
         tiles: usize,
         /// The factors; their blocks must not overlap.
         members: Vec<UpMember<'a>>,
-        /// What becomes of fragments that none of them touches.
+        /// The fate of fragments that none of them touches.
         untouched: Untouched,
     },
     /// Zeros.
@@ -105,7 +105,7 @@ pub enum Column<'a> {
         /// How many fragments.
         tiles: usize,
     },
-    /// What the destination holds there already.
+    /// The content that the destination has there already.
     Keep {
         /// How many fragments.
         tiles: usize,
@@ -125,7 +125,7 @@ impl Column<'_> {
     }
 }
 
-/// What becomes of fragments that no factor touches.
+/// The fate of fragments that no factor touches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Untouched {
     /// They are zeroed.
@@ -159,7 +159,7 @@ pub struct DownMember<'a> {
 pub struct UpMember<'a> {
     /// (slots, `row_count`, `rank`) elements, row-major.
     pub source: &'a [u8],
-    /// What stands for its elements; they themselves where there is none.
+    /// Values that stand for its elements; without it, they themselves do.
     pub table: Option<Table<'a>>,
     /// Its first channel.
     pub row_begin: usize,

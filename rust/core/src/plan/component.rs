@@ -1,4 +1,4 @@
-//! What of a file belongs to no module of the model, component by component.
+//! The tensors of a file that belong to no module of the model, component by component.
 
 use std::collections::HashMap;
 
@@ -19,7 +19,7 @@ const FLAT: [&str; 5] = ["lora_te1", "lora_te2", "lora_te3", "lora_te", "lora_un
 pub struct Component {
     /// How the keys call it, as `text_encoders.qwen25_7b`.
     pub name: String,
-    /// What it is.
+    /// Its kind.
     pub reason: &'static str,
     /// How many tensors it has.
     pub tensors: usize,
@@ -30,7 +30,7 @@ pub struct Component {
 }
 
 impl FilePlan {
-    /// What belongs to no module of the model, in order of the first keys. A tensor of unknown
+    /// The components beside the model's modules, in order of the first keys. A tensor of unknown
     /// kind, a block out of range and a saved base weight are a module's own trouble, not another
     /// component.
     pub fn components(&self) -> Vec<Component> {

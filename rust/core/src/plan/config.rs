@@ -1,5 +1,5 @@
-//! What of a LoRA lies where: the weights of a PEFT folder, its configuration, or the one embedded
-//! in a file's metadata.
+//! The files of a LoRA: the weights of a PEFT folder and its configuration, which may also be
+//! embedded in a file's metadata.
 
 use std::ffi::OsStr;
 use std::fs;

@@ -39,7 +39,7 @@ pub enum PlanError {
     Config {
         /// Its path.
         path: Quoted,
-        /// What the system says.
+        /// The system's message.
         detail: String,
     },
     /// PEFT's configuration makes no sense.
@@ -47,7 +47,7 @@ pub enum PlanError {
     ConfigContent {
         /// The file.
         origin: Quoted,
-        /// What is wrong.
+        /// The fault.
         source: ConfigError,
     },
     /// More tensors than any model has.
@@ -75,7 +75,7 @@ pub enum PlanError {
     Module {
         /// The file.
         origin: Quoted,
-        /// What is wrong.
+        /// The fault.
         source: ModuleError,
     },
 }

@@ -18,7 +18,7 @@ use crate::source::SourceFile;
 /// Duplicates whose first bytes agree, up to this many, are taken for equal.
 const COMPARED_BYTES: usize = 4096;
 
-/// What this version would do with a file.
+/// The verdict of this version on a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Verdict {
     /// All of it applies.
@@ -165,7 +165,7 @@ impl FilePlan {
         &self.modules
     }
 
-    /// What the file is found to be.
+    /// The finding on whose file it is.
     pub fn check(&self) -> &ModelCheck {
         &self.check
     }
@@ -216,7 +216,7 @@ impl FilePlan {
         (scale.is_finite() && scale > 0.0).then_some(scale)
     }
 
-    /// What this version would do with the file on a released model.
+    /// The verdict on the file for a released model.
     pub fn verdict(&self) -> Verdict {
         let applied = self.applied_modules().count();
         if applied == 0 {

@@ -78,7 +78,7 @@ fn name_note(plan: &FilePlan) -> Option<String> {
     ))
 }
 
-/// What is applied, but as the best that fits: a reader of `all modules are applied` must know.
+/// Notes on deltas that are cut to the best that fits: `all modules are applied` does not say so.
 fn cut_notes(plan: &FilePlan) -> Vec<String> {
     let deltas: Vec<(&KnownModule, &Delta)> = plan
         .applied_modules()

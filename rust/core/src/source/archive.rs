@@ -6,7 +6,7 @@ const MAX_DIRECTORY_BYTES: u64 = 4 * 1024 * 1024;
 const END_BYTES: u64 = 22 + 65_535;
 /// The record that says where the directory lies.
 const END: &[u8] = b"PK\x05\x06";
-/// What points to the larger record of a large archive; it stands before [`END`].
+/// Mark of the pointer to a large archive's larger record; it stands before [`END`].
 const END64_LOCATOR: &[u8] = b"PK\x06\x07";
 const END64_LOCATOR_BYTES: usize = 20;
 /// That larger record.

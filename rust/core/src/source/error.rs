@@ -1,4 +1,4 @@
-//! What can go wrong with an open file; every message begins with its path.
+//! Faults of an open file; every message begins with its path.
 
 use std::io;
 use std::path::PathBuf;
@@ -37,7 +37,7 @@ pub enum SourceError {
     Header {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Its fault.
         source: HeaderError,
     },
     /// The file ended before its size when it was opened.
@@ -101,7 +101,7 @@ pub enum SourceError {
     Range {
         /// The file.
         path: PathBuf,
-        /// What does not fit.
+        /// The fault.
         source: RangeFault,
     },
 }

@@ -67,7 +67,7 @@ impl FileIdentity {
         self.file_id
     }
 
-    /// What differs from an earlier identity, for a message.
+    /// The differences from an earlier identity, for a message.
     pub(super) fn changes_since(&self, then: &Self) -> String {
         let mut changes = Vec::new();
         if self.size_bytes != then.size_bytes {

@@ -40,7 +40,7 @@ pub trait Stored {
     fn shape(&self) -> &[u64];
     /// Number of its elements.
     fn elements(&self) -> u64;
-    /// Where its bytes begin in the file.
+    /// Its first byte in the file.
     fn offset_bytes(&self) -> u64;
     /// How many there are.
     fn len_bytes(&self) -> u64;
@@ -124,7 +124,7 @@ impl SourceFile {
         })
     }
 
-    /// What a zip archive is, by the names in its directory.
+    /// The kind of a zip archive, by the names in its directory.
     fn zip(&self) -> Option<HeaderError> {
         let members = archive::members(self.identity.size_bytes(), |offset_bytes, len_bytes| {
             let reader = Positional {

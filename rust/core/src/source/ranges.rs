@@ -16,11 +16,11 @@ const MEASURED_BYTES: usize = 256 * 1024;
 /// A part of a file and where it goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ByteRange {
-    /// Where it begins in the file.
+    /// Its first byte in the file.
     pub offset_bytes: u64,
     /// Its length.
     pub len_bytes: u64,
-    /// Where it goes: index of its first byte in the destination.
+    /// Index of its first byte in the destination.
     pub dest_offset: usize,
 }
 

@@ -30,7 +30,7 @@ pub struct Reading {
     begun: Begun<Buffer>,
 }
 
-/// What is known of one buffer.
+/// One buffer that is being filled.
 #[derive(Debug)]
 struct Buffer {
     path: PathBuf,

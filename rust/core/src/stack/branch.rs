@@ -1,4 +1,4 @@
-//! What pieces take beside ranks, in bytes, and what must be uniform under offload.
+//! The room that pieces take besides ranks, in bytes.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::adapter::delta::{Delta, Form, Parameter};
 use crate::model::slot::Slot;
 
-/// What a piece takes in its slot beside ranks.
+/// The room that a piece takes in its slot besides ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Branch {
     /// Nothing.

@@ -20,7 +20,7 @@ const DTYPES: [Dtype; 3] = [Dtype::BF16, Dtype::F16, Dtype::F32];
 pub struct Located {
     /// Bytes of each.
     pub len_bytes: u64,
-    /// Where each begins in the file, slot by slot.
+    /// The first byte of each in the file, slot by slot.
     pub offsets_bytes: Vec<u64>,
     /// Which tensor of the file each is.
     pub indices: Vec<u64>,
@@ -45,7 +45,7 @@ pub struct Member {
     pub up: Located,
 }
 
-/// What one LoRA brings to every slot of a group.
+/// One LoRA's share in every slot of a group.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Share {
     /// Index of the LoRA.
@@ -61,7 +61,7 @@ pub struct Group {
     pub slots: Vec<usize>,
     /// Order of their output rows.
     pub row_order: RowOrder,
-    /// What each LoRA brings, in the order of the stack.
+    /// The share of each LoRA, in the order of the stack.
     pub shares: Vec<Share>,
 }
 

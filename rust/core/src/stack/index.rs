@@ -1,11 +1,11 @@
-//! What planning looks up in a slot map, found once for all stacks.
+//! An index of a slot map, built once for all stacks.
 
 use std::collections::HashMap;
 
 use crate::model::slot::Slot;
 use crate::model::{self, KnownModule, ModuleId};
 
-/// Where the known modules are computed, and which slots share a pattern.
+/// The slot of each known module, and the slots that share a pattern.
 #[derive(Debug, Clone)]
 pub struct SlotIndex {
     /// The slot that computes each module, if any.

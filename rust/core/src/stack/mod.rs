@@ -53,7 +53,7 @@ pub enum LokrScale {
 /// Ranks that a delta is cut to where nothing else is asked for.
 pub const TRUNCATED_RANK: u64 = 256;
 
-/// What the caller asks for beside the stack.
+/// The caller's options.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 pub struct StackOptions {
     /// Most ranks that the LoRAs may add to a slot; `None`: as many as the kernels take.
@@ -128,7 +128,7 @@ pub struct TensorRef {
     pub dtype: &'static str,
     /// Its shape in the file.
     pub shape: Vec<u64>,
-    /// Where its bytes begin in the file.
+    /// Its first byte in the file.
     pub offset_bytes: u64,
     /// How many there are.
     pub len_bytes: u64,
@@ -150,7 +150,7 @@ pub struct Piece {
     pub rank: u64,
     /// Columns of the exact pair that the stored delta equals, or the most that its shape allows.
     pub rank_bound: u64,
-    /// Where the delta's own rank is higher: the rank of the optimum that stands for it.
+    /// The rank of the optimum that stands for a delta of a higher rank.
     pub rank_budget: Option<u64>,
     /// Factor on the raw product without the strength.
     pub scale: f64,
@@ -213,7 +213,7 @@ pub struct LoraRow {
     pub strength: f64,
 }
 
-/// What will be done to the model at hand.
+/// The plan of a stack for the model at hand.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct StackPlan {
     /// Version of the document.
@@ -225,7 +225,7 @@ pub struct StackPlan {
     /// Slots that offload wants alike.
     #[serde(rename = "groups")]
     pub uniform: Vec<UniformSlots>,
-    /// What is left out.
+    /// Modules and tensors that are left out.
     pub skipped: Vec<Skip>,
     /// Modules applied, per LoRA.
     pub applied_modules: Vec<usize>,
@@ -241,7 +241,7 @@ pub enum StackError {
     OtherModel {
         /// The LoRA.
         lora: String,
-        /// What it is.
+        /// Its kind.
         reason: String,
     },
     /// Nothing of a LoRA can be applied to this model.

@@ -24,7 +24,7 @@ struct Execution {
     takes: Takes,
 }
 
-/// Where a delta goes.
+/// The destination of a delta.
 pub(super) struct Place<'s> {
     /// The slot's place in the map.
     pub(super) at: usize,
@@ -35,7 +35,7 @@ pub(super) struct Place<'s> {
     pub(super) rank_limit: Option<u64>,
 }
 
-/// Where a delta comes from: indices of the LoRA, of the module in its file, of the delta in that.
+/// The origin of a delta: indices of the LoRA, of the module in its file, of the delta in that.
 #[derive(Clone, Copy)]
 pub(super) struct Origin {
     pub(super) lora: usize,
@@ -66,7 +66,7 @@ pub(super) fn place(
     })
 }
 
-/// What a kind of slot cannot carry at all.
+/// Refuses a delta that a kind of slot cannot carry at all.
 fn check_kind(delta: &Delta, place: &Place<'_>) -> Result<(), (SkipKind, String)> {
     let slot = place.slot;
     let unsupported = |text: &str| Err((SkipKind::Unsupported, text.to_owned()));

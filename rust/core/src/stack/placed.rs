@@ -37,7 +37,7 @@ pub(super) struct Placed {
     pub(super) takes: Takes,
 }
 
-/// What a delta takes in its slot.
+/// The kind of room that a delta takes in its slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Takes {
     /// Ranks alone.
@@ -53,7 +53,7 @@ impl Placed {
         Some((module, module.deltas.get(self.delta)?))
     }
 
-    /// What it takes beside ranks, in a slot of so many columns.
+    /// The room that it takes besides ranks, in a slot of so many columns.
     pub(super) fn branch(&self, plans: &[&FilePlan], columns: u64) -> Branch {
         match (self.takes, self.origin(plans)) {
             (Takes::Branch, Some((_, delta))) => Branch::of(delta, self.rows, columns),
@@ -70,7 +70,7 @@ impl Placed {
     }
 }
 
-/// What a slot gets.
+/// A slot that gets deltas.
 #[derive(Debug)]
 pub(super) struct PlacedSlot {
     /// Its place in the map.
@@ -93,7 +93,7 @@ pub struct PlacedStack {
     pub(super) placed: Vec<Placed>,
     pub(super) slots: Vec<PlacedSlot>,
     pub(super) uniform: Vec<PlacedUniform>,
-    /// What is left out.
+    /// Modules and tensors that are left out.
     pub skipped: Vec<Skip>,
     /// Modules applied, per LoRA.
     pub applied_modules: Vec<usize>,

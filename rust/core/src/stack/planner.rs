@@ -232,7 +232,7 @@ impl<'s> Planner<'s> {
         }
     }
 
-    /// All that was added, slot by slot.
+    /// The placed stack, slot by slot.
     pub(super) fn finish(
         mut self,
         items: &[StackItem<'_>],

@@ -1,12 +1,12 @@
-//! How many pieces of some work are left, and what became of it.
+//! A count of the pieces that are left of some work, and its outcome.
 
 use std::time::Duration;
 
 use crate::work::sync::{Condvar, Mutex, lock, wait_while, wait_while_within};
 
-/// Work in pieces, and what became of it: counted down by whoever does them, waited for by others.
+/// Work in pieces, and its outcome. Threads count down the pieces that they do; others wait.
 ///
-/// What somebody did before a piece counted as done is seen by whoever sees that it does.
+/// A thread that sees a piece counted as done also sees all that was written before it counted.
 #[derive(Debug)]
 pub(crate) struct Countdown<T> {
     counted: Mutex<Counted<T>>,

@@ -1,4 +1,4 @@
-//! Work shared among threads of one call: pieces of a list, each taken by whoever is free.
+//! Work shared among the threads of one call: pieces of a list, each taken by a thread that is free.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -121,7 +121,7 @@ mod tests {
         NonZeroUsize::new(count).expect("tests employ somebody")
     }
 
-    /// What is taken, in order, by either way of sharing.
+    /// The items in the order in which they are taken, by either way of sharing.
     fn taken(items: usize, workers: usize) -> [Vec<usize>; 2] {
         let (one, other) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()));
         let done = drain((0..items).collect(), threads(workers), |item| {

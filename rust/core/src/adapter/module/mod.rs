@@ -46,17 +46,17 @@ pub struct Module {
     /// Factor on the raw product at strength 1 (formats of every trainer: alpha / rank and kin),
     /// with the scales of float8 tensors.
     pub scale: f64,
-    /// Where the scale comes from.
+    /// The ground of the scale.
     pub scale_source: ScaleSource,
     /// (out, in) of the weight's delta as far as its tensors tell, also of an adapter that is not
     /// applied.
     pub shape: Option<(u64, u64)>,
-    /// What is applied: the weight's own delta first, then what stands beside it. Empty where
+    /// The deltas that are applied: the weight's own first, then those beside it. Empty where
     /// there is a fault.
     pub deltas: Vec<Delta>,
     /// Why it is not applied at all.
     pub fault: Option<Fault>,
-    /// What of it is not applied to a released model although the rest is: (tensor, reason).
+    /// Its tensors that are not applied to a released model although the rest is: (tensor, reason).
     pub left_out: Vec<(usize, String)>,
     /// How its shape differs from the released model's, where it does. A model at hand of another
     /// size is compared when a stack is planned.

@@ -18,7 +18,7 @@ use crate::model;
 pub struct Scale {
     /// Factor on the raw product at strength 1.
     pub value: f64,
-    /// Where it comes from.
+    /// Its ground.
     pub source: ScaleSource,
 }
 

@@ -1,4 +1,4 @@
-//! What can be wrong with an adapter configuration.
+//! Faults of an adapter configuration.
 
 use super::pattern::{MAX_EXPRESSIONS, MAX_PATTERNS};
 use crate::header::Quoted;
@@ -9,15 +9,15 @@ pub enum ConfigError {
     /// Not the JSON of a configuration.
     #[error("`{origin}` is not the JSON of a PEFT configuration: {detail}")]
     Json {
-        /// Where the JSON stood.
+        /// The origin of the JSON.
         origin: String,
-        /// What the parser says.
+        /// The parser's message.
         detail: String,
     },
     /// A pattern table of absurd size.
     #[error("`{origin}` has {count} patterns in `{field}`, more than {MAX_PATTERNS}")]
     TooManyPatterns {
-        /// Where the JSON stood.
+        /// The origin of the JSON.
         origin: String,
         /// The table.
         field: &'static str,
@@ -27,7 +27,7 @@ pub enum ConfigError {
     /// More regular expressions than can be matched in reasonable time.
     #[error("`{origin}` has {count} regular expressions in `{field}`, more than {MAX_EXPRESSIONS}")]
     TooManyExpressions {
-        /// Where the JSON stood.
+        /// The origin of the JSON.
         origin: String,
         /// The table.
         field: &'static str,
@@ -40,7 +40,7 @@ pub enum ConfigError {
          hint: name modules by their paths, or by parts of them"
     )]
     SlowExpressions {
-        /// Where the JSON stood.
+        /// The origin of the JSON.
         origin: String,
         /// The table.
         field: &'static str,
@@ -49,7 +49,7 @@ pub enum ConfigError {
     /// references are not), or one of absurd size.
     #[error("`{origin}` has a pattern in `{field}` that is not understood: {pattern}")]
     Pattern {
-        /// Where the JSON stood.
+        /// The origin of the JSON.
         origin: String,
         /// The table.
         field: &'static str,
@@ -59,13 +59,13 @@ pub enum ConfigError {
     /// A field that the scale depends on, of another type than it has.
     #[error("`{origin}` has {value} in {field}, which is not {expected}")]
     WrongType {
-        /// Where the JSON stood.
+        /// The origin of the JSON.
         origin: String,
         /// The field.
         field: String,
         /// Its JSON.
         value: Quoted,
-        /// What belongs there.
+        /// The type that belongs there.
         expected: &'static str,
     },
 }

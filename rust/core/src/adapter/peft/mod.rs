@@ -67,7 +67,7 @@ impl ConfiguredKind {
 /// beginnings of `init_lora_weights`, in lower case.
 const BASE_CHANGING: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
 
-/// What a PEFT configuration says about scale, and what else the tensors do not tell.
+/// A PEFT configuration: its scale, and the rest that tensors do not tell.
 #[derive(Debug, Clone, Default)]
 pub struct AdapterConfig {
     kind: ConfiguredKind,
@@ -82,7 +82,7 @@ pub struct AdapterConfig {
     changed_base: Option<String>,
     trains_biases: bool,
     use_dora: bool,
-    /// What in it says something of the scale, but is not used.
+    /// The fields about the scale that are not used.
     unused: Option<String>,
 }
 
@@ -168,7 +168,7 @@ impl AdapterConfig {
         self.use_dora
     }
 
-    /// What the configuration says of the scale and is not used, in words.
+    /// The unused fields about the scale, in words.
     pub(crate) fn unused(&self) -> Option<&str> {
         self.unused.as_deref()
     }
@@ -209,8 +209,8 @@ impl AdapterConfig {
     }
 }
 
-/// What is said of the scale, but not used: an alpha of a kind of adapter whose scale is not known,
-/// or of a component that is not the transformer.
+/// The fields about the scale that are not used, in words: an alpha of a kind of adapter whose scale
+/// is not known, or of a component that is not the transformer.
 fn unused(kind: ConfiguredKind, peft_type: Option<&str>, fields: &Fields<'_>) -> Option<String> {
     if kind == ConfiguredKind::Other {
         let name = Quoted::new(peft_type.unwrap_or_default());

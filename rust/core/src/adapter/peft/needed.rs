@@ -11,7 +11,7 @@ pub(super) struct Needed {
 }
 
 impl Needed {
-    /// What an expression needs at least; nothing where its syntax is not plain enough to tell.
+    /// The text that an expression needs; none where its syntax is not plain enough to tell.
     pub(super) fn of(expression: &str) -> Self {
         runs(expression).unwrap_or_default()
     }

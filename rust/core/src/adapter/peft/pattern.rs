@@ -103,7 +103,7 @@ enum Pattern {
 #[derive(Debug, Clone)]
 struct Expression {
     regex: Regex,
-    /// What a path must have before it is worth a try.
+    /// The text that a path must have before it is worth a try.
     needed: Needed,
     /// A bound of its compiled size.
     size_bytes: usize,
@@ -151,7 +151,7 @@ impl Pattern {
         }
     }
 
-    /// What matching it on every path of the known models takes.
+    /// The work of matching it on every path of the known models.
     fn work_bytes(&self) -> usize {
         let Self::Regex(expression) = self else {
             return 0;

@@ -1,7 +1,7 @@
 //! All keys of a file, classified: the second stage.
 //!
-//! What one key cannot tell is settled here: duplicates, fused beside split, a second adapter, a
-//! lone `.weight`, packed pairs, biases of modules that have none.
+//! It settles the questions that one key cannot: duplicates, fused beside split, a second adapter,
+//! a lone `.weight`, packed pairs, biases of modules that have none.
 
 mod spelling;
 
@@ -25,7 +25,7 @@ pub struct RawTensor {
     pub dtype: Dtype,
     /// Its shape.
     pub shape: Vec<u64>,
-    /// Where its bytes lie in the file; 0 in a state dict.
+    /// The place of its bytes in the file; 0 in a state dict.
     pub offset_bytes: u64,
     /// How many bytes it has.
     pub len_bytes: u64,
@@ -81,7 +81,7 @@ pub struct Entry {
     pub tensor: RawTensor,
     /// The module it belongs to, if any.
     pub module: Option<ModuleId>,
-    /// What it is to that module.
+    /// Its part in that module.
     pub role: Role,
     /// For a float8 scale, the role of the tensor that it scales.
     pub scales: Option<Role>,

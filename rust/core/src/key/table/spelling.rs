@@ -21,7 +21,7 @@ pub(super) struct Spelling {
     pub(super) bare: bool,
 }
 
-/// What of an adapter is there.
+/// The parts of an adapter that are there.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Extent {
     down: bool,

@@ -10,7 +10,7 @@ use crate::key::table::KeyTable;
 use crate::model::{self, Model, Section};
 use crate::plan::fit::{self, Fit};
 
-/// What a file is found to be.
+/// A finding on whose file it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelCheck {
     /// Its modules are this model's.

@@ -31,12 +31,12 @@ pub struct Explanation {
     pub value: Option<f64>,
     /// How the grammar takes the key apart; none where it names no module of a known model.
     pub reading: Option<Reading>,
-    /// What the tensor is, in the light of the whole file: a lone `lora_A` of the weight's size is
-    /// a `diff`.
+    /// The tensor's part in the light of the whole file: a lone `lora_A` of the weight's size is a
+    /// `diff`.
     pub role: Role,
     /// The module that the tensor belongs to, unless it is ignored.
     pub module: Option<ModuleExplanation>,
-    /// What becomes of it.
+    /// Its fate.
     pub fate: Fate,
 }
 
@@ -53,9 +53,9 @@ pub struct Reading {
     /// The canonical path.
     #[serde(rename = "target")]
     pub module: &'static str,
-    /// What is cut at the end.
+    /// The ending that is cut.
     pub suffix: String,
-    /// What that says of the tensor.
+    /// The tensor's part, by its ending.
     pub role: Role,
     /// For a float8 scale, the role of the tensor that it scales.
     pub scales: Option<Role>,
@@ -81,7 +81,7 @@ pub struct ModuleExplanation {
     pub rank: Option<u64>,
     /// Factor on the weight's raw delta at strength 1, float8 scales included.
     pub scale: f64,
-    /// Where that comes from, float8 scales aside.
+    /// The ground of that, float8 scales aside.
     pub scale_rule: ScaleSource<String>,
     /// Keys of float8 scales, each multiplied in.
     pub float8_scales: Vec<String>,
@@ -91,7 +91,7 @@ pub struct ModuleExplanation {
     pub keys: Vec<String>,
 }
 
-/// What becomes of a tensor on a released model.
+/// The fate of a tensor on a released model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(tag = "fate", rename_all = "snake_case")]
 pub enum Fate {

@@ -16,7 +16,7 @@ const MAX_COMPARED_BYTES: usize = 256;
 enum Nearness {
     /// Another spelling of the same tensor of the same module.
     SameTensor,
-    /// Of the same module.
+    /// Another tensor of the same module.
     SameModule,
     /// One holds the other; bytes between them.
     Holds(usize),

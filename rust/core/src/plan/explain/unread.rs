@@ -18,7 +18,7 @@ pub enum Unread {
     UnknownEnding {
         /// The canonical path.
         module: &'static str,
-        /// What follows the path.
+        /// The rest of the key behind the path.
         ending: String,
     },
     /// A module of a block whose number the model does not have: which it has, in words.
@@ -34,7 +34,7 @@ pub enum Unread {
 }
 
 impl Unread {
-    /// What a key is that names no tensor of a module; none where it does.
+    /// Reads a key that names no tensor of a module; none where it names one.
     pub fn of(key: &str) -> Option<Self> {
         if Reading::of(key).is_some() {
             return None;

@@ -29,7 +29,7 @@ fn written(memory: &Memory) -> [usize; 2] {
     std::array::from_fn(|place| memory[place].load(Relaxed))
 }
 
-/// What becomes of a piece.
+/// The fate of a piece.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Piece {
     Written(usize),
@@ -39,7 +39,7 @@ enum Piece {
 
 /// Writes once to the place of each piece.
 struct Writing<const IN_TURN: bool> {
-    /// What must be written before.
+    /// The memory that must be written before.
     before: Option<Memory>,
 }
 
@@ -92,7 +92,7 @@ fn begin<const IN_TURN: bool>(
     crew.begin(Writing { before }, pieces.collect())
 }
 
-/// What became of it, when it is done.
+/// The outcome of a request that is done.
 fn outcome<W: Work<Fault: Copy>>(begun: &Begun<W>) -> Option<Lapse<W::Fault>> {
     let told = begun.wait(Duration::MAX, |lapse| *lapse);
     told.expect("this wait does not end before")
@@ -304,7 +304,7 @@ fn a_piece_that_fails_ends_its_request_alone() {
     });
 }
 
-/// Of two failing pieces one is told.
+/// Two pieces fail, and one error is told.
 #[test]
 fn a_request_fails_once() {
     check(|| {

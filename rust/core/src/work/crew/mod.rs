@@ -1,10 +1,9 @@
-//! Threads that carry out one request after another, each in pieces, while somebody else does something
-//! else.
+//! Threads that carry out requests, one after another, while the caller does something else.
 //!
-//! A piece *waits*, is *in work*, and then *counts as done*, once: because it was carried out, because
-//! it failed, because the thread panicked, or because it was given up before anybody began it. Before
-//! it counts it is let go of, with all that it uses. A request is done when all its pieces are; what
-//! became of it is told from then on, not before.
+//! A request is made of pieces. A piece *waits*, is *in work*, and then *counts as done*, once. It
+//! counts because it was carried out, because it failed, because the thread panicked, or because it
+//! was given up before a thread began it. It is dropped before it counts, with all that it uses. A
+//! request is done when all its pieces are. Its outcome is told from then on.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -18,11 +17,11 @@ use crate::work::pieces::Pieces;
 use crate::work::sync::thread::{self, JoinHandle};
 use crate::work::sync::{Condvar, Mutex, lock, wait_while};
 
-/// What the pieces of one request have in common, and how one is carried out.
+/// One request: the common part of its pieces, and the way to carry one out.
 pub(crate) trait Work: Send + Sync + 'static {
-    /// Those that nobody has begun.
+    /// The pieces that nobody has begun.
     type Pieces: Pieces<Piece: Send> + Default + Send;
-    /// What a piece may come upon.
+    /// The fault that a piece may meet.
     type Fault: Send;
     /// When the next request's pieces may be begun.
     const TURN: Turn;
@@ -72,7 +71,7 @@ pub(crate) struct Begun<W: Work> {
 
 struct Job<W: Work> {
     work: W,
-    /// Of pieces.
+    /// The pieces that are left, and the lapse if one fails.
     progress: Countdown<Option<Lapse<W::Fault>>>,
 }
 
@@ -146,7 +145,7 @@ impl<W: Work> Drop for Crew<W> {
 }
 
 impl<W: Work> Begun<W> {
-    /// What the pieces have in common.
+    /// The common part of the pieces.
     pub(crate) fn work(&self) -> &W {
         &self.job.work
     }
