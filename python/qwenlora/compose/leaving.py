@@ -27,7 +27,7 @@ __all__ = ["Room", "base_versions", "groups_left", "make_room"]
 
 
 def base_versions(structure: Structure, state: AppliedState) -> dict[str, tuple[int, ...]]:
-    """How often the factors of slots that hold their base were written to in place, by path."""
+    """Versions by path of the factors that hold their base: how often each was written in place."""
     versions: dict[str, tuple[int, ...]] = {}
     for paths, group in structure.packed:
         if not group.plain or paths <= state.records.keys():
@@ -42,7 +42,7 @@ def base_versions(structure: Structure, state: AppliedState) -> dict[str, tuple[
 def groups_left(
     structure: Structure, state: AppliedState, changing: frozenset[str]
 ) -> list[LeftGroup]:
-    """What of the slots that are about to be left may be kept.
+    """Choose the slots' tensors to keep before they are replaced.
 
     Args:
         structure: The model's slots.
@@ -50,8 +50,8 @@ def groups_left(
         changing: Paths of all slots that change.
 
     Returns:
-        The composed groups on GPUs, where the set consists of groups alone; and the base's of slots
-        that hold nothing else.
+        The composed groups on GPUs, where the set consists of groups alone; and the base tensors
+        of slots that hold nothing else.
     """
     placed = () if structure.placed is None else structure.placed.groups
     left = [
@@ -74,7 +74,7 @@ def groups_left(
 
 @dataclass(frozen=True)
 class Room:
-    """What may be kept beside a stack.
+    """The memory in which left sets may be kept while a stack is in place.
 
     Attributes:
         cache_bytes: Most bytes in host memory, deltas included.
@@ -91,7 +91,7 @@ class Room:
     memory: DeviceMemory
 
     def choose(self, left: Sequence[LeftGroup], kept: KeptSets) -> list[LeftGroup]:
-        """What of the groups that are left is kept; sets left earlier make room."""
+        """Choose the left groups to keep; drop sets that were left earlier to make room."""
         while self._host_bytes() < 0 and kept.drop_oldest(on_host=True):
             pass
         chosen, free = [], self._host_bytes()
@@ -114,7 +114,7 @@ class Room:
 
     def _fits(self, on_device: Sequence[LeftGroup], nbytes: int) -> bool:
         if self.device_bytes is None:
-            # What is kept has its memory already; the rest must be free beside it.
+            # What is kept has its memory already; the rest must be free besides.
             devices = {own.group.device for own in on_device}
             rest = self.needed + self.deltas + DEVICE_RESERVE
             return all(self.memory.has(device, rest) for device in devices)
@@ -123,7 +123,7 @@ class Room:
 
 
 def make_room(options: ComposeOptions, leaving: Sequence[KeptGroup]) -> KeptBytes:
-    """Drop deltas from the caches that have no room beside sets that were left, or are being left.
+    """Drop cached deltas until the sets that were left, or are being left, fit as well.
 
     Returns:
         The most bytes that the caches may hold of deltas now.

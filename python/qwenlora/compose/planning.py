@@ -24,7 +24,7 @@ __all__ = ["plan_report", "planned_for", "require_known"]
 
 
 def plan_report(model: nn.Module, wanted: LoraSet) -> ComposeReport:
-    """What composing a set would do, from its plan alone: no tensor is read, nothing is touched.
+    """Report what composing a set would do, from its plan alone: no tensor is read or changed.
 
     Ranks and bytes are upper bounds; what only the data can tell (shared downs, zero deltas, energy
     lost) is in the report of the composition itself.

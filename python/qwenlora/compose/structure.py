@@ -100,7 +100,7 @@ class Structure:
         return [(frozenset(t.path for t in group.targets), group) for group in groups]
 
     def ends(self) -> list[Tensor]:
-        """A tensor of the first packed slot and of the last one, as they are now."""
+        """The current `down` of the first packed slot and of the last one."""
         packed = [target for target in self.targets.values() if target.place is not None]
         return factors_of([*packed[:1], *packed[-1:]], LowRankSide.DOWN)
 
@@ -128,7 +128,7 @@ class Structure:
 
     @cached_property
     def bare_records(self) -> Mapping[str, SlotRecord]:
-        """Every slot as it is without deltas."""
+        """Records of every slot without deltas, by path."""
         ranks = {path: target.row.base_rank for path, target in self.targets.items()}
         records = {rank: SlotRecord(rank, 0) for rank in {*ranks.values()}}
         return {path: records[rank] for path, rank in ranks.items()}
@@ -143,14 +143,14 @@ class Structure:
         return [*self.targets.values(), *self.twins]
 
     def look(self) -> None:
-        """Take the slots' tensors as they are now for those that were left there."""
+        """Remember the slots' current tensors as the ones that a composition left there."""
         self._watch.look()
 
     def is_current(self, model: nn.Module) -> bool:
-        """Whether every module, and every tensor of every slot, is where it was.
+        """Tell if every module, and every tensor of every slot, is where it was.
 
-        The tensors are not kept alive: whoever moves a model replaces its buffers. Told are the
-        tensors themselves, where their elements are, and how many buffers there are.
+        The tensors are not kept alive: whoever moves a model replaces its buffers. Compares tensor
+        identities, data pointers and buffer counts.
         """
         return self._offload == _offload_state(model) and self._watch.is_unchanged()
 
@@ -174,7 +174,7 @@ class Structure:
             require_not_overwritten(state, "most of the model's weights were")
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` gave for this key, as long as the structure stays; few are kept."""
+        """Return the result of `make` for this key; the last few results are remembered."""
         if key in self._results:
             known = self._results[key] = self._results.pop(key)
             return known  # type: ignore[return-value]

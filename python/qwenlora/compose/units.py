@@ -83,7 +83,7 @@ def path_units(planned: Planned, structure: Structure, state: AppliedState) -> l
     for target in others:
         if not target.row.offloaded:
             by_pattern[target.row.pattern].rest.append((target, None))
-    # Host memory first: beside the old stack others go on while it is written.
+    # Host memory first: where the old stack stays, other units are built while it is written.
     return [*_offloaded_units(planned, structure, others), *units, *by_pattern.values()]
 
 

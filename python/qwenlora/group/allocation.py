@@ -1,7 +1,7 @@
-"""Tensors that lie in one allocation, each with a storage of its own elements alone.
+"""Tensors that lie in one allocation, each with a storage that holds its elements alone.
 
-Views share the storage of what they are views of, and much goes by storages: deep copies of
-buffers and `torch.save` take all of it along, `safetensors.torch.save_model` refuses a part, and
+Views share the storage of their base tensor, and many tools work on whole storages: deep copies of
+buffers and `torch.save` copy all of it, `safetensors.torch.save_model` refuses a part, and
 accelerate drops all but one of the tensors in it. DLPack makes storages of parts, each of which
 keeps the allocation alive.
 """
@@ -22,11 +22,11 @@ __all__ = ["evenly", "is_part", "rest_from", "split"]
 
 
 _KNOWN: dict[int, weakref.ref[Tensor]] = {}
-"""What was split, by its address; it lives as long as a part of it does."""
+"""Tensors that were split, by address; each lives as long as a part of it does."""
 
 
 def split(whole: Tensor) -> list[Tensor]:
-    """The parts (...) of a contiguous (n, ...), each with a storage of its own in its memory."""
+    """The parts (...) of a contiguous (n, ...), each with its own storage in the same memory."""
     root = whole if whole._base is None else whole._base
     begin = root.data_ptr()
 
@@ -56,7 +56,7 @@ def rest_from(address: int, end: int, like: Tensor) -> Tensor | None:
 
 
 def is_part(tensor: Tensor) -> bool:
-    """Whether a tensor keeps more than itself alive: it lies in what was split."""
+    """Tell if a tensor is a part of what was split, and so keeps more than itself alive."""
     begin = tensor.data_ptr()
     return rest_from(begin, begin + tensor.nbytes, tensor) is not None
 

@@ -1,6 +1,6 @@
 """New tensors of one path over many slots: one allocation a factor, written for all slots at once.
 
-A slot's tensors lie in its arena, and have storages of their own there: a deep copy, a move or a
+A slot's tensors lie in its arena, each with its own storage there: a deep copy, a move or a
 save of one takes its elements alone (see `allocation`).
 """
 
@@ -60,7 +60,7 @@ _APART_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Part:
-    """One LoRA's deltas in some slots of an arena, as they are in the file.
+    """One LoRA's deltas in some slots of an arena, unscaled, as the file stores them.
 
     Attributes:
         slots: Which slots.
@@ -255,7 +255,7 @@ def _copy_apart(dest: Tensor, olds: list[Tensor]) -> None:
 
 
 def _in_tiles(part: Part) -> bool:
-    """Whether every module's ranks and rows are whole fragments."""
+    """Tell if every module's ranks and rows are whole fragments."""
     sizes = [*part.starts, *(m.rank for m in part.members)]
     sizes += [size for m in part.members for size in (m.row_begin, m.row_count)]
     return not any(size % TILE for size in sizes)
@@ -356,8 +356,8 @@ def _join_ups(up: Tensor, part: Part, *, rank_begin: int) -> None:
 def scaled_into(dest: Tensor, values: Tensor, factor: float) -> None:
     """Form value x factor in float32, rounded once to the destination's dtype.
 
-    A product of 16-bit values and a number is formed in float32 and rounded to their own dtype, so
-    only where that is the destination's may they be multiplied as they are.
+    A product of 16-bit values and a number is formed in float32 and rounded to their own dtype. So
+    they are multiplied directly only where that is the destination's dtype.
     """
     if values.dtype not in (dest.dtype, torch.float32):
         values = values.to(torch.float32)
@@ -393,7 +393,7 @@ class BranchArena:
         """Nothing is left to do."""
 
     def clear(self) -> None:
-        """All of it is zero from the beginning."""
+        """Do nothing: both factors are allocated as zeros."""
 
     def write(self, part: Part) -> None:
         """Write one LoRA's deltas."""
@@ -425,7 +425,7 @@ def write_branch_ups(arena: Tensor, part: Part, *, row_order: RowOrder) -> None:
 
 
 def _finite(*factors: Tensor) -> list[bool]:
-    """Slot by slot; extremes carry NaN along, and are one pass over memory."""
+    """Slot by slot; extremes propagate NaN, and are one pass over memory."""
     ends = [end.float() for f in factors for end in (f.flatten(1).amin(1), f.flatten(1).amax(1))]
     found: list[bool] = torch.isfinite(torch.stack(ends)).all(dim=0).tolist()
     return found

@@ -1,4 +1,4 @@
-"""Host memory, filled beside whatever else is done: composing goes on while memory is written."""
+"""Fills host memory in the background: composing goes on while memory is written."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class Filler:
         self._begun.append(self._fillers.fill(recipes))
 
     def begun(self) -> Copied | None:
-        """When what is begun is done; None where nothing is."""
+        """The last request that was begun, as something to wait for; None where nothing was."""
         return self._begun[-1] if self._begun else None
 
     def wait(self) -> None:
-        """Return when all is done; raise what filling came upon."""
+        """Return when all is done; raise what filling raised."""
         while self._begun:
             self._begun.popleft().wait()
 

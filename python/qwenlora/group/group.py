@@ -105,7 +105,7 @@ class Stack:
         return replace(self, members=tuple(member.of_slots(slots) for member in self.members))
 
     def starts(self, sharing: Sequence[int]) -> tuple[tuple[int, ...], int]:
-        """Where each member's ranks begin, and the ranks of all.
+        """Place the members' ranks: the first rank of each, and the ranks of all.
 
         Args:
             sharing: For each member the index of the first one with the same `down`.
@@ -138,7 +138,7 @@ class Group:
     _derived: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False)
 
     def derived(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` gave for this key, as long as the group stays."""
+        """Return the result of `make` for this key, made once and kept with the group."""
         if key not in self._derived:
             self._derived[key] = make()
         return self._derived[key]  # type: ignore[return-value]
@@ -152,18 +152,18 @@ class Group:
 
     @property
     def packed(self) -> bool:
-        """Whether deltas join packed low-rank branches; they run beside the layers otherwise."""
+        """True where deltas join packed low-rank branches; otherwise they run in side branches."""
         return self.targets[0].place is not None
 
     @cached_property
     def plain(self) -> bool:
-        """Whether none of its packed parameters was made in inference mode."""
+        """True where none of its packed parameters was made in inference mode."""
         factors = [factor for side in LowRankSide for factor in factors_of(self.targets, side)]
         return not any(factor.is_inference() for factor in factors)
 
     @property
     def device(self) -> torch.device:
-        """Where the slots are."""
+        """The device of the slots."""
         return self.targets[0].device
 
     @property

@@ -1,7 +1,7 @@
 """Packed slots in host memory: filled by Rust, at the speed of memory.
 
 Scaling stays torch's. Elements of two bytes have 65,536 values, so their products with one factor
-are a table, made by the very multiplication that would form them one by one; Rust looks up what it
+are a table, made by the same multiplication that would form them one by one. Rust looks up what it
 packs, and memory is read once and written once. Elements of another size are formed by torch before
 they are packed.
 """
@@ -102,7 +102,7 @@ class HostFactor:
         return self._memory.dtype
 
     def recipe(self, slots: range, columns: Sequence[_Column]) -> tuple[Any, ...]:
-        """What `fill_packed` writes to some slots."""
+        """The recipe from which `fill_packed` writes some slots."""
         return _recipe(self._memory, slots, columns)
 
     def base(self, slots: range, tiles: int) -> _Column:
@@ -290,7 +290,7 @@ class _Up:
             self.table = _table(values.dtype, factor, dtype)
 
     def read(self, slots: slice) -> _Bytes:
-        """What Rust reads of some slots."""
+        """The bytes that Rust reads for some slots."""
         values = self.values[slots]
         if self.is_formed:
             formed = _empty(values.shape, self._dtype)

@@ -1,4 +1,4 @@
-"""What is read at a time for a group, and what is known of its values."""
+"""Loads: the tensors read at a time for a group, and findings about their values."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Load:
 
     @property
     def device(self) -> torch.device:
-        """Where its slots are."""
+        """The device of its slots."""
         return self.targets[0].device
 
     @property
@@ -92,7 +92,7 @@ class Load:
 
     @cached_property
     def key(self) -> Hashable:
-        """What it holds, within one LoRA: its slots by their first tensors, and its modules."""
+        """Its contents within one LoRA: its slots by their first tensors, and its modules."""
         first = self.stack.members[0].tensors[LowRankSide.DOWN].indices
         shapes = tuple((block.side, block.shape, block.dtype) for block in self.blocks)
         return (tuple(first[self.slots.start : self.slots.stop]), shapes)
@@ -107,7 +107,7 @@ class Load:
 
 @dataclass(eq=False)
 class Findings:
-    """What is known of a load's values.
+    """Facts about a load's values.
 
     Attributes:
         slots: How many slots the load has.
@@ -157,12 +157,12 @@ class Staged:
 
     @property
     def on_host(self) -> bool:
-        """Whether it is in host memory."""
+        """True where it is in host memory."""
         return self.bytes.device.type == "cpu"
 
 
 def loads_of(group: Group, limit_bytes: int) -> list[Load]:
-    """What is read for a group, in the order in which it is used.
+    """The loads of a group, in the order in which they are used.
 
     Args:
         group: The group.

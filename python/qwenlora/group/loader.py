@@ -45,7 +45,7 @@ class Copied(Protocol):
     """A buffer's contents have left it: what `torch.cuda.Event` says."""
 
     def query(self) -> bool:
-        """Whether they have."""
+        """Tell if they have."""
 
     def synchronize(self) -> None:
         """Wait until they have."""
@@ -112,7 +112,7 @@ class Loader:
                 self._used.append((staged.bytes if whole is None else whole, copied))
 
     def key(self, load: Load) -> Hashable | None:
-        """What a load is among all LoRAs; None where reading it again costs nothing."""
+        """The load's key among those of all LoRAs; None where reading it again costs nothing."""
         source = self._sources[load.stack.lora]
         return (source.identity, load.key) if source.cacheable else None
 
@@ -183,7 +183,7 @@ class Loader:
         return 1 << (nbytes - 1).bit_length() if self._pinned else nbytes
 
     def _take_used(self, nbytes: int, *, at_once: bool) -> Tensor | None:
-        """A buffer that has been used, just large enough: what is kept holds all of its own.
+        """A used buffer that is just large enough: a load that is cached keeps its whole buffer.
 
         Args:
             nbytes: Bytes that are needed.

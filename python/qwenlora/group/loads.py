@@ -45,7 +45,7 @@ class LoadPlan:
         groups: The groups, in the order in which they are built.
         loads: The loads of each group; none for a group whose tensors were kept.
         load_bytes: Most bytes of a load, unless one slot takes more.
-        kept: Groups' tensors that were kept under this very set, by their first paths.
+        kept: Groups' tensors that were kept under this same set, by their first paths.
         needed: Device memory that the slots will take.
     """
 

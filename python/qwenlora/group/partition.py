@@ -86,7 +86,7 @@ class Planned:
 
     @cached_property
     def paths(self) -> frozenset[str]:
-        """Of all slots that change."""
+        """Paths of all slots that change."""
         grouped = [target.row.path for group in self.groups for target in group.targets]
         return frozenset(grouped).union(target.row.path for target, _ in self.single)
 

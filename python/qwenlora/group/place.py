@@ -1,4 +1,4 @@
-"""How a group's deltas lie in its slots."""
+"""The places of a group's deltas in its slots."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Layout", "PlacedGroup", "may_overflow", "part_of", "scales_of"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where one LoRA's ranks lie in a group's arena."""
+    """The place of one LoRA's ranks in a group's arena."""
 
     sharing: tuple[int, ...]
     starts: tuple[int, ...]
@@ -70,7 +70,7 @@ def part_of(load: Load, buffer: Tensor, layout: Layout) -> Part:
 
 
 def may_overflow(staged: Staged, layout: Layout, dtype: torch.dtype) -> bool:
-    """Whether values may leave a dtype's range, or do not lie in it; unknown counts as yes."""
+    """Tell if scaled values may leave a dtype's range, or are not finite; unknown counts as yes."""
     peak = staged.findings.peak
     largest = max(1.0, *(abs(factor) for factor in layout.factors))
     # Rounding may reach the next number, but not twice the number; NaN is less than nothing.

@@ -59,7 +59,7 @@ class LeftGroup:
 
     @property
     def on_host(self) -> bool:
-        """Whether they are in host memory."""
+        """True where the slots are in host memory."""
         return self.group.device.type == "cpu"
 
     def kept(self) -> KeptGroup:
@@ -86,7 +86,7 @@ class KeptGroup(LeftGroup):
     parameters: Sequence[Sequence[Tensor]]
 
     def of(self, targets: Sequence[Target]) -> bool:
-        """Whether these are the slots."""
+        """Tell if these are the group's slots."""
         return self.group.targets is targets or self.group.targets == targets
 
 
@@ -108,7 +108,7 @@ class KeptSets:
         return sum(kept.nbytes for kept in own if kept.on_host is on_host)
 
     def holds(self, key: Hashable) -> bool:
-        """Whether something of a set is kept."""
+        """Tell if tensors of a set are kept."""
         with self._lock:
             return key in self._sets
 
@@ -129,7 +129,7 @@ class KeptSets:
             self._versions |= versions
 
     def watch(self, live: Iterable[Tensor]) -> None:
-        """Drop all when a tensor's memory is let go: the model is moved, or taken apart.
+        """Drop all when a tensor's memory is freed: the model is moved, or taken apart.
 
         Args:
             live: Tensors of the set that is in place now; none while that changes.

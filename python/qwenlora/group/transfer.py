@@ -42,13 +42,13 @@ class Transfer(Protocol):
         """
 
     def close(self) -> None:
-        """Let the device's memory go, safely."""
+        """Free the device's memory, safely."""
 
 
 def transfer_to(
     device: torch.device, buffer_bytes: int, *, filler: Filler | None = None
 ) -> Transfer:
-    """What brings loads to this device.
+    """Make the transfer that brings loads to this device.
 
     Args:
         device: Of the slots.
@@ -76,11 +76,11 @@ class HostTransfer:
         return None if self._filler is None else self._filler.begun()
 
     def close(self) -> None:
-        """Nothing to let go."""
+        """Do nothing: no memory was taken."""
 
 
 class DeviceTransfer:
-    """Copies on a stream of its own, so that one load is copied while another is packed."""
+    """Copies on a separate stream, so that one load is copied while another is packed."""
 
     def __init__(self, device: torch.device, buffer_bytes: int) -> None:
         self._device = device
@@ -100,7 +100,7 @@ class DeviceTransfer:
             self._buffers, self._free = [b for b, _ in made], [e for _, e in made]
 
     def bring(self, staged: Staged, *, keep: bool) -> Tensor:
-        """Copy the load to the next buffer, or to one of its own."""
+        """Copy the load to the next buffer, or to a new one."""
         self._copied, self._in_ring = None, False
         if not staged.on_host:
             return staged.bytes
@@ -135,14 +135,14 @@ class DeviceTransfer:
         return self._copied
 
     def close(self) -> None:
-        """What the buffers' memory is given to next runs after the last copy into it."""
+        """Free the buffers. Work that takes their memory next runs after the last copy into it."""
         self._current.wait_stream(self._stream)
         self._buffers.clear()
 
     def _allocate(self, nbytes: int) -> tuple[Tensor, torch.cuda.Event]:
         buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         free = _event()
-        # Memory that was let go a moment ago may still be in use by work that is queued.
+        # Memory that was freed a moment ago may still be in use by work that is queued.
         free.record(self._current)
         return buffer, free
 

@@ -1,4 +1,4 @@
-"""What must be known of a model before the picture can be promised.
+"""Checks of what must be known of a model before the picture can be promised.
 
 A layer's tensors say where a delta goes. They do not say whether the forward reads it: some layers
 take their rank from an attribute, some blocks take the rows of their modulation in another order,
@@ -40,7 +40,7 @@ _MODULATIONS = (".img_mod.1", ".txt_mod.1")
 _FUSED = "attn.to_qkv"
 _APART = "attn.to_q"
 _FUSED_FACTORS = ("_proj_down", "_lora_down")
-"""How the name of a low-rank factor ends that a fused module keeps under a prefix."""
+"""Endings of names of low-rank factors that a fused module keeps under a prefix."""
 _BLOCKS = "transformer_blocks."
 
 
@@ -52,7 +52,7 @@ def require_understood(targets: Mapping[str, Target], paths: Container[str]) -> 
         paths: Paths of all its modules.
 
     Raises:
-        UnsupportedModelError: It does not, or that cannot be told.
+        UnsupportedModelError: It does not, or that is unknown.
     """
     for path, target in targets.items():
         if target.place is not None and target.place.rank is None:
@@ -84,7 +84,7 @@ def unknown_layer(
 
 
 def _is_known(path: str, alike: str, known: Container[str], paths: Container[str]) -> bool:
-    """Whether a known model has the layer, in a block with two streams as that model's are."""
+    """Tell if a known model has the layer, in a block with two streams as that model's are."""
     if alike not in known:
         return False
     if not path.startswith(_BLOCKS):
@@ -138,11 +138,11 @@ def _known_patterns() -> frozenset[str]:
 
 @lru_cache(maxsize=64)
 def reads_rank(kind: type) -> bool:
-    """Whether the forward of a class, or what it calls, reads a rank from somebody's attribute.
+    """Tell if the forward of a class, or what it calls, reads a rank from some attribute.
 
-    Looked at is the code: of every `forward` and `__call__` of the class and its bases, of methods
-    and functions whose names it holds, and so on. PyTorch's own is left out. Code that cannot be
-    looked at counts as reading one.
+    Looks at the code of every `forward` and `__call__` of the class and its bases, of methods and
+    functions whose names that code holds, and so on. PyTorch's own code is left out. Code that
+    cannot be looked at counts as reading a rank.
     """
     return _reads_rank([], kind)
 
@@ -167,7 +167,7 @@ def _reads_rank(begin: Sequence[object], kind: type) -> bool:
 
 
 def _is_rank(name: str) -> bool:
-    """Whether an attribute is called a rank, as `lora_rank`; `unpack_lowrank` is a function.
+    """Tell if an attribute is named as a rank, as `lora_rank` is; `unpack_lowrank` is a function.
 
     Scales count, too: one for every 16 ranks, and what is missing of them is 0 to the kernels.
     """
@@ -175,7 +175,7 @@ def _is_rank(name: str) -> bool:
 
 
 def _defined(kind: type, name: str) -> list[object]:
-    """What a class, and each base of it before PyTorch's own, defines to be called."""
+    """List what a class, and each base of it before PyTorch's own, defines to be called."""
     found = []
     for base in kind.__mro__:
         own = vars(base).get(name)

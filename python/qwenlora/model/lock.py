@@ -25,9 +25,9 @@ __all__ = ["ModelLock", "lock_of"]
 
 
 _POLL_SECONDS = 0.5
-"""How often a waiting thread looks whether the holder is still there."""
+"""Time between two looks of a waiting thread whether the holder is still there."""
 _LOOK_AGAIN_SECONDS = 0.01
-"""When it looks again where the holder seemed to be gone."""
+"""Time until it looks again where the holder seemed to be gone."""
 _NEXT = "next"
 
 
@@ -47,7 +47,7 @@ class ModelLock:
         """Wait for the lock and hold it for as long as `frame` runs, or until `release`.
 
         Raises:
-            ModelStateError: This very thread holds it.
+            ModelStateError: The calling thread holds it already.
         """
         claim = _Claim(frame)
         missed: _Claim | None = None
@@ -76,7 +76,7 @@ class ModelLock:
             self._ring()
 
     def is_mine(self) -> bool:
-        """Whether this thread holds it."""
+        """Tell if this thread holds it."""
         claim = self._last()
         return claim.is_mine() and claim.runs()
 
@@ -125,7 +125,7 @@ class _Claim:
     so an object is put on it that lives as long as it does.
 
     Attributes:
-        released: Whether it was let go.
+        released: Whether it was released.
         following: The one claim that follows, under `_NEXT`. `setdefault` decides which it is.
     """
 
@@ -152,11 +152,11 @@ class _Claim:
             self._kept = frame
 
     def is_mine(self) -> bool:
-        """Whether it is this thread's."""
+        """Tell if it is this thread's."""
         return self._thread == threading.get_ident()
 
     def is_of(self, frame: FrameType | None) -> bool:
-        """Whether this running frame is its own."""
+        """Tell if this running frame is the claim's."""
         if frame is None or id(frame) != self._frame_id:
             return False
         if self._kept is not None or (self._mark is not None and self._mark() is not None):
@@ -167,7 +167,7 @@ class _Claim:
         return taken and frame.f_code is self._code
 
     def runs(self) -> bool:
-        """Whether it was not released, and its frame is on its thread's stack."""
+        """Tell if it was not released, and its frame is on its thread's stack."""
         if self.released:
             return False
         frame = sys._getframe() if self.is_mine() else sys._current_frames().get(self._thread)
@@ -178,7 +178,10 @@ class _Claim:
         return False
 
     def is_surely_over(self) -> bool:
-        """Whether nothing that another thread does meanwhile could be why it seems not to run."""
+        """Tell if a claim that seems not to run is over for certain.
+
+        Another thread's stack may change while it is looked at, and hide a running frame.
+        """
         return self.released or self.is_mine() or (self._mark is not None and self._mark() is None)
 
     def unmark(self, frame: FrameType | None) -> None:

@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 
 
 def is_wrapper(module: nn.Module) -> bool:
-    """Whether a module only stands around another: it has one child, and nothing of its own."""
+    """Tell if a module only wraps another: it has one child, under a wrapper's name."""
     children = module._modules
     if len(children) != 1:
         return False
@@ -35,7 +35,7 @@ def is_wrapper(module: nn.Module) -> bool:
 
 
 def inner_of(module: nn.Module) -> nn.Module:
-    """What a module wraps, through any number of wrappers; else the module itself."""
+    """The module inside any number of wrappers; the module itself where it is no wrapper."""
     while is_wrapper(module):
         module = _only_child(module)
     return module
@@ -47,10 +47,10 @@ def _only_child(wrapper: nn.Module) -> nn.Module:
 
 
 def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """What `named_modules` gives, in half the time.
+    """List what `named_modules` gives, in half the time.
 
-    A wrapper has the path of what it wraps, and comes before it: paths are those of the model as it
-    was before somebody wrapped its parts.
+    A wrapper has the path of what it wraps, and comes before it: paths are those of the model
+    before somebody wrapped its parts.
     """
     found: list[tuple[str, nn.Module]] = []
     _visit("", model, found, set())

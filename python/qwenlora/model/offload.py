@@ -81,7 +81,7 @@ class OffloadLayout:
         self._first = int(manager.num_blocks_on_gpu)
 
     def holds(self, path: str) -> bool:
-        """Whether the module at this path is in a block that goes through a buffer."""
+        """Tell if the module at this path is in a block that goes through a buffer."""
         if not path.startswith(self._prefix):
             return False
         number, _, rest = path.removeprefix(self._prefix).partition(".")

@@ -1,4 +1,4 @@
-"""What is applied to a transformer: kept by the transformer itself.
+"""The state that is applied to a transformer, kept by the transformer itself.
 
 The state is an attribute, plain data by slot path, so that a deep copy of a composed transformer
 knows its own base ranks and never reaches the original.
@@ -41,7 +41,7 @@ _DEFAULT = "_qwenlora_default"
 
 @dataclass(frozen=True)
 class SlotRecord:
-    """How a composed slot was left."""
+    """The ranks with which a composed slot was left."""
 
     base_rank: int
     rank_added: int
@@ -87,7 +87,7 @@ EMPTY = AppliedState(stack=())
 
 
 def read_state(model: nn.Module) -> AppliedState:
-    """What is applied to the model.
+    """Read the state that is applied to the model.
 
     Raises:
         ModelStateError: The attribute that holds it is somebody else's.

@@ -12,7 +12,7 @@ __all__ = ["forget_steps"]
 
 
 _OWN = ("_cache_context", "_prev_timestep")
-"""What wrappers in the manner of Nunchaku's keep on a transformer."""
+"""Attributes that wrappers in the manner of Nunchaku's keep on a transformer."""
 
 
 def forget_steps(model: nn.Module) -> None:

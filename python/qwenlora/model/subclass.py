@@ -58,7 +58,7 @@ def plain_class(kind: type) -> type:
 
 
 def is_marked(module: nn.Module) -> bool:
-    """Whether the module is of such a subclass."""
+    """Tell if the module is of such a subclass."""
     return _is_marked(type(module))
 
 

@@ -25,7 +25,7 @@ HOST = torch.device("cpu")
 
 
 class LowRankPlace(NamedTuple):
-    """Where a quantized layer keeps its low-rank branch.
+    """The place where a quantized layer keeps its low-rank branch.
 
     Attributes:
         down: Name of the packed `down`, (in, R).
@@ -59,7 +59,7 @@ class Target(NamedTuple):
         device: Its device when it was found.
         row: Its facts for planning.
         row_order: The order of its output rows.
-        place: Where its packed low-rank branch lies; None where deltas run beside it.
+        place: Where its packed low-rank branch lies; None where it has none.
         owner: The module that holds the packed branch; the layer itself where there is none.
     """
 

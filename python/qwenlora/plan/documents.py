@@ -40,7 +40,7 @@ __all__ = [
 
 
 class SlotRow(NamedTuple):
-    """What planning needs to know of a slot; plain data, which Rust takes by these names."""
+    """A slot's facts for planning; plain data, which Rust takes by these names."""
 
     path: str
     kind: str
@@ -64,7 +64,7 @@ class SlotKind(enum.Enum):
 
 
 class PieceKind(enum.Enum):
-    """How a delta is executed. `DIAGONAL` and `ROTATION` are reserved."""
+    """The form in which a delta is executed. `DIAGONAL` and `ROTATION` are reserved."""
 
     LOW_RANK = "LowRank"
     KRON = "Kron"
@@ -178,9 +178,9 @@ class AlikeSlots(NamedTuple):
 
 
 class StackPlan:
-    """What will be done to the model at hand.
+    """The plan of a stack on the model at hand.
 
-    Slots that are alike are told together; each slot's own plan is made when it is asked for.
+    Slots that are alike are described together; a single slot's plan is made when it is asked for.
 
     Attributes:
         alike: Groups of slots.
@@ -219,7 +219,7 @@ class StackPlan:
 
     @cached_property
     def skipped(self) -> tuple[Skip, ...]:
-        """What is left out."""
+        """Pieces and modules that are left out, with the reasons."""
         return tuple(Skip(**row) for row in json.loads(self._core.skipped_json()))
 
     @cached_property
@@ -247,7 +247,7 @@ class HasRow(Protocol):
 
     @property
     def row(self) -> SlotRow:
-        """What planning needs to know of it."""
+        """Its facts for planning."""
 
 
 def slot_map(targets: Iterable[HasRow]) -> _core.SlotMap:

@@ -1,4 +1,4 @@
-"""Nunchaku's AWQ linear: int4 weights and no branch of its own. Deltas run beside it."""
+"""Nunchaku's AWQ linear: int4 weights and no low-rank branch. Deltas run in a side branch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Side branches: what runs beside a layer that is called as a module.
+"""Side branches: deltas added to the output of a layer that is called as a module.
 
 A branch's tensors are non-persistent buffers of the layer, its layout an attribute, and its code
-one function that reads both from the module it is given: a deep copy carries a branch of its own,
-and block offload copies the buffers as it does all others.
+one function that reads both from the module it is given: a deep copy carries its own branch, and
+block offload copies the buffers as it does all others.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _PREFIX = "qwenlora_"
 
 @dataclass(frozen=True)
 class BranchLayout:
-    """What the buffers of a branch mean.
+    """The meaning of a branch's buffers.
 
     Attributes:
         krons: First row of each Kronecker product, in the order of their buffers.
@@ -106,7 +106,7 @@ def branch_of(module: nn.Module) -> Branch | None:
 
 
 def is_clean(module: nn.Module) -> bool:
-    """Whether nothing of a branch is there, not even a part of an interrupted change."""
+    """Tell if nothing of a branch is there, not even a part of an interrupted change."""
     return (
         _LAYOUT not in module.__dict__
         and not any(name.startswith(_PREFIX) for name in module._buffers)
@@ -116,12 +116,12 @@ def is_clean(module: nn.Module) -> bool:
 
 
 def has_branch(module: nn.Module) -> bool:
-    """Whether a layer carries one; of a change that was made whole, its layout alone tells."""
+    """Tell if a layer carries a branch; after a completed change its layout alone says so."""
     return _LAYOUT in module.__dict__
 
 
 def is_whole(module: nn.Module) -> bool:
-    """Whether a branch has all that it was installed with, or there is none at all."""
+    """Tell if a branch has all that it was installed with, or there is none at all."""
     layout: BranchLayout | None = module.__dict__.get(_LAYOUT)
     if layout is None:
         return is_clean(module)
@@ -283,7 +283,7 @@ def kron_product(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Whether the hook is there, with all that it was registered with."""
+    """Tell if the hook is there, with all that it was registered with."""
     keys = [key for key, hook in module._forward_hooks.items() if hook is add_side_branch]
     return len(keys) == 1 and keys[0] in module._forward_hooks_with_kwargs
 
@@ -297,7 +297,7 @@ def _remove_hook(module: nn.Module) -> None:
 
 
 class SideBranchSlot:
-    """A layer called as a module: deltas run beside it, its own tensors stay as they are.
+    """A layer called as a module: deltas run in a side branch, its own tensors do not change.
 
     Low-rank pairs of an SVDQ layer are its packed slot's; here only its Kronecker products run.
     """
@@ -319,7 +319,7 @@ class SideBranchSlot:
         return () if branch is None else branch.room
 
     def is_base(self) -> bool:
-        """Whether no part of a branch is there."""
+        """Tell if no part of a branch is there."""
         return is_clean(self._module)
 
     def restore(self) -> None:

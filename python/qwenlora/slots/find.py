@@ -123,7 +123,7 @@ def _found(
 
 
 def _is_plain(kind: type[nn.Module]) -> bool:
-    """Whether modules of this class keep their tensors where `nn.Module` does."""
+    """Tell if modules of this class keep their tensors where `nn.Module` does."""
     return (
         kind.__getattr__ is torch.nn.Module.__getattr__
         and kind.__getattribute__ is object.__getattribute__

@@ -37,7 +37,7 @@ class Found(NamedTuple):
     in_flight: bool
 
     def has_tensors(self, *names: str) -> bool:
-        """Whether it has tensors of all these names."""
+        """Tell if it has tensors of all these names."""
         return all(hasattr(self.tensors.get(name), "dtype") for name in names)
 
 
@@ -66,9 +66,9 @@ class LayerKind:
         telling: A tensor that every such layer has.
         facts: The sizes of a module that is such a layer; None where it is none. Raises
             `ModelStateError` where its tensors contradict each other.
-        parts: What of such a layer deltas may change, each a slot of its own.
+        parts: The parts of such a layer that deltas may change, each a separate slot.
         row_order: The order of its output rows.
-        place: Where its packed low-rank branch lies; None where deltas run beside it.
+        place: Where its packed low-rank branch lies; None where it has none.
     """
 
     kind: SlotKind

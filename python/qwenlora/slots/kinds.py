@@ -1,4 +1,4 @@
-"""The table of layer kinds. A new kind is a file of its own and a row here."""
+"""The table of layer kinds. A new kind is a new file and a row here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A linear with a plain weight. Deltas run beside it."""
+"""A linear with a plain weight. Deltas run in a side branch."""
 
 from __future__ import annotations
 

@@ -41,10 +41,10 @@ class Slot(Protocol):
         """Ranks beyond the base that are in place now."""
 
     def room(self) -> Hashable:
-        """What is in place beyond the base, in shapes that offload needs to be uniform."""
+        """The shapes in place beyond the base: offload needs them to be uniform."""
 
     def is_base(self) -> bool:
-        """Whether nothing is in place, not even one half of a change that was interrupted."""
+        """Tell if nothing is in place, not even one half of a change that was interrupted."""
 
     def restore(self) -> None:
         """Put the base in place, even where the device has no memory left."""
@@ -68,7 +68,7 @@ class Changes:
 
 
 class NoChange:
-    """A part that stays as it is."""
+    """A part that does not change."""
 
     def make(self) -> None:
         """Nothing to do."""

@@ -72,7 +72,7 @@ def _show(tensor: Tensor) -> str:
 
 
 def _parts(target: Target) -> Sequence[Slot]:
-    """Ranks join the packed branch; Kronecker products run beside; a bias is a stored value."""
+    """Ranks join the packed branch, Kronecker products a side branch; a bias is a stored value."""
     return [PackedSlot(target), SideBranchSlot(target), ValueSlot(target)]
 
 

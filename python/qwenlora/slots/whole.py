@@ -23,7 +23,7 @@ __all__ = ["WholeSlot", "prepare_group", "slot_of"]
 
 
 def prepare_group(deltas: GroupDeltas, left: KeptGroup | None = None) -> Change:
-    """What puts the joined tensors of many slots in place.
+    """Make the change that puts the joined tensors of many slots in place.
 
     Args:
         deltas: The tensors.
@@ -72,11 +72,11 @@ class WholeSlot:
         return sum(part.rank_added() for part in self._parts)
 
     def room(self) -> Hashable:
-        """What is in place, part by part."""
+        """The shapes in place beyond the base, part by part."""
         return tuple(part.room() for part in self._parts)
 
     def is_base(self) -> bool:
-        """Whether every part is."""
+        """Tell if every part holds its base."""
         return all(part.is_base() for part in self._parts)
 
     def restore(self) -> None:

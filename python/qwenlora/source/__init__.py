@@ -1,1 +1,1 @@
-"""Where a LoRA's tensors come from."""
+"""Sources of a LoRA's tensors."""

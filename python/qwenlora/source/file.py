@@ -1,4 +1,4 @@
-"""Where tensors come from: a file read by Rust, or a state dict in memory."""
+"""The two sources of tensors: a file read by Rust, or a state dict in memory."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _log = logging.getLogger("qwenlora")
 _PART_BYTES = 4 << 20
 """Read at a time; in between it is asked whether the file is still wanted."""
 _POLL_SECONDS = 0.002
-"""How often `wait` looks."""
+"""Time between two looks of `wait`."""
 
 
 class ReadAhead:
@@ -138,4 +138,4 @@ class ReadAhead:
 
 
 files = ReadAhead()
-"""What sets that were made lately are going to need."""
+"""The files that recently made sets are going to need."""

@@ -48,15 +48,15 @@ class TensorFetcher(Protocol):
     ) -> Reading:
         """Begin to read the bytes of tensors into a (n,) uint8 host buffer.
 
-        May be called from several threads at a time, each with a buffer of its own.
+        May be called from several threads at a time, each with its own buffer.
 
         Args:
             runs: The tensors, and where they go.
-            buffer: Is filled; bytes between the tensors stay as they are. Nobody may touch it
+            buffer: Is filled; bytes between the tensors are left alone. Nobody may touch it
                 before the reading is done.
             readers: Threads that read files.
             measure: The dtype of all these tensors, of which the largest magnitude is wanted, too,
-                where it can be had beside reading: float16, bfloat16 or float32.
+                where it can be found while reading: float16, bfloat16 or float32.
         """
 
     def finish(self) -> None:
@@ -79,7 +79,7 @@ class LoraSource(Protocol):
 
     @property
     def cacheable(self) -> bool:
-        """Whether packed pieces are worth keeping: reading them again costs."""
+        """True where packed pieces are worth keeping: reading them again costs."""
 
     @property
     def nbytes(self) -> int:

@@ -100,7 +100,7 @@ class Jobs:
 
 
 class _Shared:
-    """What the threads know: not the one that gives them jobs."""
+    """The state that the threads share; it does not refer to the `Jobs` that gives them work."""
 
     def __init__(self) -> None:
         self.waiting: SimpleQueue[Job[Any] | None] = SimpleQueue()

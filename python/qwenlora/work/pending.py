@@ -36,5 +36,5 @@ class Pending(Generic[T]):
         return self._wait()
 
     def then(self, change: Callable[[T], U]) -> Pending[U]:
-        """What `change` makes of the value once it is complete."""
+        """Apply `change` to the value once it is complete."""
         return Pending(lambda: change(self.wait()))

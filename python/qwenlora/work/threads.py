@@ -1,4 +1,4 @@
-"""How many threads work where nobody says: as many as there are cores, within reason."""
+"""Thread counts where the caller gives none: as many as there are cores, within reason."""
 
 from __future__ import annotations
 

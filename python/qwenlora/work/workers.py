@@ -1,4 +1,4 @@
-"""Threads that read files and fill host memory beside the interpreter, and who provides them.
+"""Threads that read files and fill host memory in the background, and their provider.
 
 Rust's threads do it. A test puts others in their place, which do the same work later: whatever is
 read before it was waited for then shows.
@@ -61,7 +61,7 @@ class Filling(Protocol):
         """Return when all is filled; raises where that failed."""
 
     def query(self) -> bool:
-        """Whether nobody uses the memory any more."""
+        """Tell if nobody uses the memory any more."""
 
     def synchronize(self) -> None:
         """Wait until nobody does."""
