@@ -63,7 +63,7 @@ _FIRST_WITH_GROUPS = (1, 57)
 _EVENTS = 1024
 _PROGRESS_STEPS = 50
 _SPARE_SHARE = 4
-"""Of free host memory: text encoders and other models are being read at the same time."""
+"""A divisor of free host memory: text encoders and other models are being read at the same time."""
 
 
 # ---- files ----
@@ -90,7 +90,7 @@ def lora_path(name: str) -> str:
 
 
 def _instead(name: str) -> str:
-    """What to take in the place of a name that is missing."""
+    """The advice where a name is missing: what to do, or which name to take instead."""
     there = lora_names()
     if not there:
         folders = ", ".join(map(str, folder_paths.get_folder_paths(_LORAS)))
@@ -114,7 +114,7 @@ def file_identity(name: str) -> tuple[int, int]:
 
 
 def spare_bytes() -> int:
-    """Host memory that files may take beside what else is read."""
+    """Host memory that files may take besides what else is read."""
     free: int = comfy.model_management.get_free_memory(torch.device("cpu"))
     return free // _SPARE_SHARE
 
@@ -211,7 +211,7 @@ def set_of(model: ModelPatcher) -> LoraSet | None:
 def with_set(
     model: ModelPatcher, wanted: LoraSet, transformer: nn.Module, added_bytes: int
 ) -> ModelPatcher:
-    """A clone that asks for a stack and announces its memory; the model itself stays as it is.
+    """A clone that asks for a stack and announces its memory; the model itself is unchanged.
 
     Args:
         model: What is cloned.
@@ -301,7 +301,7 @@ def warn_of_rivals(ours: Mapping[str, type]) -> None:
 
 @functools.cache
 def draws_groups() -> bool:
-    """Whether the installed frontend draws a growing group of rows."""
+    """Tell if the installed frontend draws a growing group of rows."""
     try:
         version = importlib.metadata.version("comfyui-frontend-package")
     except importlib.metadata.PackageNotFoundError:

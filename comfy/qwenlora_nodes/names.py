@@ -20,7 +20,7 @@ _BETWEEN_WORDS = re.compile(r"[\s._-]+")
 
 
 def same_name(one: str, other: str) -> bool:
-    """Whether two spellings are of one file: both systems' separators count."""
+    """Tell if two spellings name one file: both systems' separators count."""
     return one.replace("\\", "/") == other.replace("\\", "/")
 
 
@@ -35,7 +35,10 @@ def nearest(asked: str, names: Iterable[str]) -> list[str]:
 
 
 def _distance(asked: str, name: str) -> tuple[int, float, str] | None:
-    """How far a name is: the first member tells what differs, the others order what is alike."""
+    """Measure how unlike two names are; None where they are too unlike.
+
+    The first member says what differs, the others order names that differ in the same way.
+    """
     (folder, file), (its_folder, its_file) = _split(asked), _split(name)
     apart = 1 - difflib.SequenceMatcher(None, folder, its_folder, autojunk=False).ratio()
     if file == its_file:

@@ -51,12 +51,12 @@ _PINNED_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Request:
-    """What one node asks for.
+    """The request of one node.
 
     Attributes:
         rows: The rows that are in use.
         modulation: As in `LoraSpec`, for these rows; nodes before and after keep their own.
-        offload: Whether block offload is turned on where it is off; False leaves it as it is.
+        offload: Whether block offload is turned on where it is off; False does not change it.
     """
 
     rows: tuple[Row, ...]
@@ -78,7 +78,7 @@ class Request:
         """Paths of the active rows' files.
 
         Raises:
-            LoraNotFoundError: Files are missing: each is told with its input and the nearest names.
+            LoraNotFoundError: Files are missing: each is listed with its input and near names.
         """
         paths, missing = [], []
         for row in self.active:
@@ -108,7 +108,7 @@ def extend_model(model: ModelPatcher, request: Request) -> tuple[ModelPatcher, s
     if not request.active:
         return model, "no LoRA is active here: the model is passed on as it is"
     transformer = host.transformer_of(model)
-    # The host plans its device's memory without what we would keep there beside the model, and an
+    # The host plans its device's memory without what we would keep there besides the model, and an
     # offloaded model leaves little host memory to pin.
     options = ComposeOptions(
         progress=host.progress, device_cache_bytes=0, cache_bytes=_PINNED_BYTES
@@ -158,7 +158,7 @@ class _Unconverted(str):
 
 
 class _AnyInputs(dict[str, Any]):
-    """Optional inputs under any name beside those that are drawn."""
+    """Optional inputs under any name besides those that are drawn."""
 
     def __contains__(self, key: object) -> bool:
         return True
@@ -186,7 +186,7 @@ def _model() -> dict[str, Any]:
 
 
 def _validate_name(lora_name: object) -> bool | str:
-    """Whether a file is there, whichever way its name is spelled; otherwise why not."""
+    """Tell if a file is there, whichever way its name is spelled: True, or the reason why not."""
     try:
         row = as_row({"lora_name": lora_name})
         _ = row.name and host.lora_path(row.name)
@@ -196,7 +196,7 @@ def _validate_name(lora_name: object) -> bool | str:
 
 
 class _LoraNode:
-    """What the loaders share.
+    """The common base of the loaders.
 
     The server puts what `VALIDATE_INPUTS` says at every input that it takes. So nodes of one LoRA
     take the name alone. Those of rows need all their values to judge one, and do so when they run:
@@ -214,7 +214,7 @@ class _LoraNode:
 
     @classmethod
     def request(cls, inputs: Inputs) -> Request:
-        """What the inputs ask for.
+        """Read the request from the inputs.
 
         Raises:
             InputError: A value is of no use.
@@ -229,7 +229,7 @@ class _LoraNode:
 
     @classmethod
     def IS_CHANGED(cls, model: object = None, **inputs: Any) -> str:
-        """What the node's output depends on beside the model."""
+        """A value that changes with what the output depends on, besides the model."""
         del model
         try:
             return cls.request(inputs).fingerprint
@@ -264,7 +264,7 @@ class QwenLoraLoader(_LoraNode):
 
     @classmethod
     def INPUT_TYPES(cls) -> Schema:
-        """What the host draws."""
+        """The inputs that the host draws."""
         return {
             "required": {**_model(), "lora_name": _name(_NAME_TIP)},
             "optional": {"strength": _strength()},
@@ -291,7 +291,7 @@ class QwenLoraStack(_LoraNode):
 
     @classmethod
     def INPUT_TYPES(cls) -> Schema:
-        """What the host draws: a growing group where it can, plain rows otherwise."""
+        """The inputs that the host draws: a growing group where it can, plain rows otherwise."""
         row = {
             "lora_name": _name(_SLOT_TIP, skippable=True),
             "strength": _strength(),
@@ -314,7 +314,7 @@ class QwenLoraStack(_LoraNode):
 
 
 class QwenLoraInspect:
-    """What a LoRA file holds."""
+    """The node that shows what a LoRA file holds."""
 
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("report",)
@@ -325,7 +325,7 @@ class QwenLoraInspect:
 
     @classmethod
     def INPUT_TYPES(cls) -> Schema:
-        """What the host draws."""
+        """The inputs that the host draws."""
         return {"required": {"lora_name": _name(_NAME_TIP)}}
 
     @classmethod
@@ -376,7 +376,7 @@ class _SavedStack(_LoraNode):
 
     @classmethod
     def INPUT_TYPES(cls) -> Schema:
-        """What the host draws."""
+        """The inputs that the host draws."""
         drawn = {name: _saved_input(name) for name in cls.saved.today.names}
         return {"required": _model(), "optional": _AnyInputs(drawn)}
 
@@ -408,7 +408,7 @@ class NunchakuQwenImageLoraLoader(_SavedStack):
 
     @classmethod
     def INPUT_TYPES(cls) -> Schema:
-        """What the host draws."""
+        """The inputs that the host draws."""
         names = ("lora_strength", "cpu_offload", "save_precompiled_lora")
         return {
             "required": {**_model(), "lora_name": _name(_NAME_TIP)},

@@ -60,7 +60,7 @@ class Row:
 
     @property
     def active(self) -> bool:
-        """Whether it changes the model."""
+        """True where it changes the model."""
         return bool(self.name) and self.enabled and abs(self.strength) >= _TINY
 
 

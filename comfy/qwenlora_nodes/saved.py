@@ -45,7 +45,7 @@ class Layout:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All of them, rows numbered from 1."""
+        """Names of all widgets, rows numbered from 1."""
         rows = (f"{field}_{i}" for i in range(1, ROWS + 1) for field in self.row)
         return (*self.head, *rows, *self.tail)
 
@@ -91,7 +91,7 @@ class Saved:
 
 
 def _is_kind(name: str, value: object) -> bool:
-    """Whether a value is what a widget of this name holds; rows' names may carry numbers."""
+    """Tell if a value is of the kind that a widget of this name holds; names may carry numbers."""
     field = name.rstrip("0123456789").rstrip("_")
     if field == "lora_name":
         return isinstance(value, str)

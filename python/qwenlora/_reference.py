@@ -1,7 +1,7 @@
 """The formulas of this package, written one element at a time: documentation and test oracle.
 
 Nothing here is fast. Every function restates the storage formula of one layout, or the arithmetic
-of one step in float64, so that it can be read beside the vectorised code and compared with it.
+of one step in float64, so that it can be read next to the vectorised code and compared with it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is kept between compositions: file plans, strength-free deltas, and models' own shelves.
+"""Caches between compositions: file plans, strength-free deltas, and models' own shelves.
 
 All are bounded and dropped oldest first. None steers a result: cached deltas are the tensors that
 reading the file again would give.
@@ -43,7 +43,7 @@ class PlanCache:
         self._lock = threading.Lock()
 
     def get(self, path: str, identity: Hashable) -> _core.FilePlan | None:
-        """The plan of this very file, if it is kept."""
+        """The plan of the file at `path`, where it is kept and the file has this identity."""
         with self._lock:
             plan = self._plans.get(path)
             if plan is None or plan.identity != identity:
@@ -66,7 +66,7 @@ class PlanCache:
 
 
 class Kept(Protocol):
-    """What is worth keeping."""
+    """A value that the cache can hold."""
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +74,7 @@ class Kept(Protocol):
 
 
 class Shelf(Protocol):
-    """What one model keeps of its own."""
+    """The tensors that one model keeps for itself."""
 
     def nbytes(self, *, on_host: bool) -> int:
         """Bytes held, on the host or on devices."""
@@ -108,7 +108,7 @@ class PieceCache:
             return self._counted()
 
     def values(self) -> list[Kept]:
-        """All that is kept, the oldest first."""
+        """The cached values, oldest first."""
         with self._lock:
             return [kept for kept, _ in self._kept.values()]
 
@@ -231,7 +231,7 @@ def clear_devices() -> bool:
 
 
 def clear_cache() -> None:
-    """Drop all that is kept: file plans, deltas, sets that were left; models stay as they are.
+    """Drop all that is kept: file plans, deltas, sets that were left. No model is changed.
 
     Files are no longer read ahead.
     """

@@ -1,4 +1,4 @@
-"""What the subcommands say: data on standard output, talk on standard error."""
+"""Output of the subcommands: data on standard output, talk on standard error."""
 
 from __future__ import annotations
 

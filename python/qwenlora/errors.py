@@ -1,4 +1,4 @@
-"""What can go wrong, one class per cause.
+"""The errors that callers meet, one class per cause.
 
 Every class derives from `QwenLoraError` and from the built-in exception a caller would catch.
 """

@@ -85,11 +85,11 @@ class LoraSet:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """What the LoRAs are called in reports and errors, in the same order; no two alike."""
+        """The LoRAs' names in reports and errors, in the same order; no two alike."""
         return names_of(self.specs)
 
     def extended(self, loras: Item | Sequence[Item]) -> LoraSet:
-        """The set with more LoRAs at its end; this one stays as it is."""
+        """The set with more LoRAs at its end; this one is unchanged."""
         more = LoraSet.of(loras, max_rank=self.max_rank, options=self.options)
         return replace(self, specs=self.specs + more.specs, sources=self.sources + more.sources)
 
@@ -140,7 +140,7 @@ class Unmakeable:
 def _planned_again(
     specs: tuple[LoraSpec, ...], max_rank: MaxRank, options: ComposeOptions, key: Hashable
 ) -> LoraSet | Unmakeable:
-    """A set that was pickled, planned from its files as they are now."""
+    """A set that was pickled, planned anew from the current files."""
     try:
         return LoraSet.of(specs, max_rank=max_rank, options=options)
     except QwenLoraError:

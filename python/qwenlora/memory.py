@@ -8,18 +8,18 @@ __all__ = ["DEVICE_RESERVE", "DeviceMemory"]
 
 
 DEVICE_RESERVE = 8 << 30
-"""Device memory that must stay free beside what is cached there: for activations and the decoder.
+"""Device memory that must stay free besides what is cached there: for activations and the decoder.
 """
 
 
 class DeviceMemory:
-    """What devices have free; each is asked once, since the driver takes a millisecond for it."""
+    """Free memory of devices; each is asked once, since the driver takes a millisecond for it."""
 
     def __init__(self) -> None:
         self._free: dict[torch.device, int] = {}
 
     def has(self, device: torch.device, nbytes: int) -> bool:
-        """Whether more than this much can be had: of the driver, or of what torch holds unused."""
+        """Tell if more than this can be had: from the driver, or from what torch holds unused."""
         self.ask(device)
         free = self._free[device]
         # What torch holds unused is slower to ask for.
@@ -31,7 +31,7 @@ class DeviceMemory:
             self._free[device], _ = torch.cuda.mem_get_info(device)
 
     def changed(self) -> None:
-        """Ask again: something was let go."""
+        """Forget the answers, so that devices are asked again: memory was freed."""
         self._free.clear()
 
 

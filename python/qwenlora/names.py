@@ -1,4 +1,4 @@
-"""What the LoRAs of a stack are called: short names, no two alike."""
+"""Names for the LoRAs of a stack: short, no two alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was done, per LoRA and per slot: plain data, JSON-able."""
+"""The report of a composition, per LoRA and per slot: plain data, JSON-able."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ class LoraReport:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing of the model's was left out, except what the caller turned off."""
+        """True where nothing for this model was left out, except what the caller turned off."""
         return not any(skip.matters for skip in self.skipped)
 
     @property
     def turned_off(self) -> tuple[Skip, ...]:
-        """What is left out because the caller wished so."""
+        """The skips of what the caller turned off."""
         return tuple(skip for skip in self.skipped if skip.kind == TURNED_OFF)
 
 
@@ -79,8 +79,8 @@ class SlotReport:
             truncated, else None. Infinite where no bound can be given.
         energy: |delta|^2 where it had to be known.
         rank_exact: Ranks that the exact sum would hold beyond the base, with padding.
-        krons: Kronecker products that run beside the layer.
-        dense: Whether a dense delta runs beside the layer.
+        krons: Kronecker products in the layer's side branch.
+        dense: Whether a dense delta runs in the layer's side branch.
         values: Names of the parameters whose values differ from the base's.
         energy_is_bound: Whether `energy_lost` and `energy` are at most so, instead of measured.
     """
@@ -116,7 +116,7 @@ class SlotReports(Sequence[SlotReport]):
 
     @classmethod
     def of(cls, slots: Iterable[SlotReport]) -> SlotReports:
-        """Take reports as they are, in their order."""
+        """Take reports one by one, in their order."""
         return cls((slot, {slot.path: place}) for place, slot in enumerate(slots))
 
     def counted(self) -> list[tuple[SlotReport, int]]:
@@ -160,7 +160,7 @@ class SlotReports(Sequence[SlotReport]):
 
 @dataclass(frozen=True)
 class ComposeReport:
-    """What is in the model.
+    """The LoRAs and deltas in the model, and what composing them took.
 
     Attributes:
         loras: The LoRAs of the stack, in order.
@@ -184,7 +184,7 @@ class ComposeReport:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing of the model's was left out of any LoRA, except what was turned off."""
+        """True where every LoRA is complete, and the composition did not fail."""
         return self.failure is None and all(lora.complete for lora in self.loras)
 
     @property
@@ -208,7 +208,7 @@ class ComposeReport:
 
     @property
     def energy_is_bound(self) -> bool:
-        """Whether some slot's energy lost is a bound: then the two figures are at most so."""
+        """True where some slot's energy lost is a bound: then both figures are upper bounds."""
         return any(slot.energy_is_bound for slot, _ in self.slots.counted())
 
     def summary(self) -> str:
@@ -254,7 +254,7 @@ class ComposeReport:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON-able data; a number that is not finite is a string."""
+        """The report as JSON-able data; a number that is not finite is a string."""
         return {
             **asdict(replace(self, slots=NO_SLOTS)),
             "slots": [_finite(asdict(slot)) for slot in self.slots],
@@ -301,7 +301,7 @@ def _mark(skip: Skip) -> str:
 
 
 NO_SLOTS = SlotReports(())
-"""Of a base model."""
+"""The slots of a base model: none."""
 
 
 def _energies(slots: Iterable[SlotReport]) -> tuple[float, float]:

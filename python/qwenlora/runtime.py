@@ -1,7 +1,7 @@
-"""Lazy composition: what a forward wants is brought about just before it runs.
+"""Lazy composition: the LoRAs that a forward wants are composed just before it runs.
 
-A host runs one transformer for many branches, each with a set of its own in the options that it
-passes along; a script sets one default. A forward pre-hook compares what is wanted with what is
+A host runs one transformer for many branches, each with its own set in the options that it passes
+to the forward; a script sets one default. A forward pre-hook compares what is wanted with what is
 applied. So a bypassed branch is bypassed, two branches cannot leak into each other, and nothing
 has to be restored.
 """
@@ -98,12 +98,12 @@ class ComfyQwenImageWrapper:
 
     @property
     def report(self) -> ComposeReport:
-        """What is in the model now."""
+        """The report of what is in the model now."""
         return read_state(self.transformer).report
 
     @property
     def vram_margin_gb(self) -> float:
-        """Device memory, in GB, that composing beside the old stack must leave free."""
+        """Device memory, in GB, that composing must leave free while the old stack is in place."""
         return self.options.margin_bytes / 1e9
 
     @vram_margin_gb.setter
@@ -178,7 +178,7 @@ class ComfyQwenImageWrapper:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Whether both hooks are there, each with all that it was registered with."""
+    """Tell if both hooks are there, each with all that it was registered with."""
     before = [key for key, hook in module._forward_pre_hooks.items() if hook is _before_forward]
     after = [key for key, hook in module._forward_hooks.items() if hook is _after_forward]
     return (
@@ -205,7 +205,7 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if not isinstance(runtime, ComfyQwenImageWrapper):
         return
     lock = lock_of(module)
-    # Compiled code calls hooks from frames of its own: none tells when the forward ends.
+    # Compiled code calls hooks from its own frames: none tells when the forward ends.
     frame = _forward_frame()
     holder = frame or sys._getframe()
     lock.acquire(holder)

@@ -1,4 +1,4 @@
-"""What a caller asks for: LoRAs with strengths, and options."""
+"""The requests of a caller: LoRAs with strengths, and options."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ An exception that it raises cancels the composition as any other error does.
 
 
 class Placement(enum.Enum):
-    """How a new stack takes the place of the old one.
+    """The way in which a new stack takes the place of the old one.
 
     A change of strengths alone takes no memory and is made in place where that can be, whatever the
     placement: any error then leaves the old stack in place.
@@ -55,7 +55,7 @@ class Placement(enum.Enum):
     """WHOLE where free memory allows, BY_PATH otherwise."""
 
     WHOLE = "whole"
-    """All new slots are built beside the old ones: any error leaves the old stack in place."""
+    """All new slots are built before the old ones go: any error leaves the old stack in place."""
 
     BY_PATH = "by-path"
     """One path over all blocks at a time: least memory; an error leaves the bare base model."""
@@ -116,7 +116,7 @@ class LoraSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ComposeOptions:
-    """How to compose; every field has a default.
+    """The options of a composition; every field has a default.
 
     Attributes:
         modulation: Whether deltas of the modulation layers (`img_mod.1`, `txt_mod.1`) are applied;
@@ -138,7 +138,7 @@ class ComposeOptions:
             GiB free: some drivers spill to host memory instead of failing.
         staging_bytes: Device memory that deltas go through on their way into slots; less of it
             takes longer.
-        margin_bytes: Device memory that composing beside the old stack must leave free, or AUTO
+        margin_bytes: Device memory that composing must leave free with the old stack, or AUTO
             takes BY_PATH: a forward needs room for its activations, and some drivers spill to host
             memory instead of failing.
         offload: Turn the model's block offload on before composing, where it is off. False leaves

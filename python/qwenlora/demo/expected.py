@@ -1,4 +1,4 @@
-"""What a LoRA file means: its dense float64 deltas, straight from its tensors.
+"""The meaning of a LoRA file: its dense float64 deltas, straight from its tensors.
 
 Nothing of the engine is used here: no plan, no pieces, no packing.
 """

@@ -1,4 +1,4 @@
-"""What is in the emulated model, against what should be.
+"""Compares the deltas that the emulated model holds with the expected ones.
 
 Two measures per layer, each ‖measured - expected‖ / ‖expected‖ in the Frobenius norm:
 
@@ -78,7 +78,7 @@ class Errors:
 
     @property
     def within_bound(self) -> bool:
-        """Whether bf16 rounding explains both; NaN does not pass."""
+        """True where bf16 rounding explains both errors; NaN does not pass."""
         return self.slot <= BOUND and self.output <= BOUND
 
 
@@ -122,11 +122,11 @@ class Meter:
         ]
 
     def moved(self, model: EmulatedQwenImageTransformer) -> float:
-        """How far the whole model's output is from the base's, relative to the base's."""
+        """Distance of the whole model's output from the base's, relative to the base's."""
         return _relative(forward(model), self._base_output)
 
     def differences(self, model: EmulatedQwenImageTransformer) -> list[str]:
-        """What tells a model that was reset from the base, to the bit; empty if nothing does."""
+        """List every difference, to the bit, between the base and a model that was reset."""
         base, tensors = _tensors(self._base), _tensors(model)
         names = [name for name in base if name in tensors]
         different = sorted(base.keys() ^ tensors.keys())
@@ -139,7 +139,7 @@ class Meter:
         return different
 
     def tensors(self) -> int:
-        """How many tensors `differences` compares."""
+        """The number of tensors that `differences` compares."""
         return len(_tensors(self._base))
 
     def _wanted(self, path: str, members: list[str], expected: Deltas) -> torch.Tensor | None:
@@ -241,7 +241,7 @@ def _run(
 
 
 def _unfused(layer: SVDQW4A4Linear, x: torch.Tensor) -> torch.Tensor:
-    """What the first linear of an MLP gives inside the fused function, before GELU."""
+    """Output of an MLP's first linear inside the fused function, before GELU."""
     return layer.forward_quant(*layer.quantize(x)).to(x.dtype)
 
 

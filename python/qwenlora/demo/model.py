@@ -35,7 +35,7 @@ def dense_model() -> Any:
 
 
 def emulated_model(dense: Any) -> EmulatedQwenImageTransformer:
-    """Quantize a dense model as Nunchaku does: int4, bfloat16 beside it."""
+    """Quantize a dense model as Nunchaku does: int4, and bfloat16 for the rest."""
     return EmulatedQwenImageTransformer.from_diffusers(
         dense, rank=BASE_RANK, precision=Precision.W4A4, dtype=torch.bfloat16, seed=_SEED
     )

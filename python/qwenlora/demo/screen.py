@@ -1,4 +1,4 @@
-"""What the demo shows: plain ASCII text, 80 columns, no colour."""
+"""The demo's screen: plain ASCII text, 80 columns, no colour."""
 
 from __future__ import annotations
 

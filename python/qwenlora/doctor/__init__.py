@@ -63,7 +63,7 @@ Example:
 
 
 class Exit(IntEnum):
-    """What the exit status says."""
+    """Exit statuses of `qwenlora doctor`."""
 
     FINE = 0
     PROBLEMS = 1
@@ -142,7 +142,7 @@ def _set(options: _Options, name: str, value: str) -> None:
 def _palette(color: str) -> Palette:
     # https://no-color.org: any value but the empty one counts.
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    # An old Windows console shows escape sequences as they are.
+    # An old Windows console prints escape sequences instead of obeying them.
     auto = sys.stdout.isatty() and not plain and (os.name != "nt" or "WT_SESSION" in os.environ)
     return Palette.ANSI if color == "always" or (color == "auto" and auto) else Palette.PLAIN
 

@@ -1,4 +1,4 @@
-"""What there is on a machine, as plain immutable values; no judgement here."""
+"""The facts of a machine, as plain immutable values; no judgement here."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Distribution:
 
 @dataclass(frozen=True, kw_only=True)
 class Torch:
-    """What importing torch gave.
+    """The result of importing torch.
 
     Attributes:
         version: With its local part, as in `2.9.1+cu128`.
@@ -81,7 +81,7 @@ class Torch:
 
 
 class NunchakuKind(Enum):
-    """Which package the name `nunchaku` stands for, told by its files."""
+    """The package that the name `nunchaku` stands for, recognized by its files."""
 
     ABSENT = "absent"
     ENGINE = "engine"
@@ -126,7 +126,7 @@ class Environment:
 
 
 class PackKind(Enum):
-    """Node packs that matter here, told by their files, whatever their folder is called."""
+    """Node packs that matter here, recognized by their files, whatever their folder is called."""
 
     QWENLORA = "qwenlora"
     COMFYUI_NUNCHAKU = "ComfyUI-nunchaku"
@@ -134,7 +134,7 @@ class PackKind(Enum):
 
 
 class RotaryUse(Enum):
-    """What a pack does about `apply_rotary_emb` of ComfyUI's Qwen-Image model."""
+    """A pack's use of `apply_rotary_emb` from ComfyUI's Qwen-Image model."""
 
     NONE = "none"
     NEEDS = "needs"
@@ -151,7 +151,7 @@ class Pack:
         is_enabled: ComfyUI passes over folders that end in `.disabled`.
         is_git: Whether it is a clone.
         takes_guidance: Whether its Qwen-Image model takes the argument `guidance`, as ComfyUI's
-            did before 0.6; None where that cannot be told.
+            did before 0.6; None where that is unknown.
     """
 
     path: Path
@@ -164,11 +164,11 @@ class Pack:
 
 
 class Layout(Enum):
-    """How a ComfyUI is installed."""
+    """The way in which a ComfyUI is installed."""
 
     PLAIN = "plain"
     PORTABLE = "portable"
-    """The Windows archive: `ComfyUI` beside `python_embeded` and `update`."""
+    """The Windows archive: `ComfyUI` next to `python_embeded` and `update`."""
     BASE = "base folder"
     """Models and node packs only; the program itself lies elsewhere, as with the desktop app."""
 
@@ -179,7 +179,7 @@ class Host:
 
     Attributes:
         python: The executable of the environment that it runs in.
-        is_own_python: Whether that one lies beside it; otherwise it is this process's.
+        is_own_python: Whether that one lies next to it; otherwise it is this process's.
         updater: The portable build's update script.
         has_rotary: Whether its Qwen-Image model has `apply_rotary_emb`; None where there is no
             such model or no program.
@@ -204,7 +204,7 @@ class Host:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """All of it; the first environment is the current one."""
+    """Everything that was found; the first environment is the current one."""
 
     system: System
     environments: tuple[Environment, ...]

@@ -1,4 +1,4 @@
-"""What was found, with how grave it is and what mends it."""
+"""Findings: each says what was found, how grave it is and what mends it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Finding", "Severity"]
 
 
 class Severity(Enum):
-    """How grave a finding is."""
+    """The severity of a finding."""
 
     PROBLEM = "problem"
     """Something does not work, or works wrongly."""

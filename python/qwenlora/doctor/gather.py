@@ -72,7 +72,7 @@ def environment(python: Path, *, is_current: bool = False) -> Environment:
 
 
 def _nearby(current: Environment) -> Iterable[Path]:
-    """Places at, above or beside which a ComfyUI may lie."""
+    """Places at, above or next to which a ComfyUI may lie."""
     yield Path.cwd()
     # The embedded Python of the portable build, or a virtual environment inside of ComfyUI.
     yield Path(sys.prefix)

@@ -25,7 +25,7 @@ _PYTHONS = (Path("Scripts", "python.exe"), Path("bin", "python"))
 
 
 def find_roots(near: Iterable[Path]) -> tuple[Path, ...]:
-    """The ComfyUIs that lie at, above, or beside places."""
+    """The ComfyUIs that lie at, above, or next to places."""
     found = dict.fromkeys(root for place in near for root in _around(_absolute(place)))
     return tuple(found)
 
@@ -38,7 +38,7 @@ def root_of(path: Path) -> Path | None:
 
 
 def read_host(root: Path, current_python: Path) -> Host:
-    """Read a ComfyUI; where no Python lies beside it, this process's is taken for its own."""
+    """Read a ComfyUI; where no Python lies next to it, take this process's for its own."""
     model = root / _QWEN_MODEL
     own = _own_python(root)
     if own is not None and own.parent == current_python.parent:

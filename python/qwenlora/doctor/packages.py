@@ -1,4 +1,4 @@
-"""What is installed along a `sys.path`, told by metadata and files: nothing of it is imported."""
+"""Packages installed on a `sys.path`, read from metadata and files: none is imported."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def import_places(name: str, paths: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def has_extension(package: Path, name: str) -> bool:
-    """Whether a package's folder holds an extension module."""
+    """Tell if a package's folder holds an extension module."""
     return any(f.name.endswith(_SUFFIXES) for f in package.glob(f"{name}.*"))
 
 

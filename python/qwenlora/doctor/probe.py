@@ -1,4 +1,4 @@
-"""Asks a Python what it is, in a process of its own.
+"""Asks a Python what it is, in a separate process.
 
 Of what is installed, only torch is imported: a broken torch can end its process, and takes
 seconds where it works.
@@ -22,7 +22,7 @@ _TIMEOUT_SECONDS = 180
 _MARK = "qwenlora-doctor:"
 _NOT_INSTALLED = "not installed"
 
-# The entry for the working folder is told, but torch is not imported from there.
+# The entry for the working folder is reported, but torch is not imported from there.
 _SCRIPT = f"""
 import json, sys, warnings
 def tell(**facts):
@@ -57,7 +57,7 @@ else:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a Python said.
+    """A Python's answer.
 
     Attributes:
         version: None where it could not be asked.

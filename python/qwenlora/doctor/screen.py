@@ -33,7 +33,7 @@ _Row = tuple[str, str]
 
 
 class Palette(Enum):
-    """What the text is painted with."""
+    """The ways to paint the text."""
 
     PLAIN = "plain"
     ANSI = "ansi"

@@ -31,7 +31,7 @@ def names(path: Path) -> frozenset[str] | None:
 
 
 def imports_plainly(path: Path, module: str, name: str) -> bool:
-    """Whether a module cannot be imported where `module` lacks `name`.
+    """Tell if a file cannot be imported where `module` lacks `name`.
 
     An import inside `try` is not plain.
     """
@@ -69,7 +69,7 @@ def assigned_text(path: Path, name: str) -> str | None:
 
 
 def mentions(path: Path, text: str) -> bool:
-    """Whether a file holds a text."""
+    """Tell if a file holds a text."""
     return text in (_read(path) or "")
 
 

@@ -14,7 +14,7 @@ def release_of(version: str) -> tuple[int, ...]:
 
 
 def local_of(version: str) -> str:
-    """What follows the `+`: `cu128` of `2.9.1+cu128`; empty without one."""
+    """The part after the `+`: `cu128` of `2.9.1+cu128`; empty without one."""
     return version.partition("+")[2]
 
 

@@ -50,13 +50,13 @@ _BY_TORCH = {
 _NO_PYTHON = {((2, 5), (3, 13))}
 
 BUILT_FOR = "torch 2.5 to 2.10, Python 3.10 to 3.13, Linux x86_64 and Windows"
-"""What there are wheels for, in words."""
+"""The range of versions that have wheels, in words."""
 NEWEST_TORCH = "2.10"
 """The newest torch that there are wheels for."""
 NEWEST_TORCH_CUDA = "12.8"
 """The CUDA that it is to be built for."""
 NEWEST_TORCH_INDEX = "https://download.pytorch.org/whl/cu128"
-"""Where that torch comes from."""
+"""The package index of that torch."""
 
 
 def wheel_url(
@@ -67,7 +67,7 @@ def wheel_url(
     torch: str,
     cuda: str | None,
 ) -> str | None:
-    """Where the newest wheel for a torch lies, or None where none was released.
+    """The address of the newest wheel for a torch, or None where none was released.
 
     Args:
         system: As `platform.system` names it.

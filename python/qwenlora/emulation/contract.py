@@ -1,4 +1,4 @@
-"""What Nunchaku's kernels assume and do not check, or check only by aborting the process."""
+"""Checks of what Nunchaku's kernels take for granted, or check only by aborting the process."""
 
 from __future__ import annotations
 

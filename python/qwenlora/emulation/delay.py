@@ -1,4 +1,4 @@
-"""Stand-ins for the threads beside a composition, as slow as they may ever be.
+"""Stand-ins for a composition's background threads, as slow as they may ever be.
 
 On a fast machine memory is often filled before anybody looks, whether or not anybody waited. With
 these a look that comes too early sees NaN or what was there before, each time or now and then:
@@ -133,7 +133,7 @@ class _LazyFillers:
 
 
 def _keeps_any(columns: Sequence[tuple[Any, ...]]) -> bool:
-    """Whether something of the memory stays as it is; see `_core.fill_packed`."""
+    """Tell if a part of the memory keeps its contents; see `_core.fill_packed`."""
     kept = [column for column in columns if column[0] == "keep" and column[1]]
     return bool(kept) or any(column[0] == "up over" for column in columns)
 

@@ -1,4 +1,4 @@
-"""What the two quantized stand-in layers share."""
+"""The common base of the two quantized stand-in layers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class QuantizedLeaf(nn.Module):
     """A layer whose `qweight` is packed integers, or a float32 matrix in `EXACT` precision.
 
-    A cast of the module leaves that float32 matrix as it is: it stands for integers, which a cast
-    does not touch either. Moves between devices carry it along.
+    A cast of the module leaves that float32 matrix unchanged: it stands for integers, which a cast
+    does not touch either. Moves between devices move it, too.
     """
 
     qweight: nn.Parameter

@@ -164,7 +164,7 @@ class SVDQW4A4Linear(QuantizedLeaf):
         stored = self.smooth_factor.dtype
         if smooth is None:
             smooth = torch.ones(self.in_features, device=weight.device)
-        # The residual makes up for the rounding of everything that is stored beside it.
+        # The residual makes up for the rounding of everything else that is stored.
         smooth = smooth.to(weight.device, stored)
         wide = smooth.double()
         down, up = low_rank_factors((weight.double() * wide).float(), self.rank, generator)

@@ -19,7 +19,7 @@ def fused_gelu_mlp(x: torch.Tensor, fc1: SVDQW4A4Linear, fc2: SVDQW4A4Linear) ->
     """Compute fc2(gelu(fc1(x))) without calling either layer as a module.
 
     The epilogue of the first product runs in the kernel's order: bias, up projection of `fc1`,
-    GELU (tanh approximation), down projection of `fc2` on the GELU output as it is, and only then
+    GELU (tanh approximation), down projection of `fc2` on the unshifted GELU output, and only then
     shift, smoothing and quantization for the second product.
 
     Args:

@@ -37,11 +37,11 @@ class CPUOffloadManager:
     - On CUDA it cannot be deep-copied, nor can the transformer that holds it: streams cannot be.
 
     Attributes:
-        blocks: The transformer's own blocks, the very object that was given.
+        blocks: The transformer's own blocks: the object that was given, not a copy.
         buffer_blocks: What runs in place of offloaded blocks: block i in buffer i % 2.
         device: Where blocks run.
         use_pin_memory: Whether offloaded blocks were asked to be pinned. Without CUDA they are not.
-        on_gpu_modules: What lies on `device` beside the blocks.
+        on_gpu_modules: The modules that lie on `device` besides the blocks.
         num_blocks_on_gpu: Number of blocks, from the first, that lie on `device` themselves.
         memory_stream: Stream of the copies; None on the CPU.
         compute_done: Recorded before the block that runs now was queued; None on the CPU.

@@ -1,4 +1,4 @@
-"""How faithfully a stand-in layer imitates the quantization of the layer it stands in for."""
+"""The precisions in which the stand-in layers compute."""
 
 from __future__ import annotations
 

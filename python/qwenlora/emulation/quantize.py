@@ -111,5 +111,5 @@ def _grouped(x: torch.Tensor) -> torch.Tensor:
 
 
 def _nonzero(scales: torch.Tensor) -> torch.Tensor:
-    # A group of zeros has scale 0; dividing by 1 instead leaves its zeros as they are.
+    # A group of zeros has scale 0; dividing by 1 instead keeps its zeros.
     return torch.where(scales == 0, 1.0, scales)

@@ -30,7 +30,7 @@ TIME_CHANNELS = 256
 
 
 class DiffusersModel(Protocol):
-    """What is read of a diffusers model: its weights and its config values."""
+    """A diffusers model as far as it is read: its weights and its config values."""
 
     @property
     def config(self) -> Any:
@@ -42,7 +42,7 @@ class DiffusersModel(Protocol):
 
 @dataclass(frozen=True)
 class EmulatedOutput:
-    """What `forward` returns with `return_dict=True`."""
+    """The result of `forward` with `return_dict=True`."""
 
     sample: torch.Tensor
     """(B, S, patch_size² * out_channels)."""

@@ -86,7 +86,7 @@ Examples:
 
 
 class Exit(IntEnum):
-    """What the exit status says; as far as they agree, that of `qwenlora-keys`."""
+    """Exit statuses of `qwenlora merge`; equal to those of `qwenlora-keys` where both have one."""
 
     MERGED = 0
     PARTIAL = 1
@@ -181,7 +181,7 @@ def _words(error: OSError) -> str:
 
 @contextlib.contextmanager
 def _ending_on_sigterm() -> Iterator[None]:
-    """Let a program that is told to end take its unfinished file along."""
+    """Let a program that gets SIGTERM remove its unfinished file before it ends."""
 
     def end(_number: int, _frame: FrameType | None) -> None:
         sys.exit(128 + signal.SIGTERM)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["DTYPE_NAMES", "Arguments", "UsageError", "parse"]
 
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
-"""What `--dtype` takes."""
+"""The values that `--dtype` takes."""
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
@@ -27,7 +27,7 @@ class UsageError(Exception):
 
 @dataclass
 class Arguments:
-    """What is asked for.
+    """The parsed arguments.
 
     Attributes:
         sources: Files and PEFT folders with their strengths.

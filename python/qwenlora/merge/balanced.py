@@ -1,6 +1,6 @@
 """A module's pair rounded to the file's dtype: small halves move up first, which alpha undoes.
 
-Alpha is a float32 of its own, and every reader multiplies by it. So a power of two costs nothing
+Alpha is stored apart as float32, and every reader multiplies by it. So a power of two costs nothing
 there, where float16 would lose small values of a half to its subnormal numbers.
 """
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 __all__ = ["Rounded", "round_pair", "value_dtype"]
 
 ALPHA_DTYPE = torch.float32
-"""Of an alpha: it holds every rank, unlike bfloat16, times any power of two that is moved to it."""
+"""An alpha's dtype. Unlike bfloat16 it holds every rank, times any power of two moved to it."""
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A pair as it is written: alpha / rank x up @ down.
+    """A pair ready to be written: alpha / rank x up @ down.
 
     Attributes:
         down: (r, in).
@@ -55,7 +55,7 @@ def round_pair(joined: Joined, dtype: torch.dtype) -> Rounded:
 
 
 def value_dtype(values: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a delta of stored values is written: there is no alpha beside it.
+    """The dtype in which a delta of stored values is written: it has no alpha.
 
     Returns:
         `dtype`; float32 where that would lose small values.
@@ -66,9 +66,9 @@ def value_dtype(values: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def _exponents(up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[int, int]:
-    """How far each half moves.
+    """Find the power of two by which each half moves up.
 
-    A rank may have a small column of `up` beside a large row of `down`, where another has the
+    A rank may have a small column of `up` and a large row of `down`, where another has the
     opposite. So what matters is how large the products are, and how much the other half makes of an
     error in this one.
     """

@@ -73,7 +73,7 @@ def combine(members: Sequence[Member], sides: tuple[int, int], cut: Cut | None) 
     down, up = _stacked(members)
     rank = down.shape[0]
     if cut is None:
-        # A pair that is stored with more ranks than its module has stays as it is.
+        # A stored pair is kept, even one with more ranks than its module has.
         is_stored = len(members) == 1 and is_stored_pair(members[0].piece)
         is_small = rank <= min(sides) or is_stored
         return Joined(down, up) if is_small else _of_dense(members, sides, cut)
@@ -154,7 +154,7 @@ def _leading(decompose: Callable[[int], Factors], cut: Cut, full: int) -> Joined
     """Decompose as far as the cut needs to see, and cut.
 
     Args:
-        decompose: Gives the leading ranks, at most so many, in descending order.
+        decompose: Gives at most that number of leading ranks, in descending order.
         cut: What is kept.
         full: Ranks that leave nothing out.
     """

@@ -1,4 +1,4 @@
-"""How much of a module's sum is kept."""
+"""The truncation of a module's sum."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Cut:
     energy: float | None = None
 
     def kept(self, shares: Tensor) -> int | None:
-        """How many of the leading ranks are kept.
+        """Count the leading ranks to keep.
 
         Args:
             shares: (k,) float64: of the squared norm, what the first 1, 2, ... ranks hold.

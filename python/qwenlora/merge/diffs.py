@@ -33,7 +33,7 @@ class Value:
 
 
 def is_value(piece: Piece, slot: SlotPlan) -> bool:
-    """Whether a piece changes stored values: a low-rank file has no place for it."""
+    """Tell if a piece changes stored values: a low-rank file has no place for it."""
     return piece.kind is PieceKind.VECTOR or slot.kind is SlotKind.EMBEDDING
 
 

@@ -63,7 +63,7 @@ def check_folder(path: Path) -> None:
 
 
 def folder_notes(path: Path) -> Iterator[str]:
-    """What is worth knowing of a folder that is read: pickled weights beside the others."""
+    """Notes on a folder that is read: it also holds pickled weights, which are not read."""
     if (
         any((path / name).is_file() for name in (PEFT_WEIGHTS))
         and (path / _PICKLED_WEIGHTS).is_file()

@@ -25,12 +25,12 @@ _HOST = torch.device("cpu")
 
 
 def is_stored_pair(piece: Piece) -> bool:
-    """Whether a pair of factors is what the file holds."""
+    """Tell if the file stores the piece as a pair of factors."""
     return piece.adapter == "lora" and piece.kind is PieceKind.LOW_RANK
 
 
 def has_full_rank(piece: Piece, side: int) -> bool:
-    """Whether a pair of its own would be no smaller than a matrix of this smaller side."""
+    """Tell if a piece other than a stored pair has full rank, given its matrix's smaller side."""
     return not is_stored_pair(piece) and piece.rank_bound >= side
 
 
@@ -54,23 +54,23 @@ class Member:
 
     @property
     def is_spectral(self) -> bool:
-        """Whether its best truncation is found from the tensors as they are stored."""
+        """True where its best truncation is found from the stored tensors."""
         is_whole = self.row_count == self.piece.row_count
         return is_whole and (self.piece.adapter == "lokr" or self.piece.kind is PieceKind.DENSE)
 
     @property
     def is_zero(self) -> bool:
-        """Whether the delta is zero: every kind of adapter is a product of its tensors."""
+        """True where the delta is zero: every kind of adapter is a product of its tensors."""
         return is_zero(*self.tensors.values())
 
     @property
     def is_thirded(self) -> bool:
-        """Whether its alpha may be a third of what is meant; see `LoraPair.thirded`."""
+        """True where its alpha may be a third of what is meant; see `LoraPair.thirded`."""
         return "up" in self.tensors and is_thirded(self.piece, self.tensors["up"])
 
     @property
     def is_finite(self) -> bool:
-        """Whether no tensor holds NaN or infinity."""
+        """True where no tensor holds NaN or infinity."""
         return all(map(is_finite, self.tensors.values()))
 
     def factors(self) -> Factors:

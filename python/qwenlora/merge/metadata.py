@@ -1,8 +1,8 @@
 """The sources' metadata: what the merged file keeps of them as its own, and what it only lists.
 
-Entries of how a source's tensors are stored are untrue of the new file, and only listed. Of all
-others one source's stand in the file as they are. Of several sources an entry stands there where
-all say the same; trigger phrases and tags are joined. What stands there is not listed again.
+Entries on how a source's tensors are stored are untrue of the new file, and only listed. All
+other entries of a single source are copied to the file. Of several sources an entry is copied where
+all say the same; trigger phrases and tags are joined. Copied entries are not listed again.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ _FORMAT = "format"
 
 @dataclass(frozen=True)
 class Inherited:
-    """What a merged file says of its sources in their own words.
+    """The sources' metadata in a merged file, in their own words.
 
     Attributes:
         kept: Entries of the file's own metadata.
-        listed: By source, the entries that are told of it beside its name and strength.
+        listed: By source, the entries that are listed besides its name and strength.
         dropped: Entries that are too long for any place, as (source, entry).
     """
 
@@ -87,13 +87,13 @@ def inherit(sources: Sequence[tuple[Mapping[str, str], float]]) -> Inherited:
 
 
 class _Room:
-    """What is left of `MOST_BYTES`."""
+    """The rest of `MOST_BYTES` that is not taken yet."""
 
     def __init__(self) -> None:
         self._left = MOST_BYTES
 
     def takes(self, size: int) -> bool:
-        """Whether so many bytes still fit; they are taken then."""
+        """Take this number of bytes if they still fit; tell if they did."""
         fits = size <= self._left
         self._left -= size if fits else 0
         return fits

@@ -47,7 +47,7 @@ def check_output(path: Path, sources: Sequence[Path], *, force: bool) -> None:
 
 
 def _is_of(source: Path, path: Path) -> bool:
-    """Whether a file is a source, or a file of one that is a PEFT folder, under any name."""
+    """Tell if `path` is the source, or a file in it if that is a PEFT folder, under any name."""
     files = (source, *(source / name for name in _PEFT_FILES))
     return any(file.exists() and file.samefile(path) for file in files)
 
@@ -71,7 +71,7 @@ def writing(path: Path) -> Iterator[None]:
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A file that takes its name when the block ends; on any error nothing of it remains.
 
-    It is written beside the one that it replaces, under a name of its own, and is on the disk
+    It is written next to the one that it replaces, under a temporary name, and is on the disk
     before it takes the other's place. A link is followed: what it leads to is replaced.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What will be merged: sources planned on the released model's slots; no tensor is read."""
+"""The plan of a merge: sources planned on the released model's slots; no tensor is read."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 __all__ = ["PREFIX", "MergeOptions", "MergePlan", "pair_shapes"]
 
 PREFIX = "diffusion_model."
-"""What every key begins with."""
+"""The beginning of every key."""
 _DIFFS_REASON = "a delta of a bias, norm or table, which diffusers refuses in a file (`--diffs`)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """How to merge.
+    """The options of a merge.
 
     Attributes:
         cut: How each module's sum is truncated; None is exact.
@@ -158,7 +158,7 @@ class MergePlan:
         }
 
     def size_notes(self) -> Iterator[str]:
-        """What is worth knowing of the result's size before it is made."""
+        """Notes on the result's size, before it is made."""
         if self.options.cut is not None:
             return
         full: dict[str, set[str]] = {}
@@ -186,7 +186,7 @@ class MergePlan:
 
 
 def covers(piece: Piece, rows: tuple[int, int]) -> bool:
-    """Whether a piece changes all of these rows of its slot."""
+    """Tell if a piece changes all of these rows of its slot."""
     begin, end = rows
     return piece.row_begin <= begin and end <= piece.row_begin + piece.row_count
 
@@ -234,7 +234,7 @@ def _applied_modules(stack: StackPlan, names: Sequence[str], *, diffs: bool) -> 
 
 
 def _narrowest_dtype(stack: StackPlan, *, diffs: bool) -> torch.dtype:
-    """The narrowest dtype of the three that holds every value that is merged, as it is stored."""
+    """The narrowest dtype of the three that holds every stored value of what is merged."""
     stored = {
         DTYPES[ref.dtype]
         for slot in stack.slots

@@ -1,4 +1,4 @@
-"""What was merged: plain data, for people, for programs, and for the file itself."""
+"""The report of a merge: plain data, for people, for programs, and for the file itself."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge wrote.
+    """The result of a merge.
 
     Attributes:
         path: The file.
@@ -80,7 +80,7 @@ class MergeReport:
 
     @property
     def complete(self) -> bool:
-        """Whether all that the sources train is in the file, other components' deltas included."""
+        """True where the file has all that the sources train, other components' deltas included."""
         skipped = (skip for lora in self.loras for skip in lora.skipped)
         return not self.vanished and all(skip.harmless for skip in skipped)
 
@@ -96,7 +96,7 @@ class MergeReport:
         return max(cut, key=lambda module: module.share_lost, default=None)
 
     def to_json(self) -> str:
-        """All of it as one line."""
+        """The report as one line of JSON."""
         document = {
             "schema": SCHEMA,
             **asdict(self),
@@ -114,7 +114,7 @@ def metadata_of(
     *,
     has_ranks: bool,
 ) -> dict[str, str]:
-    """What the file says of itself.
+    """The metadata of the merged file.
 
     Nothing of the machine or the time is added: the same sources give the same bytes.
 
@@ -151,7 +151,7 @@ def metadata_of(
 
 
 def _peft_config(modules: Sequence[ModuleReport]) -> dict[str, Any]:
-    """What diffusers makes a `LoraConfig` of.
+    """The entries from which diffusers makes a `LoraConfig`.
 
     Without it, before its PR 14409 of August 2026, it gives every module the first one's alpha,
     which is wrong where ranks differ.

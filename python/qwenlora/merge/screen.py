@@ -52,7 +52,7 @@ def _summary(report: MergeReport, cut: Cut | None) -> str:
 
 
 def _losses(report: MergeReport) -> Iterator[_Row]:
-    """What the result lacks, and why."""
+    """Rows on what the result lacks, and why."""
     for lora in report.loras:
         lost = [skip for skip in lora.skipped if not skip.harmless]
         yield from _reasons("  left out", lora, lost)
@@ -81,7 +81,7 @@ def _facts(report: MergeReport) -> Iterator[_Row]:
 
 
 def _metadata(report: MergeReport) -> Iterator[_Row]:
-    """What became of the sources' metadata, where they have any."""
+    """Rows on the sources' metadata: kept, listed or dropped; none where there is none."""
     kept, listed = len(report.metadata_kept), sum(map(len, report.metadata_listed))
     if kept or listed:
         text = f"{kept} of the sources' entries kept, {listed} listed in `{METADATA}`"

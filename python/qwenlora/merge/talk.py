@@ -19,14 +19,14 @@ _HINT = "\nhint: "
 
 
 class Talk:
-    """What is said beside the report."""
+    """Messages and progress on standard error."""
 
     def __init__(self) -> None:
         self._next = time.monotonic() + _SILENCE_S if sys.stderr.isatty() else None
         self._drawn = 0
 
     def say(self, kind: str, message: str) -> None:
-        """A message: `error: …` or `note: …`, with its hint on a line of its own."""
+        """A message: `error: …` or `note: …`, with its hint on a separate line."""
         self.erase()
         sys.stderr.write(f"{kind}: {_HINT.join(map(plain, message.split(_HINT)))}\n")
         sys.stderr.flush()
@@ -38,7 +38,7 @@ class Talk:
             return
         self._next = now + _FRAME_S
         self.erase()
-        # A terminal that is written to its last column may begin a line of its own.
+        # A terminal that is written to its last column may begin a new line.
         width = shutil.get_terminal_size().columns - 1
         text = f"merging: {done} of {counted(everything, 'layer')}"[: max(0, width)]
         sys.stderr.write(text)

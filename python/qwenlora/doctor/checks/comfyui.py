@@ -1,4 +1,4 @@
-"""Whether a ComfyUI and its node packs go together."""
+"""Checks that a ComfyUI and its node packs go together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether Nunchaku has kernels for the GPU, and which files it wants there."""
+"""Checks that Nunchaku has kernels for the GPU, and says which files it needs there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _INT4: frozenset[Capability] = frozenset({(7, 5), (8, 0), (8, 6), (8, 9)})
 _NVFP4: frozenset[Capability] = frozenset({(12, 0), (12, 1)})
 _TURING: Capability = (7, 5)
 _GB = 1024**3
-# The int4 transformer takes 11.5 GB, and activations and the text encoder want room beside it.
+# The int4 transformer takes 11.5 GB, and activations and the text encoder want room besides.
 _RESIDENT_BYTES = 15 * _GB
 
 

@@ -166,7 +166,7 @@ def _installing(system: System, environment: Environment) -> tuple[Mend, ...]:
 
 
 def _without_wheel(facts: Facts, environment: Environment) -> Finding | None:
-    """What is said where no wheel of the engine goes with the torch that is there."""
+    """Find that no released wheel of the engine fits the installed torch; None otherwise."""
     torch = environment.torch
     # Where no wheel could run, none is missed.
     has_gpu = any(precision_of(gpu.capability) for gpu in facts.gpus)

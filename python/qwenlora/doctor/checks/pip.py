@@ -25,7 +25,7 @@ def uninstall(environment: Environment, what: str) -> Run:
 def _run(environment: Environment, verb: str, *what: str) -> Run:
     python = str(environment.python)
     if environment.version_of("pip") is None and environment.fault is None:
-        # An environment made by uv has no pip of its own.
+        # An environment made by uv has no pip.
         return Run(("uv", "pip", verb, "--python", python, *what))
     sure = ("-y",) if verb == "uninstall" else ()
     return Run((python, *environment.flags, "-m", "pip", verb, *sure, *what))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["CHECKS"]
 
 _OLDEST_PYTHON = (3, 10)
-# The lower bounds of pyproject.toml; torch has checks of its own.
+# The lower bounds of pyproject.toml; torch is checked in `checks/torch.py`.
 _OLDEST = {"numpy": (1, 24), "safetensors": (0, 4, 3)}
 
 

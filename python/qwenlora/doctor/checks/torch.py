@@ -1,4 +1,4 @@
-"""Whether torch is there, works, and reaches the GPU."""
+"""Checks that torch is installed, works, and reaches the GPU."""
 
 from __future__ import annotations
 
