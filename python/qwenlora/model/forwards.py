@@ -20,6 +20,7 @@ import torch
 from qwenlora import _core
 from qwenlora.errors import UnsupportedModelError
 from qwenlora.model.modules import pattern
+from qwenlora.model.qwen_image import BLOCKS, FUSED_ATTENTION, MODULATIONS, QUERY
 from qwenlora.plan.documents import SlotKind
 
 if TYPE_CHECKING:
@@ -36,12 +37,8 @@ _RANK = "rank"
 """Last word of an attribute that some layers size their low-rank activations by."""
 _SCALES = "lora_scales"
 """Attribute that some layers hand to the kernels: scales of the ranks that they were made with."""
-_MODULATIONS = (".img_mod.1", ".txt_mod.1")
-_FUSED = "attn.to_qkv"
-_APART = "attn.to_q"
 _FUSED_FACTORS = ("_proj_down", "_lora_down")
 """Endings of names of low-rank factors that a fused module keeps under a prefix."""
-_BLOCKS = "transformer_blocks."
 
 
 def require_understood(targets: Mapping[str, Target], paths: Container[str]) -> None:
@@ -57,7 +54,7 @@ def require_understood(targets: Mapping[str, Target], paths: Container[str]) -> 
     for path, target in targets.items():
         if target.place is not None and target.place.rank is None:
             _require_rank_of_tensors(path, target.module)
-        elif path.endswith(_MODULATIONS):
+        elif path.endswith(MODULATIONS):
             _require_order_of_rows(path, target, paths)
 
 
@@ -87,10 +84,10 @@ def _is_known(path: str, alike: str, known: Container[str], paths: Container[str
     """Tell if a known model has the layer, in a block with two streams as that model's are."""
     if alike not in known:
         return False
-    if not path.startswith(_BLOCKS):
+    if not path.startswith(f"{BLOCKS}."):
         return True
     block = ".".join(path.split(".", 2)[:2])
-    return all(f"{block}{name}" in paths for name in _MODULATIONS)
+    return all(f"{block}.{name}" in paths for name in MODULATIONS)
 
 
 def _require_rank_of_tensors(path: str, module: nn.Module) -> None:
@@ -109,12 +106,12 @@ def _require_rank_of_tensors(path: str, module: nn.Module) -> None:
 def _require_order_of_rows(path: str, target: Target, paths: Container[str]) -> None:
     """The order of a modulation's rows is a fact of its block, which its attention tells."""
     block = path.rsplit(".", 2)[0]
-    nunchakus = f"{block}.{_FUSED}" in paths
-    stock = f"{block}.{_APART}" in paths
+    nunchakus = f"{block}.{FUSED_ATTENTION}" in paths
+    stock = f"{block}.{QUERY}" in paths
     if target.kind is SlotKind.AWQ and (stock or not nunchakus):
         raise UnsupportedModelError(
             f"the order in which `{block}` takes the rows of `{path}` is not known:"
-            f" without one fused `{_FUSED}` the block is not Nunchaku's"
+            f" without one fused `{FUSED_ATTENTION}` the block is not Nunchaku's"
             "\nhint: load the model with Nunchaku's own loader"
         )
     if target.kind is SlotKind.LINEAR and nunchakus:

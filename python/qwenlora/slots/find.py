@@ -14,6 +14,7 @@ from qwenlora.errors import ModelStateError, UnsupportedModelError
 from qwenlora.model.forwards import require_understood
 from qwenlora.model.modules import is_wrapper, modules_of, pattern
 from qwenlora.model.offload import offload_of
+from qwenlora.model.qwen_image import BLOCKS
 from qwenlora.model.target import Target, device_of, factors_of
 from qwenlora.packing.layout import LowRankSide
 from qwenlora.plan.documents import SlotRow
@@ -91,7 +92,7 @@ def _require_own_factors(packed: Sequence[Target]) -> None:
 def _require_the_transformer(packed: Sequence[Target]) -> None:
     """State belongs to the transformer: a module around it would have none."""
     for target in packed:
-        outer, found, _ = target.path.partition(".transformer_blocks.")
+        outer, found, _ = target.path.partition(f".{BLOCKS}.")
         if found:
             raise UnsupportedModelError(
                 f"the transformer is inside this module, at `{outer}`: pass that"
