@@ -7,7 +7,12 @@ UV := $(BIN)/uv
 RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) Cargo.toml Cargo.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-models test-python lint format bench fuzz differential clean
+.PHONY: help setup demo test test-fast test-rust test-models test-python lint format bench fuzz \
+	differential clean
+
+# Python keeps the bytecode of what it imports, whatever the shell says. Without it every process
+# of a test compiles PyTorch and its kin anew, which takes longer than most tests.
+unexport PYTHONDONTWRITEBYTECODE
 
 help: ## Show the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -33,6 +38,9 @@ demo: setup ## Compose LoRAs into an emulated model and measure the error
 
 test: test-rust test-models test-python ## Run all tests
 
+test-fast: test-rust ## Run the tests that take no more than seconds
+	$(MAKE) --no-print-directory test-python PYTEST_ARGS='-m "not slow"'
+
 test-rust:
 	cargo test --locked --quiet
 
@@ -41,8 +49,12 @@ test-models:
 	RUSTFLAGS="--cfg loom" cargo test --locked --quiet --profile loom --target-dir target/loom \
 		-p qwenlora-core --lib loom
 
+# loadgroup: what a module builds once for all of its tests is built in one of the processes.
+JOBS ?= 2
+PYTEST_ARGS ?=
+
 test-python: setup
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 lint: setup ## Check formatting, lints, types and stubs
 	cargo fmt --check

@@ -48,7 +48,16 @@ def pytest_configure(config: pytest.Config) -> None:
         settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 
+TOGETHER = ("host",)
+"""Fixtures that take seconds to make: tests that need one of them run in one process."""
+
+
+# First: pytest-xdist reads the groups in the same hook.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name in set(TOGETHER).intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(name))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False")
@@ -69,7 +78,9 @@ DELAYED = {"test_atomicity", "test_kept", "test_offload", "test_paths", "test_re
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if metafunc.module.__name__.rpartition(".")[2] in DELAYED:
+    # A test that asks for `workers` says itself which it meets.
+    is_delayed = metafunc.module.__name__.rpartition(".")[2] in DELAYED
+    if is_delayed and "workers" not in metafunc.fixturenames:
         metafunc.fixturenames.append("workers")
         metafunc.parametrize("workers", WORKERS, indirect=True)
 

@@ -228,18 +228,20 @@ def alike(found, expected):
 SAME: tuple[list[str], bool] = ([], True)
 
 
-# A Latin square: every two of the three meet.
+KINDS = ("rust", "lazy", "sleepy")
+"""Of threads: see `workers`."""
+# An orthogonal array: every two of the four meet, and each stack meets every kind of threads.
 SQUARE = [
-    (of_file, dtype, (None, 1, 2)[(row + column) % 3])
+    (of_file, dtype, (None, 1, 2)[(row + column) % 3], KINDS[(row + 2 * column) % 3])
     for row, of_file in enumerate(DTYPES)
     for column, dtype in enumerate(DTYPES)
 ]
 
 
-@pytest.mark.parametrize(("of_file", "dtype", "resident"), SQUARE)
+@pytest.mark.parametrize(("of_file", "dtype", "resident", "workers"), SQUARE, indirect=["workers"])
 @pytest.mark.parametrize("stack", STACKS)
 def test_all_ways_leave_the_same_bits(
-    stack, of_file, dtype, resident, bases, alone, probe, Draft, tmp_path
+    stack, of_file, dtype, resident, workers, bases, alone, probe, Draft, tmp_path
 ):
     loras = files_of(stack, Draft, of_file, tmp_path)
     model = offloading(bases[dtype], resident)
@@ -264,11 +266,20 @@ def test_all_ways_leave_the_same_bits(
     assert alike(probe.output(model), probe.output(bare))
 
 
-@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
-@pytest.mark.parametrize("dtype", DTYPES)
+# Every way and every dtype meets every kind of threads.
+IN_TURN = [
+    pytest.param(
+        options, dtype, KINDS[(row + column) % 3], id=f"{way}-{dtype}-{KINDS[(row + column) % 3]}"
+    )
+    for row, (way, options) in enumerate(WAYS.items())
+    for column, dtype in enumerate(DTYPES)
+]
+
+
+@pytest.mark.parametrize(("options", "dtype", "workers"), IN_TURN, indirect=["workers"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_strengths_written_in_place(
-    device, options, dtype, bases, alone, probe, Draft, tmp_path, rescalings
+    device, options, dtype, workers, bases, alone, probe, Draft, tmp_path, rescalings
 ):
     """Where all slots were composed together; equal to slot by slot, over any changes."""
     loras = files_of(several, Draft, torch.float16, tmp_path)
