@@ -93,9 +93,17 @@ def _our_threads():
         except OSError:
             # It has ended meanwhile.
             continue
-    # Those that `threading` knows nothing of have no names; it knows the main thread, too.
-    unnamed = _thread._count() - (threading.active_count() - 1)
+    unnamed = _unnamed_threads() - RUNNERS_THREADS
     return [name for name in names if name.startswith("qwenlora")] + ["unnamed"] * unnamed
+
+
+def _unnamed_threads():
+    """How many there are that `threading` knows nothing of; it knows the main thread, too."""
+    return _thread._count() - (threading.active_count() - 1)
+
+
+RUNNERS_THREADS = _unnamed_threads()
+"""A process of pytest-xdist listens to the first one in such a thread."""
 
 
 @pytest.fixture
