@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+import gc
 import os
 import threading
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,22 +50,35 @@ def pytest_configure(config: pytest.Config) -> None:
         settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 
-TOGETHER = ("host",)
-"""Fixtures that take seconds to make: tests that need one of them run in one process."""
+HOST = "host"
+"""The fixture that starts a ComfyUI. It takes seconds, so tests that need it run in one process."""
 
 
 # First: pytest-xdist reads the groups in the same hook.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = _without_those_that_take_turns(items)
     for item in items:
-        for name in set(TOGETHER).intersection(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group(name))
+        if HOST in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group(HOST))
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    # What is imported stays. Each collection of cycles would go through half a million objects.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    # nanobind complains of what is still there when the process ends.
+    gc.unfreeze()
 
 
 # ---- threads beside a composition ----
@@ -82,7 +97,48 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     is_delayed = metafunc.module.__name__.rpartition(".")[2] in DELAYED
     if is_delayed and "workers" not in metafunc.fixturenames:
         metafunc.fixturenames.append("workers")
-        metafunc.parametrize("workers", WORKERS, indirect=True)
+        kinds = [_kind(name) for name in WORKERS]
+        metafunc.parametrize("workers", kinds, indirect=True)
+
+
+def _kind(name: str):
+    """A value of `workers`; while a developer waits, the real threads are enough."""
+    return pytest.param(name, marks=() if name == "rust" else pytest.mark.slow)
+
+
+def _without_those_that_take_turns(items: list[pytest.Item]) -> list[pytest.Item]:
+    """What a marker `in_turn(NAME, ...)` leaves.
+
+    Parameters of these names take turns with the kinds of threads. Each combination of all
+    parameters meets a kind, and each combination of the other ones meets every kind.
+    """
+    numbers: dict[tuple[object, ...], int] = {}
+    counts: Counter[tuple[object, ...]] = Counter()
+
+    def number_of(*key: object) -> int:
+        """Counts what differs in the last part alone."""
+        if key not in numbers:
+            numbers[key] = counts[key[:-1]]
+            counts[key[:-1]] += 1
+        return numbers[key]
+
+    rows = []
+    for item in items:
+        mark = item.get_closest_marker("in_turn")
+        if mark is None:
+            continue
+        own = {name: repr(value) for name, value in item.callspec.params.items()}
+        kind = list(map(repr, WORKERS)).index(own.pop("workers"))
+        turns = tuple(own.pop(name) for name in mark.args)
+        turn = number_of(function := item.nodeid.partition("[")[0], "turn", turns)
+        rest = number_of(function, "rest", tuple(own.items()))
+        rows.append((item, function, kind - turn - rest))
+    dropped = {
+        item
+        for item, function, distance in rows
+        if distance % min(counts[function, "turn"], len(WORKERS))
+    }
+    return [item for item in items if item not in dropped]
 
 
 @pytest.fixture
@@ -295,12 +351,17 @@ class ModelProbe:
         yield from model.named_parameters()
         yield from model.named_buffers()
 
-    def snapshot(self, model: torch.nn.Module) -> Snapshot:
-        """Copy what a comparison needs."""
+    def values(self, model: torch.nn.Module) -> dict[str, tuple[torch.dtype, torch.Size, bytes]]:
+        """Copy what a comparison of tensors needs."""
         tensors = {}
         for name, tensor in self.tensors(model):
             flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
             tensors[name] = (tensor.dtype, tensor.shape, flat.cpu().numpy().tobytes())
+        return tensors
+
+    def snapshot(self, model: torch.nn.Module) -> Snapshot:
+        """Copy what a comparison needs."""
+        tensors = self.values(model)
         structure = {f"{path}:": _structure(module) for path, module in model.named_modules()}
         structure["state_dict:"] = tuple(model.state_dict())
         return Snapshot(tensors, structure)

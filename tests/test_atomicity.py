@@ -124,6 +124,7 @@ def previous(scene, stacks):
     return stacks[0] if scene.report.loras else []
 
 
+@pytest.mark.in_turn("error", "scene")
 @pytest.mark.parametrize("placement", [Placement.WHOLE, Placement.BY_PATH])
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("error", FAULTS)
@@ -178,6 +179,7 @@ def _failing_allocation(monkeypatch, fault: Fault):
         yield
 
 
+@pytest.mark.in_turn("error", "scene")
 @pytest.mark.parametrize("placement", [Placement.WHOLE, Placement.BY_PATH])
 @pytest.mark.parametrize("error", FAULTS)
 def test_a_fault_at_every_allocation(placement, error, scene, previous, monkeypatch):
@@ -345,6 +347,7 @@ class _Interruption:
         return self._line
 
 
+@pytest.mark.in_turn("placement")
 @pytest.mark.parametrize("placement", [Placement.WHOLE, Placement.BY_PATH])
 @pytest.mark.parametrize("change", ["compose", "replace", "reset"])
 def test_an_interruption_at_every_line_that_writes(placement, change, make_model, probe, Draft):

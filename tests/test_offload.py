@@ -56,6 +56,7 @@ def resident_output(model, loras, probe):
     return probe.output(twin)
 
 
+@pytest.mark.in_turn("resident")
 @pytest.mark.parametrize("resident", [1, 2, BLOCKS])
 @pytest.mark.parametrize("placement", [Placement.WHOLE, Placement.BY_PATH])
 def test_composing_under_offload_is_composing(model, uneven, other, probe, resident, placement):

@@ -232,7 +232,13 @@ KINDS = ("rust", "lazy", "sleepy")
 """Of threads: see `workers`."""
 # An orthogonal array: every two of the four meet, and each stack meets every kind of threads.
 SQUARE = [
-    (of_file, dtype, (None, 1, 2)[(row + column) % 3], KINDS[(row + 2 * column) % 3])
+    pytest.param(
+        of_file,
+        dtype,
+        (None, 1, 2)[(row + column) % 3],
+        KINDS[(row + 2 * column) % 3],
+        marks=() if row == column == 1 else pytest.mark.slow,
+    )
     for row, of_file in enumerate(DTYPES)
     for column, dtype in enumerate(DTYPES)
 ]
@@ -269,7 +275,11 @@ def test_all_ways_leave_the_same_bits(
 # Every way and every dtype meets every kind of threads.
 IN_TURN = [
     pytest.param(
-        options, dtype, KINDS[(row + column) % 3], id=f"{way}-{dtype}-{KINDS[(row + column) % 3]}"
+        options,
+        dtype,
+        kind := KINDS[(row + column) % 3],
+        id=f"{way}-{dtype}-{kind}",
+        marks=() if row < 3 and kind == "rust" else pytest.mark.slow,
     )
     for row, (way, options) in enumerate(WAYS.items())
     for column, dtype in enumerate(DTYPES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,9 @@ def host(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[ComfyHost
     here = [item for item in request.session.items if "host" in item.fixturenames]
     device = Device.CUDA if all("gpu" in item.keywords for item in here) else Device.CPU
     running = ComfyHost.start(tmp_path_factory.mktemp("comfy"), device)
+    # It collects cycles for each graph: not through all of its own modules.
+    gc.collect()
+    gc.freeze()
     yield running
     running.stop()
 
