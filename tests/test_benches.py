@@ -120,6 +120,7 @@ class TestFiles:
             assert ranks["to_add_out"] == 16
 
 
+@pytest.mark.slow
 def test_a_peer_without_its_sources_is_refused(tmp_path: Path) -> None:
     run = subprocess.run([*TINY, "--peer", tmp_path], capture_output=True, text=True, check=False)
     assert run.returncode != 0

@@ -171,6 +171,7 @@ def leaves_replaced(model, backend):
 WAYS = [whole, in_place, blocks_in_place, blocks_replaced, repeated_blocks, leaves_replaced]
 
 
+@pytest.mark.slow
 def test_blocks_that_share_their_code():
     """One of two has a branch: both are of one class, and compiled by one function."""
     eager, subject = make(2), blocks_in_place(make(2), "eager")
@@ -181,6 +182,7 @@ def test_blocks_that_share_their_code():
 CHAIN = ["base", "both modulations", "top level", "base", "products and ranks", "everything"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_what_was_traced_for_another_stack_is_not_run(way, wanted):
     subject = way(make(), "eager")
@@ -196,6 +198,7 @@ def test_every_stack_after_the_base(stack, wanted):
         assert error(brought(subject, name), wanted[name]) < CLOSE, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [whole, blocks_replaced])
 def test_a_model_that_was_composed_before_it_was_compiled(way, wanted):
     model = make()
@@ -205,6 +208,7 @@ def test_a_model_that_was_composed_before_it_was_compiled(way, wanted):
         assert error(brought(subject, name), wanted[name]) < CLOSE, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "stack"),
     [(whole, "everything"), (blocks_in_place, "everything"), (whole, "products and ranks")],
@@ -224,6 +228,7 @@ def test_strengths_change_without_tracing(way, stack, wanted):
         assert error(found, answer(eager)) < CLOSE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [whole])
 def test_a_stack_that_comes_again_is_not_traced_again(way, wanted):
     counter = CompileCounter()
@@ -236,6 +241,7 @@ def test_a_stack_that_comes_again_is_not_traced_again(way, wanted):
     assert counter.frame_count == frames
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [whole, in_place, blocks_in_place, blocks_replaced])
 def test_a_default_stack_reaches_what_was_compiled_before(way, wanted):
     """The wrapper's hooks come after the graph, too."""
@@ -249,6 +255,7 @@ def test_a_default_stack_reaches_what_was_compiled_before(way, wanted):
     assert error(answer(subject), wanted["base"]) < CLOSE
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++: apt-get install g++")
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 @pytest.mark.parametrize("way", [whole, blocks_replaced])

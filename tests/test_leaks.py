@@ -318,6 +318,7 @@ def _one_life(base, stacks, number: int) -> None:
         qwenlora.reset_loras(model)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts what Linux tells of the process")
 def test_three_hundred_lives(make_model, Draft, tmp_path):
     base = make_model()

@@ -226,6 +226,7 @@ def test_two_threads(host, two, model, probe):
     assert wrong == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_compiled_transformers(two, model, probe, when):
     expected = [fresh(model, path, probe) for path in two]

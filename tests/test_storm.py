@@ -34,6 +34,7 @@ def _storm(Draft, folder: Path, *, seconds: int, seed: int) -> None:
     assert caught >= rounds > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_storm_of_signals(seed, Draft, tmp_path):
     """Without block offload, and with it. `storm.py` says how a longer one is run."""
