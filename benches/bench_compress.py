@@ -26,10 +26,9 @@ from torch import Tensor
 
 from qwenlora.delta.compress import LowRankSum, decomposed
 from qwenlora.delta.limit import Fitted, Limiter
-from qwenlora.delta.scale import ScaledPair, unpacked
-from qwenlora.packing.layout import LowRankSide
+from qwenlora.delta.scale import ScaledPair
+from qwenlora.packing.layout import RANK_MULTIPLE, LowRankSide
 from qwenlora.packing.pack import pack_lowrank
-from qwenlora.plan.documents import SlotKind
 
 if TYPE_CHECKING:
     from qwenlora.spec import MaxRank
@@ -65,13 +64,13 @@ class Slot:
     path: str
     device: torch.device
     dtype: torch.dtype = torch.bfloat16
-    kind: SlotKind = SlotKind.SVDQ
+    rank_multiple: int = RANK_MULTIPLE
 
 
 def pairs_of(
     path: SlotPath, args: argparse.Namespace, seed: int
 ) -> tuple[list[ScaledPair], list[Tensor]]:
-    """One slot's LoRAs, packed, and where their ranks have values."""
+    """One slot's LoRAs, and where their ranks have values."""
     device = torch.device(args.device)
     generator = torch.Generator(device).manual_seed(seed)
     rows, rank = path.outputs // path.parts, args.rank
@@ -88,13 +87,7 @@ def pairs_of(
             support[part, own] = True
         down = torch.randn(ranks, path.inputs, device=device, generator=generator)
         down /= math.sqrt(path.inputs)
-        pairs.append(
-            ScaledPair(
-                pack_lowrank(down.bfloat16(), LowRankSide.DOWN),
-                pack_lowrank(up.bfloat16(), LowRankSide.UP),
-                ranks,
-            )
-        )
+        pairs.append(ScaledPair(down.bfloat16(), up.bfloat16()))
         supports.append(support)
     return pairs, supports
 
@@ -152,7 +145,7 @@ def exact(path: SlotPath, args: argparse.Namespace) -> tuple[float, float]:
     for seed in range(args.baseline):
         pairs, _ = pairs_of(path, args, seed)
         with clock:
-            cut = decomposed(LowRankSum.of([unpacked(pair) for pair in pairs])).cut(args.max_rank)
+            cut = decomposed(LowRankSum.of([(p.down, p.up) for p in pairs])).cut(args.max_rank)
             pack_lowrank(cut.down.bfloat16(), LowRankSide.DOWN)
             pack_lowrank(cut.up.bfloat16(), LowRankSide.UP)
         lost.append(cut.energy_lost)

@@ -86,7 +86,7 @@ class DeltaBuilder:
         limit = self._options.max_energy_lost
         fetcher = self._fetchers[lora]
         if not source.cacheable:
-            return fetch_pieces(pieces, plan, target, fetcher, max_energy_lost=limit)
+            return fetch_pieces(pieces, target, fetcher, max_energy_lost=limit)
         # The same file may meet models of other sizes and row orders, of which other parts fit,
         # and settings that lead to other pieces.
         sizes = (target.row.in_features, target.row.out_features)
@@ -96,7 +96,7 @@ class DeltaBuilder:
         key = (source.identity, plan.path, plan.kind, plan.row_order, sizes, parts, limit)
         own = cache.pieces.get(key)
         if not isinstance(own, LoraPieces):
-            own = fetch_pieces(pieces, plan, target, fetcher, max_energy_lost=limit)
+            own = fetch_pieces(pieces, target, fetcher, max_energy_lost=limit)
             cache.pieces.put(key, own, limit_bytes=self._options.cache_bytes)
         return own
 

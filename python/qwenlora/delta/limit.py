@@ -24,11 +24,9 @@ from qwenlora.delta.balance import balanced
 from qwenlora.delta.compress import LowRankSum, decomposed, energy, iterated
 from qwenlora.delta.decomposition import is_finite
 from qwenlora.delta.loss import Loss
-from qwenlora.delta.scale import ScaledPair, logical_pairs
+from qwenlora.delta.scale import ScaledPair
 from qwenlora.errors import NonFiniteError
-from qwenlora.packing.factor import pack_factor
-from qwenlora.packing.layout import RANK_MULTIPLE, LowRankSide, round_up
-from qwenlora.plan.documents import SlotKind
+from qwenlora.packing.layout import RANK_MULTIPLE, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -61,7 +59,7 @@ class Fitted:
     """A slot's low-rank deltas under its limit.
 
     Attributes:
-        pairs: The deltas in the slot's dtype and layout.
+        pairs: The deltas in the slot's dtype.
         rank_exact: Ranks that the slot would hold for the exact sum.
         energy_lost: Share of the energy that truncation dropped; None where there was none.
         energy: Energy of the sum, or of the slot's whole delta where that was given; None where it
@@ -108,7 +106,7 @@ class _Waiting:
     def nbytes(self) -> int:
         """Bytes held until its batch is done: the halves, and some matrices of all its ranks."""
         ranks = self.sum_.rank
-        exact = sum(pair.down.nbytes + pair.up.nbytes for pair in self.exact or ())
+        exact = sum(pair.nbytes for pair in self.exact or ())
         exact += 0 if self.whole is None else self.whole.nbytes
         return self.sum_.nbytes + exact + 4 * ranks * (3 * ranks + 8 * min(self.limit, ranks))
 
@@ -139,7 +137,7 @@ class Limiter:
 
         Args:
             target: The slot.
-            pairs: Its deltas, in the slot's layout.
+            pairs: Its deltas, in the slot's dtype.
             supports: For each (parts, r) bool on the host: in which of the slot's equal row parts a
                 rank has values.
             limit: Most ranks; None for any number.
@@ -152,11 +150,11 @@ class Limiter:
         taken = sum(rank_taken(pair, target) for pair in pairs)
         fits = limit is None or (rank <= limit and taken <= round_up(limit, RANK_MULTIPLE))
         if fits and not (self._auto and taken > RANK_MULTIPLE):
-            self._done[at] = _stated(Fitted(tuple(pairs), taken), target, whole)
+            self._done[at] = _stated(Fitted(tuple(pairs), taken), whole)
         elif not fits and limit is not None and rank <= limit:
-            self._done[at] = _stated(Fitted((_closed(pairs, target),), taken), target, whole)
+            self._done[at] = _stated(Fitted((_closed(pairs),), taken), whole)
         else:
-            sum_ = LowRankSum.of(logical_pairs(pairs, target), supports)
+            sum_ = LowRankSum.of(_halves(pairs), supports)
             exact = self._exact(pairs, target) if fits else None
             most = rank if limit is None else limit
             self._wait(_Waiting(at, target, sum_, most, taken, exact, whole))
@@ -171,7 +169,7 @@ class Limiter:
         rank = sum(pair.rank for pair in pairs)
         taken = sum(rank_taken(pair, target) for pair in pairs)
         tight = self._auto and round_up(rank, RANK_MULTIPLE) < taken
-        return (_closed(pairs, target),) if tight else tuple(pairs)
+        return (_closed(pairs),) if tight else tuple(pairs)
 
     def _wait(self, sum_: _Waiting) -> None:
         if sum_.nbytes + sum(other.nbytes for other in self._waiting) > BATCH_BYTES:
@@ -188,7 +186,7 @@ class Limiter:
         for batch in _grouped(waiting):
             done = _thrifty(batch) if self._auto else _limited(batch)
             for own in batch:
-                self._done[own.at] = _stated(done[own.at], own.target, own.whole)
+                self._done[own.at] = _stated(done[own.at], own.whole)
 
 
 def _in_batches(device: torch.device) -> bool:
@@ -297,48 +295,41 @@ def _decomposed(waiting: _Waiting) -> Truncation:
 def _cut(waiting: _Waiting, truncation: Truncation, rank: int) -> Fitted:
     best = truncation.cut(rank)
     halves = balanced(best.down.float(), best.up.float(), waiting.target.dtype)
-    pair = _placed(*halves, waiting.target)
-    return Fitted((pair,), waiting.rank_exact, best.energy_lost, best.energy)
+    return Fitted((ScaledPair(*halves),), waiting.rank_exact, best.energy_lost, best.energy)
 
 
-def _closed(pairs: Sequence[ScaledPair], target: Target) -> ScaledPair:
+def _closed(pairs: Sequence[ScaledPair]) -> ScaledPair:
     """Only the padding between the LoRAs is too much: closing the gaps is exact."""
-    factors = logical_pairs(pairs, target)
-    down = torch.cat([pair[0] for pair in factors])
-    return _placed(down, torch.cat([pair[1] for pair in factors], dim=1), target)
+    downs, ups = [pair.down for pair in pairs], [pair.up for pair in pairs]
+    return ScaledPair(torch.cat(downs), torch.cat(ups, dim=1))
 
 
-def _placed(down: Tensor, up: Tensor, target: Target) -> ScaledPair:
-    down, up = down.to(target.dtype), up.to(target.dtype)
-    rank = down.shape[0]
-    if target.kind is SlotKind.SVDQ:
-        down = pack_factor(down, LowRankSide.DOWN)
-        up = pack_factor(up, LowRankSide.UP)
-    return ScaledPair(down=down, up=up, rank=rank)
+def _halves(pairs: Sequence[ScaledPair]) -> list[tuple[Tensor, Tensor]]:
+    return [(pair.down, pair.up) for pair in pairs]
 
 
 def rank_taken(pair: ScaledPair, target: Target) -> int:
-    """A packed slot takes whole tiles, a side branch just the ranks."""
-    return pair.rank_padded if target.kind is SlotKind.SVDQ else pair.rank
+    """Ranks that a pair takes in a slot, with padding."""
+    return round_up(pair.rank, target.rank_multiple)
 
 
-def _stated(fitted: Fitted, target: Target, whole: WholeDelta | None) -> Fitted:
+def _stated(fitted: Fitted, whole: WholeDelta | None) -> Fitted:
     """The same with what is lost of the slot's whole delta."""
     if whole is None or not (whole.is_cut or fitted.energy is not None):
         return fitted
     if whole.is_plain:
-        loss = _added_up(fitted, target, whole.cut_energy)
+        loss = _added_up(fitted, whole.cut_energy)
     else:
         loss = whole.loss(fitted.pairs)
     share = loss.share if whole.is_cut or fitted.energy_lost is not None else None
     return replace(fitted, energy_lost=share, energy=loss.energy, is_bound=loss.is_bound)
 
 
-def _added_up(fitted: Fitted, target: Target, cut: float) -> Loss:
+def _added_up(fitted: Fitted, cut: float) -> Loss:
     """What was cut off is orthogonal to the sum of what was kept, and to any truncation of it."""
     summed = fitted.energy
     if summed is None:
-        sum_ = LowRankSum.of(logical_pairs(fitted.pairs, target)) if fitted.pairs else None
+        sum_ = LowRankSum.of(_halves(fitted.pairs)) if fitted.pairs else None
         summed = 0.0 if sum_ is None else energy(sum_)
     total = summed + cut
     lost = summed * (fitted.energy_lost or 0.0) + cut

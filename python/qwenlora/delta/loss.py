@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenlora.delta.factors import delta_rows
-from qwenlora.delta.scale import logical_pairs
 from qwenlora.packing.layout import RowOrder
 from qwenlora.packing.pack import interleave_modulation
 
@@ -112,7 +111,7 @@ class WholeDelta:
     @property
     def nbytes(self) -> int:
         """Bytes held of pairs."""
-        return sum(share.pair.down.nbytes + share.pair.up.nbytes for share in self.shares)
+        return sum(share.pair.nbytes for share in self.shares)
 
     def loss(self, kept: Sequence[ScaledPair]) -> Loss:
         """Measure, or bound, what is lost where the slot holds these pairs as rank."""
@@ -125,7 +124,7 @@ class _Measure:
     def __init__(self, whole: WholeDelta, kept: Sequence[ScaledPair]) -> None:
         row, device = whole.target.row, whole.target.device
         self._whole = whole
-        self._kept = _wide(kept, whole.target)
+        self._kept = [_wide(pair) for pair in kept]
         self._shares = [_Rows(share, whole.target) for share in whole.shares]
         self._krons = [
             {"lokr_w1": kron.w1.float(), "lokr_w2": kron.w2.float()} for kron in whole.krons
@@ -241,7 +240,7 @@ class _Rows:
     """Rows of what one LoRA asks for as rank."""
 
     def __init__(self, share: LoraShare, target: Target) -> None:
-        ((self._down, self._up),) = _wide([share.pair], target)
+        self._down, self._up = _wide(share.pair)
         self._cuts = [
             (
                 cut,
@@ -265,8 +264,8 @@ def _within(cut: CutPiece, logical: Tensor) -> Tensor:
     return (logical >= cut.row_begin) & (logical < cut.row_begin + cut.row_count)
 
 
-def _wide(pairs: Sequence[ScaledPair], target: Target) -> list[tuple[Tensor, Tensor]]:
-    return [(down.float(), up.float()) for down, up in logical_pairs(pairs, target)]
+def _wide(pair: ScaledPair) -> tuple[Tensor, Tensor]:
+    return pair.down.float(), pair.up.float()
 
 
 def _energy(rows: Tensor) -> Tensor:

@@ -17,10 +17,9 @@ from qwenlora.delta.decomposition import is_finite
 from qwenlora.delta.factors import factors_of, kron_factors
 from qwenlora.delta.values import value_of
 from qwenlora.errors import NonFiniteError
-from qwenlora.packing.factor import pack_factor
-from qwenlora.packing.layout import LowRankSide, RowOrder
+from qwenlora.packing.layout import RowOrder
 from qwenlora.packing.pack import interleave_modulation
-from qwenlora.plan.documents import PieceKind, SlotKind
+from qwenlora.plan.documents import PieceKind
 from qwenlora.words import counted
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from qwenlora.delta.factors import Factors
     from qwenlora.delta.values import ValueDelta
     from qwenlora.model.target import Target
-    from qwenlora.plan.documents import Piece, SlotPlan
+    from qwenlora.plan.documents import Piece
     from qwenlora.source.source import TensorFetcher
 
 __all__ = [
@@ -58,12 +57,10 @@ class LoraPair:
     """One LoRA's delta in one slot, without strength, in the dtype of its file.
 
     Attributes:
-        down: (R, in) logical, or (in, R) packed.
-        up: (out, R) logical, or (out, R) packed; rows in the slot's own order.
+        down: (R, in).
+        up: (out, R), rows in the slot's own order.
         scale: (parts, rank) float64, on the host: the factor of each rank in each of the slot's
             equal row parts.
-        rank: Ranks used; packed tensors hold `rank` rounded up to 16, the rest zero.
-        packed: Whether `down` and `up` are in the packed layout.
         zero: Whether the delta is all zero.
         thirded: Whether a fused file's `up` is block-diagonal while its scale is at most 1/3: a
             converter that stacked q, k and v may have copied alpha from one of them.
@@ -72,8 +69,6 @@ class LoraPair:
     down: Tensor
     up: Tensor
     scale: Tensor
-    rank: int
-    packed: bool
     zero: bool
     thirded: bool = False
 
@@ -189,7 +184,6 @@ class LoraPieces:
 
 def fetch_pieces(
     pieces: Sequence[Piece],
-    slot: SlotPlan,
     target: Target,
     fetcher: TensorFetcher,
     *,
@@ -199,23 +193,23 @@ def fetch_pieces(
 
     Args:
         pieces: All pieces of one LoRA in this slot.
-        slot: The slot's plan.
-        target: The slot in the model.
+        target: The slot.
         fetcher: Reads the tensors.
         max_energy_lost: Largest share of its energy that a full delta may lose.
 
     Returns:
-        The deltas; the pair packed where the slot is.
+        The deltas.
 
     Raises:
         NonFiniteError: A delta that must be decomposed holds NaN or infinity.
     """
     read = read_pieces(pieces, fetcher)
-    if slot.kind in (SlotKind.NORM, SlotKind.EMBEDDING):
-        return LoraPieces(values=tuple(value_of(p, tensors, slot) for p, tensors in read))
-    ranks, refused = _rank_members(read, slot, target, max_energy_lost)
+    rows = target.row.out_features
+    if target.only_values:
+        return LoraPieces(values=tuple(value_of(p, tensors, rows) for p, tensors in read))
+    ranks, refused = _rank_members(read, target, max_energy_lost)
     carried = [(p, t) for p, t in read if p.kind is not PieceKind.VECTOR and not _is_in(refused, p)]
-    dense = [(p, t["diff"]) for p, t in read if _is_matrix(p, slot)]
+    dense = [(p, t["diff"]) for p, t in read if _is_matrix(p)]
     vectors = [(p, t) for p, t in read if p.kind is PieceKind.VECTOR]
     krons = [
         KronPair(*_kept(kron_factors(tensors)), piece.scale, piece.row_begin)
@@ -223,10 +217,10 @@ def fetch_pieces(
         if piece.kind is PieceKind.KRON
     ]
     return LoraPieces(
-        pair=_fuse(ranks, slot, target) if ranks else None,
+        pair=_fuse(ranks, target) if ranks else None,
         krons=tuple(krons),
         dense=_dense_sum(dense) if dense else None,
-        values=tuple(value_of(p, tensors, slot, target.row.out_features) for p, tensors in vectors),
+        values=tuple(value_of(p, tensors, rows) for p, tensors in vectors),
         refused=tuple(refused),
         cuts=tuple(_cut_pieces(ranks, carried)),
         rows=tuple(_rows_of(piece) for piece, _ in carried),
@@ -252,8 +246,9 @@ def _kept(tensors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return tensors[0].clone(), tensors[1].clone()
 
 
-def _is_matrix(piece: Piece, slot: SlotPlan) -> bool:
-    return piece.kind is PieceKind.DENSE and slot.kind is SlotKind.LINEAR
+def _is_matrix(piece: Piece) -> bool:
+    """Whether a full delta runs as it is: on quantized layers it becomes rank, by a budget."""
+    return piece.kind is PieceKind.DENSE and piece.rank_budget is None
 
 
 def _dense_sum(dense: Sequence[tuple[Piece, Tensor]]) -> Tensor:
@@ -265,7 +260,6 @@ def _dense_sum(dense: Sequence[tuple[Piece, Tensor]]) -> Tensor:
 
 def _rank_members(
     read: Sequence[tuple[Piece, Mapping[str, Tensor]]],
-    slot: SlotPlan,
     target: Target,
     max_energy_lost: float,
 ) -> tuple[list[tuple[Piece, Factors]], list[Refusal]]:
@@ -273,7 +267,7 @@ def _rank_members(
     members, refused = [], []
     for piece, tensors in read:
         if piece.kind is not PieceKind.LOW_RANK and not (
-            piece.kind is PieceKind.DENSE and not _is_matrix(piece, slot)
+            piece.kind is PieceKind.DENSE and not _is_matrix(piece)
         ):
             continue
         try:
@@ -301,8 +295,8 @@ def _too_much(factors: Factors, limit: float) -> str:
     )
 
 
-def _fuse(members: Sequence[tuple[Piece, Factors]], slot: SlotPlan, target: Target) -> LoraPair:
-    """Join one LoRA's pairs of a slot; packed where the slot is."""
+def _fuse(members: Sequence[tuple[Piece, Factors]], target: Target) -> LoraPair:
+    """Join one LoRA's pairs of a slot."""
     downs = same_dtype([factors.down for _, factors in members])
     ups = same_dtype([factors.up for _, factors in members])
     pieces = [piece for piece, _ in members]
@@ -320,21 +314,12 @@ def _fuse(members: Sequence[tuple[Piece, Factors]], slot: SlotPlan, target: Targ
         last = (piece.row_begin + piece.row_count) // part_rows
         up[rows, columns] = member
         scale[first:last, columns] = piece.scale
-    if slot.row_order is RowOrder.INTERLEAVED:
+    if target.row_order is RowOrder.INTERLEAVED:
         up = interleave_modulation(up)
     none = all(is_zero(*pair) for pair in zip(downs, ups, strict=True))
     zero = none or not bool(scale.any())
     thirded = len(pieces) == 1 and is_thirded(pieces[0], up)
-    pair = LoraPair(
-        down,
-        up,
-        scale,
-        rank,
-        packed=False,
-        zero=zero,
-        thirded=thirded,
-    )
-    return _packed(pair) if slot.kind is SlotKind.SVDQ else pair
+    return LoraPair(down, up, scale, zero=zero, thirded=thirded)
 
 
 def _cut_pieces(
@@ -366,19 +351,6 @@ def _cut_pieces(
 
 def _rows_of(piece: Piece) -> tuple[int, int]:
     return piece.row_begin, piece.row_count
-
-
-def _packed(pair: LoraPair) -> LoraPair:
-    """Bring a logical pair to the packed layout; ranks are padded to 16 with zeros."""
-    return LoraPair(
-        down=pack_factor(pair.down, LowRankSide.DOWN),
-        up=pack_factor(pair.up, LowRankSide.UP),
-        scale=pair.scale,
-        rank=pair.rank,
-        packed=True,
-        zero=pair.zero,
-        thirded=pair.thirded,
-    )
 
 
 def stack_downs(downs: Sequence[Tensor]) -> tuple[list[int], Tensor]:

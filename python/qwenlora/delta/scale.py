@@ -8,13 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from qwenlora.delta.balance import balanced, exponent_of, is_narrow, loses_small_values
-from qwenlora.packing.factor import pack_factor, unpack_factor
-from qwenlora.packing.layout import FRAGMENT, TILE, LowRankSide, round_up
-from qwenlora.plan.documents import SlotKind
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
     from qwenlora.delta.pieces import KronPair, LoraPair
@@ -25,24 +20,31 @@ __all__ = [
     "ScaledDense",
     "ScaledKron",
     "ScaledPair",
-    "logical_pairs",
     "scaled",
-    "unpacked",
 ]
 
 
 @dataclass(frozen=True)
 class ScaledPair:
-    """One delta ready to be written: strength and scale in `up`, both in the slot's dtype."""
+    """One delta ready to be written, in the slot's dtype: strength and scale are in `up`.
+
+    Attributes:
+        down: (r, in).
+        up: (out, r), rows in the slot's own order.
+    """
 
     down: Tensor
     up: Tensor
-    rank: int
 
     @property
-    def rank_padded(self) -> int:
-        """Ranks that it takes in a packed slot."""
-        return round_up(self.rank, TILE)
+    def rank(self) -> int:
+        """Ranks of the pair."""
+        return int(self.down.shape[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.down.nbytes + self.up.nbytes
 
 
 def scaled(
@@ -55,7 +57,7 @@ def scaled(
     of `up`, a power of two moves to `down` (see `balance`).
 
     Args:
-        pair: Logical or packed.
+        pair: The delta without strength.
         strength: Factor on the whole delta.
         dtype: The slot's dtype.
         device: The slot's device.
@@ -64,62 +66,16 @@ def scaled(
     factor = (pair.scale * strength + 0.0).to(torch.float32)
     up = pair.up.to(device).to(torch.float32)
     factor = factor.to(device)
-    if pair.packed:
-        values = _scale_packed(up, factor)
-    else:
-        parts, rank = factor.shape
-        # (out, R) -> (parts, out/parts, R); a single part covers every row order.
-        values = (up.view(parts, -1, rank) * factor.unsqueeze(1)).view_as(up)
+    parts, rank = factor.shape
+    # (out, R) -> (parts, out/parts, R); a single part covers every row order.
+    values = (up.view(parts, -1, rank) * factor.unsqueeze(1)).view_as(up)
     # float8 casts through float32: torch has no direct cast to the half types on every device.
     down = pair.down.to(device)
     if is_narrow(dtype):
-        return _balanced_pair(down.to(torch.float32), values, pair, dtype)
+        return ScaledPair(*balanced(down.to(torch.float32), values, dtype, parts=parts))
     if down.itemsize == 1:
         down = down.to(torch.float32)
-    return ScaledPair(down=down.to(dtype), up=values.to(dtype), rank=pair.rank)
-
-
-def _balanced_pair(down: Tensor, up: Tensor, pair: LoraPair, dtype: torch.dtype) -> ScaledPair:
-    """Halves in float32, in the layout of `pair`, rounded to a dtype of few exponents."""
-    parts = pair.scale.shape[0]
-    if not pair.packed:
-        down, up = balanced(down, up, dtype, parts=parts)
-        return ScaledPair(down=down, up=up, rank=pair.rank)
-    down, up = unpack_factor(down, LowRankSide.DOWN), unpack_factor(up, LowRankSide.UP)
-    down, up = balanced(down, up, dtype, parts=parts)
-    return ScaledPair(
-        down=pack_factor(down, LowRankSide.DOWN),
-        up=pack_factor(up, LowRankSide.UP),
-        rank=pair.rank,
-    )
-
-
-def _scale_packed(up: Tensor, factor: Tensor) -> Tensor:
-    """Scale packed (out, R) float32 by factors (parts, rank <= R)."""
-    channels, rank_padded = up.shape
-    parts, rank = factor.shape
-    padded = factor.new_zeros((parts, rank_padded))
-    padded[:, :rank] = factor
-    # The factor of each element of a fragment row: a packed matrix of 16 equal rows per part.
-    # (parts, R) -> (parts*16, R) => packed (parts, R/16, 256)
-    rows = padded.repeat_interleave(TILE, dim=0)
-    pattern = pack_factor(rows, LowRankSide.UP).view(parts, 1, rank_padded // TILE, FRAGMENT)
-    # (C, R) nominal -> (parts, C/16/parts, R/16, 256)
-    fragments = up.view(parts, channels // TILE // parts, rank_padded // TILE, FRAGMENT)
-    return (fragments * pattern).view(channels, rank_padded)
-
-
-def unpacked(pair: ScaledPair) -> tuple[Tensor, Tensor]:
-    """Unpack a packed pair to logical (down (r, in), up (out, r)), padding cut off."""
-    down = unpack_factor(pair.down, LowRankSide.DOWN)[: pair.rank]
-    up = unpack_factor(pair.up, LowRankSide.UP)[:, : pair.rank]
-    return down, up
-
-
-def logical_pairs(pairs: Sequence[ScaledPair], target: Target) -> list[tuple[Tensor, Tensor]]:
-    """Pairs as (down (r, in), up (out, r)), whatever the slot's layout."""
-    packed = target.kind is SlotKind.SVDQ
-    return [unpacked(pair) if packed else (pair.down, pair.up) for pair in pairs]
+    return ScaledPair(down=down.to(dtype), up=values.to(dtype))
 
 
 class KronShape(NamedTuple):

@@ -37,7 +37,7 @@ class SlotDeltas:
         kron_count: How many the LoRAs brought.
         dense: A matrix that runs beside a plain linear.
         dense_held: Whether the layer holds one.
-        values: What is added to stored parameters, by name: float64, in storage order.
+        values: What is added to stored parameters, by name: float64, rows as in files.
         energy_lost: Share of the whole delta's energy that truncation dropped; None where there was
             none.
         energy: Energy of the whole delta, where it had to be known.

@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qwenlora.packing.layout import RowOrder
-from qwenlora.packing.pack import interleave_modulation, pack_vector
-from qwenlora.plan.documents import SlotKind
+from qwenlora.plan.documents import PieceKind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from qwenlora.plan.documents import Piece, SlotPlan
+    from qwenlora.plan.documents import Piece
 
 __all__ = ["ValueDelta", "value_of"]
 
@@ -25,38 +23,28 @@ class ValueDelta:
 
     Attributes:
         parameter: Its name in the layer: "bias" or "weight".
-        delta: Float64, scale included, in the parameter's shape and storage order.
+        delta: Float64, scale included, in the parameter's shape, rows as in files.
     """
 
     parameter: str
     delta: Tensor
 
 
-def value_of(
-    piece: Piece, tensors: Mapping[str, Tensor], slot: SlotPlan, out_features: int = 0
-) -> ValueDelta:
-    """Bring a stored delta to the order in which the layer stores the values.
-
-    SVDQ biases lie in packed vector order, those of AWQ modulations interleaved; norms, plain
-    linears and tables as in every file.
+def value_of(piece: Piece, tensors: Mapping[str, Tensor], out_features: int) -> ValueDelta:
+    """Bring a stored delta to the shape of the parameter that it changes.
 
     Args:
         piece: A vector, or a delta of an embedding.
         tensors: Its tensors by role.
-        slot: The slot's plan.
         out_features: The layer's rows, of which a fused layer's piece has a part.
     """
-    if slot.kind is SlotKind.EMBEDDING:
+    if piece.kind is not PieceKind.VECTOR:
         return ValueDelta("weight", _table(tensors) * piece.scale)
     values = tensors["vector"].flatten().double() * piece.scale
-    if slot.kind is SlotKind.NORM:
+    if piece.parameter == "weight":
         return ValueDelta("weight", values)
     whole = values.new_zeros(out_features)
     whole[piece.row_begin : piece.row_begin + piece.row_count] = values
-    if slot.kind is SlotKind.SVDQ:
-        whole = pack_vector(whole)
-    elif slot.row_order is RowOrder.INTERLEAVED:
-        whole = interleave_modulation(whole)
     return ValueDelta("bias", whole)
 
 

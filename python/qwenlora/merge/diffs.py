@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qwenlora.delta.values import value_of
-from qwenlora.packing.layout import RowOrder
 from qwenlora.plan.documents import PieceKind, SlotKind
 
 if TYPE_CHECKING:
@@ -50,24 +49,19 @@ def value_keys(piece: Piece, known: KnownSlot) -> list[tuple[str, tuple[int, ...
     ]
 
 
-def sum_values(values: Sequence[Value], slot: SlotPlan, known: KnownSlot) -> dict[str, Tensor]:
+def sum_values(values: Sequence[Value], known: KnownSlot) -> dict[str, Tensor]:
     """The sums of the LoRAs' values in a slot.
 
     Args:
         values: Those of all LoRAs, in the order of the stack.
-        slot: The slot's plan.
         known: The slot.
 
     Returns:
         Float64 by key, without a prefix, rows in the order of files.
     """
-    plain = replace(slot, row_order=RowOrder.PLANAR)
-    if slot.kind in (SlotKind.SVDQ, SlotKind.AWQ):
-        # As a plain linear stores them: neither packed nor interleaved.
-        plain = replace(plain, kind=SlotKind.LINEAR)
     sums: dict[str, Tensor] = {}
     for value in values:
-        whole = value_of(value.piece, value.tensors, plain, known.row.out_features)
+        whole = value_of(value.piece, value.tensors, known.row.out_features)
         delta = whole.delta * value.strength
         for key, _ in value_keys(value.piece, known):
             part, _, _ = key.rpartition(".")

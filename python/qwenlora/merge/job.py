@@ -159,7 +159,7 @@ class _Job:
                 if is_value(piece, slot)
             ]
             self._with_deltas |= {value.piece.lora for value in values}
-            self._write_values(sum_values(values, slot, known), writer)
+            self._write_values(sum_values(values, known), writer)
 
     def report(self, output: Path, size_bytes: int, seconds: float) -> MergeReport:
         """What has been written."""

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from qwenlora.packing.layout import LowRankSide
+from qwenlora.packing.layout import RANK_MULTIPLE, LowRankSide
+from qwenlora.plan.documents import SlotKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from qwenlora.packing.layout import RowOrder
-    from qwenlora.plan.documents import SlotKind, SlotRow
+    from qwenlora.plan.documents import SlotRow
 
 __all__ = ["PACKED_DTYPES", "LowRankPlace", "Target", "device_of", "factors_of"]
 
@@ -82,6 +83,16 @@ class Target(NamedTuple):
         row = self.row._replace(path=path)
         owner = module if self.place is None else self.place.owner_of(module)
         return self._replace(module=module, device=device_of(owner), row=row, owner=owner)
+
+    @property
+    def rank_multiple(self) -> int:
+        """The step in which it takes ranks: whole fragments where packed, single ones beside it."""
+        return 1 if self.place is None else RANK_MULTIPLE
+
+    @property
+    def only_values(self) -> bool:
+        """Whether stored values are all that it has: a norm's weight, an embedding's table."""
+        return self.kind in (SlotKind.NORM, SlotKind.EMBEDDING)
 
     @property
     def rank_bytes(self) -> int:

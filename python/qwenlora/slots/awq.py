@@ -8,6 +8,7 @@ import torch
 
 from qwenlora.model.target import PACKED_DTYPES
 from qwenlora.packing.layout import RowOrder
+from qwenlora.packing.pack import interleave_modulation
 from qwenlora.plan.documents import SlotKind
 from qwenlora.slots.branch import SideBranchSlot
 from qwenlora.slots.kind import LayerFacts, LayerKind
@@ -35,7 +36,7 @@ def _facts(found: Found) -> LayerFacts | None:
 
 
 def _parts(target: Target) -> Sequence[Slot]:
-    return [SideBranchSlot(target), ValueSlot(target)]
+    return [SideBranchSlot(target), ValueSlot(target, interleave_modulation)]
 
 
 AWQ = LayerKind(

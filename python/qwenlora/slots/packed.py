@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenlora.model.target import LowRankPlace, factors_of
+from qwenlora.packing.factor import pack_factor
 from qwenlora.packing.layout import FRAGMENT, TILE, LowRankSide
 from qwenlora.slots.point import point, point_all, point_back
 from qwenlora.slots.slot import NoChange
@@ -61,16 +62,10 @@ class PackedSlot:
         return self._change(deltas.pairs, deltas.rank_added)
 
     def _change(self, pairs: Sequence[ScaledPair], rank_added: int) -> PackedChange:
-        down, up = (self._factor(side) for side in LowRankSide)
-        return PackedChange(
-            targets=[self._target],
-            new=Pending.ready(
-                (
-                    [self._joined(down, [pair.down for pair in pairs], rank_added)],
-                    [self._joined(up, [pair.up for pair in pairs], rank_added)],
-                )
-            ),
-        )
+        downs, ups = [pair.down for pair in pairs], [pair.up for pair in pairs]
+        down = self._joined(LowRankSide.DOWN, downs, rank_added)
+        up = self._joined(LowRankSide.UP, ups, rank_added)
+        return PackedChange(targets=[self._target], new=Pending.ready(([down], [up])))
 
     def is_base(self) -> bool:
         """Whether both factors have the base's rank."""
@@ -104,7 +99,9 @@ class PackedSlot:
         del current
         point(owner, name, base.to(device))
 
-    def _joined(self, current: Tensor, added: Sequence[Tensor], rank_added: int) -> Tensor:
+    def _joined(self, side: LowRankSide, added: Sequence[Tensor], rank_added: int) -> Tensor:
+        """The base's factor with logical ones behind it, each padded to whole fragments."""
+        current = self._factor(side)
         channels, rank = current.shape
         tiles, base_tiles = channels // TILE, self._base_rank // TILE
         # Pinned host memory stays pinned: offload copies from it asynchronously.
@@ -119,10 +116,10 @@ class PackedSlot:
         base = current.detach().view(tiles, rank // TILE, FRAGMENT)[:, :base_tiles]
         fragments[:, :base_tiles].copy_(base)
         end = base_tiles
-        for piece in added:
-            piece_tiles = piece.shape[1] // TILE
-            fragments[:, end : end + piece_tiles].copy_(piece.view(tiles, piece_tiles, FRAGMENT))
-            end += piece_tiles
+        for factor in added:
+            packed = pack_factor(factor, side).view(tiles, -1, FRAGMENT)
+            begin, end = end, end + packed.shape[1]
+            fragments[:, begin:end].copy_(packed)
         fragments[:, end:].zero_()
         return joined
 

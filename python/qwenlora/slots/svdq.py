@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 from qwenlora.errors import ModelStateError
 from qwenlora.model.target import PACKED_DTYPES, LowRankPlace
 from qwenlora.packing.layout import RANK_MULTIPLE, TILE, RowOrder
+from qwenlora.packing.pack import pack_vector
 from qwenlora.plan.documents import SlotKind
 from qwenlora.slots.branch import SideBranchSlot
 from qwenlora.slots.kind import LayerFacts, LayerKind
@@ -73,7 +74,7 @@ def _show(tensor: Tensor) -> str:
 
 def _parts(target: Target) -> Sequence[Slot]:
     """Ranks join the packed branch, Kronecker products a side branch; a bias is a stored value."""
-    return [PackedSlot(target), SideBranchSlot(target), ValueSlot(target)]
+    return [PackedSlot(target), SideBranchSlot(target), ValueSlot(target, pack_vector)]
 
 
 SVDQ = LayerKind(

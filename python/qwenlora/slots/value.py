@@ -12,7 +12,7 @@ from qwenlora.slots.point import point, point_back
 from qwenlora.slots.slot import NoChange
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping
+    from collections.abc import Callable, Hashable, Mapping
     from typing import Any
 
     from torch import Tensor
@@ -35,8 +35,10 @@ class ValueSlot:
     where a deep copy of it takes its own along, and put back.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, stored: Callable[[Tensor], Tensor] | None = None) -> None:
+        """`stored` brings rows as in files to the layer's order; None where that is the same."""
         self._module = target.module
+        self._stored = stored
         self.path = target.path
 
     def rank_added(self) -> int:
@@ -85,7 +87,8 @@ class ValueSlot:
         return _ValueChange(self._module, new=new, kept=kept)
 
     def _sum(self, name: str, base: Tensor, delta: Tensor, *, pinned: bool) -> Tensor:
-        total = (base.double().cpu() + delta.view(base.shape)).to(base.dtype)
+        stored = delta if self._stored is None else self._stored(delta)
+        total = (base.double().cpu() + stored.view(base.shape)).to(base.dtype)
         if not bool(torch.isfinite(total).all()):
             raise NonFiniteError(
                 f"`{self.path}.{name}` would hold NaN or infinity in {base.dtype}"
