@@ -9,7 +9,13 @@ from qwenlora import cache
 from qwenlora.delta.limit import Limiter, rank_taken
 from qwenlora.delta.loss import LoraShare, WholeDelta
 from qwenlora.delta.pieces import LoraPieces, fetch_pieces
-from qwenlora.delta.scale import ScaledDense, ScaledKron, scaled
+from qwenlora.delta.scale import (
+    ScaledDense,
+    ScaledKron,
+    scaled,
+    scaled_matrix,
+    scaled_values,
+)
 from qwenlora.delta.slot_deltas import SlotDeltas
 
 if TYPE_CHECKING:
@@ -135,10 +141,10 @@ class _SlotSum:
             self._rows += [(lora, rows) for rows in own.rows]
         self._krons += [ScaledKron.of(kron, strength, target) for kron in own.krons]
         if own.dense is not None:
-            dense = own.dense.to(target.device) * strength
+            dense = scaled_matrix(own.dense.to(target.device), strength)
             self._dense = dense if self._dense is None else self._dense + dense
         for value in own.values:
-            delta = value.delta * strength
+            delta = scaled_values(value.delta, strength)
             before = self._values.get(value.parameter)
             self._values[value.parameter] = delta if before is None else before + delta
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenlora.delta.factors import delta_rows
+from qwenlora.delta.scale import factor_at, scaled_energy
 from qwenlora.packing.layout import RowOrder
 from qwenlora.packing.pack import interleave_modulation
 
@@ -105,7 +106,9 @@ class WholeDelta:
     def cut_energy(self) -> float:
         """The energy that was cut off before the ranks were summed, each delta for itself."""
         return sum(
-            cut.energy_lost * share.strength**2 for share in self.shares for cut in share.cuts
+            scaled_energy(cut.energy_lost, share.strength)
+            for share in self.shares
+            for cut in share.cuts
         )
 
     @property
@@ -229,7 +232,7 @@ class _Full:
     @property
     def energy(self) -> float:
         """Of what it lacks."""
-        return self.cut.energy_lost * self.strength**2
+        return scaled_energy(self.cut.energy_lost, self.strength)
 
     def holds(self, logical: Tensor) -> Tensor:
         """Which rows it writes."""
@@ -244,7 +247,7 @@ class _Rows:
         self._cuts = [
             (
                 cut,
-                cut.scale * share.strength,
+                factor_at(cut.scale, share.strength),
                 {role: tensor.to(target.device) for role, tensor in cut.exact.items()},
             )
             for cut in share.cuts

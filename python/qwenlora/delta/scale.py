@@ -1,4 +1,9 @@
-"""Scale and strength, multiplied into a slot's deltas."""
+"""Scale and strength, multiplied into a slot's deltas: the one place where a strength acts.
+
+What is told apart is how precisely a delta is held. Pairs and products are stored in few bits, so
+their factor is rounded once to float32. A matrix is float32 with its scale in it. Stored values
+are float64 until they join the base's.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +25,46 @@ __all__ = [
     "ScaledDense",
     "ScaledKron",
     "ScaledPair",
+    "factor_at",
+    "factors_at",
     "scaled",
+    "scaled_energy",
+    "scaled_matrix",
+    "scaled_values",
 ]
+
+
+def factors_at(scales: Tensor, strength: float) -> Tensor:
+    """Each scale times the strength, in float64 and rounded once to float32.
+
+    A product of zero is not negative: where a rank has no values, all ways of composing leave the
+    same bits.
+
+    Args:
+        scales: Float64, on the host, of any shape.
+        strength: Factor on the whole delta.
+    """
+    return (scales * strength + 0.0).to(torch.float32)
+
+
+def factor_at(scale: float, strength: float) -> float:
+    """One scale times the strength; see `factors_at`."""
+    return float(factors_at(torch.tensor(scale, dtype=torch.float64), strength))
+
+
+def scaled_matrix(delta: Tensor, strength: float) -> Tensor:
+    """A float32 matrix, scale included, times the strength, in float32."""
+    return delta * factor_at(1.0, strength)
+
+
+def scaled_values(delta: Tensor, strength: float) -> Tensor:
+    """Float64 deltas of stored values, scale included, times the strength, in float64."""
+    return delta * strength
+
+
+def scaled_energy(energy: float, factor: float) -> float:
+    """The squared Frobenius norm of a delta of this one times a factor."""
+    return energy * factor**2
 
 
 @dataclass(frozen=True)
@@ -52,8 +95,8 @@ def scaled(
 ) -> ScaledPair:
     """Multiply strength and scale into `up` and cast to the slot's dtype.
 
-    The factor is formed in float64 and rounded once to float32; value x factor is formed in
-    float32 and rounded once to `dtype`. `down` is only cast. Where `dtype` would lose small values
+    The factor is that of `factors_at`; value x factor is formed in float32 and rounded once to
+    `dtype`. `down` is only cast. Where `dtype` would lose small values
     of `up`, a power of two moves to `down` (see `balance`).
 
     Args:
@@ -62,10 +105,8 @@ def scaled(
         dtype: The slot's dtype.
         device: The slot's device.
     """
-    # No zero is negative: where a rank has no values, all ways of composing leave the same bits.
-    factor = (pair.scale * strength + 0.0).to(torch.float32)
     up = pair.up.to(device).to(torch.float32)
-    factor = factor.to(device)
+    factor = factors_at(pair.scale, strength).to(device)
     parts, rank = factor.shape
     # (out, R) -> (parts, out/parts, R); a single part covers every row order.
     values = (up.view(parts, -1, rank) * factor.unsqueeze(1)).view_as(up)
@@ -104,8 +145,7 @@ class ScaledKron:
     @classmethod
     def of(cls, kron: KronPair, strength: float, target: Target) -> ScaledKron:
         """Scale in float32 and cast to the slot's dtype, on its device."""
-        factor = torch.tensor(kron.scale * strength, dtype=torch.float32)
-        w1 = kron.w1.to(torch.float32) * factor
+        w1 = kron.w1.to(torch.float32) * factor_at(kron.scale, strength)
         w2 = kron.w2.to(torch.float32)
         # Of the two as of a pair of one rank: a power of two of one is a power of two of the other.
         down, up = balanced(w2.reshape(1, -1), w1.reshape(-1, 1), target.dtype)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
+from qwenlora.delta.scale import factors_at
 from qwenlora.group.arena import Part
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ class PlacedGroup:
 
 
 def scales_of(stack: Stack, strength: float) -> tuple[float, ...]:
-    """Each module's scale times the strength: in float64, rounded once to float32."""
-    with np.errstate(over="ignore"):
-        return tuple(float(np.float32(member.scale * strength + 0.0)) for member in stack.members)
+    """Each module's scale times the strength, by the rule of all deltas."""
+    scales = torch.tensor([member.scale for member in stack.members], dtype=torch.float64)
+    return tuple(factors_at(scales, strength).tolist())
 
 
 def part_of(load: Load, buffer: Tensor, layout: Layout) -> Part:

@@ -14,6 +14,7 @@ import torch
 from qwenlora.delta.compress import LowRankSum, Truncation, decomposed, energy, iterated
 from qwenlora.delta.factors import Factors, factors_of
 from qwenlora.delta.pieces import same_dtype, stack_downs
+from qwenlora.delta.scale import scaled_energy
 from qwenlora.merge.member import has_full_rank, is_stored_pair
 from qwenlora.plan.documents import PieceKind
 
@@ -141,12 +142,11 @@ def _of_dense(members: Sequence[Member], sides: tuple[int, int], cut: Cut | None
 def _lone(member: Member, cut: Cut, side: int) -> Joined:
     full = min(side, member.piece.rank_bound)
     joined = _leading(member.truncated, cut, full)
-    scale = member.factor**2
     return Joined(
         joined.down,
         joined.up * member.factor,
-        energy=(joined.energy or 0.0) * scale,
-        energy_lost=joined.energy_lost * scale,
+        energy=scaled_energy(joined.energy or 0.0, member.factor),
+        energy_lost=scaled_energy(joined.energy_lost, member.factor),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qwenlora.delta.scale import scaled_values
 from qwenlora.delta.values import value_of
 from qwenlora.plan.documents import PieceKind, SlotKind
 
@@ -62,7 +63,7 @@ def sum_values(values: Sequence[Value], known: KnownSlot) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     for value in values:
         whole = value_of(value.piece, value.tensors, known.row.out_features)
-        delta = whole.delta * value.strength
+        delta = scaled_values(whole.delta, value.strength)
         for key, _ in value_keys(value.piece, known):
             part, _, _ = key.rpartition(".")
             begin, stop = known.rows[part]

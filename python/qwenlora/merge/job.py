@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenlora.delta.pieces import is_zero, read_pieces
+from qwenlora.delta.scale import factor_at
 from qwenlora.errors import NonFiniteError, NothingToApplyError
 from qwenlora.merge.balanced import round_pair, value_dtype
 from qwenlora.merge.combine import Joined, combine
@@ -199,9 +200,7 @@ class _Job:
         )
 
     def _member(self, piece: Piece, tensors: dict[str, Tensor], rows: tuple[int, int]) -> Member:
-        strength = self._plan.specs[piece.lora].strength
-        # strength x scale in float64, rounded once to float32
-        factor = float(torch.tensor(strength * piece.scale, dtype=torch.float32))
+        factor = factor_at(piece.scale, self._plan.specs[piece.lora].strength)
         member = Member(piece, tensors, factor, rows[0] - piece.row_begin, rows[1] - rows[0])
         if member.is_thirded:
             self._thirded.add(piece.lora)

@@ -41,7 +41,7 @@ class Member:
     Attributes:
         piece: What is planned.
         tensors: Its tensors by role, as matrices.
-        factor: Strength times scale, formed in float64 and rounded once to float32.
+        factor: Strength times scale, as `factor_at` forms it.
         row_begin: First of the piece's rows that is the module's: a fused piece has three modules'.
         row_count: How many of them there are.
     """
