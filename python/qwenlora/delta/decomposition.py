@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qwenlora.delta.finite import is_finite
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["eigenvectors", "is_finite", "orthonormal", "singular", "triangular"]
+__all__ = ["eigenvectors", "orthonormal", "singular", "triangular"]
 
 
 def singular(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,12 +58,6 @@ def orthonormal(matrix: Tensor) -> Tensor:
         torch.linalg.LinAlgError: A value is NaN or infinite.
     """
     return triangular(matrix)[0]
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite: extremes propagate NaN, and are one pass over memory."""
-    wide = tensor.to(torch.float32) if tensor.itemsize == 1 else tensor
-    return not wide.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(wide))).all())
 
 
 def _require_finite(matrix: Tensor) -> None:

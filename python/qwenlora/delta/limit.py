@@ -22,7 +22,7 @@ import torch
 
 from qwenlora.delta.balance import balanced
 from qwenlora.delta.compress import LowRankSum, decomposed, energy, iterated
-from qwenlora.delta.decomposition import is_finite
+from qwenlora.delta.finite import is_finite, non_finite
 from qwenlora.delta.loss import Loss
 from qwenlora.delta.scale import ScaledPair
 from qwenlora.errors import NonFiniteError
@@ -286,10 +286,7 @@ def _decomposed(waiting: _Waiting) -> Truncation:
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         if all(map(is_finite, (sum_.down, *(block.up for block in sum_.blocks)))):
             raise NonFiniteError(f"`{target.path}`: its deltas are too large to sum") from error
-        raise NonFiniteError(
-            f"`{target.path}` would hold NaN or infinity in {target.dtype}"
-            "\nhint: a LoRA of the stack is damaged, or its strength is too high"
-        ) from error
+        raise non_finite(target) from error
 
 
 def _cut(waiting: _Waiting, truncation: Truncation, rank: int) -> Fitted:

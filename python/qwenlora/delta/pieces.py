@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwenlora.delta.decomposition import is_finite
 from qwenlora.delta.factors import factors_of, kron_factors
+from qwenlora.delta.finite import are_finite, damaged, is_finite
 from qwenlora.delta.values import value_of
 from qwenlora.errors import NonFiniteError
 from qwenlora.packing.layout import RowOrder
@@ -273,9 +273,9 @@ def _rank_members(
         try:
             factors = factors_of(piece, tensors, target.device)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            finite = all(map(is_finite, tensors.values()))
-            what = "its {} is too large" if finite else "a tensor of its {} holds NaN or infinity"
-            raise NonFiniteError(f"`{piece.target}`: {what.format(piece.adapter)}") from error
+            if not all(map(is_finite, tensors.values())):
+                raise damaged(piece.target, f"its {piece.adapter}") from error
+            raise NonFiniteError(f"`{piece.target}`: its {piece.adapter} is too large") from error
         if piece.kind is PieceKind.DENSE and factors.share_lost > max_energy_lost:
             refused.append(Refusal(piece.target, _too_much(factors, max_energy_lost)))
         else:
@@ -354,7 +354,12 @@ def _rows_of(piece: Piece) -> tuple[int, int]:
 
 
 def stack_downs(downs: Sequence[Tensor]) -> tuple[list[int], Tensor]:
-    """Stack the distinct downs; where each member's rank begins, and the stack (R, in)."""
+    """Stack the distinct downs; where each member's rank begins, and the stack (R, in).
+
+    The one place in Python that finds equal `down` halves. Slots that are composed together have
+    `qwenlora.group.load.Findings.sharing` instead, which Rust finds by the same rule while it
+    reads.
+    """
     starts: list[int] = []
     distinct: list[tuple[int, Tensor]] = []
     end = 0
@@ -408,8 +413,7 @@ def is_zero(*halves: Tensor) -> bool:
     """Whether a product is zero: a zero factor times an infinite one is not."""
     if all(_has_value(half) for half in halves):
         return False
-    extremes = torch.stack([x for half in halves for x in torch.aminmax(half.to(torch.float32))])
-    return bool(torch.isfinite(extremes).all())
+    return all(are_finite(halves))
 
 
 def _has_value(tensor: Tensor) -> bool:

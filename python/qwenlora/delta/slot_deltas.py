@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwenlora.errors import NonFiniteError
+from qwenlora.delta.finite import are_finite, non_finite
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qwenlora.delta.scale import KronShape, ScaledDense, ScaledKron, ScaledPair
     from qwenlora.model.target import Target
 
-__all__ = ["SlotDeltas", "non_finite", "require_finite", "uniform"]
+__all__ = ["SlotDeltas", "require_finite", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -120,20 +120,6 @@ def require_finite(built: Sequence[SlotDeltas]) -> None:
         NonFiniteError: A delta holds NaN or infinity.
     """
     held = [(deltas.target, tensor) for deltas in built for tensor in deltas.tensors()]
-    if not held:
-        return
-    # Extremes propagate NaN and are one pass over memory, unlike isfinite.
-    device = held[0][0].device
-    extremes = [torch.stack(torch.aminmax(tensor)).to(device, torch.float32) for _, tensor in held]
-    finite = torch.isfinite(torch.stack(extremes)).all(dim=1).tolist()
-    for (target, _), ok in zip(held, finite, strict=True):
+    for (target, _), ok in zip(held, are_finite([tensor for _, tensor in held]), strict=True):
         if not ok:
             raise non_finite(target)
-
-
-def non_finite(target: Target) -> NonFiniteError:
-    """What is raised where a slot's delta holds NaN or infinity."""
-    return NonFiniteError(
-        f"`{target.path}` would hold NaN or infinity in {target.dtype}"
-        "\nhint: a LoRA of the stack is damaged, or its strength is too high"
-    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenlora import cache
-from qwenlora.delta.slot_deltas import non_finite
+from qwenlora.delta.finite import non_finite
 from qwenlora.group.deltas import GroupDeltas
 from qwenlora.group.filler import Filler
 from qwenlora.group.host_arena import arena_of

@@ -112,7 +112,8 @@ class Findings:
     Attributes:
         slots: How many slots the load has.
         sharing: For each member the index of the first one with an equal `down`; once where all
-            slots share alike, else slot by slot.
+            slots share alike, else slot by slot. Rust finds it while it reads. One by one,
+            `qwenlora.delta.pieces.stack_downs` finds the same.
         zero: Slots whose delta may be all zero.
         peak: Largest magnitude; NaN or infinity where there is one. None until it is asked for.
     """

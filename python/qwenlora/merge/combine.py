@@ -85,7 +85,7 @@ def combine(members: Sequence[Member], sides: tuple[int, int], cut: Cut | None) 
 
 
 def _stacked(members: Sequence[Member]) -> tuple[Tensor, Tensor]:
-    """All pairs side by side; members of equal `down` share its ranks."""
+    """All pairs side by side; members of equal `down` share its ranks, as `stack_downs` finds."""
     pairs = [member.factors() for member in members]
     starts, down = stack_downs(same_dtype([pair.down for pair in pairs]))
     # value x factor in float32

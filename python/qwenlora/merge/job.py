@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qwenlora.delta.finite import damaged, is_finite, non_finite_in
 from qwenlora.delta.pieces import is_zero, read_pieces
 from qwenlora.delta.scale import factor_at
 from qwenlora.errors import NonFiniteError, NothingToApplyError
@@ -242,7 +243,7 @@ class _Job:
             raise self._not_finite(path, members) from error
 
     def _check_finite(self, path: str, rounded: Tensor, members: Sequence[Member]) -> None:
-        if not bool(torch.isfinite(torch.stack(torch.aminmax(rounded))).all()):
+        if not is_finite(rounded):
             raise self._not_finite(path, members)
 
     def _write_values(self, sums: Mapping[str, Tensor], writer: SafetensorsWriter) -> None:
@@ -259,8 +260,6 @@ class _Job:
         for member in members:
             if not member.is_finite:
                 name = self._plan.names[member.piece.lora]
-                return NonFiniteError(f"`{path}`: a tensor of `{name}` holds NaN or infinity")
-        return NonFiniteError(
-            f"`{path}` would hold NaN or infinity in {NAMES[self._plan.dtype]}"
-            "\nhint: a strength is too high, or the dtype too narrow (`--dtype bf16`, `fp32`)"
-        )
+                return damaged(path, f"`{name}`")
+        hint = "a strength is too high, or the dtype too narrow (`--dtype bf16`, `fp32`)"
+        return non_finite_in(path, NAMES[self._plan.dtype], hint=hint)

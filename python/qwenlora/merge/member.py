@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwenlora.delta.decomposition import is_finite
 from qwenlora.delta.factors import Factors, dense_of, factors_of
+from qwenlora.delta.finite import is_finite
 from qwenlora.delta.pieces import is_thirded, is_zero
 from qwenlora.plan.documents import PieceKind
 

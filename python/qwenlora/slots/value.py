@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
-
-from qwenlora.errors import NonFiniteError
+from qwenlora.delta.finite import is_finite, non_finite_in
 from qwenlora.slots.point import point, point_back
 from qwenlora.slots.slot import NoChange
 
@@ -89,11 +87,8 @@ class ValueSlot:
     def _sum(self, name: str, base: Tensor, delta: Tensor, *, pinned: bool) -> Tensor:
         stored = delta if self._stored is None else self._stored(delta)
         total = (base.double().cpu() + stored.view(base.shape)).to(base.dtype)
-        if not bool(torch.isfinite(total).all()):
-            raise NonFiniteError(
-                f"`{self.path}.{name}` would hold NaN or infinity in {base.dtype}"
-                "\nhint: a LoRA of the stack is damaged, or its strength is too high"
-            )
+        if not is_finite(total):
+            raise non_finite_in(f"{self.path}.{name}", base.dtype)
         return total.pin_memory() if pinned else total.to(base.device)
 
 
