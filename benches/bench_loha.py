@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwenlora.delta.factors import Factors, factors_of
+from qwenlora.delta.factors import factors_of
+from qwenlora.delta.truncate import Factors
 from qwenlora.plan.documents import PieceKind
 
 if TYPE_CHECKING:

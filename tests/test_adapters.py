@@ -13,7 +13,7 @@ import torch
 
 import qwenlora
 from qwenlora import ComposeOptions, LokrScale, LoraSpec, errors
-from qwenlora.delta import factors
+from qwenlora.delta import truncate
 from qwenlora.emulation import CPUOffloadManager, EmulatedConfig, Precision, random_transformer
 from qwenlora.packing.pack import deinterleave_modulation, unpack_vector
 
@@ -268,7 +268,7 @@ def test_a_wide_loha_that_is_not_finite_names_the_module(bad, Draft):
 def test_the_best_of_a_matrix_is_that_of_its_svd(shape, rank):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(rank))
     matrix[:, 3] = matrix[:, 4]  # a direction without any weight
-    found = factors._best(matrix, rank)
+    found = truncate.by_gram(matrix, rank)
     left, values, right = torch.linalg.svd(matrix.double())
     best = (left[:, :rank] * values[:rank]) @ right[:rank]
     assert error(found.up.double() @ found.down.double(), best) < 1e-4

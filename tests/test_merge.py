@@ -378,7 +378,7 @@ def test_what_fits_the_rank_is_not_touched(Draft, merged):
 
 def test_a_sum_too_large_for_a_full_decomposition_is_near_the_optimum(monkeypatch, Draft, merged):
     """Past `EXACT_SVD_SIDE` a range finder stands in; what it lacks counts as lost."""
-    monkeypatch.setattr("qwenlora.delta.factors.EXACT_SVD_SIDE", 32)
+    monkeypatch.setattr("qwenlora.delta.truncate.EXACT_SVD_SIDE", 32)
     drafts, expected = stacks(Draft)["full and LoRA"]
     report, path = merged(*((draft, 1.0) for draft in drafts), cut=Cut(rank=16))
     (found,) = deltas_of(path).values()

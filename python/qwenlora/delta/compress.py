@@ -18,6 +18,9 @@ is the most, beyond which directions near zero would be lifted over wanted ones.
 
 Orthogonal iteration finds the directions in order of size, so one basis holds the truncations to
 every smaller rank, too.
+
+Here the sum of a slot's LoRAs is cut: a pair already, at one set of strengths. One LoRA's delta
+that is no pair, or of too many ranks for one, is cut before by `qwenlora.delta.truncate`.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from qwenlora.delta.factors import Factors
+    from qwenlora.delta.truncate import Factors
     from qwenlora.delta.values import ValueDelta
     from qwenlora.model.target import Target
     from qwenlora.plan.documents import Piece

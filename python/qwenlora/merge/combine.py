@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenlora.delta.compress import LowRankSum, Truncation, decomposed, energy, iterated
-from qwenlora.delta.factors import Factors, factors_of
+from qwenlora.delta.factors import factors_of
 from qwenlora.delta.pieces import same_dtype, stack_downs
 from qwenlora.delta.scale import scaled_energy
 from qwenlora.merge.member import has_full_rank, is_stored_pair
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from qwenlora.delta.truncate import Factors
     from qwenlora.merge.cut import Cut
     from qwenlora.merge.member import Member
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwenlora.delta.factors import Factors, dense_of, factors_of
+from qwenlora.delta.factors import dense_of, factors_of
 from qwenlora.delta.finite import is_finite
 from qwenlora.delta.pieces import is_thirded, is_zero
+from qwenlora.delta.truncate import Factors
 from qwenlora.plan.documents import PieceKind
 
 if TYPE_CHECKING:
