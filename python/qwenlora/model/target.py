@@ -108,8 +108,11 @@ class Target(NamedTuple):
 def factors_of(targets: Iterable[Target], side: LowRankSide) -> list[Tensor]:
     """One factor of packed slots, past `__getattr__`, which is slow a thousand times."""
     found = []
+    place, name = None, ""
     for target in targets:
-        name = target.place.name(side) if target.place is not None else ""
+        if target.place is not place:
+            place = target.place
+            name = "" if place is None else place.name(side)
         own = target.owner._parameters.get(name)
         found.append(getattr(target.owner, name) if own is None else own)
     return found
