@@ -124,6 +124,7 @@ def previous(scene, stacks):
     return stacks[0] if scene.report.loras else []
 
 
+@pytest.mark.slow
 @pytest.mark.in_turn("error", "scene")
 @pytest.mark.parametrize("placement", [Placement.WHOLE, Placement.BY_PATH])
 @pytest.mark.parametrize("phase", PHASES)
@@ -179,6 +180,7 @@ def _failing_allocation(monkeypatch, fault: Fault):
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.in_turn("error", "scene")
 @pytest.mark.parametrize("placement", [Placement.WHOLE, Placement.BY_PATH])
 @pytest.mark.parametrize("error", FAULTS)

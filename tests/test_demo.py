@@ -17,6 +17,9 @@ from qwenlora.demo import course, main, measure, model
 from qwenlora.group import arena, builder, loads, place
 from qwenlora.packing.layout import RowOrder
 
+# The models are made once.
+pytestmark = pytest.mark.xdist_group("demo")
+
 STEPS = ("set-up", "1. compose three", "2. change one strength", "3. remove one", "4. reset")
 
 
@@ -81,6 +84,7 @@ def test_temporary_files_are_gone(capsys, monkeypatch):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_wrong_row_order_fails(capsys, monkeypatch):
     right = arena.write_branch_ups
 
@@ -95,6 +99,7 @@ def test_wrong_row_order_fails(capsys, monkeypatch):
     assert "step 1: attention" not in screen
 
 
+@pytest.mark.slow
 def test_wrong_scale_fails(capsys, monkeypatch):
     right = place.scales_of
     monkeypatch.setattr(builder, "scales_of", lambda stack, strength: right(stack, 2 * strength))
@@ -104,6 +109,7 @@ def test_wrong_scale_fails(capsys, monkeypatch):
         assert f"step 1: {kind.value} is off by 1\n" in screen
 
 
+@pytest.mark.slow
 def test_damaged_base_fails(capsys, monkeypatch):
     right = builder.arena_of
 
@@ -132,6 +138,7 @@ def test_damaged_base_fails(capsys, monkeypatch):
     assert "all within" not in screen
 
 
+@pytest.mark.slow
 def test_blind_measure_fails(capsys, monkeypatch):
     right = measure.Meter.errors
 

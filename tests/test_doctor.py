@@ -609,6 +609,7 @@ def test_an_old_python(machine):
     assert "python-old" in of(findings, Severity.PROBLEM)
 
 
+@pytest.mark.slow
 @needs_sh
 def test_a_comfyui_without_python_of_its_own_runs_in_this_one(machine):
     python = machine.python.rename(machine.portable.parent / "python")
@@ -813,6 +814,7 @@ def test_a_real_comfyui():
     assert (host.version, host.has_rotary, host.takes_guidance) == ("0.3.75", True, True)
 
 
+@pytest.mark.slow
 def test_this_environment():
     environment = gather.environment(Path(sys.executable), is_current=True)
     import torch
@@ -1001,6 +1003,7 @@ def lonely(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 @needs_sh
 def test_the_program_in_a_comfyui(machine, monkeypatch, capsys):
     machine.pack_other()
@@ -1015,6 +1018,7 @@ def test_the_program_in_a_comfyui(machine, monkeypatch, capsys):
     assert "other-loader" in [finding["code"] for finding in told["findings"]]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("lonely")
 def test_the_program_without_comfyui_gpu_and_nunchaku(capsys):
     assert cli.main(["doctor", "--color", "always"]) == 0
@@ -1025,6 +1029,7 @@ def test_the_program_without_comfyui_gpu_and_nunchaku(capsys):
     assert "\x1b[1;32mok\x1b[0m" in screen
 
 
+@pytest.mark.slow
 @needs_sh
 def test_the_program_runs_where_nothing_is_installed(machine, lonely):
     for path in machine.site.iterdir():

@@ -233,6 +233,7 @@ def test_q_k_v_of_mixed_kinds(Draft, max_rank):
 # ---- cut apart ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_rank", [None, 24, 8])
 @pytest.mark.parametrize("strengths", [(1.0, 1.0), (1.0, -0.4), (0.5, 2.0)])
 @pytest.mark.parametrize("seeds", [(1, 1), (1, 2)], ids=["alike", "apart"])

@@ -267,6 +267,7 @@ def test_lora_beside_other_kinds_is_exact_and_nothing_is_silent(model, tmp_path,
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLAIN)
 def test_state_dict_in_memory_gives_the_file_s_bits(model, tmp_path, name):
     small = miniature(name, model)

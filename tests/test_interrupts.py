@@ -522,6 +522,7 @@ WRAPPER_CODES = codes_of(
 )
 
 
+@pytest.mark.slow
 def test_a_wrapper_is_whole_after_an_interruption_at_every_instruction(model, lora, probe):
     expected = copy.deepcopy(model)
     qwenlora.compose_loras(expected, lora[0])

@@ -187,6 +187,7 @@ def test_a_block_that_is_replaced_takes_all_along(block, model, loras):
     assert cache.shelved_bytes(on_host=True) == 0
 
 
+@pytest.mark.slow
 def test_models_of_several_threads_share_the_account(make_model, loras):
     """Their shelves come and go while others add them up."""
 

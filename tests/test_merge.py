@@ -119,6 +119,7 @@ def best_lost(delta, rank):
 # ---- exact ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*corpus.PLAIN, *corpus.MIXED])
 def test_corpus_file_merges_to_the_reference(name, tiny, merged, tmp_path):
     model = random_transformer(EmulatedConfig(**corpus.TINY), seed=0)
@@ -810,6 +811,7 @@ names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_siz
 sizes = st.integers(1, 12)
 
 
+@pytest.mark.slow
 @given(rows=st.dictionaries(names, st.tuples(sizes, sizes, sizes, sizes), max_size=6))
 def test_whatever_is_written_within_its_bounds_is_read_again(rows, tmp_path_factory):
     """Any dtype and any shape up to the bound; the header never outgrows its room."""

@@ -636,6 +636,7 @@ def test_an_error_leaves_what_was_there(where, error, call, status, run, old, mo
     assert listing(old.parent) == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="limits of a process")
 def test_a_file_system_that_refuses_more_leaves_what_was_there(old):
     """A real limit on the size of files, met while the data is written."""
@@ -656,6 +657,7 @@ def test_a_file_system_that_refuses_more_leaves_what_was_there(old):
     assert listing(old.parent) == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_a_program_told_to_end_leaves_nothing(old):
     code = (
@@ -677,6 +679,7 @@ def test_a_program_told_to_end_leaves_nothing(old):
 # ---- as a program ----
 
 
+@pytest.mark.slow
 def test_both_ways_to_call_it(folder):
     for number, start in enumerate(([str(PROGRAM)], [sys.executable, "-m", "qwenlora"])):
         output = f"o{number}.safetensors"

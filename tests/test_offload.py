@@ -131,6 +131,7 @@ def test_buses_carry_what_the_report_says(model, uneven, probe):
     assert after - before == report.bus_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", [Placement.WHOLE, Placement.BY_PATH])
 def test_an_error_at_any_allocation(model, uneven, other, probe, placement, monkeypatch):
     model.set_offload(True)
@@ -164,6 +165,7 @@ def test_an_error_at_any_allocation(model, uneven, other, probe, placement, monk
     assert torch.equal(probe.output(model), base)
 
 
+@pytest.mark.slow
 def test_200_alternations_grow_nothing(model, uneven, other, probe):
     model.set_offload(True)
     sizes = set()

@@ -27,6 +27,9 @@ from qwenlora.emulation import EmulatedQwenImageTransformer, Precision
 from qwenlora.packing.layout import LowRankSide
 from qwenlora.packing.pack import deinterleave_modulation, unpack_lowrank
 
+# What the tests of a case share is made once.
+pytestmark = pytest.mark.xdist_group("oracles")
+
 DENSE_CONFIG = {
     "patch_size": 2,
     "in_channels": 16,
@@ -495,6 +498,7 @@ def layer_outputs(model, x):
     }
 
 
+@pytest.mark.slow
 @each_case
 def test_layer_outputs_move_as_the_tool_s(model, case):
     generator = torch.Generator().manual_seed(5)
@@ -521,6 +525,7 @@ def test_layer_outputs_move_as_the_tool_s(model, case):
         assert error < LAYER_BOUND, path
 
 
+@pytest.mark.slow
 @each_case
 def test_model_output_moves_as_the_tool_s(dense, model, inputs, case):
     before = model(**inputs).sample

@@ -308,6 +308,7 @@ def test_strengths_written_in_place(
     assert (probe.addresses(model) == where) is in_place
 
 
+@pytest.mark.slow
 @given(data=st.data())
 def test_any_stack(data, bases, Draft, tmp_path_factory, probe):
     """Any modules, ranks, dtypes, strengths; composed from any other stack, with any options."""
@@ -400,6 +401,7 @@ def steps_of(model, loras, wanted):
     return len(calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, Interrupted])
 def test_an_interruption_at_any_slot_leaves_the_old_strengths(error, scene):
     model, loras, wanted, check = scene
@@ -418,6 +420,7 @@ def test_an_interruption_at_any_slot_leaves_the_old_strengths(error, scene):
         check(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", ["rewrite_packed", "write_branch_ups"])
 @pytest.mark.parametrize("halfway", [False, True])
 def test_a_write_that_fails_leaves_the_old_strengths(writer, halfway, scene, monkeypatch):

@@ -161,6 +161,7 @@ LYCORIS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "adapter_name"), [*((name, "default") for name in LYCORIS), ("LoKr", "style")]
 )
@@ -197,6 +198,7 @@ def test_without_its_configuration_a_whole_lokr_has_scale_1(dense, model, base_o
     assert_same_deltas(model, base_outputs, deltas)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["LoKr, alpha is r", "LoHa, alpha is r"])
 @pytest.mark.parametrize("form", ["state_dict", "get_peft_model_state_dict"])
 def test_tensors_as_peft_holds_them(name, form, dense, model, base_outputs, tmp_path):

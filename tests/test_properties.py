@@ -85,6 +85,7 @@ def assert_same(probe, one, other):
     assert probe.snapshot(one).differences(probe.snapshot(other)) == []
 
 
+@pytest.mark.slow
 @given(first=stacks, second=stacks, first_rank=ranks, max_rank=ranks)
 def test_history_leaves_no_trace(base, pool, probe, first, second, first_rank, max_rank):
     model = composed(base, pool, first, first_rank)
@@ -105,6 +106,7 @@ def test_both_placements_give_the_same(base, pool, probe, stack, max_rank, previ
     assert_same(probe, *models)
 
 
+@pytest.mark.slow
 @given(stack=stacks, max_rank=ranks)
 def test_cached_and_read_give_the_same(base, pool, probe, stack, max_rank):
     qwenlora.clear_cache()
@@ -116,6 +118,7 @@ def test_cached_and_read_give_the_same(base, pool, probe, stack, max_rank):
         assert_same(probe, read, other)
 
 
+@pytest.mark.slow
 @given(stack=stacks, max_rank=ranks, threads=st.integers(2, 8))
 def test_threads_give_the_same(base, pool, probe, stack, max_rank, threads):
     models = []
@@ -126,6 +129,7 @@ def test_threads_give_the_same(base, pool, probe, stack, max_rank, threads):
     assert_same(probe, models[0], models[2])
 
 
+@pytest.mark.slow
 @given(stack=stacks, max_rank=ranks)
 def test_files_and_state_dicts_give_the_same(base, pool, drafts, probe, stack, max_rank):
     model = copy.deepcopy(base)
@@ -191,6 +195,7 @@ def _rank_columns(model, path):
     return sorted(row.numpy().tobytes() for row in joined)
 
 
+@pytest.mark.slow
 @given(stack=st.lists(items, min_size=2, max_size=4), seed=st.integers(0, 99))
 def test_order_changes_only_the_order_of_ranks(base, pool, probe, stack, seed):
     shuffled = random.Random(seed).sample(stack, len(stack))
@@ -323,6 +328,7 @@ class _History:
         assert self._probe.snapshot(left_behind).differences(self._untouched) == []
 
 
+@pytest.mark.slow
 @settings(max_examples=max(1, settings().max_examples // 6))
 @given(seed=st.integers(0, 2**32 - 1))
 @example(seed=1049)

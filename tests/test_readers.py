@@ -757,6 +757,7 @@ def readings(monkeypatch):
     return counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [Placement.WHOLE, Placement.BY_PATH])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("file", [0, 1], ids=["the first file", "the second file"])

@@ -62,6 +62,7 @@ def test_keys_commands(command: str, tmp_path: Path) -> None:
     assert "transformer_blocks" in run.stdout or "APPLY" in run.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("qwenlora merge")])
 def test_merge_commands(command: str, tmp_path: Path) -> None:
     write_lora(tmp_path / "style.safetensors", 3072, 4)

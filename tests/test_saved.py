@@ -85,6 +85,7 @@ def test_a_set_is_planned_again_from_its_files(lora):
     assert pickle.loads(pickle.dumps(made)) == made
 
 
+@pytest.mark.slow
 def test_another_process_gets_a_composed_model(model, lora, tmp_path, probe):
     qwenlora.compose_loras(model, lora[0])
     torch.save(model, tmp_path / "model.pt")

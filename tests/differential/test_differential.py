@@ -18,7 +18,7 @@ from .checks import Fault
 
 
 @pytest.mark.parametrize(
-    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))]
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))]
 )
 def test_fixed_seeds(seed):
     assert run_case(seed)["compositions"] > 0
