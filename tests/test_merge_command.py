@@ -511,7 +511,7 @@ def test_folders_that_are_no_sources_say_what_they_hold(run, folder):
 def test_a_folder_that_cannot_be_listed_is_named(run, folder, monkeypatch):
     (folder / "closed").mkdir()
     error = PermissionError(13, "Permission denied")
-    fail_at(monkeypatch, "qwenlora.merge.folder.Path.iterdir", error, call=0)
+    fail_at(monkeypatch, "pathlib.Path.iterdir", error, call=0)
     status, _, err = run("closed", "-o", "o.safetensors")
     assert (status, err) == (3, "error: cannot list `closed`: Permission denied\n")
 

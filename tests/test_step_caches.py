@@ -229,6 +229,7 @@ def test_cache_dit_with_fixed_steps(make, forward, cached, two, probe):
             assert close(forward(model, loras), expected)
 
 
+@pytest.mark.slow
 def test_within_the_call_of_a_pipeline_with_cache_dit(make, forward, cached, two, probe):
     cached_by = pytest.importorskip("cache_dit")
     diffusers = pytest.importorskip("diffusers")

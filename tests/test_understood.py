@@ -292,6 +292,7 @@ for names in (["attn.to_out.0"], ["attn.to_q", "attn.to_k"], ["attn.to_q", "img_
 """
 
 
+@pytest.mark.slow
 def test_models_of_diffusers_own_quantizer_are_refused():
     """Its real classes; only the package of kernels, which comes from a server, is stood in for."""
     pytest.importorskip("diffusers.quantizers.nunchaku")
