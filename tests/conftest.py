@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import gc
 import os
@@ -21,6 +22,7 @@ from qwenlora.emulation import EmulatedConfig, Precision, random_transformer
 from qwenlora.emulation.delay import LazyWorkers, SleepyWorkers
 from qwenlora.packing import pack
 from qwenlora.packing.layout import LowRankSide
+from qwenlora.sizes import sized
 from qwenlora.slots.branch import BRANCH_DOWN, BRANCH_UP
 from qwenlora.work.workers import RustWorkers, employ
 
@@ -476,6 +478,13 @@ def lora(tmp_path: Path) -> tuple[Path, LoraDraft]:
     """A file that trains every linear of the tiny model, and what it stands for."""
     draft = LoraDraft.full(seed=1, rank=4)
     return draft.save(tmp_path / "full.safetensors"), draft
+
+
+@pytest.fixture
+def resize():
+    """Puts other sizes in force until the test ends."""
+    with contextlib.ExitStack() as until:
+        yield lambda **fields: until.enter_context(sized(**fields))
 
 
 class Reads:

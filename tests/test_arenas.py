@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file, save_model
 import qwenlora
 from qwenlora import cache
 from qwenlora.errors import ModelStateError
-from qwenlora.group import arena, host_arena
+from qwenlora.group import arena
 from qwenlora.group.allocation import evenly, rest_from
 from qwenlora.group.arena import PackedArena
 from qwenlora.group.filler import Filler
@@ -128,9 +128,9 @@ def same_factors(one, other):
 @pytest.mark.parametrize("formed_bytes", [1, 1 << 15, 1 << 24])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("ranks", [(16, 16, 32), (4, 9, 16)])
-def test_rust_packs_what_torch_does(formed_bytes, dtype, ranks, targets, filler, monkeypatch):
+def test_rust_packs_what_torch_does(formed_bytes, dtype, ranks, targets, filler, resize):
     """Loads of two LoRAs that begin and end at other slots."""
-    monkeypatch.setattr(host_arena, "_FORMED_BYTES", formed_bytes)
+    resize(formed_bytes=formed_bytes)
     row, first = targets[0].row, round_up(sum(ranks), 16)
     loads = [(range(1), 0), (range(2), first), (range(1, BLOCKS), 0), (range(2, BLOCKS), first)]
     arenas = [

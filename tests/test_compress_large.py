@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import qwenlora
-from qwenlora import ComposeOptions
+from qwenlora import ComposeOptions, sizes
 from qwenlora.delta import compress, limit
 from qwenlora.delta.compress import LowRankSum, RowBlock, decomposed, energy, iterated
 from qwenlora.errors import NonFiniteError
@@ -99,11 +101,11 @@ def test_loras_of_very_different_size():
 
 
 @pytest.mark.parametrize("spectrum", ["flat", "slow", "trained"])
-def test_shifts_bring_it_nearer(spectrum, monkeypatch):
+def test_shifts_bring_it_nearer(spectrum, resize):
     pairs = pairs_of(SPECTRA[spectrum])
     matrix = dense(pairs)
     shifted = check(LowRankSum.of(pairs), matrix, 64, within=1.03)
-    monkeypatch.setattr(compress, "SHIFTS", (0.0,) * len(compress.SHIFTS))
+    resize(shifts=(0.0,) * len(sizes.current().shifts))
     plain = check(LowRankSum.of(pairs), matrix, 64)
     assert shifted.lost(64) < plain.lost(64)
 
@@ -129,8 +131,8 @@ def test_a_shift_takes_no_wanted_direction():
 
 @pytest.mark.parametrize("has_instructions", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bit_halves(dtype, has_instructions, monkeypatch):
-    monkeypatch.setattr(compress, "_cpu_multiplies_bfloat16", lambda: has_instructions)
+def test_16_bit_halves(dtype, has_instructions, resize):
+    resize(cpu_multiplies_bfloat16=has_instructions)
     pairs = pairs_of(SPECTRA["trained"], dtype=dtype)
     # bfloat16 factors may be multiplied as such: 2^-9 of each half, squared.
     check(LowRankSum.of(pairs), dense(pairs), 96, rounding=2e-5)
@@ -138,9 +140,9 @@ def test_16_bit_halves(dtype, has_instructions, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(96, 640), (300, 500), (1, 64)])
 @pytest.mark.parametrize("side", ["rows", "columns"])
-def test_gram_matrices_of_bfloat16(shape, side, monkeypatch):
+def test_gram_matrices_of_bfloat16(shape, side, resize):
     """Twice 8 bits of mantissa, whatever the panels and strides."""
-    monkeypatch.setattr(compress, "_cpu_multiplies_bfloat16", lambda: True)
+    resize(cpu_multiplies_bfloat16=True)
     half = (torch.randn(shape) * torch.logspace(-3, 3, shape[0]).unsqueeze(1)).bfloat16()
     if side == "columns":
         half = half.mT.contiguous().mT
@@ -230,7 +232,7 @@ def test_a_zero_sum_stays_zero():
     assert (cut.energy_lost, float(cut.up.abs().max())) == (0.0, 0.0)
 
 
-def test_nothing_but_the_sum_decides(monkeypatch):
+def test_nothing_but_the_sum_decides():
     sums = [LowRankSum.of(pairs_of(SPECTRA["slow"], seed=seed)) for seed in (1, 2, 3)]
     torch.manual_seed(1)
     one = iterated(sums[1:2], 64)[0].cut(64)
@@ -271,9 +273,9 @@ SLOTS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "img_mlp.net.2"
 
 
 @pytest.fixture
-def large(monkeypatch):
+def large(resize):
     """Tiny models' sums count as large."""
-    monkeypatch.setattr(compress, "EXACT_SIDE", 8)
+    resize(exact_side=8)
 
 
 @pytest.fixture
@@ -289,10 +291,8 @@ def stack(Draft):
 
 
 @pytest.mark.parametrize("in_batches", [False, True])
-def test_a_model_holds_what_the_report_says(
-    large, in_batches, stack, make_model, probe, monkeypatch
-):
-    monkeypatch.setattr(limit, "_in_batches", lambda device: in_batches)
+def test_a_model_holds_what_the_report_says(large, in_batches, stack, make_model, probe, resize):
+    resize(cpu_batches=in_batches)
     model = make_model(num_layers=3)
     report = qwenlora.compose_loras(model, [draft.tensors for draft in stack], max_rank=32)
     assert len(report.slots) == 3 * 4
@@ -316,10 +316,8 @@ def test_a_model_holds_what_the_report_says(
 
 @pytest.mark.parametrize("in_batches", [False, True])
 @pytest.mark.parametrize("max_rank", [24, "auto"])
-def test_the_same_over_any_history(
-    large, in_batches, max_rank, stack, make_model, probe, monkeypatch
-):
-    monkeypatch.setattr(limit, "_in_batches", lambda device: in_batches)
+def test_the_same_over_any_history(large, in_batches, max_rank, stack, make_model, probe, resize):
+    resize(cpu_batches=in_batches)
     loras = [draft.tensors for draft in stack]
     fresh = make_model(num_layers=3)
     qwenlora.compose_loras(fresh, loras, max_rank=max_rank)
@@ -344,10 +342,8 @@ def test_a_value_that_is_not_finite_is_named(large, stack, make_model, probe):
 
 
 @pytest.mark.parametrize("in_batches", [False, True])
-def test_progress_is_told_and_ends_the_work(
-    large, in_batches, stack, make_model, probe, monkeypatch
-):
-    monkeypatch.setattr(limit, "_in_batches", lambda device: in_batches)
+def test_progress_is_told_and_ends_the_work(large, in_batches, stack, make_model, probe, resize):
+    resize(cpu_batches=in_batches)
     model = make_model(num_layers=3)
     before = probe.snapshot(model)
     told = []
@@ -367,20 +363,18 @@ def test_progress_is_told_and_ends_the_work(
     assert all(at < total for _, at, total in told)
 
 
-def test_batches_are_bounded(large, stack, make_model, probe, monkeypatch):
+def test_batches_are_bounded(large, stack, make_model, resize):
     """Sums that exceed the bound together go in several batches; the result is their optimum."""
-    monkeypatch.setattr(limit, "_in_batches", lambda device: True)
-    sizes = []
-    monkeypatch.setattr(
-        limit, "iterated", lambda sums, rank: sizes.append(len(sums)) or iterated(sums, rank)
-    )
+    resize(cpu_batches=True)
+    batches = Counter()
+    options = ComposeOptions(progress=lambda phase, *_: batches.update([phase]))
     loras = [draft.tensors for draft in stack]
-    qwenlora.compose_loras(make_model(num_layers=3), loras, max_rank=32)
-    assert set(sizes) == {3}
-    sizes.clear()
-    monkeypatch.setattr(limit, "BATCH_BYTES", 1)
-    qwenlora.compose_loras(make_model(num_layers=3), loras, max_rank=32)
-    assert set(sizes) == {1}
+    qwenlora.compose_loras(make_model(num_layers=3), loras, max_rank=32, options=options)
+    together = batches.pop("compress")
+    assert together > 0
+    resize(batch_bytes=1)
+    qwenlora.compose_loras(make_model(num_layers=3), loras, max_rank=32, options=options)
+    assert batches["compress"] == 3 * together
 
 
 # ---- max_rank="auto" ----

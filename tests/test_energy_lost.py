@@ -10,7 +10,6 @@ import torch
 
 import qwenlora
 from qwenlora import ComposeOptions, ComposeReport
-from qwenlora.delta import loss
 from qwenlora.report import SlotReport, SlotReports
 
 from .differential import oracle
@@ -409,10 +408,10 @@ def test_figures_do_not_depend_on_what_is_cached(tmp_path, Draft):
     assert 0 < figures[0][0] < 1
 
 
-def test_rows_are_measured_in_panels(Draft, monkeypatch):
+def test_rows_are_measured_in_panels(Draft, resize):
     figures = []
     for size in (32 << 20, 50_000):
-        monkeypatch.setattr(loss, "PANEL_BYTES", size)
+        resize(panel_bytes=size)
         stack = Wanted(Draft, MLP, (1024, 256))
         stack.lokr(1, 1.0, MLP, split=16).loha(2, -0.5, MLP, rank=24)
         figures.append(stack.composed(wide_model(rank=912)).energy_lost)

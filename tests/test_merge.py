@@ -356,9 +356,9 @@ def test_all_of_the_energy_is_everything(name, Draft, merged):
     assert error(found, expected) < 1e-5
 
 
-def test_more_ranks_than_are_looked_at_first(monkeypatch, Draft, merged):
+def test_more_ranks_than_are_looked_at_first(resize, Draft, merged):
     """Few leading ranks are decomposed first; they are doubled until the energy is there."""
-    monkeypatch.setattr("qwenlora.merge.combine._FIRST_RANK", 2)
+    resize(merge_first_rank=2)
     for name in ("LoKr", "full", "LoKr and LoRA"):
         drafts, expected = stacks(Draft)[name]
         report, _ = merged(*((draft, 1.0) for draft in drafts), cut=Cut(energy=0.8))
@@ -377,9 +377,9 @@ def test_what_fits_the_rank_is_not_touched(Draft, merged):
     assert (report.share_lost, report.worst) == (0.0, None)
 
 
-def test_a_sum_too_large_for_a_full_decomposition_is_near_the_optimum(monkeypatch, Draft, merged):
-    """Past `EXACT_SVD_SIDE` a range finder stands in; what it lacks counts as lost."""
-    monkeypatch.setattr("qwenlora.delta.truncate.EXACT_SVD_SIDE", 32)
+def test_a_sum_too_large_for_a_full_decomposition_is_near_the_optimum(resize, Draft, merged):
+    """Past `Sizes.exact_svd_side` a range finder stands in; what it lacks counts as lost."""
+    resize(exact_svd_side=32)
     drafts, expected = stacks(Draft)["full and LoRA"]
     report, path = merged(*((draft, 1.0) for draft in drafts), cut=Cut(rank=16))
     (found,) = deltas_of(path).values()
@@ -389,19 +389,17 @@ def test_a_sum_too_large_for_a_full_decomposition_is_near_the_optimum(monkeypatc
 
 
 @pytest.fixture
-def large_sums(monkeypatch):
+def large_sums(resize):
     """Sums of any number of ranks are large ones."""
-    monkeypatch.setattr("qwenlora.merge.combine.EXACT_RANK", 16)
-    monkeypatch.setattr("qwenlora.delta.compress.EXACT_SIDE", 16)
+    resize(merge_exact_rank=16, exact_side=16)
 
 
 @pytest.mark.parametrize("cut", [Cut(rank=8), Cut(rank=24), Cut(energy=0.5), Cut(energy=0.9)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("large_sums")
-def test_a_large_sum_is_near_the_optimum(cut, dtype, monkeypatch, Draft, merged):
+def test_a_large_sum_is_near_the_optimum(cut, dtype, resize, Draft, merged):
     """It is found by iteration; the loss stated is that of what is written."""
-    monkeypatch.setattr("qwenlora.merge.combine._FIRST_RANK", 4)
-    monkeypatch.setattr("qwenlora.merge.combine.decomposed", pytest.fail)
+    resize(merge_first_rank=4)
     target = f"{BLOCK}.attn.to_add_out"
     drafts = [Draft(n, dtype=dtype).add(target, rank) for n, rank in enumerate((24, 40, 17), 1)]
     expected = sum(draft.deltas[target] for draft in drafts)
@@ -417,6 +415,9 @@ def test_a_large_sum_is_near_the_optimum(cut, dtype, monkeypatch, Draft, merged)
         # At most one rank in twenty, or one, more than the optimum takes.
         fewest = next(r for r in range(81) if best_lost(expected, r) <= 1 - cut.energy)
         assert module.rank <= max(1.05 * fewest, fewest + 1)
+    resize(merge_exact_rank=512)
+    _, exact = merged(*((draft, 1.5) for draft in drafts), cut=cut)
+    assert not all(map(torch.equal, modules_of(path)[target], modules_of(exact)[target]))
 
 
 @pytest.mark.usefixtures("large_sums")

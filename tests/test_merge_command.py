@@ -392,8 +392,8 @@ def test_the_metadata_of_a_merge_stay_through_another(run, folder):
     assert (first["name"], first["metadata"]) == ("a", dotted(STORED))
 
 
-def test_metadata_without_end_are_named(run, folder, monkeypatch):
-    monkeypatch.setattr("qwenlora.merge.metadata.MOST_BYTES", 2000)
+def test_metadata_without_end_are_named(run, folder, resize):
+    resize(merge_metadata_bytes=2000)
     with_metadata(folder / "a.safetensors", **OWN, ss_datasets="x" * 3000)
     with_metadata(folder / "b.safetensors", modelspec__title="B", ss_datasets="y" * 3000)
     for sources in (["a.safetensors"], ["a.safetensors", "b.safetensors"]):

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qwenlora import sizes
 from qwenlora.delta.decomposition import singular, triangular
 
 if TYPE_CHECKING:
@@ -43,12 +44,6 @@ if TYPE_CHECKING:
 __all__ = ["Compressed", "LowRankSum", "RowBlock", "Truncation", "decomposed", "energy", "iterated"]
 
 
-EXACT_SIDE = 128
-"""A sum with a side, or a number of ranks, up to this is decomposed exactly."""
-SHIFTS = (0.0, 0.5, 1.0, 1.0)
-"""By iteration: shift of the operator, in mean energies of the directions outside of the basis.
-
-After one iteration a basis holds too little, so that the mean outside is estimated too large."""
 TRACE_NOISE = 1e-5
 """Share of a sum's energy up to which that outside of the basis may be rounding."""
 RIDGE = 1e-13
@@ -291,7 +286,7 @@ def iterated(sums: Sequence[LowRankSum], rank: int) -> list[Truncation | None]:
         Gram matrices cannot hold (deltas that cancel, values near the limits of float32).
     """
     first = sums[0]
-    if first.most <= EXACT_SIDE or rank >= first.most:
+    if first.most <= sizes.current().exact_side or rank >= first.most:
         return [None] * len(sums)
     core = _Core.of(sums)
     basis = core.basis(rank)
@@ -398,8 +393,8 @@ class _Core:
         operator *= scale
         for gram in grams:
             gram.values.mul_(scale)
-        sizes = torch.stack([own_up.sum(dim=1), own_down.sum(dim=1), energy], dim=1)
-        reliable = ((sizes > SMALLEST) & (sizes < LARGEST)).all(dim=1)
+        extents = torch.stack([own_up.sum(dim=1), own_down.sum(dim=1), energy], dim=1)
+        reliable = ((extents > SMALLEST) & (extents < LARGEST)).all(dim=1)
         reliable &= energy > CANCELLED * alone.sum(dim=1)
         return cls(operator, grams, balance, energy, reliable)
 
@@ -410,7 +405,7 @@ class _Core:
         start = torch.randn(ranks, rank, generator=generator, dtype=torch.float32)
         start = start.to(self.operator.device)
         found = start.expand(count, -1, -1)
-        for shift in SHIFTS:
+        for shift in sizes.current().shifts:
             if shift:
                 image = _product(self.operator, found)
                 image -= self._shift(found, image, shift) * found
@@ -506,6 +501,9 @@ def _product_dtype(half: Tensor) -> torch.dtype:
 
 def _cpu_multiplies_bfloat16() -> bool:
     """Whether the CPU has instructions for it; without them torch takes three times as long."""
+    stated = sizes.current().cpu_multiplies_bfloat16
+    if stated is not None:
+        return stated
     has = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return has is not None and bool(has())
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qwenlora import sizes
 from qwenlora.delta.balance import balanced
 from qwenlora.delta.compress import LowRankSum, decomposed, energy, iterated
 from qwenlora.delta.finite import is_finite, non_finite
@@ -50,8 +51,6 @@ directions that they learnt, the tail of their spectrum is noise (docs/performan
 AUTO_SHARES = (0.25, 0.5, 0.75)
 """Auto looks at ranks up to a quarter of the exact sum's, then further: most of a cut is found
 early, and a sum that needs more than the last of these is left exact."""
-BATCH_BYTES = 256 << 20
-"""Most bytes that a batch of sums takes beside the slots."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ class Limiter:
         return (_closed(pairs),) if tight else tuple(pairs)
 
     def _wait(self, sum_: _Waiting) -> None:
-        if sum_.nbytes + sum(other.nbytes for other in self._waiting) > BATCH_BYTES:
+        if sum_.nbytes + sum(other.nbytes for other in self._waiting) > sizes.current().batch_bytes:
             self._decompose()
         self._waiting.append(sum_)
         if not _in_batches(sum_.target.device):
@@ -191,7 +190,7 @@ class Limiter:
 
 def _in_batches(device: torch.device) -> bool:
     """Whether many small products at once pay: on the CPU one sum fills all cores."""
-    return device.type != "cpu"
+    return device.type != "cpu" or sizes.current().cpu_batches
 
 
 def _grouped(waiting: Sequence[_Waiting]) -> list[list[_Waiting]]:

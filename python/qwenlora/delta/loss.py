@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qwenlora import sizes
 from qwenlora.delta.factors import delta_rows
 from qwenlora.delta.scale import factor_at, scaled_energy
 from qwenlora.packing.layout import RowOrder
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["LoraShare", "Loss", "WholeDelta"]
 
 
-PANEL_BYTES = 32 << 20
-"""Bytes of the rows that are formed at a time."""
 CANCELLED = 1e-11
 """A sum below this share of its terms' own energies is what float32 leaves of zero."""
 
@@ -149,7 +148,7 @@ class _Measure:
 
     def loss(self) -> Loss:
         """Go through all rows."""
-        step = max(1, PANEL_BYTES // (4 * self._columns))
+        step = max(1, sizes.current().panel_bytes // (4 * self._columns))
         for first in range(0, self._count, step):
             self._add(slice(first, min(first + step, self._count)))
         if float(self._energy) <= CANCELLED * float(self._own):
@@ -203,13 +202,13 @@ class _Measure:
         that the missing and the rest have in common, the share is at most
         (x + r)^2 / (energy - 2 c + r^2). It grows with r up to (energy - 2 c) / x, then falls.
         """
-        sizes: dict[int, float] = {}
+        missed: dict[int, float] = {}
         common = 0.0
         for full, beside in zip(self._fulls, self._beside, strict=True):
             if not full.lone:
-                sizes[full.share] = sizes.get(full.share, 0.0) + full.energy
+                missed[full.share] = missed.get(full.share, 0.0) + full.energy
                 common += math.sqrt(full.energy * float(beside))
-        most = sum(math.sqrt(size) for size in sizes.values())
+        most = sum(math.sqrt(size) for size in missed.values())
         measured = math.sqrt(lost)
         upper = (math.sqrt(energy) + most) ** 2
         apart = energy - 2 * common

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qwenlora import sizes
 from qwenlora.delta.decomposition import eigenvectors, orthonormal, singular, triangular
 
 if TYPE_CHECKING:
@@ -40,10 +41,6 @@ NEGLIGIBLE = 1e-12
 """Singular values below this share of the largest are rounding noise of float64."""
 ROUNDING = 4e-6
 """Of a matrix's norm, what its float32 pair may lack by rounding alone."""
-PANEL_BYTES = 32 << 20
-"""Bytes of a residual's rows that are formed at a time."""
-EXACT_SVD_SIDE = 1024
-"""A dense delta with a side up to this is decomposed fully, a larger one by a range finder."""
 OVERSAMPLING = 32
 """Directions that the range finder takes beyond the rank asked for."""
 POWER_ITERATIONS = 3
@@ -86,7 +83,7 @@ def of_matrix(delta: Tensor, budget: int | None) -> Factors:
     """
     full = min(delta.shape)
     rank = full if budget is None else min(budget, full)
-    if full <= EXACT_SVD_SIDE or rank + OVERSAMPLING >= full:
+    if full <= sizes.current().exact_svd_side or rank + OVERSAMPLING >= full:
         left, values, right = singular(delta)
     else:
         basis = _range(delta, rank + OVERSAMPLING)
@@ -195,7 +192,7 @@ def _measured(delta: Tensor, *, down: Tensor, up: Tensor) -> Factors:
 
 def _panels(matrix: Tensor) -> Iterator[slice]:
     count, columns = matrix.shape
-    step = max(1, PANEL_BYTES // (4 * columns))
+    step = max(1, sizes.current().panel_bytes // (4 * columns))
     return (slice(first, first + step) for first in range(0, count, step))
 
 

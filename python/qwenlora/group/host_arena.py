@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from qwenlora import _core
+from qwenlora import _core, sizes
 from qwenlora.group.arena import (
     BranchArena,
     PackedArena,
@@ -48,11 +48,6 @@ __all__ = ["HostFactor", "HostPackedArena", "arena_of", "rewrite_packed"]
 
 _Bytes: TypeAlias = "npt.NDArray[np.uint8]"
 _Column: TypeAlias = "tuple[Any, ...]"
-_FORMED_BYTES = 64 << 20
-"""Most bytes that are formed for one recipe, unless one slot takes more; a few recipes wait.
-
-Much: after each operation torch's threads spin for a while, on cores that packing needs.
-"""
 
 
 def arena_of(targets: Sequence[Target], rank: int, *, row_order: RowOrder, filler: Filler) -> Arena:
@@ -246,7 +241,7 @@ class _Deltas:
         slots, downs = self._part.slots, self._part.downs
         formed = [down[0].nbytes for down in downs if down.dtype != self._dtype]
         formed += [up.values[0].nbytes for up in self._ups if up.is_formed]
-        most = max(1, _FORMED_BYTES // sum(formed)) if formed else len(slots)
+        most = max(1, sizes.current().formed_bytes // sum(formed)) if formed else len(slots)
         cut = min(max(cut, slots.start), slots.stop)
         for own in (range(slots.start, cut), range(cut, slots.stop)):
             yield from (own[begin : begin + most] for begin in range(0, len(own), most))

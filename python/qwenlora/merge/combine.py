@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qwenlora import sizes
 from qwenlora.delta.compress import LowRankSum, Truncation, decomposed, energy, iterated
 from qwenlora.delta.factors import factors_of
 from qwenlora.delta.pieces import same_dtype, stack_downs
@@ -28,11 +29,6 @@ if TYPE_CHECKING:
     from qwenlora.merge.member import Member
 
 __all__ = ["Joined", "combine"]
-
-EXACT_RANK = 512
-"""Ranks of a sum that is decomposed exactly; 1024 take five seconds per module."""
-_FIRST_RANK = 128
-"""Ranks that are looked at first where the rank follows from the energy; doubled until enough."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +107,8 @@ def _of_sum(sum_: LowRankSum, cut: Cut) -> Joined:
 
 def _truncation(sum_: LowRankSum, cut: Cut) -> Truncation:
     """All directions of the sum; of a large one as many as the cut needs, near the optimum."""
-    if sum_.rank > EXACT_RANK:
-        most = cut.rank or _FIRST_RANK
+    if sum_.rank > sizes.current().merge_exact_rank:
+        most = cut.rank or sizes.current().merge_first_rank
         while most < sum_.most:
             (found,) = iterated([sum_], most)
             if found is None:
@@ -159,7 +155,7 @@ def _leading(decompose: Callable[[int], Factors], cut: Cut, full: int) -> Joined
         cut: What is kept.
         full: Ranks that leave nothing out.
     """
-    most = min(full, cut.rank or _FIRST_RANK)
+    most = min(full, cut.rank or sizes.current().merge_first_rank)
     best = decompose(most)
     shares, total = _spectrum(best)
     while most < full and cut.kept(shares) is None:

@@ -11,6 +11,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qwenlora import sizes
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
@@ -20,8 +22,6 @@ METADATA = "qwenlora.merge"
 """Entry of the file's metadata that says what it was made of."""
 PEFT_METADATA = "lora_adapter_metadata"
 """Entry of the file's metadata that diffusers reads."""
-MOST_BYTES = 8 << 20
-"""Most bytes that the sources' entries take: a longer header is not read everywhere."""
 _STORAGE = frozenset(
     (
         METADATA,
@@ -87,10 +87,10 @@ def inherit(sources: Sequence[tuple[Mapping[str, str], float]]) -> Inherited:
 
 
 class _Room:
-    """The rest of `MOST_BYTES` that is not taken yet."""
+    """The rest of `Sizes.merge_metadata_bytes` that is not taken yet."""
 
     def __init__(self) -> None:
-        self._left = MOST_BYTES
+        self._left = sizes.current().merge_metadata_bytes
 
     def takes(self, size: int) -> bool:
         """Take this number of bytes if they still fit; tell if they did."""
