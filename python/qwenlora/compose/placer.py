@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qwenlora.delta.slot_deltas import SlotDeltas, require_finite, uniform
-from qwenlora.group.deltas import GroupDeltas
+from qwenlora.delta.slot_deltas import BuiltSlot, require_finite, uniform
 from qwenlora.slots.whole import prepare_group, slot_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from typing import TypeAlias
 
     from qwenlora.compose.journal import Journal
     from qwenlora.compose.units import Member, PathUnit
     from qwenlora.delta.deltas import DeltaBuilder
+    from qwenlora.delta.outcome import SlotOutcome
     from qwenlora.group.builder import GroupBuilder
+    from qwenlora.group.deltas import GroupDeltas
     from qwenlora.group.sets import KeptGroup
     from qwenlora.model.state import AppliedState
     from qwenlora.model.target import Target
@@ -28,10 +28,7 @@ if TYPE_CHECKING:
     from qwenlora.source.source import TensorFetcher
     from qwenlora.spec import Progress
 
-__all__ = ["Deltas", "Placer"]
-
-
-Deltas: TypeAlias = "SlotDeltas | GroupDeltas"
+__all__ = ["Placer"]
 
 
 class Placer:
@@ -61,24 +58,24 @@ class Placer:
         self._staged = 0
         self._written = 0
 
-    def whole(self, state_of: Callable[[Sequence[Deltas]], AppliedState]) -> None:
+    def whole(self, state_of: Callable[[Sequence[SlotOutcome]], AppliedState]) -> None:
         """Build everything beside the old stack, then move all pointers, or none."""
         prepared = [pair for unit in self._units for pair in self._prepare(unit)]
         # Host memory is being filled meanwhile.
-        state = state_of([deltas for _, deltas in prepared])
+        state = state_of([outcome for _, outcome in prepared])
         self._groups.check()
         for fetcher in self._fetchers:
             fetcher.finish()
         self._journal.write(self._told(prepared), state)
 
-    def _told(self, prepared: Sequence[tuple[Change, Deltas]]) -> Iterator[Change]:
-        for change, deltas in prepared:
-            self._tell_write(deltas)
+    def _told(self, prepared: Sequence[tuple[Change, SlotOutcome]]) -> Iterator[Change]:
+        for change, outcome in prepared:
+            self._tell_write(outcome)
             yield change
 
-    def by_path(self, state_of: Callable[[Sequence[Deltas]], AppliedState]) -> None:
+    def by_path(self, state_of: Callable[[Sequence[SlotOutcome]], AppliedState]) -> None:
         """One path at a time, old tensors let go as it goes; an error ends in the bare base."""
-        done: list[Deltas] = []
+        done: list[SlotOutcome] = []
         try:
             self._journal.begin()
             for unit in self._units:
@@ -95,27 +92,24 @@ class Placer:
             self._journal.to_base(error)
             raise
 
-    def _replace(self, unit: PathUnit) -> list[Deltas]:
+    def _replace(self, unit: PathUnit) -> list[SlotOutcome]:
         """Build one unit and put it in place; the old tensors are let go with this call."""
         prepared = self._prepare(unit)
         self._groups.wait()
         for change in self._told(prepared):
             change.make()
-        return [deltas for _, deltas in prepared]
+        return [outcome for _, outcome in prepared]
 
-    def _prepare(self, unit: PathUnit) -> list[tuple[Change, Deltas]]:
+    def _prepare(self, unit: PathUnit) -> list[tuple[Change, SlotOutcome]]:
         together, alone = self._build(unit)
         if unit.twins:
             ranks = [deltas.rank_added for deltas in together]
-            rank = max([*ranks, *(deltas.rank_added for deltas in alone)])
-            alone = uniform([*alone, *(SlotDeltas(twin, rank_added=rank) for twin in unit.twins)])
-        prepared: list[tuple[Change, Deltas]] = [
-            (prepare_group(deltas, self._left_by(deltas)), deltas.without_tensors())
-            for deltas in together
+            rank = max([*ranks, *(own.deltas.rank_added for own in alone)])
+            alone = uniform([*alone, *(BuiltSlot.of_zeros(twin, rank) for twin in unit.twins)])
+        prepared: list[tuple[Change, SlotOutcome]] = [
+            (prepare_group(deltas, self._left_by(deltas)), deltas.outcome()) for deltas in together
         ]
-        prepared += [
-            (slot_of(deltas.target).prepare(deltas), deltas.without_tensors()) for deltas in alone
-        ]
+        prepared += [(slot_of(own.deltas.target).prepare(own.deltas), own.outcome) for own in alone]
         return prepared
 
     def _left_by(self, deltas: GroupDeltas) -> KeptGroup | None:
@@ -123,7 +117,7 @@ class Placer:
         left = self._leaving.get(deltas.targets[0].path)
         return left if left is not None and left.of(deltas.targets) else None
 
-    def _build(self, unit: PathUnit) -> tuple[list[GroupDeltas], list[SlotDeltas]]:
+    def _build(self, unit: PathUnit) -> tuple[list[GroupDeltas], list[BuiltSlot]]:
         together: list[GroupDeltas] = []
         differing: list[Target] = []
         planned = any(group.stacks for group in unit.groups)
@@ -136,20 +130,20 @@ class Placer:
         members = [(target, plans.get(target.path)) for target in differing]
         alone = self._build_alone([*members, *([] if filled else unit.rest)])
         rank = max((deltas.rank_added for deltas in together), default=0)
-        if unit.twins and any(deltas.rank_added > rank for deltas in alone) and together:
+        if unit.twins and any(own.deltas.rank_added > rank for own in alone) and together:
             # A slot that shares no ranks where the others do: all of them get more.
             plans = self._plan.some(target.path for target in unit.targets)
             return [], self._build_alone([(t, plans.get(t.path)) for t in unit.targets])
         return together, alone
 
-    def _build_alone(self, members: Sequence[Member]) -> list[SlotDeltas]:
+    def _build_alone(self, members: Sequence[Member]) -> list[BuiltSlot]:
         first = self._staged
         built = self._builder.build(
             members,
             before_slot=lambda: self._tell_staged(1),
             before_batch=lambda done: self._tell("compress", min(first + done, self._total - 1)),
         )
-        require_finite(built)
+        require_finite([own.deltas for own in built])
         return built
 
     def _tell_staged(self, slots: int) -> None:
@@ -158,9 +152,8 @@ class Placer:
                 self._tell("stage", self._staged)
                 self._staged += 1
 
-    def _tell_write(self, deltas: Deltas) -> None:
-        targets = deltas.targets if isinstance(deltas, GroupDeltas) else (deltas.target,)
-        for _ in targets if self._progress is not None else ():
+    def _tell_write(self, outcome: SlotOutcome) -> None:
+        for _ in outcome.targets if self._progress is not None else ():
             # Buffer blocks are written with the slots that they serve, and are not counted.
             if self._written < self._total:
                 self._tell("write", self._written)

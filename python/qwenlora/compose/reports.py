@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qwenlora.delta.slot_deltas import SlotDeltas
 from qwenlora.errors import EnergyLossError, NothingToApplyError
-from qwenlora.group.deltas import GroupDeltas
 from qwenlora.model.state import EMPTY, AppliedState, SlotRecord
 from qwenlora.plan.documents import PieceKind, Skip
 from qwenlora.report import THIRDED, TURNED_OFF, ComposeReport, LoraReport, SlotReport, SlotReports
@@ -16,8 +14,8 @@ from qwenlora.words import counted
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from qwenlora.compose.placer import Deltas
     from qwenlora.compose.structure import Structure
+    from qwenlora.delta.outcome import SlotOutcome
     from qwenlora.group.partition import Planned
     from qwenlora.lora_set import LoraSet
     from qwenlora.plan.documents import StackPlan
@@ -30,7 +28,7 @@ def state_of(
     wanted: LoraSet,
     planned: Planned,
     structure: Structure,
-    done: Sequence[Deltas],
+    done: Sequence[SlotOutcome],
     *,
     strict: bool,
 ) -> AppliedState:
@@ -46,21 +44,19 @@ def state_of(
     reports: list[tuple[SlotReport, Mapping[str, int]]] = []
     added = bus = saved = saved_bus = 0
     # Buffer blocks belong to their manager, which may be replaced at any time: not recorded.
-    for deltas in done:
-        targets = deltas.targets if isinstance(deltas, GroupDeltas) else (deltas.target,)
-        row = targets[0].row
-        if not deltas.composed or row.path not in structure.targets:
+    for outcome in done:
+        row = outcome.targets[0].row
+        if not outcome.composed or row.path not in structure.targets:
             continue
-        paths = [target.path for target in targets]
-        records |= dict.fromkeys(paths, SlotRecord(row.base_rank, deltas.rank_added))
-        reports.append((slot_report(deltas), {p: structure.order[p] for p in paths}))
-        added += deltas.nbytes
-        saved += deltas.saved_bytes
+        paths = [target.path for target in outcome.targets]
+        records |= dict.fromkeys(paths, SlotRecord(row.base_rank, outcome.rank_added))
+        reports.append((slot_report(outcome), {p: structure.order[p] for p in paths}))
+        added += outcome.nbytes
+        saved += outcome.saved_bytes
         if row.offloaded:
-            bus += deltas.nbytes
-            saved_bus += deltas.saved_bytes
-    singles = [deltas for deltas in done if isinstance(deltas, SlotDeltas)]
-    loras = lora_reports(wanted, planned, singles)
+            bus += outcome.nbytes
+            saved_bus += outcome.saved_bytes
+    loras = lora_reports(wanted, planned, done)
     judge_refusals(loras, strict=strict)
     report = ComposeReport(
         loras=loras,
@@ -74,44 +70,37 @@ def state_of(
     return AppliedState(stack=wanted.key, records=records, report=report)
 
 
-def slot_report(deltas: Deltas) -> SlotReport:
-    """One slot's lines of the report."""
-    target = deltas.targets[0] if isinstance(deltas, GroupDeltas) else deltas.target
-    report = SlotReport(
+def slot_report(outcome: SlotOutcome) -> SlotReport:
+    """The report of one slot; of several that are alike, of the first."""
+    target = outcome.targets[0]
+    return SlotReport(
         path=target.path,
         kind=target.kind.value,
         base_rank=target.row.base_rank,
-        rank=deltas.rank,
-        rank_added=deltas.rank_added,
-        energy_lost=None,
-        rank_exact=deltas.rank_added,
-    )
-    if isinstance(deltas, GroupDeltas):
-        return report
-    return replace(
-        report,
-        energy_lost=deltas.energy_lost,
-        energy=deltas.energy,
-        energy_is_bound=deltas.energy_is_bound,
-        rank_exact=deltas.rank_exact,
-        krons=deltas.kron_count,
-        dense=deltas.dense_held,
-        values=tuple(deltas.values),
+        rank=outcome.rank,
+        rank_added=outcome.rank_added,
+        energy_lost=outcome.energy_lost,
+        energy=outcome.energy,
+        energy_is_bound=outcome.energy_is_bound,
+        rank_exact=outcome.rank_exact,
+        krons=outcome.krons,
+        dense=outcome.dense,
+        values=outcome.values,
     )
 
 
 def lora_reports(
-    wanted: LoraSet, planned: Planned, done: Sequence[SlotDeltas]
+    wanted: LoraSet, planned: Planned, done: Sequence[SlotOutcome]
 ) -> tuple[LoraReport, ...]:
     """What became of each LoRA; `done` holds the slots of which there is something to tell."""
     plan = planned.plan
     reports = []
     for index, (spec, source) in enumerate(zip(wanted.specs, wanted.sources, strict=True)):
-        zero = tuple(d.target.path for d in done if index in d.zero)
+        zero = tuple(d.targets[0].path for d in done if index in d.zero)
         refused = _refused(index, plan, done)
         skipped = (skip for skip in plan.skipped if skip.lora == index)
         notes = list(source.plan.notes)
-        if any(index in deltas.thirded for deltas in done):
+        if any(index in outcome.thirded for outcome in done):
             notes.append(THIRDED)
         reports.append(
             LoraReport(
@@ -137,7 +126,7 @@ def _with_wish(skip: Skip, spec: LoraSpec, options: ComposeOptions) -> Skip:
     return replace(skip, reason=f"{skip.reason}: {wish}")
 
 
-def _refused(lora: int, plan: StackPlan, done: Sequence[SlotDeltas]) -> tuple[Skip, ...]:
+def _refused(lora: int, plan: StackPlan, done: Sequence[SlotOutcome]) -> tuple[Skip, ...]:
     """What only the data could refuse."""
     return tuple(
         Skip(
@@ -148,8 +137,8 @@ def _refused(lora: int, plan: StackPlan, done: Sequence[SlotDeltas]) -> tuple[Sk
             piece=PieceKind.DENSE.value,
             matters=True,
         )
-        for deltas in done
-        for index, refusal in deltas.refused
+        for outcome in done
+        for index, refusal in outcome.refused
         if index == lora
     )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from qwenlora import cache
 from qwenlora.delta.limit import Limiter, rank_taken
 from qwenlora.delta.loss import LoraShare, WholeDelta
+from qwenlora.delta.outcome import SlotOutcome
 from qwenlora.delta.pieces import LoraPieces, fetch_pieces
 from qwenlora.delta.scale import (
     ScaledDense,
@@ -16,7 +17,7 @@ from qwenlora.delta.scale import (
     scaled_matrix,
     scaled_values,
 )
-from qwenlora.delta.slot_deltas import SlotDeltas
+from qwenlora.delta.slot_deltas import BuiltSlot, SlotDeltas
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -58,7 +59,7 @@ class DeltaBuilder:
         *,
         before_slot: Callable[[], None],
         before_batch: Callable[[int], None],
-    ) -> list[SlotDeltas]:
+    ) -> list[BuiltSlot]:
         """Read, scale and bring under their limits the pieces of one path's slots.
 
         Args:
@@ -169,23 +170,31 @@ class _SlotSum:
         shares, krons = tuple(self._shares), tuple(self._krons)
         return WholeDelta(self._target, shares, krons, self._dense, shared)
 
-    def finish(self, fitted: Fitted) -> SlotDeltas:
-        """The slot's deltas, the low-rank ones as they came back."""
-        target, pairs = self._target, fitted.pairs
+    def finish(self, fitted: Fitted) -> BuiltSlot:
+        """The slot's deltas, the low-rank ones as they came back, and their outcome."""
         # Equal shapes in one order: a slot of another block is copied into the same buffers.
         krons = tuple(sorted(self._krons, key=lambda kron: kron.shape))
-        return SlotDeltas(
-            target=target,
-            pairs=pairs,
-            rank=sum(pair.rank for pair in pairs),
-            rank_added=sum(rank_taken(pair, target) for pair in pairs),
-            rank_exact=fitted.rank_exact,
+        deltas = SlotDeltas(
+            target=self._target,
+            pairs=fitted.pairs,
+            rank_added=sum(rank_taken(pair, self._target) for pair in fitted.pairs),
             krons=krons,
             kron_room=tuple(kron.shape for kron in krons),
-            kron_count=len(krons),
-            dense=None if self._dense is None else ScaledDense.of(self._dense, target),
-            dense_held=self._dense is not None,
+            dense=None if self._dense is None else ScaledDense.of(self._dense, self._target),
             values=self._values,
+        )
+        return BuiltSlot(deltas, self._outcome(deltas, fitted))
+
+    def _outcome(self, deltas: SlotDeltas, fitted: Fitted) -> SlotOutcome:
+        return SlotOutcome(
+            targets=(self._target,),
+            rank=sum(pair.rank for pair in deltas.pairs),
+            rank_added=deltas.rank_added,
+            rank_exact=fitted.rank_exact,
+            krons=len(deltas.krons),
+            kron_room=deltas.kron_room,
+            dense=deltas.dense is not None,
+            values=tuple(deltas.values),
             energy_lost=fitted.energy_lost,
             energy=fitted.energy,
             energy_is_bound=fitted.is_bound,

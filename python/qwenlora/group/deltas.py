@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qwenlora.work.pending import Pending
+from qwenlora.delta.outcome import SlotOutcome
 
 if TYPE_CHECKING:
     from qwenlora.group.arena import SlotFactors
     from qwenlora.model.target import Target
+    from qwenlora.work.pending import Pending
 
 __all__ = ["GroupDeltas"]
-
-
-NO_FACTORS: Pending[SlotFactors] = Pending.ready(((), ()))
 
 
 @dataclass(frozen=True)
@@ -25,29 +23,19 @@ class GroupDeltas:
         targets: The slots.
         rank: Ranks of the deltas, without padding.
         rank_added: Ranks that each slot will hold beyond its base.
-        factors: Every slot's new `down` and `up`; none in the record of what is in place.
+        factors: Every slot's new `down` and `up`.
     """
 
     targets: tuple[Target, ...]
     rank: int
     rank_added: int
-    factors: Pending[SlotFactors] = NO_FACTORS
+    factors: Pending[SlotFactors]
 
-    @property
-    def composed(self) -> bool:
-        """Whether the slots differ from their bases."""
-        return self.rank_added > 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the slots' tensors grow by."""
-        return sum(target.rank_bytes for target in self.targets) * self.rank_added
-
-    @property
-    def saved_bytes(self) -> int:
-        """None: such slots hold the exact sums."""
-        return 0
-
-    def without_tensors(self) -> GroupDeltas:
-        """The record of deltas that are in place."""
-        return replace(self, factors=NO_FACTORS)
+    def outcome(self) -> SlotOutcome:
+        """Their numbers, without the tensors: such slots hold the exact sums."""
+        return SlotOutcome(
+            targets=self.targets,
+            rank=self.rank,
+            rank_added=self.rank_added,
+            rank_exact=self.rank_added,
+        )
