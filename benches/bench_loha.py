@@ -12,14 +12,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
 
-from qwenlora.delta.factors import factors_of
-from qwenlora.delta.truncate import Factors
-from qwenlora.plan.documents import PieceKind
+from qwenlora.delta.adapters.loha import LOHA
+from qwenlora.delta.factors import Factors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,14 +71,12 @@ def dense(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def ours(tensors: dict[str, torch.Tensor], kept: int, device: torch.device) -> Factors:
     """What is done to a piece of a stack plan."""
-    piece = SimpleNamespace(kind=PieceKind.LOW_RANK, adapter="loha", rank_budget=kept)
-    return factors_of(piece, tensors, device)
+    return LOHA.factors(tensors, kept, device)
 
 
 def baseline(tensors: dict[str, torch.Tensor], kept: int, device: torch.device) -> Factors:
     """The pair of r1 r2 ranks, cut by the SVD of its core."""
-    piece = SimpleNamespace(kind=PieceKind.LOW_RANK, adapter="loha", rank_budget=None)
-    pair = factors_of(piece, tensors, device)
+    pair = LOHA.factors(tensors, None, device)
     q_down, r_down = torch.linalg.qr(pair.down.to(device).mT)
     q_up, r_up = torch.linalg.qr(pair.up.to(device))
     left, values, right = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)

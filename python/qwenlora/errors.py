@@ -54,7 +54,7 @@ class NothingToApplyError(QwenLoraError, ValueError):
 
 
 class UnsupportedAdapterError(QwenLoraError, NotImplementedError):
-    """Strict: a module's adapter, or a part of it, is of a kind that is not supported."""
+    """Strict: a module's adapter, or a part of it, is not supported. Always: it is not known."""
 
 
 class BrokenPairError(QwenLoraError, ValueError):

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenlora import sizes
-from qwenlora.delta.factors import delta_rows
+from qwenlora.delta.adapters.lokr import kron_rows
+from qwenlora.delta.adapters.table import adapter_named
 from qwenlora.delta.scale import factor_at, scaled_energy
 from qwenlora.packing.layout import RowOrder
 from qwenlora.packing.pack import interleave_modulation
@@ -128,9 +129,6 @@ class _Measure:
         self._whole = whole
         self._kept = [_wide(pair) for pair in kept]
         self._shares = [_Rows(share, whole.target) for share in whole.shares]
-        self._krons = [
-            {"lokr_w1": kron.w1.float(), "lokr_w2": kron.w2.float()} for kron in whole.krons
-        ]
         self._columns, self._count = row.in_features, row.out_features
         logical = torch.arange(self._count, device=device)
         if whole.target.row_order is RowOrder.INTERLEAVED:
@@ -180,17 +178,17 @@ class _Measure:
 
     def _with_beside(self, ranks: Tensor, rows: slice, logical: Tensor) -> Tensor:
         dense = self._whole.dense
-        if dense is None and not self._krons:
+        if dense is None and not self._whole.krons:
             return ranks
         whole = ranks.clone()
         if dense is not None:
             own = dense[rows].float()
             whole += own
             self._own = self._own + _energy(own)
-        for kron, tensors in zip(self._whole.krons, self._krons, strict=True):
+        for kron in self._whole.krons:
             count = kron.w1.shape[0] * kron.w2.shape[0]
             within = (logical >= kron.row_begin) & (logical < kron.row_begin + count)
-            own = delta_rows(tensors, logical[within] - kron.row_begin)
+            own = kron_rows(kron.w1, kron.w2, logical[within] - kron.row_begin)
             whole[within] += own
             self._own = self._own + _energy(own)
         return whole
@@ -258,7 +256,8 @@ class _Rows:
         own = self._up[rows] @ self._down
         for cut, factor, tensors in self._cuts:
             within = _within(cut, logical)
-            own[within] = delta_rows(tensors, logical[within] - cut.row_begin) * factor
+            delta = adapter_named(cut.adapter).rows(tensors, logical[within] - cut.row_begin)
+            own[within] = delta * factor
         return own
 
 

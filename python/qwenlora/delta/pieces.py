@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwenlora.delta.factors import factors_of, kron_factors
+from qwenlora.delta.adapters.lokr import kron_factors
+from qwenlora.delta.adapters.table import adapter_named
+from qwenlora.delta.adapters.vector import value_of
 from qwenlora.delta.finite import are_finite, damaged, is_finite
-from qwenlora.delta.values import value_of
 from qwenlora.errors import NonFiniteError
 from qwenlora.packing.layout import RowOrder
 from qwenlora.packing.pack import interleave_modulation
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from qwenlora.delta.truncate import Factors
-    from qwenlora.delta.values import ValueDelta
+    from qwenlora.delta.adapters.vector import ValueDelta
+    from qwenlora.delta.factors import Factors
     from qwenlora.model.target import Target
     from qwenlora.plan.documents import Piece
     from qwenlora.source.source import TensorFetcher
@@ -100,6 +101,7 @@ class CutPiece:
     """A delta that was cut to become rank.
 
     Attributes:
+        adapter: Its adapter's name.
         row_begin: Its first logical row.
         row_count: Its rows.
         scale: Factor on it.
@@ -109,6 +111,7 @@ class CutPiece:
             or it is not alone in its rows.
     """
 
+    adapter: str
     row_begin: int
     row_count: int
     scale: float
@@ -270,8 +273,9 @@ def _rank_members(
             piece.kind is PieceKind.DENSE and not _is_matrix(piece)
         ):
             continue
+        adapter = adapter_named(piece.adapter)
         try:
-            factors = factors_of(piece, tensors, target.device)
+            factors = adapter.factors(tensors, piece.rank_budget, target.device)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             if not all(map(is_finite, tensors.values())):
                 raise damaged(piece.target, f"its {piece.adapter}") from error
@@ -332,6 +336,7 @@ def _cut_pieces(
         if not factors.energy_lost > 0:
             continue
         cut = CutPiece(
+            adapter=piece.adapter,
             row_begin=piece.row_begin,
             row_count=piece.row_count,
             scale=piece.scale,

@@ -28,13 +28,14 @@ import torch
 
 from qwenlora import sizes
 from qwenlora.delta.decomposition import eigenvectors, orthonormal, singular, triangular
+from qwenlora.delta.factors import Factors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
 
-__all__ = ["Factors", "Svd", "by_gram", "of_kron", "of_matrix", "whole"]
+__all__ = ["Svd", "by_gram", "of_kron", "of_matrix", "whole"]
 
 
 NEGLIGIBLE = 1e-12
@@ -45,34 +46,6 @@ OVERSAMPLING = 32
 """Directions that the range finder takes beyond the rank asked for."""
 POWER_ITERATIONS = 3
 """Times that it goes through the matrix and back: trained deltas have slowly falling spectra."""
-
-
-@dataclass(frozen=True)
-class Factors:
-    """A delta as `up @ down`, without its scale.
-
-    Attributes:
-        down: (r, in).
-        up: (rows, r).
-        energy_lost: Squared Frobenius norm of what was cut off, without the scale; 0 where rounding
-            explains it.
-        energy: Squared Frobenius norm of the whole; None where nothing was cut off.
-    """
-
-    down: Tensor
-    up: Tensor
-    energy_lost: float = 0.0
-    energy: float | None = None
-
-    @property
-    def rank(self) -> int:
-        """Ranks of the pair."""
-        return int(self.down.shape[0])
-
-    @property
-    def share_lost(self) -> float:
-        """Share of the energy that was cut off."""
-        return self.energy_lost / self.energy if self.energy else 0.0
 
 
 def of_matrix(delta: Tensor, budget: int | None) -> Factors:

@@ -6,25 +6,25 @@ is one half of it and the identity the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from qwenlora import sizes
 from qwenlora.delta.compress import LowRankSum, Truncation, decomposed, energy, iterated
-from qwenlora.delta.factors import factors_of
 from qwenlora.delta.pieces import same_dtype, stack_downs
 from qwenlora.delta.scale import scaled_energy
+from qwenlora.delta.truncate import of_matrix
 from qwenlora.merge.member import has_full_rank, is_stored_pair
-from qwenlora.plan.documents import PieceKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from qwenlora.delta.truncate import Factors
+    from qwenlora.delta.factors import Factors
     from qwenlora.merge.cut import Cut
     from qwenlora.merge.member import Member
 
@@ -124,12 +124,7 @@ def _of_dense(members: Sequence[Member], sides: tuple[int, int], cut: Cut | None
     for member in members:
         total.add_(member.dense(), alpha=member.factor)
     if cut is not None:
-        piece = replace(members[0].piece, kind=PieceKind.DENSE)
-
-        def decompose(most: int) -> Factors:
-            return factors_of(replace(piece, rank_budget=most), {"diff": total}, total.device)
-
-        return _leading(decompose, cut, min(sides))
+        return _leading(functools.partial(of_matrix, total), cut, min(sides))
     out, columns = sides
     if columns <= out:
         return Joined(down=torch.eye(columns), up=total)

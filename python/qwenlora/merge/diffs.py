@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qwenlora.delta.adapters.vector import value_of
 from qwenlora.delta.scale import scaled_values
-from qwenlora.delta.values import value_of
 from qwenlora.plan.documents import PieceKind, SlotKind
 
 if TYPE_CHECKING:

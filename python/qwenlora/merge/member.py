@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from qwenlora.delta.factors import dense_of, factors_of
+from qwenlora.delta.adapters.table import adapter_named
+from qwenlora.delta.factors import Factors
 from qwenlora.delta.finite import is_finite
 from qwenlora.delta.pieces import is_thirded, is_zero
-from qwenlora.delta.truncate import Factors
 from qwenlora.plan.documents import PieceKind
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from qwenlora.delta.adapters.adapter import Adapter
     from qwenlora.plan.documents import Piece
 
 __all__ = ["Member", "has_full_rank", "is_stored_pair"]
@@ -76,16 +77,20 @@ class Member:
 
     def factors(self) -> Factors:
         """The exact pair of the module's rows, without `factor`."""
-        exact = factors_of(replace(self.piece, rank_budget=None), self.tensors, _HOST)
+        exact = self._adapter.factors(self.tensors, None, _HOST)
         return Factors(down=exact.down, up=exact.up[self._rows])
 
     def truncated(self, rank: int) -> Factors:
         """The best pair of at most `rank` ranks of a spectral member, without `factor`."""
-        return factors_of(replace(self.piece, rank_budget=rank), self.tensors, _HOST)
+        return self._adapter.factors(self.tensors, rank, _HOST)
 
     def dense(self) -> Tensor:
         """The module's rows (out, in) of the delta, float32, without `factor`."""
-        return dense_of(self.piece, self.tensors)[self._rows]
+        return self._adapter.matrix(self.tensors)[self._rows]
+
+    @property
+    def _adapter(self) -> Adapter:
+        return adapter_named(self.piece.adapter)
 
     @property
     def _rows(self) -> slice:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qwenlora.delta.adapters.adapter import unknown_adapter
 from qwenlora.plan.documents import PieceKind
 
 if TYPE_CHECKING:
@@ -37,9 +38,12 @@ def value_of(piece: Piece, tensors: Mapping[str, Tensor], out_features: int) -> 
         piece: A vector, or a delta of an embedding.
         tensors: Its tensors by role.
         out_features: The layer's rows, of which a fused layer's piece has a part.
+
+    Raises:
+        UnsupportedAdapterError: Nothing makes the delta of a table from the piece's adapter.
     """
     if piece.kind is not PieceKind.VECTOR:
-        return ValueDelta("weight", _table(tensors) * piece.scale)
+        return ValueDelta("weight", _table(piece.adapter, tensors) * piece.scale)
     values = tensors["vector"].flatten().double() * piece.scale
     if piece.parameter == "weight":
         return ValueDelta("weight", values)
@@ -48,10 +52,12 @@ def value_of(piece: Piece, tensors: Mapping[str, Tensor], out_features: int) -> 
     return ValueDelta("bias", whole)
 
 
-def _table(tensors: Mapping[str, Tensor]) -> Tensor:
+def _table(adapter: str, tensors: Mapping[str, Tensor]) -> Tensor:
     """The delta (entries, dim) of an embedding's table."""
-    if "diff" in tensors:
+    if adapter == "full":
         return tensors["diff"].double()
+    if adapter != "lora":
+        raise unknown_adapter(adapter, "an embedding's table")
     if "down_t" in tensors:
         # (entries, r) @ (r, dim)
         return tensors["down_t"].double() @ tensors["up_t"].double()
