@@ -11,7 +11,6 @@ import torch
 
 import qwenlora
 from qwenlora import ComposeOptions, _core, cache, errors
-from qwenlora.compose import placer as placement
 from qwenlora.group.load import Staged
 
 EXACT = 2e-6
@@ -155,10 +154,16 @@ def test_a_file_cut_short_after_planning(is_cached, model, lora, probe, reads):
     assert reads.open == 0
 
 
-def test_no_file_stays_open_after_an_error(model, lora, reads, tmp_path, monkeypatch):
-    monkeypatch.setattr(placement.Placer, "_build", _raise_memory_error)
+def test_no_file_stays_open_after_an_error(model, lora, reads):
+    is_open = []
+
+    def progress(*_):
+        is_open.append(reads.open)
+        raise MemoryError
+
     with pytest.raises(MemoryError):
-        qwenlora.compose_loras(model, lora[0])
+        qwenlora.compose_loras(model, lora[0], options=ComposeOptions(progress=progress))
+    assert is_open == [1]
     assert reads.open == 0
 
 
@@ -191,7 +196,3 @@ def test_what_comes_from_the_cache_is_not_read_into(strengths, make_model, probe
     qwenlora.compose_loras(model, (path, 0.3), options=ComposeOptions(staging_bytes=1))
     qwenlora.compose_loras(model, stack, options=none_kept)
     assert probe.snapshot(model).differences(probe.snapshot(fresh)) == []
-
-
-def _raise_memory_error(*_args, **_options):
-    raise MemoryError

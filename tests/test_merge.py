@@ -46,14 +46,15 @@ PREFIX = "diffusion_model."
 
 
 @pytest.fixture
-def tiny(monkeypatch, make_model):
+def tiny(make_model):
     """Makes a model the known one, by default that of `make_model`."""
     real = known.known_slots()
 
     def swap(model=None):
         targets = find_targets(model or make_model(num_layers=2), {})
-        slots = {p: known.KnownSlot(t.row, real[p].parts) for p, t in targets.items() if p in real}
-        monkeypatch.setattr("qwenlora.merge.planned.known_slots", lambda: slots)
+        swap.slots = {
+            p: known.KnownSlot(t.row, real[p].parts) for p, t in targets.items() if p in real
+        }
 
     swap()
     return swap
@@ -74,7 +75,7 @@ def merged(tiny, tmp_path):
             specs.append(LoraSpec(source, strength))
         path = tmp_path / f"merged-{next(made)}.safetensors"
         settings = MergeOptions(cut=cut, dtype=dtype, **options)
-        return merge_loras(specs, path, settings), path
+        return merge_loras(specs, path, settings, known=tiny.slots), path
 
     return merge
 
@@ -556,10 +557,8 @@ def test_values_are_written_where_asked_for(Draft, merged, model, make_model, pr
 
 def test_a_table_s_delta_is_written_where_asked_for(tiny, merged, tmp_path):
     """Layered's embedding, at its real size."""
-    tiny()
+    tiny.slots = known.known_slots()
     key = "time_text_embed.addition_t_embedding"
-    real = known.known_slots()
-    pytest.MonkeyPatch().setattr("qwenlora.merge.planned.known_slots", lambda: real)
     halves = {"lora_embedding_A": torch.randn(4, 2), "lora_embedding_B": torch.randn(3072, 4)}
     tensors = {f"base_model.model.{key}.{name}": half for name, half in halves.items()}
     tensors["base_model.model.img_in.lora_A.weight"] = torch.randn(4, 64)
@@ -895,7 +894,8 @@ def test_one_slot_is_in_memory_at_a_time(Draft, tiny, tmp_path, monkeypatch):
         return fetcher
 
     monkeypatch.setattr(FileSource, "open", open_counting)
-    merge_loras([LoraSpec(path) for path in paths], tmp_path / "o.safetensors", MergeOptions())
+    specs = [LoraSpec(path) for path in paths]
+    merge_loras(specs, tmp_path / "o.safetensors", MergeOptions(), known=tiny.slots)
     assert len(alive) == 2 * len(load_file(paths[0]))
     # Q, K and V of both files, two halves each, are the most that any slot has.
     assert max(most) == 2 * 3 * 2
@@ -910,7 +910,13 @@ def test_a_source_that_changes_meanwhile_gives_no_file(Draft, tiny, tmp_path):
                 file.write(b"more")
 
     with pytest.raises(errors.LoraReadError, match="changed"):
-        merge_loras([LoraSpec(path)], tmp_path / "o.safetensors", MergeOptions(), progress=progress)
+        merge_loras(
+            [LoraSpec(path)],
+            tmp_path / "o.safetensors",
+            MergeOptions(),
+            progress=progress,
+            known=tiny.slots,
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 

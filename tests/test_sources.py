@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import os
 import pickle
 import sys
@@ -17,8 +18,7 @@ import torch
 from torch import nn
 
 import qwenlora
-from qwenlora import LoraSet, errors, lora_set
-from qwenlora.work.jobs import Jobs
+from qwenlora import LoraSet, _core, errors
 
 BLOCK = "transformer_blocks.0"
 KEY = f"{BLOCK}.attn.to_q"
@@ -169,38 +169,44 @@ def test_a_modulation_lora_with_modulation_off_is_no_error(model):
 def test_files_are_planned_side_by_side_and_state_dicts_here(lora, Draft, tmp_path, monkeypatch):
     """Each file once, at most eight at a time; a state dict on the thread that asks."""
     paths = [Draft(seed).add(KEY, 4).save(tmp_path / f"{seed}.safetensors") for seed in range(10)]
-    asking, seen, pools = threading.get_ident(), {}, []
+    asking, seen, plan = threading.get_ident(), {}, _core.FilePlan
+    turns, eight = itertools.count(), threading.Barrier(8)
 
-    def watching(spec, plans, *, threads):
-        what = "state dict" if isinstance(spec.source, dict) else spec.source
-        seen.setdefault(what, []).append(threading.get_ident())
-        return open_source(spec, plans, threads=threads)
+    class WatchingPlan:
+        @staticmethod
+        def read(path):
+            seen.setdefault(path, []).append(threading.get_ident())
+            if next(turns) < 8:
+                eight.wait(10)
+            return plan.read(path)
 
-    class CountingJobs(Jobs):
-        def __init__(self, workers):
-            pools.append(workers)
-            super().__init__(workers)
+        @staticmethod
+        def from_tensors(*args, **options):
+            seen.setdefault("state dict", []).append(threading.get_ident())
+            return plan.from_tensors(*args, **options)
 
-    open_source = lora_set.open_source
-    monkeypatch.setattr(lora_set, "open_source", watching)
-    monkeypatch.setattr(lora_set, "Jobs", CountingJobs)
+    monkeypatch.setattr(_core, "FilePlan", WatchingPlan)
     stack = [*paths[:5], pair(), *paths[5:], (paths[0], 0.5)]
     qwenlora.clear_cache()
     found = LoraSet.of(stack)
-    assert pools == [8]
     assert seen["state dict"] == [asking]
-    assert all(len(seen[path]) == 1 and asking not in seen[path] for path in paths)
+    assert all(len(seen[path]) == 1 for path in paths)
+    threads = {seen[path][0] for path in paths}
+    assert len(threads) == 8
+    assert asking not in threads
     assert [source.plan for source in found.sources[:5]] == [
         LoraSet.of(path).sources[0].plan for path in paths[:5]
     ]
     assert found.sources[-1].plan is found.sources[0].plan
     # Known files, one unknown file, and one file alone take no thread.
+    seen.clear()
     assert LoraSet.of(stack).key == LoraSet.of(found.specs).key
     Draft(99).add(KEY, 4).save(paths[3])
     LoraSet.of(stack)
     qwenlora.clear_cache()
     LoraSet.of([paths[0], pair(), (paths[0], 0.5)])
-    assert pools == [8]
+    assert {ident for idents in seen.values() for ident in idents} == {asking}
+    assert seen.keys() == {paths[0], paths[3], "state dict"}
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["new", "known"])
@@ -210,20 +216,23 @@ def test_the_first_lora_that_fails_is_told(Draft, tmp_path, monkeypatch, known):
     for number in range(2):
         bad.append(tmp_path / f"bad{number}.safetensors")
         bad[-1].write_bytes(b"\xff" * (8 + number))
-    late = threading.Event()
+    late, plan = threading.Event(), _core.FilePlan
 
-    def slow(spec, plans, *, threads):
-        if spec.source == bad[0]:
-            # The other one has failed long before.
-            assert late.wait(10)
-        try:
-            return open_source(spec, plans, threads=threads)
-        finally:
-            if spec.source == bad[1]:
-                late.set()
+    class SlowPlan:
+        from_tensors = plan.from_tensors
 
-    open_source = lora_set.open_source
-    monkeypatch.setattr(lora_set, "open_source", slow)
+        @staticmethod
+        def read(path):
+            if path == bad[0]:
+                # The other one has failed long before.
+                assert late.wait(10)
+            try:
+                return plan.read(path)
+            finally:
+                if path == bad[1]:
+                    late.set()
+
+    monkeypatch.setattr(_core, "FilePlan", SlowPlan)
     qwenlora.clear_cache()
     if known:
         LoraSet.of(good)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import qwenlora
+from qwenlora import _core
 from qwenlora.compose.planning import plan_report
 from qwenlora.runtime import OPTIONS_KEY
 from qwenlora.source import read_ahead
@@ -335,18 +336,21 @@ def test_the_same_stack_composes_once(bench):
 
 def test_nodes_begin_to_read_their_own_files(bench, files, monkeypatch):
     """Those of nodes before were asked for then; what free memory does not allow is left out."""
-    asked = []
-    monkeypatch.setattr(read_ahead.files, "add", asked.append)
-    bench.models(one=[load(A), load(B, 0.5)])
-    assert asked == [files[A], files[B]]
-    asked.clear()
+    read, reader = [], _core.TensorReader
+    monkeypatch.setattr(_core, "TensorReader", lambda path: read.append(path) or reader(path))
+
+    def read_for(*chain):
+        read.clear()
+        bench.models(one=chain)
+        assert read_ahead.files.wait(60)
+        return read
+
+    assert read_for(load(A), load(B, 0.5)) == [files[A], files[B]]
     spare = 4 * files[C].stat().st_size
     monkeypatch.setattr("comfy.model_management.get_free_memory", lambda device: spare - 1)
-    bench.models(one=[load(C)])
-    assert asked == []
+    assert read_for(load(C)) == []
     monkeypatch.setattr("comfy.model_management.get_free_memory", lambda device: spare)
-    bench.models(one=[load(C, 0.5)])
-    assert asked == [files[C]]
+    assert read_for(load(C, 0.5)) == [files[C]]
 
 
 def test_an_edited_file_is_composed_again(bench, files, Draft):

@@ -178,23 +178,18 @@ def test_d13_modulation_is_removed(ending, model, probe, Draft):
 
 
 @pytest.mark.parametrize("kind", ["modulation", "plain linear", "all zero", "attention"])
-def test_d20_a_stack_is_composed_once(kind, model, Draft, monkeypatch):
+def test_d20_a_stack_is_composed_once(kind, model, Draft):
     """A LoRA without packed layers was composed at each call again; the same stack is no work."""
     target = {"modulation": f"{BLOCK}.img_mod.1", "attention": f"{BLOCK}.attn.to_k"}
     draft = Draft(20).add(target.get(kind, "norm_out.linear"), 4)
     if kind == "all zero":
         draft.tensors[draft.key("norm_out.linear", "up")].zero_()
-    builds = []
-    build = qwenlora.compose.placer.Placer._build
-    monkeypatch.setattr(
-        qwenlora.compose.placer.Placer,
-        "_build",
-        lambda self, *args: builds.append(1) or build(self, *args),
-    )
-    report = qwenlora.compose_loras(model, draft.tensors)
-    assert len(builds) == 1
-    assert qwenlora.compose_loras(model, draft.tensors) is report
-    assert len(builds) == 1
+    done = []
+    options = qwenlora.ComposeOptions(progress=lambda phase, *_: done.append(phase))
+    report = qwenlora.compose_loras(model, draft.tensors, options=options)
+    assert done == ["stage", "write"]
+    assert qwenlora.compose_loras(model, draft.tensors, options=options) is report
+    assert len(done) == 2
 
 
 def test_modulation_rows_are_interleaved(model, Draft):

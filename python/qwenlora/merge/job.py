@@ -31,6 +31,7 @@ from qwenlora.source.dtypes import NAMES
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qwenlora.merge.known import KnownSlot
     from qwenlora.merge.planned import MergeOptions
     from qwenlora.plan.documents import Piece, SlotPlan
     from qwenlora.source.source import TensorFetcher
@@ -51,6 +52,7 @@ def merge_loras(
     *,
     progress: Progress = lambda _done, _all: None,
     note: Note = lambda _text: None,
+    known: Mapping[str, KnownSlot] | None = None,
 ) -> MergeReport:
     """Write the sum of LoRAs at their strengths as one LoRA file.
 
@@ -62,6 +64,7 @@ def merge_loras(
         options: How.
         progress: Called before each slot.
         note: Called with what is worth knowing before the work begins.
+        known: The model's slots by path; by default those of the released model.
 
     Returns:
         What was written.
@@ -79,7 +82,7 @@ def merge_loras(
     read = _paths([spec for spec in specs if spec.strength != 0])
     for path in read:
         check_folder(path)
-    plan = MergePlan.of(specs, options)
+    plan = MergePlan.of(specs, options, known=known)
     for text in (*itertools.chain(*map(folder_notes, read)), *plan.size_notes()):
         note(text)
     with contextlib.ExitStack() as closing, torch.no_grad():

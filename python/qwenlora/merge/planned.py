@@ -69,7 +69,7 @@ class MergePlan:
         skipped: What is left out.
         applied: How many modules of each LoRA are written.
         options: How to merge.
-        known: The slots of the released model, by path.
+        known: The slots of the model, by path.
         dtype: Dtype of what is written.
         inherited: What the file says in the sources' own words.
     """
@@ -86,8 +86,19 @@ class MergePlan:
     inherited: Inherited
 
     @classmethod
-    def of(cls, specs: Sequence[LoraSpec], options: MergeOptions) -> MergePlan:
+    def of(
+        cls,
+        specs: Sequence[LoraSpec],
+        options: MergeOptions,
+        *,
+        known: Mapping[str, KnownSlot] | None = None,
+    ) -> MergePlan:
         """Plan a merge.
+
+        Args:
+            specs: The LoRAs.
+            options: How to merge.
+            known: The model's slots by path; by default those of the released model.
 
         Raises:
             LoraReadError: A source cannot be read.
@@ -99,7 +110,7 @@ class MergePlan:
         wanted = LoraSet.of(list(specs), options=settings)
         if not wanted.specs:
             raise NothingToApplyError("every strength is 0: there is nothing to merge")
-        known = known_slots()
+        known = known_slots() if known is None else known
         items = [
             (name, source.plan, spec.strength, True)
             for name, spec, source in zip(wanted.names, wanted.specs, wanted.sources, strict=True)
