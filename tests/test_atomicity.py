@@ -13,19 +13,18 @@ import torch
 
 import qwenlora
 from qwenlora import ComposeOptions, Placement
-from qwenlora.compose.journal import Journal
 from qwenlora.errors import ModelStateError, NonFiniteError
-from qwenlora.group import loader as staging
-from qwenlora.group.arena import BranchArena, PackedArena
-from qwenlora.group.host_arena import HostFactor, HostPackedArena
+from qwenlora.group.arena import BranchArena
+from qwenlora.group.host_arena import HostPackedArena
 from qwenlora.model.state import read_state
 from qwenlora.model.target import factors_of
 from qwenlora.packing.layout import LowRankSide
 from qwenlora.plan.documents import SlotKind
 from qwenlora.slots import branch, packed, point, value, whole
-from qwenlora.slots.branch import SideBranchSlot
 from qwenlora.slots.find import find_targets
 from qwenlora.slots.packed import PackedSlot
+
+from . import faults
 
 FAULTS = [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt]
 PHASES = ["stage", "write"]
@@ -155,28 +154,8 @@ def test_a_fault_at_every_slot(placement, phase, error, scene, previous):
 
 @contextmanager
 def _failing_allocation(monkeypatch, fault: Fault):
-    def failing(call):
-        def call_or_raise(*args, **options):
-            fault.pass_or_raise()
-            return call(*args, **options)
-
-        return call_or_raise
-
-    allocating = [
-        (PackedSlot, "_joined"),
-        (SideBranchSlot, "prepare"),
-        (PackedArena, "_with_base"),
-        (PackedArena, "write"),
-        (HostFactor, "__init__"),
-        (HostPackedArena, "write"),
-        (BranchArena, "__init__"),
-        (BranchArena, "write"),
-        (staging, "_host_buffer"),
-        (staging, "_look"),
-    ]
     with monkeypatch.context() as patch:
-        for owner, name in allocating:
-            patch.setattr(owner, name, failing(getattr(owner, name)))
+        faults.replace(patch, faults.ALLOCATIONS, faults.before(fault.pass_or_raise))
         yield
 
 
@@ -252,14 +231,13 @@ def test_going_back_holds_no_memory_of_parts_that_are_in_place(
     fault, make_model, Draft, tmp_path, monkeypatch
 ):
     """Path by path is how memory is saved: each slot that goes back lets go of what it held."""
-    alive, to_base = [], Journal.to_base
+    alive = []
 
-    def counting(journal, error):
+    def count():
         gc.collect()
         alive.append(sum(type(o) in (HostPackedArena, BranchArena) for o in gc.get_objects()))
-        to_base(journal, error)
 
-    monkeypatch.setattr(Journal, "to_base", counting)
+    faults.replace(monkeypatch, [faults.TO_BASE], faults.before(count))
     model, draft = make_model(), Draft.full(seed=1)
     total = len(qwenlora.compose_loras(model, draft.tensors).slots)
     qwenlora.reset_loras(model)
@@ -402,14 +380,9 @@ def test_an_error_between_the_two_halves_of_a_slot(
         qwenlora.compose_loras(model, stacks[0])
     before = probe.snapshot(model)
 
-    fault, point_all = Fault(RuntimeError, 1), packed.point_all
-
-    def failing_point(*args, **options):
-        fault.pass_or_raise()
-        point_all(*args, **options)
-
+    fault = Fault(RuntimeError, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(packed, "point_all", failing_point)
+        faults.replace(patch, [faults.POINTING], faults.before(fault.pass_or_raise))
         with pytest.raises(RuntimeError, match="injected"):
             qwenlora.compose_loras(
                 model,
@@ -425,13 +398,15 @@ def test_an_error_between_the_two_halves_of_a_slot(
 def test_an_error_in_the_last_step_undoes_all(model, lora, probe, monkeypatch):
     report = qwenlora.compose_loras(model, lora[0])
     before = probe.snapshot(model)
-    done = Journal.done
 
-    def failing(self, state):
-        done(self, state)
-        raise RuntimeError("injected after the record was written")
+    def failing(done):
+        def failed(journal, state):
+            done(journal, state)
+            raise RuntimeError("injected after the record was written")
 
-    monkeypatch.setattr(Journal, "done", failing)
+        return failed
+
+    faults.replace(monkeypatch, [faults.DONE], failing)
     with pytest.raises(RuntimeError, match="injected after"):
         qwenlora.compose_loras(model, (lora[0], 0.5))
     assert probe.snapshot(model).differences(before) == []
@@ -452,9 +427,8 @@ def test_a_second_interruption_while_cleaning_up_loses_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "done", interrupted)
-        patch.setattr(Journal, "to_base", interrupted)
-        patch.setattr(Journal, "undone", interrupted)
+        points = [faults.DONE, faults.TO_BASE, faults.UNDONE]
+        faults.replace(patch, points, faults.instead(interrupted))
         with pytest.raises(KeyboardInterrupt):
             qwenlora.compose_loras(model, lora[0], options=ComposeOptions(placement=placement))
     assert not qwenlora.applied(model).complete

@@ -25,6 +25,8 @@ from qwenlora.model.lock import ModelLock, lock_of
 from qwenlora.model.state import read_state
 from qwenlora.slots import branch, packed, point, slot, value
 
+from . import faults
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -480,7 +482,7 @@ def test_strengths_are_known_after_an_interruption_behind_the_last_write(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(rescale.Rescaling, "close", interrupted)
+        faults.replace(patch, [faults.RESCALED], faults.instead(interrupted))
         with pytest.raises(KeyboardInterrupt):
             qwenlora.compose_loras(model, (lora[0], 0.5))
     qwenlora.compose_loras(model, (lora[0], 1.0))
@@ -504,8 +506,8 @@ def test_a_slot_of_two_ranks_is_found_after_a_second_interruption(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(packed.PackedChange, "make", halves)
-        patch.setattr(packed.PackedChange, "unmake", interrupted)
+        faults.replace(patch, [faults.MAKE], faults.instead(halves))
+        faults.replace(patch, [faults.UNMAKE], faults.instead(interrupted))
         with pytest.raises(KeyboardInterrupt):
             qwenlora.compose_loras(model, lora[0])
     assert not qwenlora.applied(model).complete

@@ -10,7 +10,8 @@ import torch
 import qwenlora
 from qwenlora import ComposeOptions, Placement
 from qwenlora.errors import UnsupportedModelError
-from qwenlora.slots.packed import PackedSlot
+
+from . import faults
 
 BLOCKS = 4
 RANKS = {0: 4, 1: 8, 2: 40, 3: None}
@@ -136,15 +137,13 @@ def test_buses_carry_what_the_report_says(model, uneven, probe):
 def test_an_error_at_any_allocation(model, uneven, other, probe, placement, monkeypatch):
     model.set_offload(True)
     base = probe.output(model)
-    joined = PackedSlot._joined
     calls = failing_at = 0
 
-    def failing(self, *args):
+    def count_or_raise():
         nonlocal calls
         calls += 1
         if calls == failing_at:
             raise RuntimeError("injected")
-        return joined(self, *args)
 
     qwenlora.compose_loras(model, other)
     before = probe.output(model)
@@ -152,7 +151,7 @@ def test_an_error_at_any_allocation(model, uneven, other, probe, placement, monk
     while not done:
         calls, failing_at = 0, failing_at + 1
         with monkeypatch.context() as patch:
-            patch.setattr(PackedSlot, "_joined", failing)
+            faults.replace(patch, [faults.FACTOR_COPY], faults.before(count_or_raise))
             try:
                 qwenlora.compose_loras(model, uneven, options=ComposeOptions(placement=placement))
                 done = True

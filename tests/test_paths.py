@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 import qwenlora
 from qwenlora import ComposeOptions, Placement
-from qwenlora.compose import bring, rescale
+from qwenlora.compose import bring
 from qwenlora.group.partition import apart
+
+from . import faults
 
 BLOCKS = 4
 QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
@@ -421,21 +423,20 @@ def test_an_interruption_at_any_slot_leaves_the_old_strengths(error, scene):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("writer", ["rewrite_packed", "write_branch_ups"])
+@pytest.mark.parametrize("writer", [faults.REWRITE_PACKED, faults.WRITE_BRANCH_UPS])
 @pytest.mark.parametrize("halfway", [False, True])
 def test_a_write_that_fails_leaves_the_old_strengths(writer, halfway, scene, monkeypatch):
     """Before any of it is written, or when it is."""
     model, loras, wanted, check = scene
     report = qwenlora.applied(model)
-    write = getattr(rescale, writer)
     calls = 0
+
+    def count():
+        nonlocal calls
+        calls += 1
+
     with monkeypatch.context() as patch:
-        patch.setattr(rescale, writer, lambda *a, **k: count(write(*a, **k)))
-
-        def count(_):
-            nonlocal calls
-            calls += 1
-
+        faults.replace(patch, [writer], faults.before(count))
         qwenlora.compose_loras(model, wanted)
     qwenlora.compose_loras(model, loras)
     report = qwenlora.applied(model)
@@ -444,17 +445,20 @@ def test_a_write_that_fails_leaves_the_old_strengths(writer, halfway, scene, mon
         left = iter(range(at))
         failed = False
 
-        def failing(*args, left=left, **kwargs):
-            nonlocal failed
-            now = not failed and next(left, None) is None
-            if halfway or not now:
-                write(*args, **kwargs)
-            if now:
-                failed = True
-                raise torch.OutOfMemoryError("now")
+        def failing(write, left=left):
+            def written(*args, **kwargs):
+                nonlocal failed
+                now = not failed and next(left, None) is None
+                if halfway or not now:
+                    write(*args, **kwargs)
+                if now:
+                    failed = True
+                    raise torch.OutOfMemoryError("now")
+
+            return written
 
         with monkeypatch.context() as patch:
-            patch.setattr(rescale, writer, failing)
+            faults.replace(patch, [writer], failing)
             with pytest.raises(torch.OutOfMemoryError, match="now"):
                 qwenlora.compose_loras(model, wanted)
         check(report)
@@ -470,7 +474,7 @@ def test_old_strengths_that_cannot_be_written_either(scene, monkeypatch, bases, 
         raise torch.OutOfMemoryError("always")
 
     with monkeypatch.context() as patch:
-        patch.setattr(rescale, "rewrite_packed", failing)
+        faults.replace(patch, [faults.REWRITE_PACKED], faults.instead(failing))
         with pytest.raises(torch.OutOfMemoryError, match="always"):
             qwenlora.compose_loras(model, wanted)
     assert "interrupted" in str(qwenlora.applied(model).failure)

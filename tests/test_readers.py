@@ -24,14 +24,13 @@ from safetensors.torch import load_file, save_file
 
 import qwenlora
 from qwenlora import ComposeOptions, LoraSet, Placement, _core, errors
-from qwenlora.compose import placer as placement
-from qwenlora.group import loader as staging
 from qwenlora.group.group import Group, Located, Member, Stack
 from qwenlora.group.load import loads_of
 from qwenlora.group.loader import Loader
 from qwenlora.packing.layout import LowRankSide
 from qwenlora.source.dtypes import DTYPES, NAMES
-from qwenlora.work.jobs import Jobs
+
+from . import faults
 
 BEFORE = 0xAA
 """What a buffer holds before it is filled."""
@@ -583,16 +582,15 @@ class Copying:
 def host_buffers(monkeypatch):
     """Counts the buffers that are made; with `fails_at`, that one is not."""
     counted = SimpleNamespace(made=0, fails_at=None)
-    host_buffer, lock = staging._host_buffer, threading.Lock()
+    lock = threading.Lock()
 
-    def counting(nbytes, *, pinned):
+    def count_or_raise():
         with lock:
             at, counted.made = counted.made, counted.made + 1
         if at == counted.fails_at:
             raise MemoryError("injected")
-        return host_buffer(nbytes, pinned=pinned)
 
-    monkeypatch.setattr(staging, "_host_buffer", counting)
+    faults.replace(monkeypatch, [faults.HOST_BUFFER], faults.before(count_or_raise))
     return counted
 
 
@@ -829,21 +827,21 @@ def _raise_no_thread(*_args, **_options):
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "failing", "error"),
+    ("point", "failing", "error"),
     [
-        (placement.Placer, "_build", _raise_memory_error, MemoryError),
-        (placement.Placer, "__init__", _raise_memory_error, MemoryError),
-        (staging, "_host_buffer", _raise_memory_error, MemoryError),
-        (staging, "_look", _raise_memory_error, MemoryError),
-        (Jobs, "submit", _raise_no_thread, RuntimeError),
-        (_core, "Readers", _raise_no_thread, RuntimeError),
+        (faults.BUILD, _raise_memory_error, MemoryError),
+        (faults.PLACER, _raise_memory_error, MemoryError),
+        (faults.HOST_BUFFER, _raise_memory_error, MemoryError),
+        (faults.LOOK, _raise_memory_error, MemoryError),
+        (faults.SUBMIT, _raise_no_thread, RuntimeError),
+        ((_core, "Readers"), _raise_no_thread, RuntimeError),
     ],
 )
-def test_no_thread_outlives_an_error(owner, name, failing, error, scene, monkeypatch):
+def test_no_thread_outlives_an_error(point, failing, error, scene, monkeypatch):
     # Planned before, so that nothing but reading tensors needs a thread.
     plans = [qwenlora.LoraSpec(path) for path in scene.paths]
     LoraSet.of(plans)
-    monkeypatch.setattr(owner, name, failing)
+    faults.replace(monkeypatch, [point], faults.instead(failing))
     with pytest.raises(error, match="injected") as caught:
         qwenlora.compose_loras(scene.model, plans, options=FEW_SLOTS)
     assert_no_thread_is_left()

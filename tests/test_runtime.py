@@ -76,17 +76,21 @@ def test_two_branches_alternating_every_step(host, two, model, probe):
         assert torch.equal(host(None), base)
 
 
-def test_an_unchanged_set_composes_nothing(host, two, monkeypatch):
-    lora_set = LoraSet.of(two)
-    host(lora_set)
+def noting(steps):
+    """Options that note every step of a composition."""
+    return qwenlora.ComposeOptions(progress=lambda phase, *_: steps.append(phase))
 
-    def refuse(*args, **kwargs):
-        raise AssertionError("composed again")
 
-    monkeypatch.setattr("qwenlora.runtime.bring", refuse)
+def test_an_unchanged_set_composes_nothing(host, two):
+    steps = []
+    lora_set = LoraSet.of(two, options=noting(steps))
     host(lora_set)
-    host(copy.deepcopy(lora_set))
-    host(LoraSet.of(two))
+    assert steps
+    steps.clear()
+    host(lora_set)
+    host(copy.copy(lora_set))
+    host(LoraSet.of(two, options=noting(steps)))
+    assert steps == []
 
 
 def test_the_default_is_what_a_script_asked_for(host, two, model, probe):
@@ -314,12 +318,14 @@ def test_200_alternations_grow_nothing(host, two, model):
     assert len(counts) == 2
 
 
-def test_moves_need_no_composition(host, two, model, monkeypatch, probe):
-    lora_set = LoraSet.of(two)
+def test_moves_need_no_composition(host, two, model):
+    steps = []
+    lora_set = LoraSet.of(two, options=noting(steps))
     expected = host(lora_set)
-    monkeypatch.setattr("qwenlora.runtime.bring", None)
+    steps.clear()
     model.to("cpu", torch.float32)
     assert torch.equal(host(lora_set), expected)
+    assert steps == []
 
 
 @pytest.mark.parametrize("mode", [True, False])
