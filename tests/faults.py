@@ -41,6 +41,7 @@ MAKE, UNMAKE = (PackedChange, "make"), (PackedChange, "unmake")
 DONE, TO_BASE, UNDONE = (Journal, "done"), (Journal, "to_base"), (Journal, "undone")
 PLACER, BUILD = (Placer, "__init__"), (Placer, "_build")
 SUBMIT = (Jobs, "submit")
+WRITTEN = (Journal, "write")
 RESCALED = (rescale.Rescaling, "close")
 REWRITE_PACKED = (rescale, "rewrite_packed")
 WRITE_BRANCH_UPS = (rescale, "write_branch_ups")
@@ -63,6 +64,19 @@ def before(act: Callable[[], None]) -> Callable[[Callable], Callable]:
         def called(*args, **options):
             act()
             return call(*args, **options)
+
+        return called
+
+    return make
+
+
+def after(act: Callable[[], None]) -> Callable[[Callable], Callable]:
+    """Makes functions that do `act` when they are done; it may raise."""
+
+    def make(call):
+        def called(*args, **options):
+            call(*args, **options)
+            act()
 
         return called
 

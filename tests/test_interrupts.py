@@ -471,18 +471,19 @@ def test_a_model_after_an_interruption_at_every_instruction(
     assert _interrupt_writing(written, begin=begin, step=step, again=again) > 20
 
 
+@pytest.mark.parametrize("last", [faults.WRITTEN, faults.RESCALED])
 def test_strengths_are_known_after_an_interruption_behind_the_last_write(
-    model, lora, probe, monkeypatch
+    last, model, lora, probe, monkeypatch
 ):
-    """The old strengths, asked for again, were taken to lie in the slots still."""
+    """The old strengths, asked for again, are not taken to lie in the slots still."""
     qwenlora.compose_loras(model, (lora[0], 1.0))
     before = probe.snapshot(model)
 
-    def interrupted(_):
+    def interrupted():
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        faults.replace(patch, [faults.RESCALED], faults.instead(interrupted))
+        faults.replace(patch, [last], faults.after(interrupted))
         with pytest.raises(KeyboardInterrupt):
             qwenlora.compose_loras(model, (lora[0], 0.5))
     qwenlora.compose_loras(model, (lora[0], 1.0))

@@ -106,7 +106,9 @@ def _rescaled(task: Task) -> bool:
         try:
             task.journal().write([rescaling], _rescaled_state(task))
         except BaseException:
-            structure.placed = placed
+            # An interruption that comes behind the last write leaves the new strengths.
+            if read_state(task.model) is task.before:
+                structure.placed = placed
             raise
     structure.placed = rescaling.placed
     return True
