@@ -44,6 +44,28 @@ def test_both_ways_are_those_of_torch(tiles, rank, side, dtype, turned):
 
 
 @pytest.mark.parametrize("side", LowRankSide)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("ranks", [(), (16,), (5, 33), (48, 1, 16)])
+@pytest.mark.parametrize("rest", [0, 32])
+def test_factors_join_a_base(side, dtype, ranks, rest):
+    """In Rust, or in torch where a dtype has another size: the base, each factor, zeros."""
+
+    def logical(rank):
+        shape = (rank, 64) if side is LowRankSide.DOWN else (64, rank)
+        return torch.randn(shape).to(dtype)
+
+    base, factors = logical(48), [logical(rank) for rank in ranks]
+    padded = [pack.unpack_lowrank(pack.pack_lowrank(own, side), side) for own in factors]
+    axis = 0 if side is LowRankSide.DOWN else 1
+    whole = torch.cat([base.narrow(axis, 0, 32), *padded], dim=axis)
+    joined = torch.full((64, whole.shape[axis] + rest), 7, dtype=dtype)
+    zeros = whole.new_zeros((rest, 64) if side is LowRankSide.DOWN else (64, rest))
+    packed = pack.pack_lowrank(base, side)
+    lowrank.join_factors(joined, packed, factors, side, base_rank=32)
+    same(joined, pack.pack_lowrank(torch.cat([whole, zeros], dim=axis), side))
+
+
+@pytest.mark.parametrize("side", LowRankSide)
 def test_one_rank_with_any_strides(side):
     """A contiguous tensor may have any strides along axes of size 1."""
     logical = (

@@ -14,12 +14,13 @@ import torch
 from qwenlora import _core
 from qwenlora.packing import pack
 from qwenlora.packing.host_bytes import host_bytes
-from qwenlora.packing.layout import RANK_MULTIPLE, TILE, LowRankSide, round_up
+from qwenlora.packing.layout import FRAGMENT, RANK_MULTIPLE, TILE, LowRankSide, round_up
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
-__all__ = ["pack_factor", "unpack_factor"]
+__all__ = ["join_factors", "pack_factor", "unpack_factor"]
 
 
 def pack_factor(logical: torch.Tensor, side: LowRankSide) -> torch.Tensor:
@@ -27,17 +28,44 @@ def pack_factor(logical: torch.Tensor, side: LowRankSide) -> torch.Tensor:
     axis = 0 if side is LowRankSide.DOWN else 1
     if not _is_ours(logical) or logical.shape[1 - axis] % TILE:
         return pack.pack_lowrank(logical, side)
-    rank, channels = logical.shape[axis], logical.shape[1 - axis]
-    rank_padded = round_up(rank, RANK_MULTIPLE)
-    packed = torch.empty((channels, rank_padded), dtype=logical.dtype)
-    source = host_bytes(_flat(logical))
-    member: tuple[Any, ...] = (source, rank, 0)
-    if side is LowRankSide.UP:
-        member = (source, None, 0, channels, rank, 0)
-    column: Any = (side.value, rank_padded // TILE, [member])
-    recipe = (host_bytes(packed), 1, channels, logical.itemsize, [column])
-    _core.fill_packed([recipe], threads=1)
+    rank_padded = round_up(logical.shape[axis], RANK_MULTIPLE)
+    packed = torch.empty((logical.shape[1 - axis], rank_padded), dtype=logical.dtype)
+    _fill(packed, [_column(logical, side)])
     return packed
+
+
+def join_factors(
+    joined: torch.Tensor,
+    base: torch.Tensor,
+    factors: Sequence[torch.Tensor],
+    side: LowRankSide,
+    *,
+    base_rank: int,
+) -> None:
+    """Fill a packed factor: the first ranks of a packed one, logical ones behind it, then zeros.
+
+    Args:
+        joined: (channels, R) packed, contiguous: all of it is written.
+        base: (channels, r) packed, of the same dtype and on the same device.
+        factors: Logical, of the same dtype and on the same device. Each begins at a whole fragment.
+        side: Which factor all of these are.
+        base_rank: Ranks of `base` that are taken, a multiple of 16.
+    """
+    if all(map(_is_ours, (joined, base, *factors))):
+        columns = [_column(factor, side) for factor in factors]
+        rest = (joined.shape[1] - base_rank) // TILE - sum(tiles for _, tiles, _ in columns)
+        source = (host_bytes(_flat(base)), base.shape[1] // TILE)
+        _fill(joined, [("fragments", [source], 0, base_rank // TILE), *columns, ("zero", rest)])
+        return
+    tiles, end = joined.shape[0] // TILE, base_rank // TILE
+    # (C, R) nominal -> (C/16, R/16, 256)
+    fragments = joined.view(tiles, -1, FRAGMENT)
+    fragments[:, :end].copy_(base.detach().view(tiles, -1, FRAGMENT)[:, :end])
+    for factor in factors:
+        packed = pack_factor(factor, side).view(tiles, -1, FRAGMENT)
+        begin, end = end, end + packed.shape[1]
+        fragments[:, begin:end].copy_(packed)
+    fragments[:, end:].zero_()
 
 
 def unpack_factor(packed: torch.Tensor, side: LowRankSide) -> torch.Tensor:
@@ -56,6 +84,23 @@ def unpack_factor(packed: torch.Tensor, side: LowRankSide) -> torch.Tensor:
         threads=1,
     )
     return logical
+
+
+def _column(logical: torch.Tensor, side: LowRankSide) -> tuple[str, int, list[Any]]:
+    """One logical factor as a column of a recipe, padded to whole fragments."""
+    source = host_bytes(_flat(logical))
+    if side is LowRankSide.DOWN:
+        rank = logical.shape[0]
+        member: tuple[Any, ...] = (source, rank, 0)
+    else:
+        channels, rank = logical.shape
+        member = (source, None, 0, channels, rank, 0)
+    return (side.value, round_up(rank, RANK_MULTIPLE) // TILE, [member])
+
+
+def _fill(packed: torch.Tensor, columns: list[Any]) -> None:
+    recipe = (host_bytes(packed), 1, packed.shape[0], packed.itemsize, columns)
+    _core.fill_packed([recipe], threads=1)
 
 
 def _is_ours(factor: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenlora.model.target import LowRankPlace, factors_of
-from qwenlora.packing.factor import pack_factor
+from qwenlora.packing.factor import join_factors
 from qwenlora.packing.layout import FRAGMENT, TILE, LowRankSide
 from qwenlora.slots.point import point, point_all, point_back
 from qwenlora.slots.slot import NoChange
@@ -102,25 +102,14 @@ class PackedSlot:
     def _joined(self, side: LowRankSide, added: Sequence[Tensor], rank_added: int) -> Tensor:
         """The base's factor with logical ones behind it, each padded to whole fragments."""
         current = self._factor(side)
-        channels, rank = current.shape
-        tiles, base_tiles = channels // TILE, self._base_rank // TILE
         # Pinned host memory stays pinned: offload copies from it asynchronously.
         joined = torch.empty(
-            (channels, self._base_rank + rank_added),
+            (current.shape[0], self._base_rank + rank_added),
             dtype=current.dtype,
             device=current.device,
             pin_memory=current.is_pinned(),
         )
-        # (C, R) nominal -> (C/16, R/16, 256)
-        fragments = joined.view(tiles, -1, FRAGMENT)
-        base = current.detach().view(tiles, rank // TILE, FRAGMENT)[:, :base_tiles]
-        fragments[:, :base_tiles].copy_(base)
-        end = base_tiles
-        for factor in added:
-            packed = pack_factor(factor, side).view(tiles, -1, FRAGMENT)
-            begin, end = end, end + packed.shape[1]
-            fragments[:, begin:end].copy_(packed)
-        fragments[:, end:].zero_()
+        join_factors(joined, current, added, side, base_rank=self._base_rank)
         return joined
 
 
