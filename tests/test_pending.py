@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from qwenlora.emulation import delay
 from qwenlora.emulation.delay import LazyWorkers, SleepyWorkers
 from qwenlora.group.filler import Filler
 from qwenlora.group.host_arena import HostFactor, HostPackedArena
@@ -87,3 +88,30 @@ def test_employing_ends_with_the_block():
         thread.join(LONG)
     assert seen == [lazy]
     assert workers.employed() is before
+
+
+def test_all_who_wait_for_a_lazy_filling_wait_until_it_is_done():
+    """One thread carries it out; the others, who ask meanwhile, are not answered too early."""
+    begun, go_on = threading.Event(), threading.Event()
+    filled = []
+
+    def fill():
+        begun.set()
+        assert go_on.wait(LONG)
+        filled.append(True)
+
+    filling = delay._LazyFilling(None, fill, threading.RLock())
+    seen = []
+    threads = [threading.Thread(target=lambda: (filling.wait(), seen.append(list(filled))))]
+    threads[0].start()
+    assert begun.wait(LONG)
+    threads.append(threading.Thread(target=lambda: (filling.wait(), seen.append(list(filled)))))
+    threads[1].start()
+    threads[1].join(0.05)
+    assert threads[1].is_alive()
+    assert not filling.query()
+    go_on.set()
+    for thread in threads:
+        thread.join(LONG)
+    assert seen == [[True], [True]]
+    assert filling.query()

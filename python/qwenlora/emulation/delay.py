@@ -12,6 +12,7 @@ these a look that comes too early sees NaN or what was there before, each time o
 from __future__ import annotations
 
 import random
+import threading
 import time
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -93,22 +94,34 @@ class _LazyReaders:
 
 
 class _LazyFilling:
-    """One request; those before it are carried out first."""
+    """One request; those before it are carried out first.
 
-    def __init__(self, before: _LazyFilling | None, fill: Callable[[], None]) -> None:
+    Any thread may wait for it: the first one carries it out, the others wait until it is done.
+    """
+
+    def __init__(
+        self, before: _LazyFilling | None, fill: Callable[[], None], lock: threading.RLock
+    ) -> None:
+        """`lock` is that of all requests of the same fillers."""
         self._before = before
         self._fill: Callable[[], None] | None = fill
+        self._lock = lock
+        self._done = False
 
     def wait(self) -> None:
-        if self._before is not None:
-            self._before.wait()
-            self._before = None
-        fill, self._fill = self._fill, None
-        if fill is not None:
-            fill()
+        with self._lock:
+            if self._before is not None:
+                self._before.wait()
+                self._before = None
+            fill, self._fill = self._fill, None
+            try:
+                if fill is not None:
+                    fill()
+            finally:
+                self._done = True
 
     def query(self) -> bool:
-        return self._fill is None
+        return self._done
 
     def synchronize(self) -> None:
         self.wait()
@@ -118,12 +131,13 @@ class _LazyFillers:
     def __init__(self, threads: int) -> None:
         self._own = _core.Fillers(threads=threads)
         self._last: _LazyFilling | None = None
+        self._lock = threading.RLock()
 
     def fill(self, recipes: Sequence[tuple[Any, ...]]) -> _LazyFilling:
         for memory, *_, columns in recipes:
             if not _keeps_any(columns):
                 memory[:] = _NAN_BYTE
-        self._last = _LazyFilling(self._last, lambda: self._own.fill(recipes).wait())
+        self._last = _LazyFilling(self._last, lambda: self._own.fill(recipes).wait(), self._lock)
         return self._last
 
     def close(self) -> None:
