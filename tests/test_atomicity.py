@@ -327,6 +327,7 @@ class _Interruption:
         return self._line
 
 
+@pytest.mark.slow
 @pytest.mark.in_turn("placement")
 @pytest.mark.parametrize("placement", [Placement.WHOLE, Placement.BY_PATH])
 @pytest.mark.parametrize("change", ["compose", "replace", "reset"])

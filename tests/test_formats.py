@@ -232,6 +232,7 @@ def names_ignored(report):
 # ---- every plain LoRA of the corpus ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLAIN)
 def test_corpus_file_composes_to_the_reference(model, tmp_path, name):
     small = miniature(name, model)

@@ -131,6 +131,7 @@ def leave_abandoned(lock: ModelLock) -> None:
 LOCK_CODES = codes_of(lock_module.ModelLock, lock_module._Claim, lock_module.lock_of)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("next_in", ["this thread", "another thread"])
 @pytest.mark.parametrize("before", ["free", "abandoned here", "abandoned by another thread"])
 def test_the_lock_is_free_after_an_interruption_at_every_instruction(before, next_in):

@@ -222,6 +222,7 @@ def test_a_model_that_was_let_go_is_gone_at_once(use, scene):
     assert [reference() for reference in gone] == [None] * len(gone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", USES)
 def test_what_was_composed_is_gone_after_a_reset(use, scene):
     use(scene)
@@ -275,6 +276,7 @@ def _hook(model):
     model.transformer_blocks[0].register_forward_hook(lambda *_: model and None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tie", [_closure, _attribute, _hook])
 @pytest.mark.parametrize("use", [looked_at, composed, reset, wrapped_and_run, offloaded])
 def test_a_model_that_its_layers_know_is_gone_with_the_next_collection(tie, use, scene):

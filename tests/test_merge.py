@@ -173,6 +173,7 @@ def test_a_merge_is_the_stack(strengths, dtype, model, probe, Draft, merged):
     probe.assert_holds(model, stack, within=bound)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", SIZES)
 @pytest.mark.parametrize("ranks", [(None, None), (None, 3), (2, 3), (2, None)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -323,6 +324,7 @@ STACKS = ["one LoRA", "two LoRAs", "LoKr", "LoKr in halves", "LoKr and LoRA"]
 STACKS += ["LoHa", "LoHa and LoRA", "full", "full and LoRA"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STACKS)
 @pytest.mark.parametrize("rank", [1, 7, 20])
 def test_a_rank_is_the_optimum(name, rank, Draft, merged):
@@ -337,6 +339,7 @@ def test_a_rank_is_the_optimum(name, rank, Draft, merged):
     assert module.energy == pytest.approx(0.25 * float(expected.square().sum()), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STACKS)
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.999])
 def test_an_energy_is_kept_with_the_fewest_ranks(name, share, Draft, merged):

@@ -72,6 +72,7 @@ def damaged(Draft, kind, bad: float):
         yield tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize(
     ("kind", "max_rank"),

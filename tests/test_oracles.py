@@ -430,6 +430,7 @@ def assert_same_deltas(model, expected, bound):
 # ---- weights, slot by slot ----
 
 
+@pytest.mark.slow
 @each_case
 def test_slot_deltas_are_the_tool_s(model, half_model, case):
     expected = oracle_deltas(case.oracle)

@@ -178,16 +178,21 @@ def tiny_and_huge_scales(Draft, dtype):
 
 
 STACKS = [
-    mixed_ranks,
     qkv_apart,
     shared_downs,
-    shared_downs_in_one_block,
-    apart_in_one_block,
-    zero_blocks,
-    some_blocks,
     top_level,
     several,
-    tiny_and_huge_scales,
+    *(
+        pytest.param(stack, marks=pytest.mark.slow)
+        for stack in (
+            mixed_ranks,
+            shared_downs_in_one_block,
+            apart_in_one_block,
+            zero_blocks,
+            some_blocks,
+            tiny_and_huge_scales,
+        )
+    ),
 ]
 
 

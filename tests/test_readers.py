@@ -360,6 +360,7 @@ def test_a_buffer_lives_while_it_is_read(file, reader, readers):
     assert alive() is None
 
 
+@pytest.mark.slow
 def test_nothing_writes_where_a_reading_was_let_go(file, reader, readers):
     size = 20_000_003
     for _ in range(3):

@@ -152,6 +152,7 @@ def test_float16_overflow_is_an_error(make_model, probe, Draft):
     assert probe.snapshot(model).differences(before) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("offloaded", [False, True])

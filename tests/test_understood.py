@@ -75,6 +75,7 @@ PLACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", WRAPPERS)
 @pytest.mark.parametrize("place", PLACES)
 def test_wrappers_are_looked_through(wrap, place, make_model, Draft, probe):
