@@ -38,7 +38,7 @@ def ours(folder: Path, rank: int | None) -> None:
     from qwenlora import LoraSpec
     from qwenlora.merge.cut import Cut
     from qwenlora.merge.job import merge_loras
-    from qwenlora.merge.planned import MergeOptions
+    from qwenlora.merge.plan import MergeOptions
 
     specs = [LoraSpec(folder / f"{n}.safetensors", s) for n, s in enumerate(STRENGTHS)]
     cut = None if rank is None else Cut(rank=rank)

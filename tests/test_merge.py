@@ -27,7 +27,7 @@ from qwenlora.emulation import EmulatedConfig, random_transformer
 from qwenlora.merge import known
 from qwenlora.merge.cut import Cut
 from qwenlora.merge.job import merge_loras
-from qwenlora.merge.planned import MergeOptions
+from qwenlora.merge.plan import MergeOptions
 from qwenlora.merge.writer import SafetensorsWriter
 from qwenlora.slots.find import find_targets
 from qwenlora.source.dtypes import NAMES

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import qwenlora
 from qwenlora import ComposeOptions, LoraSet, Placement, _core, errors
-from qwenlora.group.group import Group, Located, Member, Stack
+from qwenlora.group.group import Group, Located, Member, Share
 from qwenlora.group.load import loads_of
 from qwenlora.group.loader import Loader
 from qwenlora.packing.layout import LowRankSide
@@ -532,7 +532,7 @@ def loads(request):
         members.append(Member(rank, 1.0, 0, ROWS, torch.float32, FEATURES, tensors))
     device = torch.device(request.param)
     targets = tuple(SimpleNamespace(device=device) for _ in range(SLOTS))
-    found = loads_of(Group(targets, (Stack(0, tuple(members)),)), 1)
+    found = loads_of(Group(targets, (Share(0, tuple(members)),)), 1)
     assert [list(load.slots) for load in found] == [[slot] for slot in range(SLOTS)]
     return found
 
@@ -552,7 +552,7 @@ def take(loader, load, source):
     staged = loader.take(load)
     (slot,) = load.slots
     for block in load.blocks:
-        own = load.stack.members[block.member].tensors[block.side]
+        own = load.share.members[block.member].tensors[block.side]
         begin = own.offsets[slot]
         found = staged.bytes[block.begin : block.begin + block.nbytes].numpy()
         assert np.array_equal(found, source.content[begin : begin + own.len_bytes])

@@ -13,7 +13,7 @@ import qwenlora
 from qwenlora import LoraSpec
 from qwenlora.merge import known
 from qwenlora.merge.job import merge_loras
-from qwenlora.merge.planned import MergeOptions
+from qwenlora.merge.plan import MergeOptions
 from qwenlora.slots.find import find_targets
 
 from ..test_adapters import BLOCK, CLOSE, SIZES, error, measured

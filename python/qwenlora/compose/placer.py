@@ -120,7 +120,7 @@ class Placer:
     def _build(self, unit: PathUnit) -> tuple[list[GroupDeltas], list[BuiltSlot]]:
         together: list[GroupDeltas] = []
         differing: list[Target] = []
-        planned = any(group.stacks for group in unit.groups)
+        planned = any(group.shares for group in unit.groups)
         filled = [target for target, _ in unit.rest] if unit.twins and planned else []
         for group in unit.groups:
             built = self._groups.build(group, empty=filled, tell=self._tell_staged)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from qwenlora.compose.reports import lora_reports
 from qwenlora.compose.structure import structure_of
 from qwenlora.errors import UnsupportedModelError
-from qwenlora.group.partition import Division, Planned, chosen_division
+from qwenlora.group.partition import Division, Partition, chosen_division
 from qwenlora.model.lock import lock_of
 from qwenlora.model.state import read_state
 from qwenlora.model.transformer import transformer_of
@@ -63,7 +63,7 @@ def plan_report(model: nn.Module, wanted: LoraSet) -> ComposeReport:
     return ComposeReport(loras, slots, plan.added_bytes, 0.0, bus_bytes=bus)
 
 
-def planned_for(wanted: LoraSet, structure: Structure, *, strict: bool) -> Planned:
+def planned_for(wanted: LoraSet, structure: Structure, *, strict: bool) -> Partition:
     """The set's plan on these slots; remembered, since strengths change no plan."""
     options = wanted.options
     items = [
@@ -74,12 +74,12 @@ def planned_for(wanted: LoraSet, structure: Structure, *, strict: bool) -> Plann
     # Each slot has a rank of its own where the data decide it.
     division = Division.APART if wanted.max_rank == "auto" else chosen_division()
 
-    def plan() -> Planned:
+    def plan() -> Partition:
         # What the data will show to be enough is not known yet; the exact sum bounds it.
         most = None if wanted.max_rank == "auto" else wanted.max_rank
         stack = plan_stack(items, structure.slot_map, max_rank=most, strict=strict, options=options)
         targets = list(structure.targets.values())
-        return Planned(stack, targets, division=division)
+        return Partition(stack, targets, division=division)
 
     # Strengths change no plan. File plans are compared as objects: the key keeps them alive.
     what = tuple((name, plan, modulation) for name, plan, _, modulation in items)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from qwenlora.compose.structure import Structure
     from qwenlora.delta.outcome import SlotOutcome
-    from qwenlora.group.partition import Planned
+    from qwenlora.group.partition import Partition
     from qwenlora.lora_set import LoraSet
     from qwenlora.plan.documents import StackPlan
     from qwenlora.spec import ComposeOptions, LoraSpec
@@ -26,7 +26,7 @@ __all__ = ["judge_refusals", "lora_reports", "slot_report", "state_of"]
 
 def state_of(
     wanted: LoraSet,
-    planned: Planned,
+    planned: Partition,
     structure: Structure,
     done: Sequence[SlotOutcome],
     *,
@@ -90,7 +90,7 @@ def slot_report(outcome: SlotOutcome) -> SlotReport:
 
 
 def lora_reports(
-    wanted: LoraSet, planned: Planned, done: Sequence[SlotOutcome]
+    wanted: LoraSet, planned: Partition, done: Sequence[SlotOutcome]
 ) -> tuple[LoraReport, ...]:
     """What became of each LoRA; `done` holds the slots of which there is something to tell."""
     plan = planned.plan

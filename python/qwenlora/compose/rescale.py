@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     from qwenlora.group.arena import Part
     from qwenlora.group.group import Group
     from qwenlora.group.load import Load
-    from qwenlora.group.partition import Planned
-    from qwenlora.group.place import Layout, PlacedGroup
+    from qwenlora.group.partition import Partition
+    from qwenlora.group.place import PlacedGroup, ShareLayout
     from qwenlora.group.transfer import Transfer
     from qwenlora.lora_set import LoraSet
     from qwenlora.spec import Progress
 
-__all__ = ["Placed", "Rescaling", "prepare_rescaling"]
+__all__ = ["PlacedStack", "Rescaling", "prepare_rescaling"]
 
 
 @dataclass(frozen=True, eq=False)
-class Placed:
+class PlacedStack:
     """A composition that consists of groups alone.
 
     Attributes:
@@ -52,7 +52,7 @@ class Placed:
         load_bytes: Most bytes of a load.
     """
 
-    planned: Planned
+    planned: Partition
     strengths: tuple[float, ...]
     groups: Sequence[PlacedGroup]
     load_bytes: int
@@ -67,8 +67,8 @@ class _Write:
     downs: Tensor | None
     load: Load
     staged: Staged
-    old: Layout
-    new: Layout
+    old: ShareLayout
+    new: ShareLayout
     threads: int | None
 
     @property
@@ -76,7 +76,7 @@ class _Write:
         """Whether its deltas are in host memory, and its slots are not."""
         return self.staged.on_host and self.arena.device.type != "cpu"
 
-    def run(self, layout: Layout, transfer: Transfer) -> None:
+    def run(self, layout: ShareLayout, transfer: Transfer) -> None:
         part = part_of(self.load, transfer.bring(self.staged, keep=False), layout)
         part = part.balanced(self.arena.dtype)
         if self.group.packed:
@@ -102,7 +102,7 @@ class Rescaling:
     """
 
     def __init__(
-        self, placed: Placed, writes: Sequence[_Write], *, progress: Progress | None
+        self, placed: PlacedStack, writes: Sequence[_Write], *, progress: Progress | None
     ) -> None:
         self.placed = placed
         self._writes = writes
@@ -140,7 +140,7 @@ class Rescaling:
         return done + slots
 
 
-def prepare_rescaling(placed: Placed, planned: Planned, wanted: LoraSet) -> Rescaling | None:
+def prepare_rescaling(placed: PlacedStack, planned: Partition, wanted: LoraSet) -> Rescaling | None:
     """Prepare a change of strengths.
 
     Args:
@@ -170,10 +170,10 @@ def prepare_rescaling(placed: Placed, planned: Planned, wanted: LoraSet) -> Resc
 
 def _scaled(placed: PlacedGroup, strengths: Sequence[float]) -> PlacedGroup:
     layouts = {
-        stack.lora: replace(
-            placed.layouts[stack.lora], factors=scales_of(stack, strengths[stack.lora])
+        share.lora: replace(
+            placed.layouts[share.lora], factors=scales_of(share, strengths[share.lora])
         )
-        for stack in placed.group.stacks
+        for share in placed.group.shares
     }
     return replace(placed, layouts=layouts)
 
@@ -189,7 +189,7 @@ def _writes(
         return None
     writes = []
     for load in loads_of(group, load_bytes):
-        lora = load.stack.lora
+        lora = load.share.lora
         if lora not in changing:
             continue
         key = (wanted.sources[lora].identity, load.key)

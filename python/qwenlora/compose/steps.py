@@ -16,7 +16,7 @@ from qwenlora.compose.journal import Journal
 from qwenlora.compose.leaving import Room, base_versions, groups_left, make_room
 from qwenlora.compose.placer import Placer
 from qwenlora.compose.reports import state_of
-from qwenlora.compose.rescale import Placed
+from qwenlora.compose.rescale import PlacedStack
 from qwenlora.compose.structure import forget_structure, remember_structure
 from qwenlora.compose.units import path_units
 from qwenlora.delta.deltas import DeltaBuilder
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from qwenlora.compose.structure import Structure
     from qwenlora.compose.units import PathUnit
     from qwenlora.group.builder import BegunReading, GroupBuilder
-    from qwenlora.group.partition import Planned
+    from qwenlora.group.partition import Partition
     from qwenlora.group.sets import KeptGroup
     from qwenlora.lora_set import LoraSet
     from qwenlora.memory import DeviceMemory
@@ -60,7 +60,7 @@ class Task:
 
     model: nn.Module
     wanted: LoraSet
-    planned: Planned
+    planned: Partition
     structure: Structure
     before: AppliedState
     memory: DeviceMemory
@@ -238,7 +238,7 @@ class Parted:
     kept: KeptBytes
     groups: GroupBuilder
 
-    def placed(self) -> Placed | None:
+    def placed(self) -> PlacedStack | None:
         """Build everything and put it in place.
 
         Returns:
@@ -279,11 +279,11 @@ class Parted:
             max_rank=wanted.max_rank,
         )
 
-    def _alone(self) -> Placed | None:
+    def _alone(self) -> PlacedStack | None:
         task = self.chosen.opened.task
-        stacks = [own for own in self.groups.placed if own.group.stacks]
+        stacks = [own for own in self.groups.placed if own.group.shares]
         composed = sum(len(own.group.targets) - len(own.differing) for own in stacks)
         if not stacks or composed != len(read_state(task.model).records):
             return None
         strengths = tuple(spec.strength for spec in task.wanted.specs)
-        return Placed(task.planned, strengths, stacks, self.chosen.plan.load_bytes)
+        return PlacedStack(task.planned, strengths, stacks, self.chosen.plan.load_bytes)

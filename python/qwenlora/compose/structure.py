@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from qwenlora.compose.rescale import Placed
+    from qwenlora.compose.rescale import PlacedStack
     from qwenlora.model.offload import OffloadLayout
     from qwenlora.model.state import AppliedState
     from qwenlora.model.target import Target
@@ -78,7 +78,7 @@ class Structure:
             [(own.parameters, own.name) for own in telling],
             [target.module._buffers for target in own],
         )
-        self.placed: Placed | None = None
+        self.placed: PlacedStack | None = None
         self.kept = KeptSets()
         self._results: dict[Hashable, object] = {}
 

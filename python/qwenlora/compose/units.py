@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     from qwenlora.compose.structure import Structure
-    from qwenlora.group.partition import Planned, Plans
+    from qwenlora.group.partition import Partition, Plans
     from qwenlora.model.state import AppliedState
     from qwenlora.model.target import Target
     from qwenlora.plan.documents import SlotPlan
@@ -60,7 +60,7 @@ class PathUnit:
         return parts + ([PathUnit(rest=self.rest)] if self.rest else [])
 
 
-def path_units(planned: Planned, structure: Structure, state: AppliedState) -> list[PathUnit]:
+def path_units(planned: Partition, structure: Structure, state: AppliedState) -> list[PathUnit]:
     """Group by path the slots that change: planned ones, and those that lose their deltas.
 
     Where one offloaded slot of a path changes, all of them do, and the buffers' slots with them.
@@ -88,7 +88,7 @@ def path_units(planned: Planned, structure: Structure, state: AppliedState) -> l
 
 
 def _offloaded_units(
-    planned: Planned, structure: Structure, leaving: Sequence[Target]
+    planned: Partition, structure: Structure, leaving: Sequence[Target]
 ) -> list[PathUnit]:
     if structure.layout is None:
         return []

@@ -15,7 +15,7 @@ from qwenlora.group.filler import Filler
 from qwenlora.group.host_arena import arena_of
 from qwenlora.group.load import Staged
 from qwenlora.group.loader import Loader
-from qwenlora.group.place import Layout, PlacedGroup, may_overflow, part_of, scales_of
+from qwenlora.group.place import PlacedGroup, ShareLayout, may_overflow, part_of, scales_of
 from qwenlora.group.transfer import transfer_to
 from qwenlora.packing.layout import TILE, round_up
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qwenlora.group.arena import Arena, SlotFactors
-    from qwenlora.group.group import Group, Stack
+    from qwenlora.group.group import Group, Share
     from qwenlora.group.load import Findings, Load
     from qwenlora.group.loads import KeptBytes, LoadPlan
     from qwenlora.group.sets import KeptGroup
@@ -64,7 +64,7 @@ class _Laid:
         factors: Every slot's `down` and `up`.
     """
 
-    layouts: Mapping[int, Layout]
+    layouts: Mapping[int, ShareLayout]
     rank: int
     arena: Arena
     factors: Pending[SlotFactors]
@@ -75,7 +75,7 @@ class _Unchecked:
     """A load of which nobody knows yet whether its values stay finite."""
 
     load: Load
-    layout: Layout
+    layout: ShareLayout
     staged: Staged
     peak: Tensor | None
     arena: Arena
@@ -195,7 +195,7 @@ class GroupBuilder:
             return self._built_before(kept, tell)
         loads = self._plan.of_group(group)
         targets = (*group.targets, *empty)
-        laid, taken = self._begin(group, targets, loads[: len(group.stacks)])
+        laid, taken = self._begin(group, targets, loads[: len(group.shares)])
         if empty:
             laid.arena.clear()
         differing: set[int] = set()
@@ -205,7 +205,7 @@ class GroupBuilder:
             begun, end = (len(targets) * at // len(loads) for at in (done, done + 1))
             tell(end - begun)
             staged = taken.pop(id(load), None) or self._loader.take(load)
-            self._write(laid.arena, load, staged, laid.layouts[load.stack.lora], differing)
+            self._write(laid.arena, load, staged, laid.layouts[load.share.lora], differing)
         laid.arena.finish()
         self.placed.append(PlacedGroup(group, laid.layouts, frozenset(differing)))
         return _built(group, empty, laid, differing)
@@ -215,11 +215,11 @@ class GroupBuilder:
     ) -> tuple[_Laid, dict[int, Staged]]:
         """Allocate for the targets, and take the first load of each LoRA, by `id`."""
         # Made while they are being read: it fits where modules share as they did before.
-        expected = {load.stack.lora: self._expected(load.stack) for load in first}
+        expected = {load.share.lora: self._expected(load.share) for load in first}
         laid = self._laid(group, targets, expected)
         taken = {id(load): self._loader.take(load) for load in first}
         # What the first slot with a delta shares, the others share, or they are set apart.
-        sharing = {load.stack.lora: taken[id(load)].findings.first_sharing() for load in first}
+        sharing = {load.share.lora: taken[id(load)].findings.first_sharing() for load in first}
         if sharing != expected:
             del laid
             laid = self._laid(group, targets, sharing)
@@ -269,10 +269,10 @@ class GroupBuilder:
             self.placed.append(kept.placed)
         return Built([kept.deltas], [])
 
-    def _expected(self, stack: Stack) -> tuple[int, ...]:
+    def _expected(self, share: Share) -> tuple[int, ...]:
         """What modules share: what as many of the same LoRA did last, or nothing."""
-        count = len(stack.members)
-        return self._sharing.get((stack.lora, count), tuple(range(count)))
+        count = len(share.members)
+        return self._sharing.get((share.lora, count), tuple(range(count)))
 
     def _laid(
         self, group: Group, targets: Sequence[Target], sharing: Mapping[int, tuple[int, ...]]
@@ -283,19 +283,19 @@ class GroupBuilder:
 
     def _layouts(
         self, group: Group, sharing: Mapping[int, tuple[int, ...]]
-    ) -> tuple[dict[int, Layout], int]:
+    ) -> tuple[dict[int, ShareLayout], int]:
         """Where each LoRA's ranks lie, and the ranks of all; `sharing` is by LoRA."""
         layouts, end = {}, 0
-        for stack in group.stacks:
-            own = sharing[stack.lora]
-            starts, rank = stack.starts(own)
-            factors = scales_of(stack, self._reading.strength(stack.lora))
-            layouts[stack.lora] = Layout(own, starts, rank, end, factors)
+        for share in group.shares:
+            own = sharing[share.lora]
+            starts, rank = share.starts(own)
+            factors = scales_of(share, self._reading.strength(share.lora))
+            layouts[share.lora] = ShareLayout(own, starts, rank, end, factors)
             end += round_up(rank, TILE) if group.packed else rank
         return layouts, end
 
     def _write(
-        self, arena: Arena, load: Load, staged: Staged, layout: Layout, differing: set[int]
+        self, arena: Arena, load: Load, staged: Staged, layout: ShareLayout, differing: set[int]
     ) -> None:
         """Write one load; slots in it that differ from the others are added to `differing`."""
         device = load.device

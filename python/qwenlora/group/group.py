@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qwenlora.model.target import Target
     from qwenlora.plan.documents import AlikeMember, AlikeSlots
 
-__all__ = ["Group", "Located", "Member", "Stack", "group_of", "in_spans"]
+__all__ = ["Group", "Located", "Member", "Share", "group_of", "in_spans"]
 
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ class Member:
 
 
 @dataclass(frozen=True, eq=False)
-class Stack:
+class Share:
     """One LoRA's members in a group.
 
     Attributes:
@@ -100,7 +100,7 @@ class Stack:
     lora: int
     members: tuple[Member, ...]
 
-    def of_slots(self, slots: range) -> Stack:
+    def of_slots(self, slots: range) -> Share:
         """The members in some of the slots."""
         return replace(self, members=tuple(member.of_slots(slots) for member in self.members))
 
@@ -127,13 +127,13 @@ class Group:
 
     Attributes:
         targets: The slots, in model order.
-        stacks: What each LoRA brings, in the order of the stack; none where the slots return to
+        shares: Each LoRA's share, in the order of the stack; none where the slots return to
             their base.
         row_order: The order of the slots' output rows.
     """
 
     targets: tuple[Target, ...]
-    stacks: tuple[Stack, ...] = ()
+    shares: tuple[Share, ...] = ()
     row_order: RowOrder = RowOrder.PLANAR
     _derived: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False)
 
@@ -146,7 +146,7 @@ class Group:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all deltas."""
-        members = [member for stack in self.stacks for member in stack.members]
+        members = [member for share in self.shares for member in share.members]
         each = sum(member.nbytes(side) for member in members for side in LowRankSide)
         return each * len(self.targets)
 
@@ -178,7 +178,7 @@ class Group:
             replace(
                 self,
                 targets=self.targets[span.start : span.stop],
-                stacks=tuple(stack.of_slots(span) for stack in self.stacks),
+                shares=tuple(share.of_slots(span) for share in self.shares),
             )
             for span in spans
         ]
@@ -197,11 +197,11 @@ def group_of(alike: AlikeSlots, targets: Sequence[Target]) -> Group | None:
     if any(target.dtype != dtype or target.device != device for target in own):
         return None
     columns = first.row.in_features
-    stacks = tuple(
-        Stack(lora, tuple(_member(member, columns) for member in members))
+    shares = tuple(
+        Share(lora, tuple(_member(member, columns) for member in members))
         for lora, members in alike.stacks
     )
-    return Group(own, stacks, RowOrder(alike.row_order))
+    return Group(own, shares, RowOrder(alike.row_order))
 
 
 def _member(row: AlikeMember, in_features: int) -> Member:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from qwenlora.group.group import Group, Stack
+    from qwenlora.group.group import Group, Share
     from qwenlora.model.target import Target
 
 __all__ = ["Block", "Findings", "Load", "Staged", "loads_of"]
@@ -64,14 +64,14 @@ class Load:
 
     Attributes:
         targets: The slots of its group.
-        stack: The LoRA's members.
+        share: The LoRA's members.
         slots: Which slots of the group.
         blocks: What lies where in its buffer.
         nbytes: Size of the buffer.
     """
 
     targets: tuple[Target, ...]
-    stack: Stack
+    share: Share
     slots: range
     blocks: tuple[Block, ...]
     nbytes: int
@@ -93,7 +93,7 @@ class Load:
     @cached_property
     def key(self) -> Hashable:
         """Its contents within one LoRA: its slots by their first tensors, and its modules."""
-        first = self.stack.members[0].tensors[LowRankSide.DOWN].indices
+        first = self.share.members[0].tensors[LowRankSide.DOWN].indices
         shapes = tuple((block.side, block.shape, block.dtype) for block in self.blocks)
         return (tuple(first[self.slots.start : self.slots.stop]), shapes)
 
@@ -101,7 +101,7 @@ class Load:
         """All tensors, and where each goes in the buffer."""
         slots = slice(self.slots.start, self.slots.stop)
         for block in self.blocks:
-            own = self.stack.members[block.member].tensors[block.side]
+            own = self.share.members[block.member].tensors[block.side]
             yield Run(own.indices[slots], own.offsets[slots], own.len_bytes, block.begin)
 
 
@@ -173,27 +173,27 @@ def loads_of(group: Group, limit_bytes: int) -> list[Load]:
 
 
 def _loads_of(group: Group, limit_bytes: int) -> list[Load]:
-    spans = {stack.lora: _spans(group, stack, limit_bytes) for stack in group.stacks}
+    spans = {share.lora: _spans(group, share, limit_bytes) for share in group.shares}
     rounds = max((len(own) for own in spans.values()), default=0)
     # The first load of every LoRA comes first: it tells which ranks are shared.
     return [
-        _load(group, stack, spans[stack.lora][turn])
+        _load(group, share, spans[share.lora][turn])
         for turn in range(rounds)
-        for stack in group.stacks
-        if turn < len(spans[stack.lora])
+        for share in group.shares
+        if turn < len(spans[share.lora])
     ]
 
 
-def _spans(group: Group, stack: Stack, limit_bytes: int) -> list[range]:
-    each = sum(m.nbytes(side) for m in stack.members for side in LowRankSide)
+def _spans(group: Group, share: Share, limit_bytes: int) -> list[range]:
+    each = sum(m.nbytes(side) for m in share.members for side in LowRankSide)
     return list(in_spans(len(group.targets), each, limit_bytes))
 
 
-def _load(group: Group, stack: Stack, slots: range) -> Load:
+def _load(group: Group, share: Share, slots: range) -> Load:
     blocks, end = [], 0
-    for index, member in enumerate(stack.members):
+    for index, member in enumerate(share.members):
         for side in LowRankSide:
             block = Block(index, side, end, (len(slots), *member.shape(side)), member.dtype)
             blocks.append(block)
             end = round_up(end + block.nbytes, _ALIGNMENT)
-    return Load(group.targets, stack, slots, tuple(blocks), end)
+    return Load(group.targets, share, slots, tuple(blocks), end)

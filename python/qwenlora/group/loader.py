@@ -113,7 +113,7 @@ class Loader:
 
     def key(self, load: Load) -> Hashable | None:
         """The load's key among those of all LoRAs; None where reading it again costs nothing."""
-        source = self._sources[load.stack.lora]
+        source = self._sources[load.share.lora]
         return (source.identity, load.key) if source.cacheable else None
 
     def close(self) -> None:
@@ -154,13 +154,13 @@ class Loader:
     def _begin(self, load: Load) -> Callable[[], Staged]:
         """Begin to read a load; returns what waits for it."""
         self._readers = readers = self._readers or employed().readers(self._threads)
-        fetcher = self._fetchers[load.stack.lora]
+        fetcher = self._fetchers[load.share.lora]
 
         def start(buffer: Tensor) -> tuple[Tensor, Reading]:
             reading = fetcher.read_into(load.runs(), buffer, readers, measure=load.measured)
             return buffer, reading
 
-        if not self._sources[load.stack.lora].cacheable:
+        if not self._sources[load.share.lora].cacheable:
             # Tensors in memory are copied by whoever starts, and measured by whoever finishes.
             read = self._pool.submit(lambda: _finish(load, *start(self._buffer(load.nbytes))))
             return read.result

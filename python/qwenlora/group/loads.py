@@ -118,4 +118,4 @@ def _usable(kept: Mapping[str, KeptGroup], group: Group) -> KeptGroup | None:
     if found is None or not found.of(group.targets):
         return None
     # Deltas that left the base in place were all zero, which is to be found and said again.
-    return found if found.rank_added or not group.stacks else None
+    return found if found.rank_added or not group.shares else None

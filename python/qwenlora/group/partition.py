@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qwenlora.model.target import Target
     from qwenlora.plan.documents import SlotPlan, StackPlan
 
-__all__ = ["Division", "Planned", "Plans", "apart", "chosen_division"]
+__all__ = ["Division", "Partition", "Plans", "apart", "chosen_division"]
 
 
 class Division(Enum):
@@ -55,7 +55,7 @@ def chosen_division() -> Division:
 Plans: TypeAlias = "Callable[[Iterable[str]], Mapping[str, SlotPlan]]"
 
 
-class Planned:
+class Partition:
     """The plan's groups and single slots with their targets.
 
     Attributes:
@@ -95,8 +95,8 @@ class Planned:
         """In how many slots each LoRA has a delta."""
         held: dict[int, int] = {}
         for group in self.groups:
-            for stack in group.stacks:
-                held[stack.lora] = held.get(stack.lora, 0) + len(group.targets)
+            for share in group.shares:
+                held[share.lora] = held.get(share.lora, 0) + len(group.targets)
         for _, plan in self.single:
             for lora in {piece.lora for piece in plan.pieces}:
                 held[lora] = held.get(lora, 0) + 1

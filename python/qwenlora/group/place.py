@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from qwenlora.group.group import Group, Stack
+    from qwenlora.group.group import Group, Share
     from qwenlora.group.load import Load, Staged
 
-__all__ = ["Layout", "PlacedGroup", "may_overflow", "part_of", "scales_of"]
+__all__ = ["PlacedGroup", "ShareLayout", "may_overflow", "part_of", "scales_of"]
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShareLayout:
     """The place of one LoRA's ranks in a group's arena."""
 
     sharing: tuple[int, ...]
@@ -43,23 +43,23 @@ class PlacedGroup:
     """
 
     group: Group
-    layouts: Mapping[int, Layout]
+    layouts: Mapping[int, ShareLayout]
     differing: frozenset[int]
 
 
-def scales_of(stack: Stack, strength: float) -> tuple[float, ...]:
+def scales_of(share: Share, strength: float) -> tuple[float, ...]:
     """Each module's scale times the strength, by the rule of all deltas."""
-    scales = torch.tensor([member.scale for member in stack.members], dtype=torch.float64)
+    scales = torch.tensor([member.scale for member in share.members], dtype=torch.float64)
     return tuple(factors_at(scales, strength).tolist())
 
 
-def part_of(load: Load, buffer: Tensor, layout: Layout) -> Part:
+def part_of(load: Load, buffer: Tensor, layout: ShareLayout) -> Part:
     """A load's tensors in a buffer, as an arena takes them."""
     values = {block.dtype: buffer.view(block.dtype) for block in load.blocks}
     tensors = [block.of(values[block.dtype]) for block in load.blocks]
     return Part(
         slots=load.slots,
-        members=load.stack.members,
+        members=load.share.members,
         downs=tensors[::2],
         ups=tensors[1::2],
         factors=layout.factors,
@@ -69,7 +69,7 @@ def part_of(load: Load, buffer: Tensor, layout: Layout) -> Part:
     )
 
 
-def may_overflow(staged: Staged, layout: Layout, dtype: torch.dtype) -> bool:
+def may_overflow(staged: Staged, layout: ShareLayout, dtype: torch.dtype) -> bool:
     """Tell if scaled values may leave a dtype's range, or are not finite; unknown counts as yes."""
     peak = staged.findings.peak
     largest = max(1.0, *(abs(factor) for factor in layout.factors))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from qwenlora.merge.arguments import Arguments
-    from qwenlora.merge.planned import MergeOptions
+    from qwenlora.merge.plan import MergeOptions
 
 __all__ = ["Exit", "main"]
 
@@ -156,7 +156,7 @@ def _options(arguments: Arguments) -> MergeOptions:
     import torch
 
     from qwenlora.merge.cut import Cut
-    from qwenlora.merge.planned import MergeOptions
+    from qwenlora.merge.plan import MergeOptions
 
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}
     is_cut = arguments.rank is not None or arguments.energy is not None

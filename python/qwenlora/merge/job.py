@@ -22,7 +22,7 @@ from qwenlora.merge.diffs import Value, is_value, sum_values
 from qwenlora.merge.folder import check_folder, folder_notes
 from qwenlora.merge.member import Member
 from qwenlora.merge.output import atomic_file, check_output
-from qwenlora.merge.planned import PREFIX, MergePlan, covers, pair_shapes
+from qwenlora.merge.plan import PREFIX, MergePlan, covers, pair_shapes
 from qwenlora.merge.report import MergeReport, ModuleReport, metadata_of
 from qwenlora.merge.writer import SafetensorsWriter
 from qwenlora.report import THIRDED, LoraReport
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qwenlora.merge.known import KnownSlot
-    from qwenlora.merge.planned import MergeOptions
+    from qwenlora.merge.plan import MergeOptions
     from qwenlora.plan.documents import Piece, SlotPlan
     from qwenlora.source.source import TensorFetcher
     from qwenlora.spec import LoraSpec

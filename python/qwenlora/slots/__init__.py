@@ -1,1 +1,1 @@
-"""The only folder that writes to layers."""
+"""Kinds of layers: how each is found, and how tensors go into it and out again."""

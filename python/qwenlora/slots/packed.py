@@ -1,9 +1,4 @@
-"""Slots that take deltas: they put tensors into a model's layers, and take them out again.
-
-One small interface separates planning from leaf kinds: a slot prepares a `Change`, which can be
-made and unmade by moving pointers. No tensor of the base model is written to. A slot's parts (its
-packed low-rank branch, a side branch, stored values) are slots themselves.
-"""
+"""Packed low-rank branches of quantized layers: deltas join them in packed space."""
 
 from __future__ import annotations
 

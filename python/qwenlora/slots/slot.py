@@ -1,4 +1,8 @@
-"""The interface of a slot: it prepares a change, which can be made and unmade."""
+"""The interface of a slot: it prepares a `Change`, which is made and unmade by moving pointers.
+
+It separates planning from kinds of layers. No tensor of the base model is written to. A layer's
+parts (its packed low-rank branch, a side branch, stored values) are slots themselves.
+"""
 
 from __future__ import annotations
 
