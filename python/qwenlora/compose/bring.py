@@ -125,7 +125,7 @@ def _rescaled_state(task: Task) -> AppliedState:
 
 
 def _fits(structure: Structure) -> bool:
-    """Whether every offloaded slot can be copied into the buffers as they are now.
+    """Tell if every offloaded slot can be copied into the buffers as they are now.
 
     Offload may be turned on after composing, which copies block 0 into new buffers.
     """

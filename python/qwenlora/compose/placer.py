@@ -113,7 +113,7 @@ class Placer:
         return prepared
 
     def _left_by(self, deltas: GroupDeltas) -> KeptGroup | None:
-        """What these very slots hold now, where that will be kept."""
+        """The tensors that these slots hold now and that will be kept, or None."""
         left = self._leaving.get(deltas.targets[0].path)
         return left if left is not None and left.of(deltas.targets) else None
 

@@ -92,7 +92,7 @@ def slot_report(outcome: SlotOutcome) -> SlotReport:
 def lora_reports(
     wanted: LoraSet, planned: Partition, done: Sequence[SlotOutcome]
 ) -> tuple[LoraReport, ...]:
-    """What became of each LoRA; `done` holds the slots of which there is something to tell."""
+    """One report for each LoRA; `done` holds the slots of which there is something to report."""
     plan = planned.plan
     reports = []
     for index, (spec, source) in enumerate(zip(wanted.specs, wanted.sources, strict=True)):
@@ -127,7 +127,7 @@ def _with_wish(skip: Skip, spec: LoraSpec, options: ComposeOptions) -> Skip:
 
 
 def _refused(lora: int, plan: StackPlan, done: Sequence[SlotOutcome]) -> tuple[Skip, ...]:
-    """What only the data could refuse."""
+    """The modules that were refused for their data."""
     return tuple(
         Skip(
             lora=lora,

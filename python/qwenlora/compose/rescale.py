@@ -73,7 +73,7 @@ class _Write:
 
     @property
     def crosses(self) -> bool:
-        """Whether its deltas are in host memory, and its slots are not."""
+        """True where its deltas are in host memory, and its slots are not."""
         return self.staged.on_host and self.arena.device.type != "cpu"
 
     def run(self, layout: ShareLayout, transfer: Transfer) -> None:

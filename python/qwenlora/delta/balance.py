@@ -41,7 +41,7 @@ MOST = 63
 
 
 def exponent_of(peak: float, dtype: torch.dtype, *, largest: float | None = None) -> int:
-    """How far up values must move before they are rounded to a dtype.
+    """The powers of two that values must move up by before they are rounded to a dtype.
 
     It is a function of magnitudes alone, so it is the same on every device and in every order of
     reading. Nothing overflows by it.
@@ -65,7 +65,7 @@ def exponent_of(peak: float, dtype: torch.dtype, *, largest: float | None = None
 
 @dataclass(frozen=True)
 class RankPeaks:
-    """What decides how far each rank of a pair moves: a power of two between its two vectors.
+    """The peaks of a pair's vectors, which decide the power of two that moves between them.
 
     Attributes:
         up: (..., r) float32, the largest magnitude of each column of `up`, scale included. Of parts
@@ -95,7 +95,7 @@ class RankPeaks:
         return cls(peak, peak, down.abs().amax(-1), small.any(-2))
 
     def beside(self, other: RankPeaks) -> RankPeaks:
-        """Of two pairs whose ranks are the same: other rows of `up`, an equal `down`."""
+        """Join the peaks of two pairs with the same ranks: other rows of `up`, an equal `down`."""
         loses = torch.logical_or(self.loses, other.loses)
         peaks = [torch.where(own.loses, own.up, math.inf) for own in (self, other)]
         largest = torch.maximum(self.largest, other.largest)
@@ -152,7 +152,7 @@ def moved(values: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def loses_small_values(values: Tensor, dtype: torch.dtype) -> bool:
-    """Whether rounding to a dtype changes any value that is subnormal in it.
+    """Tell if rounding to a dtype changes any value that is subnormal in it.
 
     Where it changes none there is nothing to gain, and the values stay where they are.
 
@@ -168,7 +168,7 @@ def loses_small_values(values: Tensor, dtype: torch.dtype) -> bool:
 
 
 def is_narrow(dtype: torch.dtype) -> bool:
-    """Whether a dtype has fewer exponents than float32."""
+    """Tell if a dtype has fewer exponents than float32."""
     return torch.finfo(dtype).tiny > torch.finfo(torch.float32).tiny
 
 

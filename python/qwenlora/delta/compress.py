@@ -182,7 +182,7 @@ class LowRankSum:
 
     @property
     def form(self) -> tuple[object, ...]:
-        """What sums that are compressed in one batch have in common."""
+        """The form of sums that are compressed in one batch."""
         blocks = tuple((tuple(block.up.shape), block.ranks) for block in self.blocks)
         return (tuple(self.down.shape), self.down.device, blocks)
 
@@ -221,7 +221,7 @@ def _runs(supports: Sequence[Tensor], parts: int) -> list[_Run]:
 
 
 def _places(runs: Sequence[_Run], part: int) -> tuple[tuple[int, int], ...]:
-    """Where the ranks lie that have values in a part."""
+    """The places of the ranks that have values in a part."""
     places: list[tuple[int, int]] = []
     end = 0
     for run in runs:
@@ -345,7 +345,7 @@ class _Basis:
 
 @dataclass(frozen=True)
 class _Core:
-    """All that a truncation needs to know of n sums, in the coordinates of their ranks.
+    """The facts of n sums that a truncation needs, in the coordinates of their ranks.
 
     Every rank is scaled so that its two halves have one norm, which keeps the condition of `U^T U`
     near the root of the sum's; and the sum so that its energy is 1.
@@ -500,7 +500,7 @@ def _product_dtype(half: Tensor) -> torch.dtype:
 
 
 def _cpu_multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for it; without them torch takes three times as long."""
+    """Tell if the CPU has instructions for it; without them torch takes three times as long."""
     stated = sizes.current().cpu_multiplies_bfloat16
     if stated is not None:
         return stated

@@ -1,4 +1,4 @@
-"""What each slot will carry: pairs read, scaled, and brought under the slot's rank limit."""
+"""Each slot's deltas: pairs are read, scaled, and brought under the slot's rank limit."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class _SlotSum:
         self._pairs, self._supports, self._shares = [], [], []
 
     def _whole(self) -> WholeDelta | None:
-        """All of it, where the low-rank deltas are not all, or were cut before they are summed."""
+        """The whole delta where pairs are not all of it or were cut before their sum, or None."""
         beside = bool(self._krons) or self._dense is not None
         if not self._shares or not (beside or any(share.cuts for share in self._shares)):
             return None

@@ -25,12 +25,12 @@ _DAMAGED = "a LoRA of the stack is damaged, or its strength is too high"
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite in the tensor's own dtype."""
+    """Tell if no value is NaN or infinite in the tensor's own dtype."""
     return not tensor.numel() or bool(torch.isfinite(_extremes(tensor)).all())
 
 
 def are_finite(tensors: Sequence[Tensor]) -> list[bool]:
-    """Of each tensor, whether all values are finite in float32, with one device synchronisation.
+    """Tell for each tensor if all values are finite in float32, with one device synchronisation.
 
     Args:
         tensors: None of them empty, of any float dtypes, on any devices.

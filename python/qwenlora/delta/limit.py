@@ -98,7 +98,7 @@ class _Waiting:
 
     @property
     def form(self) -> Hashable:
-        """What it must have in common with others of a batch."""
+        """The form that all sums of a batch share."""
         return (self.sum_.form, self.limit, self.rank_exact, self.exact is None)
 
     @property
@@ -189,7 +189,7 @@ class Limiter:
 
 
 def _in_batches(device: torch.device) -> bool:
-    """Whether many small products at once pay: on the CPU one sum fills all cores."""
+    """Tell if many small products at once pay: on the CPU one sum fills all cores."""
     return device.type != "cpu" or sizes.current().cpu_batches
 
 
@@ -254,7 +254,7 @@ def worthwhile_rank(
 
 
 def _is_flat(truncation: Truncation, waiting: _Waiting) -> bool:
-    """Whether no rank that is still to be looked at can be worth its price.
+    """Tell if no rank that is left to look at can be worth its price.
 
     No later direction is larger than the last that was found.
     """
@@ -322,7 +322,7 @@ def _stated(fitted: Fitted, whole: WholeDelta | None) -> Fitted:
 
 
 def _added_up(fitted: Fitted, cut: float) -> Loss:
-    """What was cut off is orthogonal to the sum of what was kept, and to any truncation of it."""
+    """Add up losses: a part that was cut off is orthogonal to the kept sum."""
     summed = fitted.energy
     if summed is None:
         sum_ = LowRankSum.of(_halves(fitted.pairs)) if fitted.pairs else None

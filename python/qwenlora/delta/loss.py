@@ -1,4 +1,4 @@
-"""How much of a slot's whole delta is lost: |delta - kept|^2 / |delta|^2 in the Frobenius norm.
+"""The share of a slot's delta that is lost: |delta - kept|^2 / |delta|^2 in the Frobenius norm.
 
 The whole delta is all that the slot's LoRAs ask of it: what becomes rank, before anything of it is
 cut, and what runs beside the layer as it is. Where what is kept is a projection of the whole, as a
@@ -43,7 +43,7 @@ CANCELLED = 1e-11
 
 @dataclass(frozen=True)
 class LoraShare:
-    """What one LoRA brings to a slot as rank.
+    """One LoRA's delta in a slot, as rank.
 
     Attributes:
         lora: Its index in the stack.
@@ -60,7 +60,7 @@ class LoraShare:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a slot lost.
+    """A slot's loss.
 
     Attributes:
         energy: Squared Frobenius norm of the whole delta.
@@ -75,7 +75,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class WholeDelta:
-    """All that the LoRAs ask of a slot.
+    """The sum of all deltas that the LoRAs ask of a slot.
 
     Attributes:
         target: The slot.
@@ -93,12 +93,12 @@ class WholeDelta:
 
     @property
     def is_cut(self) -> bool:
-        """Whether a delta was cut to become rank."""
+        """True where a delta was cut to become rank."""
         return any(share.cuts for share in self.shares)
 
     @property
     def is_plain(self) -> bool:
-        """Whether what was cut off adds to the sum of ranks as its norms say."""
+        """True where the norms of the parts that were cut off add to that of the sum of ranks."""
         beside = self.krons or self.dense is not None
         return not beside and len(self.shares) == 1 and not self.shared
 
@@ -228,7 +228,7 @@ class _Full:
 
     @property
     def energy(self) -> float:
-        """Of what it lacks."""
+        """The energy of the part that it lacks."""
         return scaled_energy(self.cut.energy_lost, self.strength)
 
     def holds(self, logical: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class SlotOutcome:
 
     @property
     def composed(self) -> bool:
-        """Whether the slots differ from their bases."""
+        """True where the slots differ from their bases."""
         return bool(self.rank_added or self.kron_room or self.dense or self.values)
 
     @property

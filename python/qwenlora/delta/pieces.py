@@ -125,7 +125,7 @@ class CutPiece:
         return sum(tensor.nbytes for tensor in (self.exact or {}).values())
 
     def overlaps(self, rows: tuple[int, int]) -> bool:
-        """Whether it writes some of these rows: the first, and how many."""
+        """Tell if it writes some of these rows: the first, and how many."""
         return self.row_begin < sum(rows) and rows[0] < self.row_begin + self.row_count
 
 
@@ -175,7 +175,7 @@ class LoraPieces:
 
     @property
     def zero(self) -> bool:
-        """Whether all of it is zero."""
+        """True where all of it is zero."""
         return (
             not self.refused
             and (self.pair is None or self.pair.zero)
@@ -240,7 +240,7 @@ def read_pieces(
 
 
 def _matrix(tensor: Tensor) -> Tensor:
-    """What tools store as a 1x1 convolution is a matrix; vectors stay vectors."""
+    """Flatten to a matrix, as tools store one as a 1x1 convolution; vectors stay vectors."""
     return tensor.flatten(1) if tensor.ndim > 2 else tensor
 
 
@@ -250,7 +250,7 @@ def _kept(tensors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _is_matrix(piece: Piece) -> bool:
-    """Whether a full delta runs as it is: on quantized layers it becomes rank, by a budget."""
+    """Tell if a full delta runs as it is: on quantized layers it becomes rank, by a budget."""
     return piece.kind is PieceKind.DENSE and piece.rank_budget is None
 
 
@@ -330,7 +330,7 @@ def _cut_pieces(
     members: Sequence[tuple[Piece, Factors]],
     carried: Sequence[tuple[Piece, Mapping[str, Tensor]]],
 ) -> Iterator[CutPiece]:
-    """What is to be known of deltas that were cut, beside the pair that is left of them."""
+    """The facts of deltas that were cut, besides the pair that is left of them."""
     tensors_of = {id(piece): tensors for piece, tensors in carried}
     for piece, factors in members:
         if not factors.energy_lost > 0:
@@ -382,7 +382,7 @@ def stack_downs(downs: Sequence[Tensor]) -> tuple[list[int], Tensor]:
 
 
 def is_thirded(piece: Piece, up: Tensor) -> bool:
-    """Whether a fused pair is block-diagonal and its scale at most 1/3; see `LoraPair.thirded`."""
+    """Tell if a fused pair is block-diagonal and its scale at most 1/3; see `LoraPair.thirded`."""
     out, rank = up.shape
     fused = piece.target.endswith(("to_qkv", "add_qkv_proj"))
     if not fused or rank % QKV_PARTS or piece.scale * QKV_PARTS > 1:
@@ -415,14 +415,14 @@ def same_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def is_zero(*halves: Tensor) -> bool:
-    """Whether a product is zero: a zero factor times an infinite one is not."""
+    """Tell if a product is zero: a zero factor times an infinite one is not."""
     if all(_has_value(half) for half in halves):
         return False
     return all(are_finite(halves))
 
 
 def _has_value(tensor: Tensor) -> bool:
-    """Whether any element is not zero (NaN counts); looks at a corner first, which mostly tells."""
+    """Tell if any element is not zero (NaN counts); looks at a corner first."""
     corner = tensor[: min(8, tensor.shape[0])]
     probe = corner.to(torch.float32) if tensor.itemsize == 1 else corner
     if bool(probe.any()):

@@ -120,7 +120,7 @@ def scaled(
 
 
 class KronShape(NamedTuple):
-    """Where a Kronecker product lies in a layer, and its factors' sizes; ordered."""
+    """A Kronecker product's first row in a layer and its factors' sizes; ordered."""
 
     row_begin: int
     w1_rows: int

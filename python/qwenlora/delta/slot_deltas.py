@@ -43,7 +43,7 @@ class SlotDeltas:
     values: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> list[Tensor]:
-        """All that will be written beside the base, for checking."""
+        """All tensors that will be written, the base aside."""
         pairs = [half for pair in self.pairs for half in (pair.down, pair.up)]
         factors = [factor for kron in self.krons for factor in (kron.w1, kron.w2)]
         dense = [] if self.dense is None else [self.dense.values]

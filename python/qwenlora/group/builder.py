@@ -270,7 +270,7 @@ class GroupBuilder:
         return Built([kept.deltas], [])
 
     def _expected(self, share: Share) -> tuple[int, ...]:
-        """What modules share: what as many of the same LoRA did last, or nothing."""
+        """Guess which modules share a `down`: as many of the same LoRA did last, or none."""
         count = len(share.members)
         return self._sharing.get((share.lora, count), tuple(range(count)))
 
@@ -284,7 +284,7 @@ class GroupBuilder:
     def _layouts(
         self, group: Group, sharing: Mapping[int, tuple[int, ...]]
     ) -> tuple[dict[int, ShareLayout], int]:
-        """Where each LoRA's ranks lie, and the ranks of all; `sharing` is by LoRA."""
+        """Place each LoRA's ranks; returns the ranks of all, too. `sharing` is by LoRA."""
         layouts, end = {}, 0
         for share in group.shares:
             own = sharing[share.lora]
@@ -316,7 +316,7 @@ class GroupBuilder:
         self._loader.release(load, staged, transfer.used(), keep_bytes=limit)
 
     def _keeps(self, device: torch.device) -> bool:
-        """Whether what goes to this device stays there."""
+        """Tell if deltas that are copied to this device stay there."""
         return self._device_bytes.get(device, 0) > 0
 
 

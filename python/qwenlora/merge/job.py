@@ -167,7 +167,7 @@ class _Job:
             self._write_values(sum_values(values, known), writer)
 
     def report(self, output: Path, size_bytes: int, seconds: float) -> MergeReport:
-        """What has been written."""
+        """The report of a merge whose file is written."""
         inherited = self._plan.inherited
         dropped = [
             tuple(name for at, name in inherited.dropped if at == lora)

@@ -91,7 +91,7 @@ class Target(NamedTuple):
 
     @property
     def only_values(self) -> bool:
-        """Whether stored values are all that it has: a norm's weight, an embedding's table."""
+        """True where stored values are all that it has: a norm's weight, an embedding's table."""
         return self.kind in (SlotKind.NORM, SlotKind.EMBEDDING)
 
     @property

@@ -63,7 +63,7 @@ class PackedSlot:
         return PackedChange(targets=[self._target], new=Pending.ready(([down], [up])))
 
     def is_base(self) -> bool:
-        """Whether both factors have the base's rank."""
+        """Tell if both factors have the base's rank."""
         ranks = {self._factor(side).shape[1] for side in LowRankSide}
         return ranks == {self._base_rank} and says_rank(self._target, self._base_rank)
 
@@ -167,13 +167,13 @@ def say_rank(target: Target, rank: int) -> None:
 
 
 def says_rank(target: Target, rank: int) -> bool:
-    """Whether that attribute, where there is one, says this rank."""
+    """Tell if that attribute says this rank; True where there is none."""
     name = require_place(target).rank
     return name is None or getattr(target.owner, name) == rank
 
 
 def require_place(target: Target) -> LowRankPlace:
-    """Where the packed branch of a slot lies.
+    """The place of a slot's packed branch.
 
     Raises:
         TypeError: The slot has none.

@@ -48,7 +48,7 @@ class ValueSlot:
         return ()
 
     def is_base(self) -> bool:
-        """Whether every parameter holds its base."""
+        """Tell if every parameter holds its base."""
         return not self._bases()
 
     def restore(self) -> None:

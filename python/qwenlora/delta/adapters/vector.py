@@ -20,7 +20,7 @@ __all__ = ["ValueDelta", "value_of"]
 
 @dataclass(frozen=True)
 class ValueDelta:
-    """What is added to one parameter at strength 1.
+    """The values that are added to one parameter at strength 1.
 
     Attributes:
         parameter: Its name in the layer: "bias" or "weight".
