@@ -243,6 +243,19 @@ def _known(model: nn.Module) -> Structure | None:
     return remembered.structure if isinstance(remembered, _Remembered) else None
 
 
+def _unwritten(model: nn.Module, state: AppliedState) -> Structure | None:
+    """The remembered structure, or None; checks that nobody wrote over the composed model.
+
+    Raises:
+        ModelStateError: Somebody did.
+    """
+    require_not_overwritten(state)
+    known = _known(model)
+    if known is not None:
+        known.require_unwritten(state)
+    return known
+
+
 def structure_of(model: nn.Module, state: AppliedState) -> Structure:
     """The transformer's slots, its lock held; found anew where anything has changed.
 
@@ -250,10 +263,8 @@ def structure_of(model: nn.Module, state: AppliedState) -> Structure:
         UnsupportedModelError: The model has no slots.
         ModelStateError: Something else changed its slots.
     """
-    require_not_overwritten(state)
-    known = _known(model)
+    known = _unwritten(model, state)
     if known is not None:
-        known.require_unwritten(state)
         if known.is_current(model):
             return known
         forget_structure(model)
@@ -269,10 +280,7 @@ def found_structure(model: nn.Module, state: AppliedState) -> Structure:
         UnsupportedModelError: The model has no slots.
         ModelStateError: Something else changed its slots.
     """
-    require_not_overwritten(state)
-    known = _known(model)
-    if known is not None:
-        known.require_unwritten(state)
+    _unwritten(model, state)
     found = Structure(model, state)
     if not state.in_flight:
         in_place = {

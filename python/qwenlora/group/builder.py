@@ -17,7 +17,7 @@ from qwenlora.group.load import Staged
 from qwenlora.group.loader import Loader
 from qwenlora.group.place import PlacedGroup, ShareLayout, may_overflow, part_of, scales_of
 from qwenlora.group.transfer import transfer_to
-from qwenlora.packing.layout import TILE, round_up
+from qwenlora.packing.layout import round_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -291,7 +291,7 @@ class GroupBuilder:
             starts, rank = share.starts(own)
             factors = scales_of(share, self._reading.strength(share.lora))
             layouts[share.lora] = ShareLayout(own, starts, rank, end, factors)
-            end += round_up(rank, TILE) if group.packed else rank
+            end += round_up(rank, group.targets[0].rank_multiple)
         return layouts, end
 
     def _write(
