@@ -16,7 +16,7 @@ from torch.nn.parallel import DataParallel
 import qwenlora
 from qwenlora import ComposeOptions, emulation, errors
 from qwenlora.compose import planning
-from qwenlora.model.forwards import reads_rank
+from qwenlora.model.forwards import ranks_read
 from qwenlora.model.modules import inner_of, is_wrapper, modules_of, submodule_of
 from qwenlora.slots import find as targets
 
@@ -232,10 +232,31 @@ class Hidden(emulation.SVDQW4A4Linear):
     forward = operator.methodcaller("anything")
 
 
-KINDS = [
-    *(ByAttribute, ByMethod, ByProperty, ByWrapped, BySuper, ByName, ByFunction),
-    *(ByOthersMethod, ByText, ByDict, ByCall, ByScales, Hidden),
-]
+BY_OWN_RANK = [ByAttribute, ByMethod, ByProperty, ByWrapped, BySuper, ByCall]
+KINDS = [ByName, ByFunction, ByOthersMethod, ByText, ByDict, ByScales, Hidden]
+
+
+@pytest.mark.parametrize("kind", BY_OWN_RANK)
+def test_a_rank_that_the_forward_takes_from_the_layer_moves_with_its_tensors(
+    kind, model, probe, lora
+):
+    layer = model.transformer_blocks[0].attn.to_out[0]
+    layer.__class__ = kind
+    before, base = probe.snapshot(model), layer.rank
+    assert qwenlora.compose_loras(model, lora[0]).complete
+    assert layer.rank == layer.proj_down.shape[1] > base
+    qwenlora.reset_loras(model)
+    assert layer.rank == base
+    assert probe.snapshot(model).tensors == before.tensors
+
+
+@pytest.mark.parametrize("said", [16, 48, "32", None])
+def test_a_rank_that_is_not_that_of_the_tensors_is_refused(said, model, lora):
+    layer = model.transformer_blocks[0].attn.to_out[0]
+    layer.__class__ = ByAttribute
+    layer.rank = said
+    with pytest.raises(errors.UnsupportedModelError, match="takes the rank from an attribute"):
+        qwenlora.compose_loras(model, lora[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -252,7 +273,7 @@ def test_layers_whose_forward_takes_the_rank_from_an_attribute(kind, model, prob
 def test_an_attribute_that_no_forward_reads_is_let_be(model, lora):
     layer = model.transformer_blocks[0].attn.to_out[0]
     assert layer.rank == layer.proj_down.shape[1]
-    assert not reads_rank(type(layer))
+    assert ranks_read(type(layer)) == (frozenset(), frozenset())
     assert qwenlora.compose_loras(model, lora[0]).complete
 
 
@@ -309,6 +330,13 @@ def test_models_of_diffusers_own_quantizer_are_refused():
 def test_a_forward_of_the_instance_that_reads_it(model, lora):
     layer = model.transformer_blocks[0].attn.to_out[0]
     layer.forward = MethodType(ByAttribute.forward, layer)
+    assert qwenlora.compose_loras(model, lora[0]).complete
+    assert layer.rank == layer.proj_down.shape[1]
+
+
+def test_a_forward_of_the_instance_that_reads_another(model, lora):
+    layer = model.transformer_blocks[0].attn.to_out[0]
+    layer.forward = MethodType(_room_of, layer)
     with pytest.raises(errors.UnsupportedModelError, match="takes the rank from an attribute"):
         qwenlora.compose_loras(model, lora[0])
 

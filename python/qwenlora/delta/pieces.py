@@ -8,6 +8,7 @@ stacked (`down` by rows, `up` block-diagonal); a missing member is a block of ze
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -305,7 +306,9 @@ def _fuse(members: Sequence[tuple[Piece, Factors]], target: Target) -> LoraPair:
     ups = same_dtype([factors.up for _, factors in members])
     pieces = [piece for piece, _ in members]
     out_features = target.row.out_features
-    parts = out_features // min(piece.row_count for piece in pieces)
+    # Rows of unequal number are a whole number of their greatest common part.
+    ends = [end for piece in pieces for end in _rows_of(piece)]
+    parts = out_features // math.gcd(out_features, *ends)
     starts, down = stack_downs(downs)
     rank = down.shape[0]
     up = ups[0].new_zeros((out_features, rank))
@@ -322,7 +325,7 @@ def _fuse(members: Sequence[tuple[Piece, Factors]], target: Target) -> LoraPair:
         up = interleave_modulation(up)
     none = all(is_zero(*pair) for pair in zip(downs, ups, strict=True))
     zero = none or not bool(scale.any())
-    thirded = len(pieces) == 1 and is_thirded(pieces[0], up)
+    thirded = len(pieces) == 1 and is_thirded(pieces[0], ups[0])
     return LoraPair(down, up, scale, zero=zero, thirded=thirded)
 
 
@@ -382,11 +385,20 @@ def stack_downs(downs: Sequence[Tensor]) -> tuple[list[int], Tensor]:
 
 
 def is_thirded(piece: Piece, up: Tensor) -> bool:
-    """Tell if a fused pair is block-diagonal and its scale at most 1/3; see `LoraPair.thirded`."""
+    """Tell if a fused pair is block-diagonal and its scale at most 1/3; see `LoraPair.thirded`.
+
+    Args:
+        piece: The pair as it is planned.
+        up: (rows, rank); the rows of one projection alone where the layer has no others.
+    """
     out, rank = up.shape
     fused = piece.target.endswith(("to_qkv", "add_qkv_proj"))
     if not fused or rank % QKV_PARTS or piece.scale * QKV_PARTS > 1:
         return False
+    if any(ref.first_row is not None for ref in piece.tensors.values()):
+        # One projection's rows: all its values lie in one block of columns.
+        blocks = up.view(out, QKV_PARTS, rank // QKV_PARTS)
+        return sum(_has_value(blocks[:, column]) for column in range(QKV_PARTS)) == 1
     blocks = up.view(QKV_PARTS, out // QKV_PARTS, QKV_PARTS, rank // QKV_PARTS)
     return not any(
         _has_value(blocks[row, :, column])

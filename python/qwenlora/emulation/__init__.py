@@ -17,6 +17,9 @@ LoRAs into a Nunchaku model can be written and tested without a GPU and without 
         dtype=torch.float32,
     )
     model = emulation.random_transformer(config, seed=0)
+
+`lite_transformer` makes the other form of the model: diffusers' own classes, as its quantizer for
+Nunchaku's checkpoints builds them, with kernels in PyTorch.
 """
 
 from qwenlora.emulation.attention import EmulatedAttention
@@ -25,6 +28,7 @@ from qwenlora.emulation.block import EmulatedFeedForward, EmulatedTransformerBlo
 from qwenlora.emulation.config import EmulatedConfig
 from qwenlora.emulation.contract import KernelContractError
 from qwenlora.emulation.linear import SVDQW4A4Linear
+from qwenlora.emulation.lite_model import lite_transformer
 from qwenlora.emulation.mlp import fused_gelu_mlp
 from qwenlora.emulation.offload import CPUOffloadManager
 from qwenlora.emulation.precision import Precision
@@ -46,5 +50,6 @@ __all__ = [
     "RowOrder",
     "SVDQW4A4Linear",
     "fused_gelu_mlp",
+    "lite_transformer",
     "random_transformer",
 ]

@@ -7,55 +7,53 @@ some kernels compute a layer that no hook sees. What is not understood is refuse
 
 from __future__ import annotations
 
-import dis
-import functools
-import inspect
 import json
 from functools import lru_cache
-from types import CodeType, FunctionType, MethodType
 from typing import TYPE_CHECKING
-
-import torch
 
 from qwenlora import _core
 from qwenlora.errors import UnsupportedModelError
+from qwenlora.model.build import build_of_block, reorders
+from qwenlora.model.code import NamesRead, names_of_class, names_of_forward
 from qwenlora.model.modules import pattern
 from qwenlora.model.qwen_image import BLOCKS, FUSED_ATTENTION, MODULATIONS, QUERY
-from qwenlora.plan.documents import SlotKind
+from qwenlora.plan.documents import BlockBuild, SlotKind
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Mapping, Sequence
+    from collections.abc import Container, Iterable, Mapping
 
     from torch import nn
 
-    from qwenlora.model.target import Target
+    from qwenlora.model.target import LowRankPlace, Target
 
-__all__ = ["reads_rank", "require_understood", "unknown_layer"]
+__all__ = ["RANK", "ranks_read", "require_understood", "unknown_layer"]
 
 
-_RANK = "rank"
+RANK = "rank"
 """Last word of an attribute that some layers size their low-rank activations by."""
 _SCALES = "lora_scales"
 """Attribute that some layers hand to the kernels: scales of the ranks that they were made with."""
+QUANTIZED = (SlotKind.SVDQ, SlotKind.AWQ)
+"""Kinds of quantized layers."""
 _FUSED_FACTORS = ("_proj_down", "_lora_down")
 """Endings of names of low-rank factors that a fused module keeps under a prefix."""
 
 
-def require_understood(targets: Mapping[str, Target], paths: Container[str]) -> None:
+def require_understood(targets: Mapping[str, Target], modules: Mapping[str, nn.Module]) -> None:
     """Check that the forward reads what composing would change, in the order that is known.
 
     Args:
         targets: A model's slots by path.
-        paths: Paths of all its modules.
+        modules: All its modules by path.
 
     Raises:
         UnsupportedModelError: It does not, or that is unknown.
     """
     for path, target in targets.items():
-        if target.place is not None and target.place.rank is None:
-            _require_rank_of_tensors(path, target.module)
+        if target.place is not None:
+            _require_known_rank(path, target.module, target.place)
         elif path.endswith(MODULATIONS):
-            _require_order_of_rows(path, target, paths)
+            _require_order_of_rows(path, target, modules)
 
 
 def unknown_layer(
@@ -69,9 +67,8 @@ def unknown_layer(
     """
     known, modules = _known_patterns(), list(modules)
     paths = {path for path, _ in modules}
-    quantized = (SlotKind.SVDQ, SlotKind.AWQ)
     for path, target in targets.items():
-        if target.kind in quantized and not _is_known(path, target.row.pattern, known, paths):
+        if target.kind in QUANTIZED and not _is_known(path, target.row.pattern, known, paths):
             return path
     for path, module in modules:
         names = (*module._parameters, *module._buffers)
@@ -90,31 +87,34 @@ def _is_known(path: str, alike: str, known: Container[str], paths: Container[str
     return all(f"{block}.{name}" in paths for name in MODULATIONS)
 
 
-def _require_rank_of_tensors(path: str, module: nn.Module) -> None:
-    """A forward that sizes buffers by an attribute would pass over ranks, or run past the end."""
-    kind: type = type(module)
-    own = module.__dict__.get("forward")
-    reads = reads_rank(kind) if own is None else _reads_rank([own], kind)
-    if reads:
+def _require_known_rank(path: str, module: nn.Module, place: LowRankPlace) -> None:
+    """A forward that sizes buffers by another number would pass over ranks, or run past the end."""
+    reads = ranks_read(type(module), module.__dict__.get("forward"))
+    if reads is None or reads.others or not reads.own <= {place.rank}:
         raise UnsupportedModelError(
             f"`{path}` is a {_name(module)} whose forward takes the rank from an attribute, or"
-            " scales for each rank, not from its tensors: such layers take no LoRA yet"
-            "\nhint: load the model with Nunchaku's own loader"
+            " scales for each rank, and not as a known kind of layer does"
+            "\nhint: load the model with Nunchaku's own loader, or with diffusers' quantizer"
         )
 
 
-def _require_order_of_rows(path: str, target: Target, paths: Container[str]) -> None:
+def _require_order_of_rows(path: str, target: Target, modules: Mapping[str, nn.Module]) -> None:
     """The order of a modulation's rows is a fact of its block, which its attention tells."""
     block = path.rsplit(".", 2)[0]
-    nunchakus = f"{block}.{FUSED_ATTENTION}" in paths
-    stock = f"{block}.{QUERY}" in paths
-    if target.kind is SlotKind.AWQ and (stock or not nunchakus):
+    build = build_of_block(block, modules)
+    if target.kind is SlotKind.AWQ and build is None:
         raise UnsupportedModelError(
-            f"the order in which `{block}` takes the rows of `{path}` is not known:"
-            f" without one fused `{FUSED_ATTENTION}` the block is not Nunchaku's"
-            "\nhint: load the model with Nunchaku's own loader"
+            f"the order in which `{block}` takes the rows of `{path}` is not known: it has neither"
+            f" Nunchaku's `{FUSED_ATTENTION}` alone, nor diffusers' `{QUERY}` alone"
+            "\nhint: load the model with Nunchaku's own loader, or with diffusers' quantizer"
         )
-    if target.kind is SlotKind.LINEAR and nunchakus:
+    if build is BlockBuild.STOCK and target.kind in QUANTIZED and reorders(modules[block]):
+        raise UnsupportedModelError(
+            f"the order in which `{block}` takes the rows of `{path}` is not known: it is a"
+            f" {_name(modules[block])}, whose code may reorder them"
+            "\nhint: load the model with diffusers' own classes"
+        )
+    if target.kind is SlotKind.LINEAR and build is BlockBuild.NUNCHAKU:
         raise UnsupportedModelError(
             f"`{path}` is a {_name(target.module)} in a block of Nunchaku's: the order in which the"
             " block takes the rows of one that is not quantized is not known"
@@ -129,38 +129,35 @@ def _name(module: nn.Module) -> str:
 
 @lru_cache(maxsize=1)
 def _known_patterns() -> frozenset[str]:
-    """Paths of the known models' slots, block numbers replaced by `*`."""
-    return frozenset(pattern(slot["path"]) for slot in json.loads(_core.known_slots()))
+    """Paths of the known models' slots, fused or in parts, block numbers replaced by `*`."""
+    slots = json.loads(_core.known_slots())
+    return frozenset(pattern(path) for slot in slots for path in (slot["path"], *slot["parts"]))
+
+
+def ranks_read(kind: type, forward: object = None) -> NamesRead | None:
+    """The attributes named as a rank that the forward of a class, or what it calls, looks up.
+
+    Args:
+        kind: The class.
+        forward: The forward of one layer, where that has its own.
+
+    Returns:
+        Their names; None where some code cannot be looked at.
+    """
+    if forward is None:
+        return _ranks_of_class(kind)
+    return _ranks_among(names_of_forward(forward, kind))
 
 
 @lru_cache(maxsize=64)
-def reads_rank(kind: type) -> bool:
-    """Tell if the forward of a class, or what it calls, reads a rank from some attribute.
-
-    Looks at the code of every `forward` and `__call__` of the class and its bases, of methods and
-    functions whose names that code holds, and so on. PyTorch's own code is left out. Code that
-    cannot be looked at counts as reading a rank.
-    """
-    return _reads_rank([], kind)
+def _ranks_of_class(kind: type) -> NamesRead | None:
+    return _ranks_among(names_of_class(kind))
 
 
-def _reads_rank(begin: Sequence[object], kind: type) -> bool:
-    waiting: list[object] = [*begin, *_defined(kind, "forward"), *_defined(kind, "__call__")]
-    seen: set[CodeType] = set()
-    while waiting:
-        function = _function_of(waiting.pop())
-        if function is None:
-            return True
-        if function.__code__ in seen or _is_torchs(function.__module__):
-            continue
-        seen.add(function.__code__)
-        attributes, others = _names_in(function.__code__)
-        if any(_is_rank(name) for name in attributes):
-            return True
-        for name in attributes | others:
-            waiting += _defined(kind, name)
-            waiting += _of_globals(function, name, attributes)
-    return False
+def _ranks_among(names: NamesRead | None) -> NamesRead | None:
+    if names is None:
+        return None
+    return NamesRead(*(frozenset(filter(_is_rank, part)) for part in names))
 
 
 def _is_rank(name: str) -> bool:
@@ -168,65 +165,4 @@ def _is_rank(name: str) -> bool:
 
     Scales count, too: one for every 16 ranks, and what is missing of them is 0 to the kernels.
     """
-    return name in (_RANK, _SCALES) or name.endswith(f"_{_RANK}")
-
-
-def _defined(kind: type, name: str) -> list[object]:
-    """List what a class, and each base of it before PyTorch's own, defines to be called."""
-    found = []
-    for base in kind.__mro__:
-        own = vars(base).get(name)
-        called = isinstance(own, (staticmethod, classmethod, property)) or callable(own)
-        if called and not isinstance(own, type) and not _is_torchs(base.__module__):
-            found.append(own)
-    return found
-
-
-def _of_globals(function: FunctionType, name: str, attributes: set[str]) -> list[object]:
-    """A function of the same module that code names, or functions of a class that it names."""
-    found = function.__globals__.get(name)
-    if isinstance(found, FunctionType):
-        return [found]
-    if isinstance(found, type) and not _is_torchs(found.__module__):
-        return [own for attribute in attributes for own in _defined(found, attribute)]
-    return []
-
-
-def _is_torchs(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in (torch.__name__, "builtins")
-
-
-def _function_of(called: object) -> FunctionType | None:
-    """The function behind a method, a property, a partial or a decorated one, if it is Python's."""
-    while True:
-        if isinstance(called, (staticmethod, classmethod, MethodType)):
-            called = called.__func__
-        elif isinstance(called, property):
-            called = called.fget
-        elif isinstance(called, functools.partial):
-            called = called.func
-        else:
-            break
-    called = inspect.unwrap(called) if callable(called) else called
-    return called if isinstance(called, FunctionType) else None
-
-
-def _names_in(code: CodeType) -> tuple[set[str], set[str]]:
-    """Attributes that code, or code inside it, looks up; and its other names.
-
-    A text that is a name counts as an attribute: `getattr` takes one, and so does `__dict__`.
-    """
-    attributes, others = set(), set()
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
-            attributes.add(str(instruction.argval))
-        elif instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"):
-            others.add(str(instruction.argval))
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            inner = _names_in(constant)
-            attributes |= inner[0]
-            others |= inner[1]
-        elif isinstance(constant, str) and constant.isidentifier():
-            attributes.add(constant)
-    return attributes, others
+    return name in (RANK, _SCALES) or name.endswith(f"_{RANK}")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AlikeMember",
     "AlikeSlots",
+    "BlockBuild",
     "Piece",
     "PieceKind",
     "RankGroup",
@@ -51,6 +52,7 @@ class SlotRow(NamedTuple):
     offloaded: bool
     pattern: str
     has_bias: bool
+    build: str
 
 
 class SlotKind(enum.Enum):
@@ -61,6 +63,15 @@ class SlotKind(enum.Enum):
     LINEAR = "linear"
     NORM = "norm"
     EMBEDDING = "embedding"
+
+
+class BlockBuild(enum.Enum):
+    """The build of the block that a slot is in: what a layer's own tensors do not tell."""
+
+    NUNCHAKU = "nunchaku"
+    """Projections are fused, an MLP runs in one kernel, modulations have interleaved rows."""
+    STOCK = "stock"
+    """diffusers' own block: every linear is a module that is called, all rows are planar."""
 
 
 class PieceKind(enum.Enum):
@@ -76,7 +87,10 @@ class PieceKind(enum.Enum):
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A tensor of a file: its key, its number, safetensors dtype, shape and place in bytes."""
+    """A tensor of a file: its key, its number, safetensors dtype, shape and place in bytes.
+
+    `first_row` is the first of its rows where it is some of them alone: shape and place are theirs.
+    """
 
     key: str
     index: int
@@ -84,6 +98,7 @@ class TensorRef:
     shape: tuple[int, ...]
     offset_bytes: int
     len_bytes: int
+    first_row: int | None = None
 
 
 @dataclass(frozen=True)

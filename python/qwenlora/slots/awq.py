@@ -1,4 +1,4 @@
-"""Nunchaku's AWQ linear: int4 weights and no low-rank branch. Deltas run in a side branch."""
+"""The AWQ linear: int4 weights and no low-rank branch. Deltas run in a side branch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def _facts(found: Found) -> LayerFacts | None:
 
 
 def _parts(target: Target) -> Sequence[Slot]:
-    return [SideBranchSlot(target), ValueSlot(target, interleave_modulation)]
+    is_interleaved = target.row_order is RowOrder.INTERLEAVED
+    stored = interleave_modulation if is_interleaved else None
+    return [SideBranchSlot(target), ValueSlot(target, stored)]
 
 
 AWQ = LayerKind(
@@ -44,6 +46,7 @@ AWQ = LayerKind(
     telling="qweight",
     facts=_facts,
     parts=_parts,
-    # Layers of this kind that can be planned are modulations, whose rows their blocks interleave.
+    # Layers of this kind that can be planned are modulations, whose rows Nunchaku's blocks
+    # interleave.
     row_order=RowOrder.INTERLEAVED,
 )

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenlora.errors import ModelStateError, UnsupportedModelError
+from qwenlora.model.build import Builds
 from qwenlora.model.forwards import require_understood
 from qwenlora.model.modules import is_wrapper, modules_of, pattern
 from qwenlora.model.offload import offload_of
 from qwenlora.model.qwen_image import BLOCKS
 from qwenlora.model.target import Target, device_of, factors_of
-from qwenlora.packing.layout import LowRankSide
-from qwenlora.plan.documents import SlotRow
+from qwenlora.packing.layout import LowRankSide, RowOrder
+from qwenlora.plan.documents import BlockBuild, SlotRow
 from qwenlora.slots.kind import Found
 from qwenlora.slots.kinds import KINDS
 
@@ -62,16 +63,20 @@ def find_targets(
     """
     modules = modules_of(model) if modules is None else modules
     layout = offload_of(model, modules)
-    targets = {target.row.path: target for target in _found(modules, base_ranks, layout, in_flight)}
+    by_path = dict(modules)
+    builds = Builds(by_path)
+    found = _found(modules, base_ranks, layout, builds, in_flight)
+    targets = {target.row.path: target for target in found}
     packed = [target for target in targets.values() if target.place is not None]
     _require_own_factors(packed)
     _require_the_transformer(packed)
     if not packed:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no Nunchaku SVDQuant layer"
-            "\nhint: load a Nunchaku Qwen-Image transformer; other models take LoRAs natively"
+            f"{type(model).__name__} has no SVDQuant layer"
+            "\nhint: load a Qwen-Image transformer that Nunchaku or diffusers quantized; other models"
+            " take LoRAs natively"
         )
-    require_understood(targets, {path for path, _ in modules})
+    require_understood(targets, by_path)
     return targets
 
 
@@ -103,6 +108,7 @@ def _found(
     modules: Iterable[tuple[str, nn.Module]],
     base_ranks: Mapping[str, int],
     layout: OffloadLayout | None,
+    builds: Builds,
     in_flight: bool,
 ) -> Iterator[Target]:
     """The slots among modules; raises as `find_targets` does."""
@@ -120,7 +126,7 @@ def _found(
         known = _facts(found) if tensors else None
         if known is not None:
             offloaded = layout is not None and layout.holds(path)
-            yield _target(found, *known, offloaded=offloaded)
+            yield _target(found, *known, builds.of(path), offloaded=offloaded)
 
 
 def _is_plain(kind: type[nn.Module]) -> bool:
@@ -152,9 +158,12 @@ def _facts(found: Found) -> tuple[LayerKind, LayerFacts] | None:
     return None
 
 
-def _target(found: Found, kind: LayerKind, facts: LayerFacts, *, offloaded: bool) -> Target:
+def _target(
+    found: Found, kind: LayerKind, facts: LayerFacts, build: BlockBuild, *, offloaded: bool
+) -> Target:
     path, module = found.path, found.module
-    owner = module if kind.place is None else kind.place.owner_of(module)
+    place = None if kind.place is None else kind.place(found)
+    owner = module if place is None else place.owner_of(module)
     device = device_of(owner)
     if device == _META:
         raise ModelStateError(f"`{path}` is on the meta device: load its weights first")
@@ -168,6 +177,7 @@ def _target(found: Found, kind: LayerKind, facts: LayerFacts, *, offloaded: bool
         offloaded,
         pattern(path),
         found.has_tensors("bias"),
+        build.value,
     )
-    order, place = kind.row_order, kind.place
+    order = kind.row_order if build is BlockBuild.NUNCHAKU else RowOrder.PLANAR
     return Target(module, kind.kind, facts.dtype, device, row, order, place, owner)

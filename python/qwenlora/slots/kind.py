@@ -67,8 +67,8 @@ class LayerKind:
         facts: The sizes of a module that is such a layer; None where it is none. Raises
             `ModelStateError` where its tensors contradict each other.
         parts: The parts of such a layer that deltas may change, each a separate slot.
-        row_order: The order of its output rows.
-        place: Where its packed low-rank branch lies; None where it has none.
+        row_order: The order of its output rows in a block of Nunchaku's; in others it is planar.
+        place: Where such a module has its packed low-rank branch; None where none has any.
     """
 
     kind: SlotKind
@@ -76,4 +76,4 @@ class LayerKind:
     facts: Callable[[Found], LayerFacts | None]
     parts: Callable[[Target], Sequence[Slot]]
     row_order: RowOrder
-    place: LowRankPlace | None = None
+    place: Callable[[Found], LowRankPlace] | None = None

@@ -1,10 +1,11 @@
-"""Nunchaku's SVDQuant linear: int4 weights and a packed low-rank branch that deltas join."""
+"""The SVDQuant linear: int4 weights and a packed low-rank branch that deltas join."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
 from qwenlora.errors import ModelStateError
+from qwenlora.model.forwards import RANK, ranks_read
 from qwenlora.model.target import PACKED_DTYPES, LowRankPlace
 from qwenlora.packing.layout import RANK_MULTIPLE, TILE, RowOrder
 from qwenlora.packing.pack import pack_vector
@@ -72,6 +73,25 @@ def _show(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
 
 
+_PLACE = LowRankPlace(down="proj_down", up="proj_up")
+_SIZED_PLACE = _PLACE._replace(rank=RANK)
+
+
+def _place(found: Found) -> LowRankPlace:
+    """Nunchaku's forward takes the rank from the tensors, diffusers' from an attribute.
+
+    An attribute that says another rank than the tensors of a base is not the one that is read.
+    """
+    reads = ranks_read(type(found.module), found.module.__dict__.get("forward"))
+    if reads is None or RANK not in reads.own:
+        return _PLACE
+    rank = found.module.__dict__.get(RANK)
+    is_base = found.base_rank is None and not found.in_flight
+    if not isinstance(rank, int) or (is_base and rank != cast("Tensor", found.tensors["proj_down"]).shape[1]):
+        return _PLACE
+    return _SIZED_PLACE
+
+
 def _parts(target: Target) -> Sequence[Slot]:
     """Ranks join the packed branch, Kronecker products a side branch; a bias is a stored value."""
     return [PackedSlot(target), SideBranchSlot(target), ValueSlot(target, pack_vector)]
@@ -83,5 +103,5 @@ SVDQ = LayerKind(
     facts=_facts,
     parts=_parts,
     row_order=RowOrder.PLANAR,
-    place=LowRankPlace(down="proj_down", up="proj_up"),
+    place=_place,
 )

@@ -69,7 +69,12 @@ class _StateDictFetcher:
 
     def fetch(self, refs: Sequence[TensorRef]) -> list[torch.Tensor]:
         """Bring the tensors to the host."""
-        return [self._tensors[ref.key].detach().to("cpu") for ref in refs]
+        return [self._rows(ref).detach().to("cpu") for ref in refs]
+
+    def _rows(self, ref: TensorRef) -> torch.Tensor:
+        tensor = self._tensors[ref.key]
+        first = ref.first_row
+        return tensor if first is None else tensor[first : first + ref.shape[0]]
 
     def read_into(
         self,

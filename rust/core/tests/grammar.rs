@@ -9,7 +9,7 @@ use std::io::Write;
 
 use qwenlora_core::adapter::Adapter;
 use qwenlora_core::dtype::Dtype;
-use qwenlora_core::model::slot::{Slot, SlotKind};
+use qwenlora_core::model::slot::{BlockBuild, Slot, SlotKind};
 use qwenlora_core::plan::explain::Reading;
 use qwenlora_core::plan::{FilePlan, Verdict};
 use qwenlora_core::stack::{SkipKind, StackError, StackItem, StackOptions, StackPlan};
@@ -40,6 +40,7 @@ fn slot(path: &str, kind: SlotKind, out_features: u64) -> Slot {
         offloaded: false,
         pattern: path.replacen(".0.", ".*.", 1),
         has_bias: true,
+        build: BlockBuild::Nunchaku,
     }
 }
 

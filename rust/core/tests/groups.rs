@@ -7,7 +7,7 @@ use proptest::sample::select;
 use qwenlora_core::adapter::{Adapter, PieceKind};
 use qwenlora_core::dtype::Dtype;
 use qwenlora_core::key::table::RawTensor;
-use qwenlora_core::model::slot::{Slot, SlotKind};
+use qwenlora_core::model::slot::{BlockBuild, Slot, SlotKind};
 use qwenlora_core::plan::FilePlan;
 use qwenlora_core::stack::{
     Group, Piece, PlacedStack, SlotIndex, SlotPlan, StackItem, StackOptions, StackPlan,
@@ -77,6 +77,7 @@ fn slots(offloaded: usize, base_rank: u64) -> Vec<Slot> {
                 offloaded: block < offloaded,
                 pattern: format!("transformer_blocks.*.{name}"),
                 has_bias: true,
+                build: BlockBuild::Nunchaku,
             })
     };
     (0..BLOCKS).flat_map(of_block).collect()

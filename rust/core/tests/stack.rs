@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use qwenlora_core::adapter::delta::Parameter;
 use qwenlora_core::adapter::{Adapter, PieceKind};
 use qwenlora_core::dtype::Dtype;
-use qwenlora_core::model::slot::{Slot, SlotKind};
+use qwenlora_core::model::slot::{BlockBuild, Slot, SlotKind};
 use qwenlora_core::plan::{FilePlan, Verdict};
 use qwenlora_core::stack::{
     LokrScale, MAX_KRON_RANK, Piece, Skip, SkipKind, StackError, StackItem, StackOptions,
@@ -33,6 +33,7 @@ fn slot(path: &str, kind: SlotKind, out_features: u64, in_features: u64) -> Slot
         offloaded: false,
         pattern: path.replacen(".0.", ".*.", 1).replacen(".1.", ".*.", 1),
         has_bias: true,
+        build: BlockBuild::Nunchaku,
     }
 }
 

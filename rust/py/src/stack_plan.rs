@@ -34,11 +34,13 @@ struct Row {
     offloaded: bool,
     pattern: String,
     has_bias: bool,
+    build: String,
 }
 
 impl Row {
     fn slot(self, py: Python<'_>) -> PyResult<Slot> {
         let kind = serde_json::from_value(self.kind.into());
+        let build = serde_json::from_value(self.build.into());
         Ok(Slot {
             kind: kind.map_err(|e| error::from_json(py, "the kind of a slot", &e))?,
             path: self.path,
@@ -49,6 +51,7 @@ impl Row {
             offloaded: self.offloaded,
             pattern: self.pattern,
             has_bias: self.has_bias,
+            build: build.map_err(|e| error::from_json(py, "the build of a block", &e))?,
         })
     }
 }

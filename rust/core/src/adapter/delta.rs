@@ -10,6 +10,8 @@ use crate::key::role::Role;
 pub struct Factor {
     /// Its index in the table of keys.
     pub index: usize,
+    /// The first of the stored tensor's rows that it has.
+    pub first_row: u64,
     /// Its rows.
     pub rows: u64,
     /// Its columns.
@@ -129,10 +131,8 @@ pub enum Form {
     },
     /// One value per output, added to a parameter.
     Vector {
-        /// Index of the tensor in the table of keys.
-        index: usize,
-        /// Number of values.
-        len: u64,
+        /// The values, as one column.
+        values: Factor,
         /// The parameter that it is added to.
         parameter: Parameter,
     },
@@ -171,8 +171,8 @@ impl Delta {
                 WeightOrder::OutIn => whole(diff.rows, diff.columns),
                 WeightOrder::InOut => whole(diff.columns, diff.rows),
             },
-            Form::Vector { len, parameter, .. } => {
-                Some((len, (parameter == Parameter::Weight).then_some(1)))
+            Form::Vector { values, parameter } => {
+                Some((values.rows, (parameter == Parameter::Weight).then_some(1)))
             }
         }
     }
@@ -198,12 +198,12 @@ impl Delta {
 
     /// Its tensors, by the name that a piece gives them, with their roles' own names but where an
     /// embedding's halves are stored transposed.
-    pub fn tensors(&self) -> Vec<(&'static str, usize)> {
-        let named = |role: Role, factor: Factor| (role.name(), factor.index);
+    pub fn tensors(&self) -> Vec<(&'static str, Factor)> {
+        let named = |role: Role, factor: Factor| (role.name(), factor);
         match self.form {
             Form::Pair { down, up, order } => match order {
                 WeightOrder::OutIn => vec![named(Role::Down, down), named(Role::Up, up)],
-                WeightOrder::InOut => vec![("down_t", up.index), ("up_t", down.index)],
+                WeightOrder::InOut => vec![("down_t", up), ("up_t", down)],
             },
             Form::Tucker { down, mid, up } => vec![
                 named(Role::Down, down),
@@ -237,7 +237,7 @@ impl Delta {
                 tensors
             }
             Form::Full { diff, .. } => vec![named(Role::Diff, diff)],
-            Form::Vector { index, .. } => vec![("vector", index)],
+            Form::Vector { values, .. } => vec![("vector", values)],
         }
     }
 
@@ -259,7 +259,7 @@ impl Delta {
         match self.form {
             // Of nearly all files; the others take a list.
             Form::Pair { down, up, .. } => [down.index, up.index].contains(&index),
-            _ => self.tensors().iter().any(|(_, own)| *own == index),
+            _ => self.tensors().iter().any(|(_, own)| own.index == index),
         }
     }
 }

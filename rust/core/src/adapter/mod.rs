@@ -12,6 +12,7 @@ mod norm;
 mod parts;
 pub mod peft;
 mod refused;
+mod rows;
 
 use serde::{Serialize, Serializer};
 

@@ -109,6 +109,7 @@ impl Parts<'_> {
         })?;
         Ok(Some(Factor {
             index,
+            first_row: 0,
             rows,
             columns,
         }))
@@ -120,8 +121,12 @@ pub(super) fn vector(index: usize, entry: &Entry, parameter: Parameter) -> Resul
     check_tensor(entry)?;
     match entry.tensor.shape.as_slice() {
         [len] => Ok(Form::Vector {
-            index,
-            len: *len,
+            values: Factor {
+                index,
+                first_row: 0,
+                rows: *len,
+                columns: 1,
+            },
             parameter,
         }),
         other => Err(Fault::Broken(format!(

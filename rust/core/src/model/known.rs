@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::model::slot::{Slot, SlotKind};
+use crate::model::slot::{BlockBuild, Slot, SlotKind};
 use crate::model::{self, KnownModule, Layer, Model, ModuleKind};
 
 /// A slot of a released model, and the modules that are computed in it.
@@ -53,6 +53,7 @@ fn known_slot(module: &'static KnownModule) -> Option<KnownSlot> {
             offloaded: false,
             pattern: module.path.clone(),
             has_bias: matches!(module.kind, ModuleKind::Linear { .. }),
+            build: BlockBuild::Nunchaku,
         },
         parts,
     })

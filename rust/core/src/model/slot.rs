@@ -36,6 +36,17 @@ pub enum RowOrder {
     Interleaved,
 }
 
+/// The build of the block that a slot is in: what a layer's own tensors do not tell.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BlockBuild {
+    /// Nunchaku's: projections are fused, MLPs run in one kernel, and rows lie as its tables say.
+    #[default]
+    Nunchaku,
+    /// diffusers' own: every linear is a module that is called, and rows lie as in LoRA files.
+    Stock,
+}
+
 /// One slot of the model at hand.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Slot {
@@ -58,6 +69,9 @@ pub struct Slot {
     /// Whether it has a bias.
     #[serde(default = "has_bias_unless_told")]
     pub has_bias: bool,
+    /// The build of its block; of no weight for a slot outside of blocks.
+    #[serde(default)]
+    pub build: BlockBuild,
 }
 
 /// Every linear of the released models has one.
@@ -85,7 +99,10 @@ impl Slot {
     /// Whether an exact side branch can be computed beside it.
     pub fn carries_branch(&self) -> bool {
         match self.kind {
-            SlotKind::Svdq => self.layer() != Some(Layer::SvdqInFusedMlp),
+            SlotKind::Svdq => match self.build {
+                BlockBuild::Nunchaku => self.layer() != Some(Layer::SvdqInFusedMlp),
+                BlockBuild::Stock => true,
+            },
             SlotKind::Awq | SlotKind::Linear => true,
             SlotKind::Norm | SlotKind::Embedding => false,
         }
@@ -101,7 +118,10 @@ impl Slot {
                 Some(Layer::Awq { planes, row_order })
                     if self.out_features.is_multiple_of(planes) =>
                 {
-                    Some(row_order)
+                    Some(match self.build {
+                        BlockBuild::Nunchaku => row_order,
+                        BlockBuild::Stock => RowOrder::Planar,
+                    })
                 }
                 _ => None,
             },
@@ -135,6 +155,7 @@ mod tests {
             offloaded: true,
             pattern: "proj_out".to_owned(),
             has_bias: true,
+            build: BlockBuild::Nunchaku,
         };
         assert_eq!(slot(SlotKind::Svdq, 40).free_rank(), Some(976));
         assert_eq!(slot(SlotKind::Svdq, 2000).free_rank(), Some(0));

@@ -40,7 +40,7 @@ pub fn misfits_beside(module: &Module) -> Vec<(usize, String)> {
     beside
         .filter_map(|delta| {
             let (_, tensor) = delta.tensors().into_iter().next()?;
-            Some((tensor, misfit_of(delta, sides, known.model.name())?))
+            Some((tensor.index, misfit_of(delta, sides, known.model.name())?))
         })
         .collect()
 }

@@ -48,6 +48,13 @@ impl SlotIndex {
         self.of_module.get(module).copied().flatten()
     }
 
+    /// The slots that compute the parts of a fused module, in order; `None` where one has none.
+    pub(super) fn parts_of(&self, module: ModuleId) -> Option<Vec<usize>> {
+        let parts = &model::table().module(module).split;
+        let slots: Option<Vec<usize>> = parts.iter().map(|part| self.slot_of(*part)).collect();
+        slots.filter(|slots| !slots.is_empty())
+    }
+
     /// The number of a slot's pattern.
     pub(super) fn pattern_of(&self, slot: usize) -> Option<usize> {
         self.patterns.get(slot).copied()

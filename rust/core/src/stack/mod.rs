@@ -132,6 +132,9 @@ pub struct TensorRef {
     pub offset_bytes: u64,
     /// How many there are.
     pub len_bytes: u64,
+    /// Where these are some of its rows alone, the first of them; shape and place are theirs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first_row: Option<u64>,
 }
 
 /// One delta that a slot carries.

@@ -25,6 +25,7 @@ struct Execution {
 }
 
 /// The destination of a delta.
+#[derive(Clone, Copy)]
 pub(super) struct Place<'s> {
     /// The slot's place in the map.
     pub(super) at: usize,
@@ -35,12 +36,14 @@ pub(super) struct Place<'s> {
     pub(super) rank_limit: Option<u64>,
 }
 
-/// The origin of a delta: indices of the LoRA, of the module in its file, of the delta in that.
+/// The origin of a delta: indices of the LoRA, of the module in its file, of the delta in that,
+/// and the rows of it where it is not whole.
 #[derive(Clone, Copy)]
 pub(super) struct Origin {
     pub(super) lora: usize,
     pub(super) module: usize,
     pub(super) delta: usize,
+    pub(super) part: Option<(u64, u64)>,
 }
 
 /// Makes a delta a piece of its slot, or says why the slot cannot carry it.
@@ -57,6 +60,7 @@ pub(super) fn place(
         lora: origin.lora,
         module: origin.module,
         delta: origin.delta,
+        part: origin.part,
         kind: execution.kind,
         rank: execution.rank,
         rank_budget: execution.rank_budget,

@@ -9,7 +9,7 @@ use super::branch::Branch;
 use super::uniform::PlacedUniform;
 use super::{LoraRow, Piece, Skip, SlotPlan, StackPlan, TensorRef};
 use crate::adapter::PieceKind;
-use crate::adapter::delta::{Delta, Form};
+use crate::adapter::delta::{Delta, Factor, Form};
 use crate::adapter::module::Module;
 use crate::key::table::Entry;
 use crate::model;
@@ -28,6 +28,9 @@ pub(super) struct Placed {
     pub(super) module: usize,
     /// Which of the module's deltas it is.
     pub(super) delta: usize,
+    /// The first of that delta's rows that it has, and the first that it has not; none where it
+    /// has all.
+    pub(super) part: Option<(u64, u64)>,
     pub(super) kind: PieceKind,
     pub(super) rank: u64,
     pub(super) rank_budget: Option<u64>,
@@ -53,19 +56,28 @@ impl Placed {
         Some((module, module.deltas.get(self.delta)?))
     }
 
+    /// What is placed of the delta.
+    fn placed_part(&self, delta: &Delta) -> Option<Delta> {
+        match self.part {
+            Some((begin, end)) => delta.part(&(begin..end)),
+            None => Some(*delta),
+        }
+    }
+
     /// The room that it takes besides ranks, in a slot of so many columns.
     pub(super) fn branch(&self, plans: &[&FilePlan], columns: u64) -> Branch {
-        match (self.takes, self.origin(plans)) {
-            (Takes::Branch, Some((_, delta))) => Branch::of(delta, self.rows, columns),
-            (Takes::Ranks, _) | (_, None) => Branch::None,
+        let part = || self.placed_part(self.origin(plans)?.1);
+        match self.takes {
+            Takes::Branch => part().map_or(Branch::None, |own| Branch::of(&own, self.rows, columns)),
+            Takes::Ranks => Branch::None,
         }
     }
 
     /// The key of the tensor that a piece names first.
     fn first_key<'p>(&self, plans: &[&'p FilePlan]) -> Option<&'p str> {
         let (_, delta) = self.origin(plans)?;
-        let (_, index) = delta.tensors().into_iter().min()?;
-        let entry = plans.get(self.lora)?.table.entries().get(index)?;
+        let (_, tensor) = delta.tensors().into_iter().min_by_key(|(name, own)| (*name, own.index))?;
+        let entry = plans.get(self.lora)?.table.entries().get(tensor.index)?;
         Some(&entry.tensor.key)
     }
 }
@@ -143,7 +155,7 @@ impl PlacedStack {
         let pieces = self.deltas_of(placed).iter().filter_map(|placed| {
             let entries = plans.get(placed.lora)?.table.entries();
             let (module, delta) = placed.origin(plans)?;
-            Some(piece(placed, module, delta, entries))
+            piece(placed, module, delta, entries)
         });
         SlotPlan {
             path: slot.path.clone(),
@@ -164,15 +176,17 @@ impl PlacedStack {
     }
 }
 
-fn piece(placed: &Placed, module: &Module, delta: &Delta, entries: &[Entry]) -> Piece {
-    let tensors = delta.tensors().into_iter();
-    let tensors =
-        tensors.filter_map(|(name, index)| Some((name, tensor_ref(index, entries.get(index)?))));
+fn piece(placed: &Placed, module: &Module, whole: &Delta, entries: &[Entry]) -> Option<Piece> {
+    let delta = placed.placed_part(whole)?;
+    let tensors = whole.tensors().into_iter().zip(delta.tensors());
+    let tensors = tensors.filter_map(|((name, stored), (_, own))| {
+        Some((name, tensor_ref(stored, own, entries.get(own.index)?)))
+    });
     let parameter = match delta.form {
         Form::Vector { parameter, .. } => Some(parameter),
         _ => None,
     };
-    Piece {
+    Some(Piece {
         kind: placed.kind,
         adapter: delta.adapter,
         lora: placed.lora,
@@ -185,17 +199,36 @@ fn piece(placed: &Placed, module: &Module, delta: &Delta, entries: &[Entry]) -> 
         row_count: placed.rows.1,
         parameter,
         tensors: tensors.collect(),
-    }
+    })
 }
 
-fn tensor_ref(index: usize, entry: &Entry) -> TensorRef {
+/// The place of a tensor in its file, or of those of its rows that are placed.
+fn tensor_ref(stored: Factor, own: Factor, entry: &Entry) -> TensorRef {
+    let tensor = &entry.tensor;
+    let whole = TensorRef {
+        index: own.index,
+        key: tensor.key.clone(),
+        dtype: tensor.dtype.name(),
+        shape: tensor.shape.clone(),
+        offset_bytes: tensor.offset_bytes,
+        len_bytes: tensor.len_bytes,
+        first_row: None,
+    };
+    if own == stored {
+        return whole;
+    }
+    // (rows, ...) lies row by row.
+    let row_bytes = tensor.len_bytes.checked_div(stored.rows).unwrap_or(0);
+    let mut shape = whole.shape;
+    if let Some(rows) = shape.first_mut() {
+        *rows = own.rows;
+    }
     TensorRef {
-        index,
-        key: entry.tensor.key.clone(),
-        dtype: entry.tensor.dtype.name(),
-        shape: entry.tensor.shape.clone(),
-        offset_bytes: entry.tensor.offset_bytes,
-        len_bytes: entry.tensor.len_bytes,
+        shape,
+        offset_bytes: tensor.offset_bytes + own.first_row * row_bytes,
+        len_bytes: own.rows * row_bytes,
+        first_row: Some(own.first_row),
+        ..whole
     }
 }
 

@@ -98,7 +98,7 @@ impl<'s> Planner<'s> {
         }
     }
 
-    /// Finds a module's slot and makes its deltas pieces of it.
+    /// Finds a module's slots and makes its deltas pieces of them.
     ///
     /// A module whose weight delta has no place is left out whole; what stands beside that delta
     /// is left out by itself.
@@ -126,19 +126,15 @@ impl<'s> Planner<'s> {
             Some(Fault::Broken(text)) => return Err(skip(SkipKind::Broken, text.clone())),
             None => {}
         }
-        let Some((at, slot)) = self.slot_of(module) else {
+        let Some(places) = self.places_of(module) else {
             return Err(skip(
                 SkipKind::Missing,
                 "the model has no such module".to_owned(),
             ));
         };
-        check_modulation(slot, item).map_err(|(kind, text)| skip(kind, text))?;
-        let place = Place {
-            at,
-            slot,
-            rows: rows_in(known, slot),
-            rank_limit: uniform::rank_limit(slot, self.options.max_rank),
-        };
+        for place in &places {
+            check_modulation(place.slot, item).map_err(|(kind, text)| skip(kind, text))?;
+        }
         for (at, delta) in module.deltas.iter().enumerate() {
             let scale = self.scale(delta, module, item);
             let scaled = Delta { scale, ..*delta };
@@ -146,9 +142,10 @@ impl<'s> Planner<'s> {
                 lora,
                 module: module_at,
                 delta: at,
+                part: None,
             };
-            match self.piece(&scaled, &place, origin) {
-                Ok(placed) => self.placed.push(placed),
+            match self.pieces(&scaled, &places, origin) {
+                Ok(placed) => self.placed.extend(placed),
                 Err((kind, text)) if at == 0 => return Err(skip(kind, text)),
                 Err((kind, text)) => {
                     let beside = skip_beside(lora, delta, entries, kind, text);
@@ -159,23 +156,81 @@ impl<'s> Planner<'s> {
         Ok(())
     }
 
-    /// Makes a delta a piece of its slot, where it fits.
-    fn piece(
+    /// The rows of slots that a module changes: those of one slot, or of several where the model
+    /// has a fused module in parts.
+    fn places_of(&self, module: &Module) -> Option<Vec<Place<'s>>> {
+        let known = model::table().module(module.id);
+        let place = |at: usize| {
+            let slot = self.slots.get(at)?;
+            Some(Place {
+                at,
+                slot,
+                rows: rows_in(known, slot),
+                rank_limit: uniform::rank_limit(slot, self.options.max_rank),
+            })
+        };
+        if let Some(at) = self.index.slot_of(module.id) {
+            return Some(vec![place(at)?]);
+        }
+        self.index
+            .parts_of(module.id)?
+            .into_iter()
+            .map(place)
+            .collect()
+    }
+
+    /// Makes a delta pieces of its slots, where it fits.
+    fn pieces(
         &self,
         delta: &Delta,
-        place: &Place<'_>,
+        places: &[Place<'_>],
         origin: Origin,
-    ) -> Result<Placed, (SkipKind, String)> {
+    ) -> Result<Vec<Placed>, (SkipKind, String)> {
         if !delta.scale.is_finite() {
             let text = format!("gives a scale of {}: it must be finite", delta.scale);
             return Err((SkipKind::Broken, text));
         }
-        let (_, rows) = place.rows;
-        let sides = (rows, place.slot.in_features);
-        if let Some(text) = fit::misfit_of(delta, sides, "the model") {
-            return Err((SkipKind::Shape, text));
+        for place in places {
+            let rows = places.iter().map(|place| place.rows.1).sum();
+            if let Some(text) = fit::misfit_of(delta, (rows, place.slot.in_features), "the model") {
+                return Err((SkipKind::Shape, text));
+            }
         }
-        piece::place(delta, place, origin, self.options)
+        match places {
+            [place] => Ok(vec![piece::place(delta, place, origin, self.options)?]),
+            _ => self.parted(delta, places, origin),
+        }
+    }
+
+    /// Makes the rows of a delta pieces of the slots that they belong to.
+    fn parted(
+        &self,
+        delta: &Delta,
+        places: &[Place<'_>],
+        origin: Origin,
+    ) -> Result<Vec<Placed>, (SkipKind, String)> {
+        let mut placed = Vec::new();
+        let mut begin = 0;
+        for place in places {
+            let end = begin + place.rows.1;
+            for run in delta.runs(begin..end) {
+                let Some(part) = delta.part(&run) else {
+                    let text = "cannot be cut into the parts that the model has of this module";
+                    return Err((SkipKind::Unsupported, text.to_owned()));
+                };
+                let own = Place {
+                    rows: (place.rows.0 + run.start - begin, run.end - run.start),
+                    ..*place
+                };
+                let origin = Origin {
+                    part: Some((run.start, run.end)),
+                    ..origin
+                };
+                placed.push(piece::place(&part, &own, origin, self.options)?);
+            }
+            begin = end;
+        }
+        Ok(placed)
     }
 
     /// The scale of a delta, with the caller's rule for LoKr files that say nothing of it.
@@ -185,12 +240,6 @@ impl<'s> Planner<'s> {
             && delta.adapter == module.adapter;
         let network = item.plan.network_scale().filter(|_| is_open);
         delta.scale * network.unwrap_or(1.0)
-    }
-
-    /// The slot that computes a module.
-    fn slot_of(&self, module: &Module) -> Option<(usize, &'s Slot)> {
-        let at = self.index.slot_of(module.id)?;
-        Some((at, self.slots.get(at)?))
     }
 
     fn skip_parts(&mut self, lora: usize, module: &Module, entries: &[Entry]) {
@@ -295,10 +344,10 @@ fn skip_beside(
     kind: SkipKind,
     reason: String,
 ) -> Option<Skip> {
-    let (_, index) = delta.tensors().into_iter().next()?;
+    let (_, tensor) = delta.tensors().into_iter().next()?;
     Some(Skip {
         lora,
-        name: entries.get(index)?.tensor.key.clone(),
+        name: entries.get(tensor.index)?.tensor.key.clone(),
         kind,
         reason,
         piece: Some(delta.piece_kind()),
