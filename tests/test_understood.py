@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import subprocess
-import sys
 from types import MethodType
 
 import pytest
@@ -275,56 +273,6 @@ def test_an_attribute_that_no_forward_reads_is_let_be(model, lora):
     assert layer.rank == layer.proj_down.shape[1]
     assert ranks_read(type(layer)) == (frozenset(), frozenset())
     assert qwenlora.compose_loras(model, lora[0]).complete
-
-
-_DIFFUSERS = """
-import importlib.machinery, os, sys, types
-
-os.environ["DIFFUSERS_TRUST_REMOTE_KERNELS"] = "true"
-kernels = types.ModuleType("kernels")
-kernels.__spec__ = importlib.machinery.ModuleSpec("kernels", None)
-kernels.get_kernel = lambda *args, **options: types.SimpleNamespace(ops=None)
-sys.modules["kernels"] = kernels
-import diffusers.utils.import_utils as import_utils
-import_utils._kernels_available, import_utils._kernels_version = True, "0.14.0"
-import torch
-from diffusers import QwenImageTransformer2DModel
-from diffusers.quantizers.nunchaku import utils
-import qwenlora
-
-utils.is_accelerate_available = lambda: False
-BLOCK = "transformer_blocks.0."
-stem = f"transformer.{BLOCK}attn.to_out.0"
-lora = {f"{stem}.lora_A.weight": torch.zeros(4, 128), f"{stem}.lora_B.weight": torch.ones(128, 4)}
-for names in (["attn.to_out.0"], ["attn.to_q", "attn.to_k"], ["attn.to_q", "img_mod.1"]):
-    model = QwenImageTransformer2DModel(
-        patch_size=2, in_channels=16, out_channels=4, num_layers=1, attention_head_dim=64,
-        num_attention_heads=2, joint_attention_dim=64, axes_dims_rope=(16, 24, 24),
-    ).to(torch.bfloat16)
-    common = dict(precision="int4", group_size=64)
-    svdq = [BLOCK + name for name in names if "mod" not in name]
-    settings = dict(svdq_w4a4=dict(common, rank=32, targets=svdq))
-    if len(svdq) < len(names):
-        settings["awq_w4a16"] = dict(common, targets=[BLOCK + "img_mod.1"])
-    utils.replace_with_nunchaku_linear(model, settings, torch.bfloat16)
-    try:
-        qwenlora.compose_loras(model, lora)
-    except qwenlora.errors.UnsupportedModelError as error:
-        print(str(error).splitlines()[0])
-"""
-
-
-@pytest.mark.slow
-def test_models_of_diffusers_own_quantizer_are_refused():
-    """Its real classes; only the package of kernels, which comes from a server, is stood in for."""
-    pytest.importorskip("diffusers.quantizers.nunchaku")
-    command = [sys.executable, "-c", _DIFFUSERS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    first, second, third = done.stdout.splitlines()
-    for line in (first, second):
-        assert "SVDQW4A4Linear whose forward takes the rank from an attribute" in line
-    assert f"the order in which `{BLOCK}` takes the rows of `{BLOCK}.img_mod.1`" in third
 
 
 def test_a_forward_of_the_instance_that_reads_it(model, lora):

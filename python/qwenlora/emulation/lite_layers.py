@@ -32,7 +32,7 @@ _KERNELS = "ops"
 
 @cache
 def lite_layers(precision: Precision) -> ModuleType:
-    """diffusers' module of layers, with kernels of this precision.
+    """The module of diffusers' layers, with kernels of this precision.
 
     Returns:
         A module with `SVDQW4A4Linear`, `AWQW4A16Linear`, `replace_with_nunchaku_linear`.

@@ -71,13 +71,14 @@ def lite_transformer(
     nn.Module.to(model, "cpu", dtype)
     weights = dict(dense.state_dict())
     blocks: Any = model.transformer_blocks
+    svdq, awq = _paths(len(blocks), _SVDQ), _paths(len(blocks), _AWQ)
     common = {"precision": "int4", "group_size": 64}
     config = {
-        "svdq_w4a4": {**common, "rank": rank, "targets": _paths(len(blocks), _SVDQ)},
-        "awq_w4a16": {**common, "targets": _paths(len(blocks), _AWQ)},
+        "svdq_w4a4": {**common, "rank": rank, "targets": svdq},
+        "awq_w4a16": {**common, "targets": awq},
     }
     lite_layers(precision).replace_with_nunchaku_linear(model, config, dtype)
-    for path in config["svdq_w4a4"]["targets"]:
+    for path in svdq:
         weight, bias = weights[f"{path}.weight"], weights.get(f"{path}.bias")
         layer = SVDQW4A4Linear.from_dense(
             weight,
@@ -89,7 +90,7 @@ def lite_transformer(
             generator=generator,
         )
         _fill(model.get_submodule(path), layer)
-    for path in config["awq_w4a16"]["targets"]:
+    for path in awq:
         linear = AWQW4A16Linear.from_dense(
             weights[f"{path}.weight"],
             weights.get(f"{path}.bias"),

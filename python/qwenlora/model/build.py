@@ -48,7 +48,8 @@ def reorders(block: nn.Module) -> bool:
 
     The code of its class and bases is looked at. Code that cannot be counts as reordering.
     """
-    names = names_of_class(type(block))
+    kind: type = type(block)
+    names = names_of_class(kind)
     return names is None or not names.all.isdisjoint(_REORDERING)
 
 
@@ -83,7 +84,8 @@ class Builds:
         """A stock block's MLP may still have been replaced by one that fuses its layers."""
         build = self._mlps.get(path)
         if build is None:
-            names = names_of_class(type(self._modules[path]))
+            kind: type = type(self._modules[path])
+            names = names_of_class(kind)
             is_called = names is not None and names.all.isdisjoint(_OF_A_LAYER)
             build = BlockBuild.STOCK if is_called else BlockBuild.NUNCHAKU
             self._mlps[path] = build

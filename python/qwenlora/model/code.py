@@ -58,7 +58,10 @@ def names_of_class(kind: type) -> NamesRead | None:
 
 
 def names_of_forward(forward: object, kind: type) -> NamesRead | None:
-    """The same of a layer of this class that has a forward of its own."""
+    """The same of a layer of this class that has its own forward, or one around its class's."""
+    function = _function_of(forward)
+    if any(_function_of(own.called) is function for own in _defined(kind, "forward")):
+        return names_of_class(kind)
     return _names_read([_Called(forward, isinstance(forward, MethodType))], kind)
 
 
@@ -160,4 +163,4 @@ def _loaded_by(instruction: dis.Instruction) -> str | None:
     if not instruction.opname.startswith("LOAD_FAST"):
         return None
     name = instruction.argval
-    return name[-1] if isinstance(name, tuple) else name
+    return str(name[-1] if isinstance(name, tuple) else name)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwenlora.errors import ModelStateError, UnsupportedModelError
+from qwenlora.errors import ModelStateError, QwenLoraError, UnsupportedModelError
 from qwenlora.model.build import Builds
 from qwenlora.model.forwards import require_understood
+from qwenlora.model.hosts import is_sequentially_offloaded, require_lasting
 from qwenlora.model.modules import is_wrapper, modules_of, pattern
 from qwenlora.model.offload import offload_of
 from qwenlora.model.qwen_image import BLOCKS
@@ -58,11 +59,12 @@ def find_targets(
 
     Raises:
         UnsupportedModelError: The model is no transformer with such layers, their forward is not
-            understood, or it is offloaded in a way that is not known.
+            understood, or it is offloaded in a way that is not known or undoes what is composed.
         ModelStateError: A packed layer's tensors contradict each other.
     """
     modules = modules_of(model) if modules is None else modules
     layout = offload_of(model, modules)
+    require_lasting(modules)
     by_path = dict(modules)
     builds = Builds(by_path)
     found = _found(modules, base_ranks, layout, builds, in_flight)
@@ -73,8 +75,8 @@ def find_targets(
     if not packed:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no SVDQuant layer"
-            "\nhint: load a Qwen-Image transformer that Nunchaku or diffusers quantized; other models"
-            " take LoRAs natively"
+            "\nhint: load a Qwen-Image transformer that Nunchaku or diffusers quantized; other"
+            " models take LoRAs natively"
         )
     require_understood(targets, by_path)
     return targets
@@ -129,6 +131,16 @@ def _found(
             yield _target(found, *known, builds.of(path), offloaded=offloaded)
 
 
+def _without_weights(path: str, module: nn.Module) -> QwenLoraError:
+    if is_sequentially_offloaded(module):
+        return UnsupportedModelError(
+            f"the weights of `{path}` are held elsewhere between forwards, by sequential offload"
+            "\nhint: compose before `enable_sequential_cpu_offload`, or use"
+            " `enable_model_cpu_offload`"
+        )
+    return ModelStateError(f"`{path}` is on the meta device: load its weights first")
+
+
 def _is_plain(kind: type[nn.Module]) -> bool:
     """Tell if modules of this class keep their tensors where `nn.Module` does."""
     return (
@@ -166,7 +178,7 @@ def _target(
     owner = module if place is None else place.owner_of(module)
     device = device_of(owner)
     if device == _META:
-        raise ModelStateError(f"`{path}` is on the meta device: load its weights first")
+        raise _without_weights(path, module)
     row = SlotRow(
         path,
         kind.kind.value,

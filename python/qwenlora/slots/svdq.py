@@ -87,7 +87,9 @@ def _place(found: Found) -> LowRankPlace:
         return _PLACE
     rank = found.module.__dict__.get(RANK)
     is_base = found.base_rank is None and not found.in_flight
-    if not isinstance(rank, int) or (is_base and rank != cast("Tensor", found.tensors["proj_down"]).shape[1]):
+    if not isinstance(rank, int) or (
+        is_base and rank != cast("Tensor", found.tensors["proj_down"]).shape[1]
+    ):
         return _PLACE
     return _SIZED_PLACE
 
