@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qwenlora import compat, emulation
     from qwenlora._core import __version__
+    from qwenlora.blocks import BlockFactors
     from qwenlora.cache import clear_cache
     from qwenlora.compose.compose import applied, compose_loras, reset_loras
     from qwenlora.errors import QwenLoraError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from qwenlora.spec import ComposeOptions, LoraSpec, Placement
 
 __all__ = [
+    "BlockFactors",
     "ComfyQwenImageWrapper",
     "ComposeOptions",
     "ComposeReport",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BlockFactors": "blocks",
     "ComfyQwenImageWrapper": "runtime",
     "ComposeOptions": "spec",
     "ComposeReport": "report",

@@ -29,6 +29,7 @@ __all__ = [
     "file_identity",
     "fill_packed",
     "known_slots",
+    "layer_kinds",
     "look_at",
     "plan_stack",
     "run_keys",
@@ -169,6 +170,7 @@ def known_slots() -> str: ...
 def look_at(
     buffer: _Bytes, blocks: Sequence[tuple[int, int, str]], slots: int, *, measure: bool
 ) -> tuple[list[tuple[int, ...]], list[int], float | None]: ...
+def layer_kinds(path: str) -> tuple[int | None, list[str]] | None: ...
 def plan_stack(
     items: Sequence[tuple[str, FilePlan, float, bool]], slots: SlotMap, options: str
 ) -> PlannedStack: ...

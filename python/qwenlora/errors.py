@@ -6,6 +6,7 @@ Every class derives from `QwenLoraError` and from the built-in exception a calle
 from __future__ import annotations
 
 __all__ = [
+    "BlockFactorsError",
     "BrokenPairError",
     "EnergyLossError",
     "LoraFileError",
@@ -27,6 +28,21 @@ __all__ = [
 
 class QwenLoraError(Exception):
     """Base of all errors of this package."""
+
+
+class BlockFactorsError(QwenLoraError, ValueError):
+    """A text of factors by block has another form, or names blocks that a model lacks.
+
+    Attributes:
+        part: The part of the text that is at fault.
+        position: Where that begins in the text, from 0.
+    """
+
+    def __init__(self, message: str, *, part: str = "", position: int = 0) -> None:
+        """Take the message and what it is about."""
+        super().__init__(message)
+        self.part = part
+        self.position = position
 
 
 class LoraReadError(QwenLoraError, OSError):

@@ -150,7 +150,7 @@ fn class_of(module: &KnownModule) -> Class {
         match module.section {
             Section::Mlp => Class::Mlp,
             Section::Modulation => Class::Modulation,
-            Section::Attention | Section::TextAttention | Section::Other => Class::Attention,
+            Section::Attention | Section::Other => Class::Attention,
         }
     }
 }

@@ -37,7 +37,7 @@ mod _core {
     #[pymodule_export]
     use super::reader::{Readers, Reading, TensorReader};
     #[pymodule_export]
-    use super::stack_plan::{PlannedStack, SlotMap, known_slots, plan_stack};
+    use super::stack_plan::{PlannedStack, SlotMap, known_slots, layer_kinds, plan_stack};
     #[pymodule_export]
     use super::watch::Watch;
 

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView, PyTuple};
-use qwenlora_core::model::known;
 use qwenlora_core::model::slot::{RowOrder, Slot};
+use qwenlora_core::model::{self, known};
 use qwenlora_core::plan::FilePlan as CorePlan;
 use qwenlora_core::stack::{
     Group, Located, Member, PlacedStack, Share, SlotIndex, StackItem, StackOptions,
@@ -20,6 +20,14 @@ use crate::file_plan::FilePlan;
 pub(crate) fn known_slots(py: Python<'_>) -> PyResult<String> {
     py.detach(|| serde_json::to_string(&known::qwen_image_slots()))
         .map_err(|e| error::from_json(py, "the table of known slots", &e))
+}
+
+/// The number of a module's block, where the model's blocks are counted by it, and the kinds of layer
+/// that it is of; nothing for a module that no model has.
+#[pyfunction]
+pub(crate) fn layer_kinds(path: &str) -> Option<(Option<u32>, Vec<&'static str>)> {
+    let module = model::table().module(model::table().find(path)?);
+    Some((module.number(), module.kinds().collect()))
 }
 
 /// A slot as Python knows it: the attributes of `targets.SlotRow`.

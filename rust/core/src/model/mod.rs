@@ -113,16 +113,23 @@ impl ModuleKind {
 /// The part of a block that a module belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Section {
-    /// The attention; where image and text have linears of their own, the image's.
+    /// The attention.
     Attention,
-    /// The text's side of the attention.
-    TextAttention,
     /// The MLPs.
     Mlp,
     /// The modulation.
     Modulation,
     /// None of these, or no block at all.
     Other,
+}
+
+/// The tokens that a module works on, where it does not work on all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Stream {
+    /// Those of the image.
+    Image,
+    /// Those of the text.
+    Text,
 }
 
 /// How Nunchaku's model computes a linear.
@@ -178,10 +185,14 @@ pub struct KnownModule {
     pub kind: ModuleKind,
     /// The part of a block that it belongs to.
     pub section: Section,
+    /// The tokens that it works on, where these are not all.
+    pub stream: Option<Stream>,
     /// For a linear, how Nunchaku's models compute it, where that is known.
     pub layer: Option<Layer>,
     /// Index of the block, none at top level.
     pub block: Option<u32>,
+    /// Whether its block is one of those that the model's blocks are counted by.
+    pub is_numbered: bool,
     /// The place in the fused slot; for a module that is not fused, itself.
     pub place: SlotPlace,
     /// For a fused module, the modules its rows are cut into, in order.
@@ -192,6 +203,27 @@ impl KnownModule {
     /// Whether the module is a fused one.
     pub fn is_fused(&self) -> bool {
         !self.split.is_empty()
+    }
+
+    /// The number of its block, where the model's blocks are counted by it.
+    pub fn number(&self) -> Option<u32> {
+        self.block.filter(|_| self.is_numbered)
+    }
+
+    /// The kinds of layer that it is of, by the names that callers give factors to.
+    pub fn kinds(&self) -> impl Iterator<Item = &'static str> {
+        let section = match self.section {
+            Section::Attention => Some("attn"),
+            Section::Mlp => Some("mlp"),
+            Section::Modulation => Some("mod"),
+            Section::Other => None,
+        };
+        let stream = self.stream.map(|stream| match stream {
+            Stream::Image => "img",
+            Stream::Text => "txt",
+        });
+        let rest = self.number().is_none().then_some("rest");
+        [section, stream, rest].into_iter().flatten()
     }
 }
 
@@ -410,6 +442,55 @@ mod tests {
             ("layers.0.attention.to_q", None),
         ] {
             assert_eq!(layer(path), expected, "{path}");
+        }
+    }
+
+    #[test]
+    fn modules_know_their_kinds() {
+        let facts = |path| {
+            let module = table().module(table().find(path).unwrap());
+            (module.number(), module.kinds().collect::<Vec<_>>())
+        };
+        for (path, number, kinds) in [
+            ("transformer_blocks.0.attn.to_q", Some(0), "attn img"),
+            ("transformer_blocks.7.attn.to_qkv", Some(7), "attn img"),
+            (
+                "transformer_blocks.7.attn.add_qkv_proj",
+                Some(7),
+                "attn txt",
+            ),
+            (
+                "transformer_blocks.59.attn.to_add_out",
+                Some(59),
+                "attn txt",
+            ),
+            ("transformer_blocks.1.attn.norm_q", Some(1), "attn img"),
+            (
+                "transformer_blocks.1.attn.norm_added_k",
+                Some(1),
+                "attn txt",
+            ),
+            ("transformer_blocks.2.img_mlp.net.2", Some(2), "mlp img"),
+            (
+                "transformer_blocks.2.txt_mlp.net.0.proj",
+                Some(2),
+                "mlp txt",
+            ),
+            ("transformer_blocks.3.img_mod.1", Some(3), "mod img"),
+            ("transformer_blocks.3.txt_mod.1", Some(3), "mod txt"),
+            ("img_in", None, "img rest"),
+            ("txt_in", None, "txt rest"),
+            ("txt_norm", None, "txt rest"),
+            ("proj_out", None, "img rest"),
+            ("norm_out.linear", None, "img rest"),
+            ("time_text_embed.timestep_embedder.linear_1", None, "rest"),
+            ("layers.29.attention.to_q", Some(29), "attn"),
+            ("layers.4.ffn_norm1", Some(4), ""),
+            ("noise_refiner.1.feed_forward.w2", None, "mlp img rest"),
+            ("context_refiner.0.attention.to_qkv", None, "attn txt rest"),
+        ] {
+            let kinds: Vec<_> = kinds.split_whitespace().collect();
+            assert_eq!(facts(path), (number, kinds), "{path}");
         }
     }
 

@@ -4,7 +4,7 @@
 
 use super::rows::{BlockRows, LinearRow, ModelRows, TopRow};
 use super::slot::RowOrder;
-use super::{Layer, ModuleKind, Section};
+use super::{Layer, ModuleKind, Section, Stream};
 
 /// Planes of a modulation layer: shift, scale and gate, twice.
 pub const MODULATION_PLANES: u64 = 6;
@@ -17,6 +17,9 @@ const HEAD_DIM: u64 = 128;
 /// Inputs of the embedding of a timestep.
 const TIME: u64 = 256;
 
+const IMAGE: Option<Stream> = Some(Stream::Image);
+const TEXT_TOKENS: Option<Stream> = Some(Stream::Text);
+
 pub(super) const ROWS: ModelRows = ModelRows {
     name: "qwen-image",
     title: "Qwen-Image",
@@ -25,6 +28,7 @@ pub(super) const ROWS: ModelRows = ModelRows {
     blocks: &[BlockRows {
         path: "transformer_blocks",
         title: "blocks",
+        stream: None,
         count: 60,
         linears: &LINEARS,
         norms: &NORMS,
@@ -35,27 +39,27 @@ pub(super) const ROWS: ModelRows = ModelRows {
 };
 
 const LINEARS: [LinearRow; 14] = [
-    attention("attn.to_q"),
-    attention("attn.to_k"),
-    attention("attn.to_v"),
-    text_attention("attn.add_q_proj"),
-    text_attention("attn.add_k_proj"),
-    text_attention("attn.add_v_proj"),
-    attention("attn.to_out.0"),
-    text_attention("attn.to_add_out"),
-    mlp("img_mlp.net.0.proj", MLP, WIDTH),
-    mlp("img_mlp.net.2", WIDTH, MLP),
-    mlp("txt_mlp.net.0.proj", MLP, WIDTH),
-    mlp("txt_mlp.net.2", WIDTH, MLP),
-    modulation("img_mod.1"),
-    modulation("txt_mod.1"),
+    attention("attn.to_q", Stream::Image),
+    attention("attn.to_k", Stream::Image),
+    attention("attn.to_v", Stream::Image),
+    attention("attn.add_q_proj", Stream::Text),
+    attention("attn.add_k_proj", Stream::Text),
+    attention("attn.add_v_proj", Stream::Text),
+    attention("attn.to_out.0", Stream::Image),
+    attention("attn.to_add_out", Stream::Text),
+    mlp("img_mlp.net.0.proj", Stream::Image, MLP, WIDTH),
+    mlp("img_mlp.net.2", Stream::Image, WIDTH, MLP),
+    mlp("txt_mlp.net.0.proj", Stream::Text, MLP, WIDTH),
+    mlp("txt_mlp.net.2", Stream::Text, WIDTH, MLP),
+    modulation("img_mod.1", Stream::Image),
+    modulation("txt_mod.1", Stream::Text),
 ];
-/// (path, section, channels).
-const NORMS: [(&str, Section, u64); 4] = [
-    ("attn.norm_q", Section::Attention, HEAD_DIM),
-    ("attn.norm_k", Section::Attention, HEAD_DIM),
-    ("attn.norm_added_q", Section::TextAttention, HEAD_DIM),
-    ("attn.norm_added_k", Section::TextAttention, HEAD_DIM),
+/// (path, section, stream, channels).
+const NORMS: [(&str, Section, Option<Stream>, u64); 4] = [
+    norm("attn.norm_q", Stream::Image),
+    norm("attn.norm_k", Stream::Image),
+    norm("attn.norm_added_q", Stream::Text),
+    norm("attn.norm_added_k", Stream::Text),
 ];
 const FUSED: [(&str, [&str; 3]); 2] = [
     ("attn.to_qkv", ["attn.to_q", "attn.to_k", "attn.to_v"]),
@@ -69,54 +73,65 @@ const ALIASES: [(&str, &str); 2] = [
     ("attn.to_added_qkv", "attn.add_qkv_proj"),
 ];
 const TOP: [TopRow; 8] = [
-    top("img_in", WIDTH, LATENT),
-    top("txt_in", WIDTH, TEXT),
-    top("time_text_embed.timestep_embedder.linear_1", WIDTH, TIME),
-    top("time_text_embed.timestep_embedder.linear_2", WIDTH, WIDTH),
+    top("img_in", IMAGE, WIDTH, LATENT),
+    top("txt_in", TEXT_TOKENS, WIDTH, TEXT),
+    top(
+        "time_text_embed.timestep_embedder.linear_1",
+        None,
+        WIDTH,
+        TIME,
+    ),
+    top(
+        "time_text_embed.timestep_embedder.linear_2",
+        None,
+        WIDTH,
+        WIDTH,
+    ),
     // Its scale and shift.
-    top("norm_out.linear", 2 * WIDTH, WIDTH),
-    top("proj_out", LATENT, WIDTH),
-    ("txt_norm", ModuleKind::Norm { channels: TEXT }),
+    top("norm_out.linear", IMAGE, 2 * WIDTH, WIDTH),
+    top("proj_out", IMAGE, LATENT, WIDTH),
+    ("txt_norm", ModuleKind::Norm { channels: TEXT }, TEXT_TOKENS),
     (
         "time_text_embed.addition_t_embedding",
         ModuleKind::Embedding {
             rows: 2,
             dim: WIDTH,
         },
+        None,
     ),
 ];
 
-const fn attention(path: &'static str) -> LinearRow {
+const fn attention(path: &'static str, stream: Stream) -> LinearRow {
     LinearRow {
         path,
         section: Section::Attention,
+        stream: Some(stream),
         out_features: WIDTH,
         in_features: WIDTH,
         layer: Some(Layer::Svdq),
     }
 }
 
-const fn text_attention(path: &'static str) -> LinearRow {
-    LinearRow {
-        section: Section::TextAttention,
-        ..attention(path)
-    }
+const fn norm(path: &'static str, stream: Stream) -> (&'static str, Section, Option<Stream>, u64) {
+    (path, Section::Attention, Some(stream), HEAD_DIM)
 }
 
-const fn mlp(path: &'static str, out_features: u64, in_features: u64) -> LinearRow {
+const fn mlp(path: &'static str, stream: Stream, out_features: u64, in_features: u64) -> LinearRow {
     LinearRow {
         path,
         section: Section::Mlp,
+        stream: Some(stream),
         out_features,
         in_features,
         layer: Some(Layer::SvdqInFusedMlp),
     }
 }
 
-const fn modulation(path: &'static str) -> LinearRow {
+const fn modulation(path: &'static str, stream: Stream) -> LinearRow {
     LinearRow {
         path,
         section: Section::Modulation,
+        stream: Some(stream),
         out_features: MODULATION_PLANES * WIDTH,
         in_features: WIDTH,
         layer: Some(Layer::Awq {
@@ -126,10 +141,15 @@ const fn modulation(path: &'static str) -> LinearRow {
     }
 }
 
-const fn top(path: &'static str, out_features: u64, in_features: u64) -> TopRow {
+const fn top(
+    path: &'static str,
+    stream: Option<Stream>,
+    out_features: u64,
+    in_features: u64,
+) -> TopRow {
     let kind = ModuleKind::Linear {
         out_features,
         in_features,
     };
-    (path, kind)
+    (path, kind, stream)
 }

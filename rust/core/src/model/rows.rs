@@ -1,7 +1,7 @@
 //! The rows that a model's file is made of, and the table built from them.
 
 use super::{
-    Blocks, KnownModule, Layer, Model, ModelTable, ModuleId, ModuleKind, Section, SlotPlace,
+    Blocks, KnownModule, Layer, Model, ModelTable, ModuleId, ModuleKind, Section, SlotPlace, Stream,
 };
 
 /// The facts of one model.
@@ -14,7 +14,7 @@ pub(super) struct ModelRows {
     pub(super) metadata_word: &'static str,
     /// Why its files are not applied, where they are not.
     pub(super) refusal: Option<&'static str>,
-    /// Its blocks, kind by kind.
+    /// Its blocks, kind by kind. By those of the first kind the model's blocks are counted.
     pub(super) blocks: &'static [BlockRows],
     /// Its modules outside of blocks.
     pub(super) top: &'static [TopRow],
@@ -26,10 +26,12 @@ pub(super) struct BlockRows {
     pub(super) path: &'static str,
     /// Their name in reports.
     pub(super) title: &'static str,
+    /// The tokens that they work on, where none of their modules works on all.
+    pub(super) stream: Option<Stream>,
     pub(super) count: u32,
     pub(super) linears: &'static [LinearRow],
-    /// (path in the block, section, channels).
-    pub(super) norms: &'static [(&'static str, Section, u64)],
+    /// (path in the block, section, stream, channels).
+    pub(super) norms: &'static [(&'static str, Section, Option<Stream>, u64)],
     /// (path of a fused linear, the parts whose rows it has).
     pub(super) fused: &'static [(&'static str, [&'static str; 3])],
     /// (another spelling, path).
@@ -42,14 +44,15 @@ pub(super) struct LinearRow {
     /// The path in the block.
     pub(super) path: &'static str,
     pub(super) section: Section,
+    pub(super) stream: Option<Stream>,
     pub(super) out_features: u64,
     pub(super) in_features: u64,
     /// How Nunchaku's models compute it, where that is known.
     pub(super) layer: Option<Layer>,
 }
 
-/// A module outside of blocks, which no model quantizes.
-pub(super) type TopRow = (&'static str, ModuleKind);
+/// A module outside of blocks, which no model quantizes: path, kind and stream.
+pub(super) type TopRow = (&'static str, ModuleKind, Option<Stream>);
 
 /// Builds the table of all models: their blocks first, then what stands around them.
 pub(super) fn build() -> ModelTable {
@@ -59,31 +62,33 @@ pub(super) fn build() -> ModelTable {
         top: Vec::new(),
     };
     for model in Model::ALL {
-        for rows in model.rows().blocks {
+        for (at, rows) in model.rows().blocks.iter().enumerate() {
             table.blocks.push(rows.blocks(table.modules.len()));
             for block in 0..rows.count {
-                rows.add_block(&mut table.modules, model, block);
+                rows.add_block(&mut table.modules, model, block, at == 0);
             }
         }
     }
     for model in Model::ALL {
-        for &(path, kind) in model.rows().top {
+        for &(path, kind, stream) in model.rows().top {
             let flat = path.replace('.', "_");
             table.top.push((flat, table.modules.len()));
-            table.modules.push(top_module(model, path, kind));
+            table.modules.push(top_module(model, path, kind, stream));
         }
     }
     table
 }
 
-fn top_module(model: Model, path: &str, kind: ModuleKind) -> KnownModule {
+fn top_module(model: Model, path: &str, kind: ModuleKind, stream: Option<Stream>) -> KnownModule {
     KnownModule {
         path: path.to_owned(),
         model,
         kind,
         section: Section::Other,
+        stream,
         layer: matches!(kind, ModuleKind::Linear { .. }).then_some(Layer::Plain),
         block: None,
+        is_numbered: false,
         place: whole(path.to_owned()),
         split: Vec::new(),
     }
@@ -121,10 +126,16 @@ impl BlockRows {
         }
     }
 
-    fn add_block(&self, modules: &mut Vec<KnownModule>, model: Model, block: u32) {
+    fn add_block(
+        &self,
+        modules: &mut Vec<KnownModule>,
+        model: Model,
+        block: u32,
+        is_numbered: bool,
+    ) {
         let first = modules.len();
         let prefix = format!("{}.{block}.", self.path);
-        let module = |name: &str, kind, section, layer| {
+        let module = |name: &str, kind, (section, stream): (Section, Option<Stream>), layer| {
             let path = [prefix.as_str(), name].concat();
             KnownModule {
                 place: whole(path.clone()),
@@ -132,21 +143,24 @@ impl BlockRows {
                 model,
                 kind,
                 section,
+                stream: stream.or(self.stream),
                 layer,
                 block: Some(block),
+                is_numbered,
                 split: Vec::new(),
             }
         };
         for row in self.linears {
-            let own = module(row.path, row.kind(), row.section, row.layer);
+            let own = module(row.path, row.kind(), (row.section, row.stream), row.layer);
             let place = self.place_in_fused(row.path, &prefix);
             modules.push(KnownModule {
                 place: place.unwrap_or_else(|| own.place.clone()),
                 ..own
             });
         }
-        for &(name, section, channels) in self.norms {
-            modules.push(module(name, ModuleKind::Norm { channels }, section, None));
+        for &(name, section, stream, channels) in self.norms {
+            let kind = ModuleKind::Norm { channels };
+            modules.push(module(name, kind, (section, stream), None));
         }
         for (name, parts) in self.fused {
             let places = parts.iter().filter_map(|part| self.place_of(part));
@@ -159,7 +173,7 @@ impl BlockRows {
             };
             modules.push(KnownModule {
                 split,
-                ..module(name, kind, like.section, like.layer)
+                ..module(name, kind, (like.section, like.stream), like.layer)
             });
         }
     }

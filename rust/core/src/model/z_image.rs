@@ -1,7 +1,7 @@
 //! Z-Image: its modules and their sizes. Its files are parsed, not applied.
 
-use super::Section;
 use super::rows::{BlockRows, LinearRow, ModelRows};
+use super::{Section, Stream};
 
 /// Planes of a modulation layer: scale and gate, twice.
 const MODULATION_PLANES: u64 = 4;
@@ -18,10 +18,10 @@ pub(super) const ROWS: ModelRows = ModelRows {
     metadata_word: "zimage",
     refusal: Some("applying to Z-Image is not supported yet"),
     blocks: &[
-        blocks("layers", 30, &MODULATED),
-        blocks("noise_refiner", 2, &MODULATED),
+        blocks("layers", None, 30, &MODULATED),
+        blocks("noise_refiner", Some(Stream::Image), 2, &MODULATED),
         // It sees no timestep, hence has no modulation.
-        blocks("context_refiner", 2, &PLAIN),
+        blocks("context_refiner", Some(Stream::Text), 2, &PLAIN),
     ],
     top: &[],
 };
@@ -50,14 +50,14 @@ const PLAIN: [LinearRow; 7] = [
     linear("feed_forward.w2", Section::Mlp, WIDTH, MLP),
     linear("feed_forward.w3", Section::Mlp, MLP, WIDTH),
 ];
-/// (path, section, channels).
-const NORMS: [(&str, Section, u64); 6] = [
-    ("attention.norm_q", Section::Attention, HEAD_DIM),
-    ("attention.norm_k", Section::Attention, HEAD_DIM),
-    ("attention_norm1", Section::Other, WIDTH),
-    ("attention_norm2", Section::Other, WIDTH),
-    ("ffn_norm1", Section::Other, WIDTH),
-    ("ffn_norm2", Section::Other, WIDTH),
+/// (path, section, stream, channels).
+const NORMS: [(&str, Section, Option<Stream>, u64); 6] = [
+    ("attention.norm_q", Section::Attention, None, HEAD_DIM),
+    ("attention.norm_k", Section::Attention, None, HEAD_DIM),
+    ("attention_norm1", Section::Other, None, WIDTH),
+    ("attention_norm2", Section::Other, None, WIDTH),
+    ("ffn_norm1", Section::Other, None, WIDTH),
+    ("ffn_norm2", Section::Other, None, WIDTH),
 ];
 const FUSED: [(&str, [&str; 3]); 1] = [(
     "attention.to_qkv",
@@ -69,10 +69,16 @@ const ALIASES: [(&str, &str); 3] = [
     ("attention.qkv", "attention.to_qkv"),
 ];
 
-const fn blocks(path: &'static str, count: u32, linears: &'static [LinearRow]) -> BlockRows {
+const fn blocks(
+    path: &'static str,
+    stream: Option<Stream>,
+    count: u32,
+    linears: &'static [LinearRow],
+) -> BlockRows {
     BlockRows {
         path,
         title: path,
+        stream,
         count,
         linears,
         norms: &NORMS,
@@ -91,6 +97,7 @@ const fn linear(
     LinearRow {
         path,
         section,
+        stream: None,
         out_features,
         in_features,
         layer: None,

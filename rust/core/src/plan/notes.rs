@@ -184,7 +184,7 @@ fn config_note(plan: &FilePlan, config: &AdapterConfig) -> Option<String> {
 fn could_be_flux(plan: &FilePlan) -> bool {
     plan.modules.iter().all(|module| {
         let known = model::table().module(module.id);
-        let is_attention = matches!(known.section, Section::Attention | Section::TextAttention);
+        let is_attention = known.section == Section::Attention;
         known.block.is_some_and(|block| block <= 19) && is_attention
     })
 }

@@ -7,7 +7,7 @@ use crate::header::Quoted;
 use crate::key::lookalike;
 use crate::key::role::Role;
 use crate::key::table::KeyTable;
-use crate::model::{self, Model, Section};
+use crate::model::{self, Model, Section, Stream};
 use crate::plan::fit::{self, Fit};
 
 /// A finding on whose file it is.
@@ -94,14 +94,14 @@ pub(crate) fn check_model(modules: &mut [Module], table: &KeyTable) -> ModelChec
 fn name_by_width(modules: &[Module], model: Model) -> Option<&'static str> {
     let attention = || {
         modules.iter().filter_map(|module| {
-            let section = model::table().module(module.id).section;
-            match section {
-                Section::Attention | Section::TextAttention => Some((section, module.shape?)),
+            let known = model::table().module(module.id);
+            match known.section {
+                Section::Attention => Some((known.stream, module.shape?)),
                 Section::Mlp | Section::Modulation | Section::Other => None,
             }
         })
     };
-    let has_text_side = attention().any(|(section, _)| section == Section::TextAttention);
+    let has_text_side = attention().any(|(stream, _)| stream == Some(Stream::Text));
     let mut widths: Vec<u64> = attention()
         .filter(|(_, (out, inp))| out == inp)
         .map(|(_, (out, _))| out)
