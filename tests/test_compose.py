@@ -488,7 +488,7 @@ def test_offloaded_slots_are_planned_in_groups(make_model, Draft):
     plan = _core.FilePlan.from_tensors("x", tensors, scalars=[None] * len(tensors), metadata=[])
     options = {"max_rank": None, "strict": False, "truncated_rank": 256}
     options["lokr_scale"] = "standard"
-    core = _core.plan_stack([("x", plan, 1.0, True)], _core.SlotMap(rows), json.dumps(options))
+    core = _core.plan_stack([("x", plan, 1.0, True, [])], _core.SlotMap(rows), json.dumps(options))
     stack = StackPlan(core)
     groups = {group.pattern: group for group in stack.groups}
     assert {name: group.rank for name, group in groups.items()} == {

@@ -101,8 +101,12 @@ def test_wrong_row_order_fails(capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_wrong_scale_fails(capsys, monkeypatch):
-    right = place.scales_of
-    monkeypatch.setattr(builder, "scales_of", lambda stack, strength: right(stack, 2 * strength))
+    right = place.factor_runs
+
+    def twice(group, share, spec):
+        return right(group, share, dataclasses.replace(spec, strength=2 * spec.strength))
+
+    monkeypatch.setattr(builder, "factor_runs", twice)
     assert main([]) == 1
     screen = capsys.readouterr().out
     for kind in measure.Kind:

@@ -87,6 +87,7 @@ pub fn check(plans: &[&FilePlan], strengths: &[f64], slots: &[Slot], options: St
             plan,
             strength,
             modulation: true,
+            off: &[],
         })
         .collect();
     match (

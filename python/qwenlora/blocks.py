@@ -19,7 +19,7 @@ from qwenlora.errors import BlockFactorsError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-__all__ = ["ALL_ONES", "KINDS", "BlockFactors", "block_number"]
+__all__ = ["ALL_ONES", "KINDS", "BlockFactors", "count_blocks"]
 
 KINDS = {
     "attn": "the attention",
@@ -146,16 +146,25 @@ class BlockFactors:
         facts = _facts(path)
         return 1.0 if facts is None else self._factor_of(*facts)
 
-    def outside(self, count: int) -> str | None:
-        """The ranges that a model with `count` numbered blocks lacks, as text; None if it has all.
+    def zeros(self, paths: Iterable[str]) -> list[int]:
+        """The places in `paths` of the layers that have factor 0."""
+        if not self.has_zero:
+            return []
+        return [at for at, path in enumerate(paths) if self.factor(path) == 0]
+
+    def outside(self, count: int) -> str:
+        """Say which blocks are named that a model lacks; empty where it has all of them.
 
         Args:
-            count: Its blocks have the numbers 0 to `count` - 1.
+            count: The model's numbered blocks: 0 to `count` - 1.
         """
         beyond = [
             _range_text(max(first, count), last) for first, last, _ in self.blocks if last >= count
         ]
-        return ", ".join(beyond) or None
+        if not beyond:
+            return ""
+        has = f"the blocks 0 to {count - 1}" if count else "no numbered blocks"
+        return f"`blocks` names {', '.join(beyond)}, but the model has {has}"
 
     def _factor_of(self, number: int | None, kinds: tuple[str, ...]) -> float:
         own = [factor for kind, factor in self.kinds if kind in kinds]
@@ -169,10 +178,10 @@ ALL_ONES = BlockFactors()
 """Every factor is 1."""
 
 
-def block_number(path: str) -> int | None:
-    """The number of a module's block; None outside of the numbered blocks."""
-    facts = _facts(path)
-    return None if facts is None else facts[0]
+def count_blocks(paths: Iterable[str]) -> int:
+    """The numbered blocks of the model that has these layers: one more than the last number."""
+    facts = filter(None, map(_facts, paths))
+    return max((number + 1 for number, _ in facts if number is not None), default=0)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -49,7 +49,7 @@ class LoraSet:
 
     def __post_init__(self) -> None:
         loras = tuple(
-            (source.identity, spec.strength, spec.title, spec.modulation)
+            (source.identity, spec.strength, spec.title, spec.modulation, spec.blocks)
             for source, spec in zip(self.sources, self.specs, strict=True)
         )
         options = self.options

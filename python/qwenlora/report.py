@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 from qwenlora.words import counted
 
 if TYPE_CHECKING:
+    from qwenlora.blocks import BlockFactors
     from qwenlora.plan.documents import Skip
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "LoraReport",
     "SlotReport",
     "SlotReports",
+    "off_by_blocks",
 ]
 
 THIRDED = (
@@ -30,6 +32,13 @@ THIRDED = (
 """The note on a LoRA with `LoraPair.thirded` pairs."""
 TURNED_OFF = "turned_off"
 """The kind of what is left out because the caller wished so."""
+
+
+def off_by_blocks(skip: Skip, factors: BlockFactors) -> Skip | None:
+    """A skip with the wish that turned it off, where factors of 0 did; else None."""
+    if skip.kind != TURNED_OFF or factors.factor(skip.name) != 0:
+        return None
+    return replace(skip, reason=f'{skip.reason}: `LoraSpec(blocks="{factors}")`')
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,8 @@ class LoraReport:
         notes: Remarks that change nothing.
         zero_slots: Slots in which its delta is all zero.
         all_zero: Whether its whole delta is zero.
+        blocks: Its factors by block and kind, as text; empty where all are 1.
+        blocks_note: Which blocks that names that the model lacks; empty where it has all.
     """
 
     name: str
@@ -53,11 +64,18 @@ class LoraReport:
     notes: tuple[str, ...]
     zero_slots: tuple[str, ...]
     all_zero: bool
+    blocks: str = ""
+    blocks_note: str = ""
 
     @property
     def complete(self) -> bool:
         """True where nothing for this model was left out, except what the caller turned off."""
         return not any(skip.matters for skip in self.skipped)
+
+    @property
+    def weight_text(self) -> str:
+        """Its strength, and its factors by block where these are not all 1."""
+        return f"{self.strength:g} ({self.blocks})" if self.blocks else f"{self.strength:g}"
 
     @property
     def turned_off(self) -> tuple[Skip, ...]:
@@ -243,14 +261,15 @@ class ComposeReport:
         lines = [self.summary(), *self._compression()]
         for lora in self.loras:
             modules = counted(lora.modules_applied, "module")
-            lines.append(f"  {lora.name} x {lora.strength:g}: {modules}")
+            lines.append(f"  {lora.name} x {lora.weight_text}: {modules}")
             reasons = Counter((skip.reason, _mark(skip)) for skip in lora.skipped)
             for (reason, mark), count in reasons.most_common():
                 example = next(skip.name for skip in lora.skipped if skip.reason == reason)
                 lines.append(f"    {mark}: {count} x {reason} (e.g. {example})")
             if lora.all_zero:
                 lines.append("    its delta is all zero")
-            lines.extend(f"    note: {note}" for note in lora.notes)
+            notes = filter(None, (*lora.notes, lora.blocks_note))
+            lines.extend(f"    note: {note}" for note in notes)
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -286,9 +305,11 @@ class ComposeReport:
             if left_out:
                 reason = Counter(skip.reason for skip in left_out).most_common(1)[0][0]
                 remarks.append(f"`{lora.name}` lacks {len(left_out)} ({reason})")
-            if lora.turned_off:
-                reason = lora.turned_off[0].reason
-                remarks.append(f"`{lora.name}` without {len(lora.turned_off)} ({reason})")
+            wishes = Counter(skip.reason for skip in lora.turned_off)
+            for reason, count in wishes.items():
+                remarks.append(f"`{lora.name}` without {count} ({reason})")
+            if lora.blocks_note:
+                remarks.append(f"`{lora.name}`: {lora.blocks_note}")
             if lora.all_zero:
                 remarks.append(f"`{lora.name}` is all zero")
         return remarks or ["complete"]

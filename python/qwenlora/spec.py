@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
+from qwenlora.blocks import BlockFactors
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Literal, TypeAlias
@@ -81,16 +83,35 @@ class LoraSpec:
         name: Name in reports; by default the file's stem, with folders before it where another file
             of the stack has the same.
         modulation: Whether its deltas of the modulation layers are applied.
+        blocks: More factors, by the number of the block and by the kind of layer. Takes text, as
+            `"0-19:1, 20-39:0.5; mod:0"` (`BlockFactors.parse`), or `BlockFactors`; holds the
+            latter, or None where all are 1. A layer of factor 0 gets nothing of the LoRA.
+
+    Raises:
+        ValueError: The strength is not finite.
+        BlockFactorsError: `blocks` is a text of another form.
     """
 
     source: Source
     strength: float = 1.0
     name: str | None = None
-    modulation: bool = True
+    modulation: bool = field(default=True, kw_only=True)
+    blocks: str | BlockFactors | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.strength):
             raise ValueError(f"strength is {self.strength}: it must be finite")
+        # All ones are the same LoRA as none.
+        object.__setattr__(self, "blocks", BlockFactors.of(self.blocks) or None)
+
+    @property
+    def factors(self) -> BlockFactors:
+        """The factors of `blocks`."""
+        return BlockFactors.of(self.blocks)
+
+    def strength_at(self, path: str) -> float:
+        """The strength times the factors of the layer at a path of the model, in float64."""
+        return self.strength * self.factors.factor(path)
 
     @property
     def title(self) -> str:
@@ -102,10 +123,10 @@ class LoraSpec:
         # A file name need not be text; a report is.
         return Path(self.source).stem.encode("utf-8", "backslashreplace").decode()
 
-    def _key(self) -> tuple[object, float, str | None, bool]:
+    def _key(self) -> tuple[object, ...]:
         # A state dict is itself only: its contents are compared when a stack is made.
         source = id(self.source) if isinstance(self.source, Mapping) else os.fspath(self.source)
-        return (source, self.strength, self.name, self.modulation)
+        return (source, self.strength, self.name, self.modulation, self.blocks)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LoraSpec) and self._key() == other._key()

@@ -117,7 +117,12 @@ def _rescaled(task: Task) -> bool:
 def _rescaled_state(task: Task) -> AppliedState:
     before = task.before.report
     loras = tuple(
-        replace(lora, strength=spec.strength)
+        replace(
+            lora,
+            strength=spec.strength,
+            blocks=str(spec.factors),
+            blocks_note=spec.factors.outside(task.structure.block_count),
+        )
         for lora, spec in zip(before.loras, task.wanted.specs, strict=True)
     )
     report = replace(before, loras=loras)

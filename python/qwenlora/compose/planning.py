@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qwenlora.compose.reports import lora_reports
+from qwenlora.compose.reports import lora_reports, require_blocks
 from qwenlora.compose.structure import structure_of
 from qwenlora.errors import UnsupportedModelError
 from qwenlora.group.partition import Division, Partition, chosen_division
 from qwenlora.model.lock import lock_of
 from qwenlora.model.state import read_state
 from qwenlora.model.transformer import transformer_of
-from qwenlora.plan.documents import PieceKind, plan_stack
+from qwenlora.plan.documents import PieceKind, StackItem, plan_stack
 from qwenlora.report import ComposeReport, SlotReport, SlotReports
 
 if TYPE_CHECKING:
@@ -59,15 +59,27 @@ def plan_report(model: nn.Module, wanted: LoraSet) -> ComposeReport:
         for slot in plan.slots
         if targets[slot.path].row.offloaded
     )
-    loras = lora_reports(wanted, planned, ())
+    loras = lora_reports(wanted, planned, (), block_count=structure.block_count)
     return ComposeReport(loras, slots, plan.added_bytes, 0.0, bus_bytes=bus)
 
 
 def planned_for(wanted: LoraSet, structure: Structure, *, strict: bool) -> Partition:
-    """The set's plan on these slots; remembered, since strengths change no plan."""
+    """The set's plan on these slots; remembered, since strengths change no plan.
+
+    Raises:
+        BlockFactorsError: With `strict`, `LoraSpec.blocks` names blocks that the model lacks.
+    """
+    if strict:
+        require_blocks(wanted, structure.block_count)
     options = wanted.options
     items = [
-        (name, source.plan, spec.strength, options.modulation and spec.modulation)
+        StackItem(
+            name=name,
+            plan=source.plan,
+            strength=spec.strength,
+            modulation=options.modulation and spec.modulation,
+            off=spec.factors.zeros(structure.targets),
+        )
         for name, spec, source in zip(wanted.names, wanted.specs, wanted.sources, strict=True)
     ]
 
@@ -82,7 +94,7 @@ def planned_for(wanted: LoraSet, structure: Structure, *, strict: bool) -> Parti
         return Partition(stack, targets, division=division)
 
     # Strengths change no plan. File plans are compared as objects: the key keeps them alive.
-    what = tuple((name, plan, modulation) for name, plan, _, modulation in items)
+    what = tuple((own.name, own.plan, own.modulation, tuple(own.off)) for own in items)
     settings = (options.truncated_rank, options.lokr_scale, wanted.max_rank, strict, division)
     return structure.remember((what, settings), plan)
 

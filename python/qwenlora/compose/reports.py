@@ -5,10 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qwenlora.errors import EnergyLossError, NothingToApplyError
+from qwenlora.errors import BlockFactorsError, EnergyLossError, NothingToApplyError
 from qwenlora.model.state import EMPTY, AppliedState, SlotRecord
 from qwenlora.plan.documents import PieceKind, Skip
-from qwenlora.report import THIRDED, TURNED_OFF, ComposeReport, LoraReport, SlotReport, SlotReports
+from qwenlora.report import (
+    THIRDED,
+    TURNED_OFF,
+    ComposeReport,
+    LoraReport,
+    SlotReport,
+    SlotReports,
+    off_by_blocks,
+)
 from qwenlora.words import counted
 
 if TYPE_CHECKING:
@@ -21,7 +29,7 @@ if TYPE_CHECKING:
     from qwenlora.plan.documents import StackPlan
     from qwenlora.spec import ComposeOptions, LoraSpec
 
-__all__ = ["judge_refusals", "lora_reports", "slot_report", "state_of"]
+__all__ = ["judge_refusals", "lora_reports", "require_blocks", "slot_report", "state_of"]
 
 
 def state_of(
@@ -56,7 +64,7 @@ def state_of(
         if row.offloaded:
             bus += outcome.nbytes
             saved_bus += outcome.saved_bytes
-    loras = lora_reports(wanted, planned, done)
+    loras = lora_reports(wanted, planned, done, block_count=structure.block_count)
     judge_refusals(loras, strict=strict)
     report = ComposeReport(
         loras=loras,
@@ -90,9 +98,16 @@ def slot_report(outcome: SlotOutcome) -> SlotReport:
 
 
 def lora_reports(
-    wanted: LoraSet, planned: Partition, done: Sequence[SlotOutcome]
+    wanted: LoraSet, planned: Partition, done: Sequence[SlotOutcome], *, block_count: int
 ) -> tuple[LoraReport, ...]:
-    """One report for each LoRA; `done` holds the slots of which there is something to report."""
+    """One report for each LoRA.
+
+    Args:
+        wanted: The set.
+        planned: Its plan.
+        done: The slots of which there is something to report.
+        block_count: How many numbered blocks the model has.
+    """
     plan = planned.plan
     reports = []
     for index, (spec, source) in enumerate(zip(wanted.specs, wanted.sources, strict=True)):
@@ -111,6 +126,8 @@ def lora_reports(
                 notes=tuple(notes),
                 zero_slots=zero,
                 all_zero=bool(zero) and len(zero) == planned.held.get(index, 0),
+                blocks=str(spec.factors),
+                blocks_note=spec.factors.outside(block_count),
             )
         )
     return tuple(reports)
@@ -120,6 +137,9 @@ def _with_wish(skip: Skip, spec: LoraSpec, options: ComposeOptions) -> Skip:
     """Say who wished for what is turned off."""
     if skip.kind != TURNED_OFF:
         return skip
+    off = off_by_blocks(skip, spec.factors)
+    if off is not None:
+        return off
     by_all = "" if options.modulation else "`ComposeOptions(modulation=False)`"
     by_one = "" if spec.modulation else "`LoraSpec(modulation=False)`"
     wish = " and ".join(filter(None, (by_all, by_one)))
@@ -141,6 +161,20 @@ def _refused(lora: int, plan: StackPlan, done: Sequence[SlotOutcome]) -> tuple[S
         for index, refusal in outcome.refused
         if index == lora
     )
+
+
+def require_blocks(wanted: LoraSet, block_count: int) -> None:
+    """Check that the model has all blocks that the LoRAs' factors name.
+
+    Raises:
+        BlockFactorsError: It lacks some.
+    """
+    for name, spec in zip(wanted.names, wanted.specs, strict=True):
+        missing = spec.factors.outside(block_count)
+        if missing:
+            raise BlockFactorsError(
+                f"`{name}`: {missing}\nhint: strict=False applies the factors of the others"
+            )
 
 
 def judge_refusals(loras: Sequence[LoraReport], *, strict: bool) -> None:

@@ -17,7 +17,7 @@ from qwenlora.group.allocation import rest_from
 from qwenlora.group.arena import write_branch_downs, write_branch_ups
 from qwenlora.group.host_arena import rewrite_packed
 from qwenlora.group.load import Staged, loads_of
-from qwenlora.group.place import may_overflow, part_of, scales_of
+from qwenlora.group.place import factor_runs, may_overflow, parts_of
 from qwenlora.group.transfer import HostTransfer, transfer_to
 from qwenlora.model.target import factors_of
 from qwenlora.packing.layout import FRAGMENT, TILE, LowRankSide
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from qwenlora.group.place import PlacedGroup, ShareLayout
     from qwenlora.group.transfer import Transfer
     from qwenlora.lora_set import LoraSet
-    from qwenlora.spec import Progress
+    from qwenlora.spec import LoraSpec, Progress
 
 __all__ = ["PlacedStack", "Rescaling", "prepare_rescaling"]
 
@@ -47,13 +47,11 @@ class PlacedStack:
 
     Attributes:
         planned: What was planned.
-        strengths: The LoRAs' strengths.
         groups: How the groups lie in their slots.
         load_bytes: Most bytes of a load.
     """
 
     planned: Partition
-    strengths: tuple[float, ...]
     groups: Sequence[PlacedGroup]
     load_bytes: int
 
@@ -77,15 +75,18 @@ class _Write:
         return self.staged.on_host and self.arena.device.type != "cpu"
 
     def run(self, layout: ShareLayout, transfer: Transfer) -> None:
-        part = part_of(self.load, transfer.bring(self.staged, keep=False), layout)
-        part = part.balanced(self.arena.dtype)
+        buffer = transfer.bring(self.staged, keep=False)
+        for part in parts_of(self.load, buffer, layout):
+            self._write(part.balanced(self.arena.dtype))
+        transfer.used()
+
+    def _write(self, part: Part) -> None:
         if self.group.packed:
             self._rewrite(part)
-        else:
-            if self.downs is not None:
-                write_branch_downs(self.downs, part)
-            write_branch_ups(self.arena, part, row_order=self.group.row_order)
-        transfer.used()
+            return
+        if self.downs is not None:
+            write_branch_downs(self.downs, part)
+        write_branch_ups(self.arena, part, row_order=self.group.row_order)
 
     def _rewrite(self, part: Part) -> None:
         base_tiles = self.group.targets[0].row.base_rank // TILE
@@ -154,32 +155,30 @@ def prepare_rescaling(placed: PlacedStack, planned: Partition, wanted: LoraSet) 
     """
     if placed.planned is not planned:
         return None
-    strengths = tuple(spec.strength for spec in wanted.specs)
-    before = placed.strengths
-    changing = {at for at, strength in enumerate(strengths) if strength != before[at]}
-    groups = [_scaled(own, strengths) for own in placed.groups]
+    groups = [_scaled(own, wanted.specs) for own in placed.groups]
     writes: list[_Write] = []
     for old, new in zip(placed.groups, groups, strict=True):
-        found = _writes(old, new, wanted, changing, placed.load_bytes)
+        found = _writes(old, new, wanted, placed.load_bytes)
         if found is None:
             return None
         writes += found
-    scaled = replace(placed, strengths=strengths, groups=groups)
+    scaled = replace(placed, groups=groups)
     return Rescaling(scaled, writes, progress=wanted.options.progress)
 
 
-def _scaled(placed: PlacedGroup, strengths: Sequence[float]) -> PlacedGroup:
+def _scaled(placed: PlacedGroup, specs: Sequence[LoraSpec]) -> PlacedGroup:
+    group = placed.group
     layouts = {
         share.lora: replace(
-            placed.layouts[share.lora], factors=scales_of(share, strengths[share.lora])
+            placed.layouts[share.lora], runs=factor_runs(group, share, specs[share.lora])
         )
-        for share in placed.group.shares
+        for share in group.shares
     }
     return replace(placed, layouts=layouts)
 
 
 def _writes(
-    old: PlacedGroup, new: PlacedGroup, wanted: LoraSet, changing: set[int], load_bytes: int
+    old: PlacedGroup, new: PlacedGroup, wanted: LoraSet, load_bytes: int
 ) -> list[_Write] | None:
     group = old.group
     dtype = group.targets[0].dtype
@@ -190,13 +189,13 @@ def _writes(
     writes = []
     for load in loads_of(group, load_bytes):
         lora = load.share.lora
-        if lora not in changing:
+        before, after = old.layouts[lora], new.layouts[lora]
+        if before == after:
             continue
         key = (wanted.sources[lora].identity, load.key)
         staged = cache.on_device.get((key, load.device)) or cache.pieces.get(key)
-        if not isinstance(staged, Staged) or may_overflow(staged, new.layouts[lora], dtype):
+        if not isinstance(staged, Staged) or may_overflow(staged, after, dtype):
             return None
-        before, after = old.layouts[lora], new.layouts[lora]
         threads = wanted.options.threads
         writes.append(_Write(group, arena, downs, load, staged, before, after, threads))
     return writes

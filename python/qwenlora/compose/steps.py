@@ -285,5 +285,4 @@ class Parted:
         composed = sum(len(own.group.targets) - len(own.differing) for own in stacks)
         if not stacks or composed != len(read_state(task.model).records):
             return None
-        strengths = tuple(spec.strength for spec in task.wanted.specs)
-        return PlacedStack(task.planned, strengths, stacks, self.chosen.plan.load_bytes)
+        return PlacedStack(task.planned, stacks, self.chosen.plan.load_bytes)

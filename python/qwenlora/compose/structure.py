@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from qwenlora import _core
+from qwenlora.blocks import count_blocks
 from qwenlora.errors import ModelStateError
 from qwenlora.group.group import Group
 from qwenlora.group.sets import KeptSets
@@ -108,6 +109,11 @@ class Structure:
     def slot_map(self) -> _core.SlotMap:
         """The slots as what plans are made for."""
         return slot_map(self.targets.values())
+
+    @cached_property
+    def block_count(self) -> int:
+        """How many numbered blocks the model has."""
+        return count_blocks(self.targets)
 
     @cached_property
     def offloaded(self) -> Mapping[str, Sequence[Target]]:

@@ -82,7 +82,7 @@ class DeltaBuilder:
         if plan is not None:
             for lora, pieces in _by_lora(plan):
                 own = self._pieces(lora, pieces, plan, target)
-                sum_.add(lora, own, self._specs[lora].strength)
+                sum_.add(lora, own, self._specs[lora].strength_at(plan.path))
         sum_.hand_over(limiter, None if plan is None else plan.rank_limit)
         return sum_
 

@@ -15,7 +15,7 @@ from qwenlora.group.filler import Filler
 from qwenlora.group.host_arena import arena_of
 from qwenlora.group.load import Staged
 from qwenlora.group.loader import Loader
-from qwenlora.group.place import PlacedGroup, ShareLayout, may_overflow, part_of, scales_of
+from qwenlora.group.place import PlacedGroup, ShareLayout, factor_runs, may_overflow, parts_of
 from qwenlora.group.transfer import transfer_to
 from qwenlora.packing.layout import round_up
 
@@ -119,9 +119,9 @@ class GroupReading:
         self.loader.begin()
         return BegunReading(self, memory)
 
-    def strength(self, lora: int) -> float:
-        """The strength of one LoRA of the stack."""
-        return self._specs[lora].strength
+    def spec(self, lora: int) -> LoraSpec:
+        """One LoRA of the stack."""
+        return self._specs[lora]
 
     def transfer(self, device: torch.device) -> Transfer:
         """Brings loads to a device."""
@@ -289,8 +289,8 @@ class GroupBuilder:
         for share in group.shares:
             own = sharing[share.lora]
             starts, rank = share.starts(own)
-            factors = scales_of(share, self._reading.strength(share.lora))
-            layouts[share.lora] = ShareLayout(own, starts, rank, end, factors)
+            runs = factor_runs(group, share, self._reading.spec(share.lora))
+            layouts[share.lora] = ShareLayout(own, starts, rank, end, runs)
             end += round_up(rank, group.targets[0].rank_multiple)
         return layouts, end
 
@@ -301,7 +301,8 @@ class GroupBuilder:
         device = load.device
         transfer = self._reading.transfer(device)
         buffer = transfer.bring(staged, keep=self._keeps(device))
-        arena.write(part_of(load, buffer, layout))
+        for part in parts_of(load, buffer, layout):
+            arena.write(part)
         begin = load.slots.start
         differing |= {begin + at for at in staged.findings.differing(layout.sharing)}
         peak = _peak(load, buffer) if staged.findings.peak is None else None

@@ -36,7 +36,7 @@ HELP = """\
 Adds LoRA files for Qwen-Image, each at its strength, and writes one plain LoRA
 that ComfyUI, diffusers and qwenlora read alike. Needs no GPU and no model.
 
-Usage: qwenlora merge FILE[:STRENGTH]... -o FILE [OPTIONS]
+Usage: qwenlora merge FILE[:STRENGTH] [--blocks TEXT]... -o FILE [OPTIONS]
 
 A source is a .safetensors or .sft file of any trainer and kind (LoRA, LoKr,
 LoHa, full), or a PEFT folder. Behind its last colon stands its strength, 1
@@ -46,6 +46,9 @@ LoHa or a full delta into a plain LoRA.
 Options:
   -o, --output FILE         the file to write; it must not exist
   -f, --force               replace it if it does
+  --blocks TEXT             more factors for the file named before it, by block
+                            and by kind of layer: `0-19:1, 20-39:0.5; mod:0`
+                            (kinds: attn, mlp, mod, img, txt, rest)
   --rank N                  at most N ranks per module: the best such LoRA
   --energy SHARE            as few ranks per module as keep this share of its
                             energy, as 0.99
@@ -140,7 +143,10 @@ def _run(arguments: Arguments, talk: Talk) -> Exit:
     assert arguments.output is not None, "`parse` requires it"
     try:
         report = merge_loras(
-            [LoraSpec(path, strength) for path, strength in arguments.sources],
+            [
+                LoraSpec(path, strength, blocks=arguments.blocks.get(at))
+                for at, (path, strength) in enumerate(arguments.sources)
+            ],
             arguments.output,
             options,
             progress=talk.progress,

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwenlora.blocks import BlockFactors
+from qwenlora.errors import BlockFactorsError
 from qwenlora.merge.folder import LORA_ENDINGS
 from qwenlora.spec import LokrScale
 
@@ -31,6 +33,7 @@ class Arguments:
 
     Attributes:
         sources: Files and PEFT folders with their strengths.
+        blocks: Factors by block and kind, by the place of their source.
         output: The file to write.
         rank: Most ranks of a module.
         energy: Share of each module's energy to keep.
@@ -43,6 +46,7 @@ class Arguments:
     """
 
     sources: list[tuple[Path, float]] = field(default_factory=list)
+    blocks: dict[int, BlockFactors] = field(default_factory=dict)
     output: Path | None = None
     rank: int | None = None
     energy: float | None = None
@@ -74,11 +78,15 @@ def parse(args: Sequence[str]) -> Arguments:
             if has_value:
                 raise UsageError(f"`{name}` takes no value: `{value}`")
             setattr(arguments, _FLAGS[name], True)
-        elif name in _VALUES:
+        elif name in _VALUES or name == "--blocks":
             if not has_value and not rest:
                 raise UsageError(f"`{name}` needs a value")
+            own = value if has_value else rest.pop(0)
+            if name == "--blocks":
+                _add_blocks(arguments, own)
+                continue
             attribute, read = _VALUES[name]
-            setattr(arguments, attribute, read(name, value if has_value else rest.pop(0)))
+            setattr(arguments, attribute, read(name, own))
         else:
             raise UsageError(
                 f"unknown option: `{name}`\nhint: a file of this name is written `./{name}`"
@@ -97,6 +105,22 @@ def _check(arguments: Arguments) -> None:
         raise UsageError("`--rank` and `--energy` cannot be used together")
     if all(strength == 0 for _, strength in arguments.sources):
         raise UsageError("every strength is 0: there is nothing to merge")
+
+
+def _add_blocks(arguments: Arguments, text: str) -> None:
+    """Give factors by block to the source that is named before them."""
+    at = len(arguments.sources) - 1
+    if at < 0:
+        raise UsageError("`--blocks` stands behind the file that it is for")
+    if at in arguments.blocks:
+        raise UsageError(
+            f"`--blocks` is given twice for `{arguments.sources[at][0]}`"
+            "\nhint: one text has all factors, as `0-19:1, 20-39:0.5; mod:0`"
+        )
+    try:
+        arguments.blocks[at] = BlockFactors.parse(text)
+    except BlockFactorsError as error:
+        raise UsageError(f"`--blocks`: {error}") from error
 
 
 def _source(text: str) -> tuple[Path, float]:

@@ -25,7 +25,7 @@ from qwenlora.merge.output import atomic_file, check_output
 from qwenlora.merge.plan import PREFIX, MergePlan, covers, pair_shapes
 from qwenlora.merge.report import MergeReport, ModuleReport, metadata_of
 from qwenlora.merge.writer import SafetensorsWriter
-from qwenlora.report import THIRDED, LoraReport
+from qwenlora.report import THIRDED, LoraReport, off_by_blocks
 from qwenlora.source.dtypes import NAMES
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class _Job:
                 self._write_pair(path, members, known.sides, writer)
         if self._plan.options.diffs:
             values = [
-                Value(piece, tensors, self._plan.specs[piece.lora].strength)
+                Value(piece, tensors, self._strength(piece))
                 for piece, tensors in read
                 if is_value(piece, slot)
             ]
@@ -195,16 +195,25 @@ class _Job:
                 name=plan.names[index],
                 strength=spec.strength,
                 modules_applied=plan.applied[index],
-                skipped=tuple(skip for skip in plan.skipped if skip.lora == index),
+                skipped=tuple(
+                    off_by_blocks(skip, spec.factors) or skip
+                    for skip in plan.skipped
+                    if skip.lora == index
+                ),
                 notes=(*source.plan.notes, *((THIRDED,) if index in self._thirded else ())),
                 zero_slots=tuple(self._zero_deltas[index]),
                 all_zero=index not in self._with_deltas,
+                blocks=str(spec.factors),
+                blocks_note=spec.factors.outside(plan.block_count),
             )
             for index, (spec, source) in enumerate(zip(plan.specs, plan.sources, strict=True))
         )
 
+    def _strength(self, piece: Piece) -> float:
+        return self._plan.specs[piece.lora].strength_at(piece.target)
+
     def _member(self, piece: Piece, tensors: dict[str, Tensor], rows: tuple[int, int]) -> Member:
-        factor = factor_at(piece.scale, self._plan.specs[piece.lora].strength)
+        factor = factor_at(piece.scale, self._strength(piece))
         member = Member(piece, tensors, factor, rows[0] - piece.row_begin, rows[1] - rows[0])
         if member.is_thirded:
             self._thirded.add(piece.lora)

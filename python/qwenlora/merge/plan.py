@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qwenlora.blocks import count_blocks
 from qwenlora.console import size
 from qwenlora.errors import NothingToApplyError
 from qwenlora.lora_set import LoraSet
@@ -18,7 +19,7 @@ from qwenlora.merge.diffs import is_value, value_keys
 from qwenlora.merge.known import KnownSlot, known_slots
 from qwenlora.merge.member import has_full_rank
 from qwenlora.merge.metadata import Inherited, inherit
-from qwenlora.plan.documents import Skip, SlotPlan, plan_stack, slot_map
+from qwenlora.plan.documents import Skip, SlotPlan, StackItem, plan_stack, slot_map
 from qwenlora.source.dtypes import DTYPES
 from qwenlora.spec import ComposeOptions, LokrScale, LoraSpec
 from qwenlora.words import counted
@@ -112,7 +113,7 @@ class MergePlan:
             raise NothingToApplyError("every strength is 0: there is nothing to merge")
         known = known_slots() if known is None else known
         items = [
-            (name, source.plan, spec.strength, True)
+            StackItem(name, source.plan, spec.strength, True, spec.factors.zeros(known))
             for name, spec, source in zip(wanted.names, wanted.specs, wanted.sources, strict=True)
         ]
         stack = plan_stack(
@@ -125,7 +126,7 @@ class MergePlan:
             sources=wanted.sources,
             slots=stack.slots,
             skipped=(*stack.skipped, *values),
-            applied=_applied_modules(stack, wanted.names, diffs=options.diffs),
+            applied=_applied_modules(stack, wanted, diffs=options.diffs),
             options=options,
             known=known,
             dtype=options.dtype or _narrowest_dtype(stack, diffs=options.diffs),
@@ -136,6 +137,11 @@ class MergePlan:
                 ]
             ),
         )
+
+    @property
+    def block_count(self) -> int:
+        """How many numbered blocks the model has."""
+        return count_blocks(self.known)
 
     def weights(self, slot: SlotPlan) -> dict[str, list[Piece]]:
         """The pieces of each module of a slot that are written as pairs, by the module's path."""
@@ -229,13 +235,18 @@ def _skipped_values(stack: StackPlan) -> Iterator[Skip]:
                 yield Skip(piece.lora, key, "value", _DIFFS_REASON, piece.kind.value, True)
 
 
-def _applied_modules(stack: StackPlan, names: Sequence[str], *, diffs: bool) -> tuple[int, ...]:
-    applied: list[set[str]] = [set() for _ in names]
+def _applied_modules(stack: StackPlan, wanted: LoraSet, *, diffs: bool) -> tuple[int, ...]:
+    applied: list[set[str]] = [set() for _ in wanted.specs]
     for slot in stack.slots:
         for piece in slot.pieces:
             if diffs or not is_value(piece, slot):
                 applied[piece.lora].add(piece.target)
-    for name, modules in zip(names, applied, strict=True):
+    for at, (name, modules) in enumerate(zip(wanted.names, applied, strict=True)):
+        if not modules and not stack.applied_modules[at]:
+            factors = wanted.specs[at].factors
+            raise NothingToApplyError(
+                f"nothing of `{name}` can be merged: its factors `{factors}` turn all of it off"
+            )
         if not modules:
             raise NothingToApplyError(
                 f"nothing of `{name}` can be merged: all of it are deltas of biases, norms"

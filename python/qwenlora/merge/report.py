@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from qwenlora import _core
 from qwenlora.merge.metadata import METADATA, PEFT_METADATA
+from qwenlora.report import TURNED_OFF
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from qwenlora.merge.cut import Cut
     from qwenlora.merge.metadata import Inherited
+    from qwenlora.plan.documents import Skip
     from qwenlora.report import LoraReport
 
-__all__ = ["MergeReport", "ModuleReport", "metadata_of"]
+__all__ = ["MergeReport", "ModuleReport", "lost_of", "metadata_of"]
 
 SCHEMA = 1
 """Version of the documents; fields may be added within it."""
@@ -80,9 +82,11 @@ class MergeReport:
 
     @property
     def complete(self) -> bool:
-        """True where the file has all that the sources train, other components' deltas included."""
-        skipped = (skip for lora in self.loras for skip in lora.skipped)
-        return not self.vanished and all(skip.harmless for skip in skipped)
+        """True where the file has all that the sources train, except what was turned off.
+
+        Other components' deltas are part of what they train.
+        """
+        return not self.vanished and not any(map(lost_of, self.loras))
 
     @property
     def share_lost(self) -> float:
@@ -104,6 +108,11 @@ class MergeReport:
             "energy_lost": self.share_lost,
         }
         return json.dumps(document)
+
+
+def lost_of(lora: LoraReport) -> list[Skip]:
+    """What a source trains that is in no file, and that nobody turned off."""
+    return [skip for skip in lora.skipped if not skip.harmless and skip.kind != TURNED_OFF]
 
 
 def metadata_of(
@@ -134,7 +143,8 @@ def metadata_of(
                 "name": lora.name,
                 "strength": lora.strength,
                 "modules": lora.modules_applied,
-                "left_out": sum(not skip.harmless for skip in lora.skipped),
+                **({"blocks": lora.blocks} if lora.blocks else {}),
+                "left_out": len(lost_of(lora)),
                 **({"metadata": dict(listed)} if listed else {}),
             }
             for lora, listed in zip(loras, inherited.listed, strict=True)

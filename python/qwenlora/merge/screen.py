@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from qwenlora.console import plain, size
 from qwenlora.merge.metadata import METADATA
+from qwenlora.merge.report import lost_of
 from qwenlora.words import counted
 
 if TYPE_CHECKING:
@@ -54,8 +55,7 @@ def _summary(report: MergeReport, cut: Cut | None) -> str:
 def _losses(report: MergeReport) -> Iterator[_Row]:
     """Rows on what the result lacks, and why."""
     for lora in report.loras:
-        lost = [skip for skip in lora.skipped if not skip.harmless]
-        yield from _reasons("  left out", lora, lost)
+        yield from _reasons("  left out", lora, lost_of(lora))
     if report.vanished:
         sums = counted(len(report.vanished), "sum")
         yield "  left out", f"{sums} too small for {report.dtype}, but not for `--dtype bf16`"
@@ -64,8 +64,9 @@ def _losses(report: MergeReport) -> Iterator[_Row]:
 
 def _facts(report: MergeReport) -> Iterator[_Row]:
     for lora in report.loras:
-        yield "  source", f"{lora.name} x {lora.strength:g}: {_modules(lora)}"
-        yield from (("  note", note) for note in lora.notes)
+        yield "  source", f"{lora.name} x {lora.weight_text}: {_modules(lora)}"
+        yield from _reasons("  turned off", lora, lora.turned_off)
+        yield from (("  note", note) for note in filter(None, (*lora.notes, lora.blocks_note)))
     yield "  file", f"{size(report.size_bytes)}, {report.dtype}, in {report.seconds:.1f} s"
     if report.modules:
         yield "  ranks", _ranks([module.rank for module in report.modules])

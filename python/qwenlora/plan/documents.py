@@ -32,6 +32,7 @@ __all__ = [
     "SlotKind",
     "SlotPlan",
     "SlotRow",
+    "StackItem",
     "StackPlan",
     "TensorRef",
     "plan_stack",
@@ -257,6 +258,24 @@ def _piece(row: dict[str, Any]) -> Piece:
     return Piece(kind=PieceKind(row.pop("kind")), tensors=tensors, **row)
 
 
+class StackItem(NamedTuple):
+    """A LoRA to be planned.
+
+    Attributes:
+        name: Its name in reports.
+        plan: Its file's plan.
+        strength: Its strength.
+        modulation: Whether its part in the modulation layers is applied.
+        off: The slots that get nothing of it, by their places in the map, ascending.
+    """
+
+    name: str
+    plan: _core.FilePlan
+    strength: float
+    modulation: bool
+    off: Sequence[int]
+
+
 class HasRow(Protocol):
     """A slot of a model, at hand or known."""
 
@@ -271,14 +290,14 @@ def slot_map(targets: Iterable[HasRow]) -> _core.SlotMap:
 
 
 def plan_stack(
-    items: Sequence[tuple[str, _core.FilePlan, float, bool]],
+    items: Sequence[StackItem],
     slots: _core.SlotMap,
     *,
     max_rank: int | None,
     strict: bool,
     options: ComposeOptions,
 ) -> StackPlan:
-    """Plan `(name, plan, strength, modulation)` items onto a model's slots, given by `slot_map`.
+    """Plan LoRAs onto a model's slots, given by `slot_map`.
 
     Raises:
         OtherModelError: A LoRA is another model's.

@@ -94,6 +94,7 @@ fn bench(criterion: &mut Criterion) {
         plan: &plan,
         strength: 1.0,
         modulation: true,
+        off: &[],
     };
     let index = SlotIndex::new(&slots);
     let place = || PlacedStack::new(&[item], &slots, &index, StackOptions::default()).unwrap();

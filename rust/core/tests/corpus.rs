@@ -243,6 +243,7 @@ fn every_file_is_planned_whole_or_refused() {
             plan: &plan,
             strength: 1.0,
             modulation: true,
+            off: &[],
         };
         let stack = StackPlan::new(&[item], &slots, options);
         if refusal(&name).is_some() || file["expect"] == "reject" {
@@ -284,6 +285,7 @@ fn pieces_of(wanted: &str) -> Vec<String> {
         plan: &plan,
         strength: 1.0,
         modulation: true,
+        off: &[],
     };
     let stack = StackPlan::new(&[item], &model_slots(), StackOptions::default()).unwrap();
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();

@@ -57,6 +57,7 @@ fn item(plan: &FilePlan) -> StackItem<'_> {
         plan,
         strength: 0.5,
         modulation: false,
+        off: &[],
     }
 }
 

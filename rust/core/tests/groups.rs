@@ -221,7 +221,7 @@ proptest! {
         let plans: Vec<&FilePlan> = plans.iter().collect();
         let items: Vec<StackItem<'_>> = plans
             .iter()
-            .map(|&plan| StackItem { name: "lora", plan, strength: 1.0, modulation: true })
+            .map(|&plan| StackItem { name: "lora", plan, strength: 1.0, modulation: true, off: &[] })
             .collect();
         let options = StackOptions { max_rank, ..StackOptions::default() };
         let placed = PlacedStack::new(&items, &slots, &index, options).unwrap();

@@ -59,6 +59,7 @@ fn item(plan: &FilePlan) -> StackItem<'_> {
         plan,
         strength: 1.0,
         modulation: true,
+        off: &[],
     }
 }
 
@@ -821,6 +822,33 @@ fn modulation_is_each_loras_own() {
         (stack.skipped[0].lora, stack.skipped[0].matters),
         (0, false)
     );
+}
+
+#[test]
+fn slots_that_are_off_take_nothing() {
+    let plan = Tensors::default()
+        .tensor(&format!("{MOD}.lora_A.weight"), &[16, 3072])
+        .tensor(&format!("{MOD}.lora_B.weight"), &[18432, 16])
+        .tensor(&format!("{MOD}.diff_b"), &[18432])
+        .plan();
+    let slots = slots();
+    let at = slots.iter().position(|slot| slot.path == MOD).unwrap();
+    let off = StackItem {
+        off: &[at],
+        ..item(&plan)
+    };
+    let options = StackOptions {
+        strict: true,
+        ..StackOptions::default()
+    };
+    let stack = StackPlan::new(&[off, item(&plan)], &slots, options).unwrap();
+    assert_eq!(stack.applied_modules, [0, 1]);
+    assert!(pieces(&stack).iter().all(|piece| piece.lora == 1));
+    let skips: Vec<_> = stack.skipped.iter().map(|s| (s.lora, s.kind)).collect();
+    assert_eq!(skips, [(0, SkipKind::TurnedOff)]);
+    assert!(!stack.skipped[0].matters);
+    let alone = StackPlan::new(&[off], &slots, options).unwrap();
+    assert_eq!((alone.slots.len(), alone.added_bytes), (0, 0));
 }
 
 // Offload

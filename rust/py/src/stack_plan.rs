@@ -218,12 +218,12 @@ fn row_order(order: RowOrder) -> &'static str {
     }
 }
 
-/// Plans a stack of `(name, plan, strength, modulation)` onto the slots of a model; the options are
-/// JSON.
+/// Plans a stack of `(name, plan, strength, modulation, slots that are off)` onto the slots of a model;
+/// the slots that are off are ascending, the options JSON.
 #[pyfunction]
 pub(crate) fn plan_stack(
     py: Python<'_>,
-    items: Vec<(String, PyRef<'_, FilePlan>, f64, bool)>,
+    items: Vec<(String, PyRef<'_, FilePlan>, f64, bool, Vec<usize>)>,
     slots: PyRef<'_, SlotMap>,
     options: &str,
 ) -> PyResult<PlannedStack> {
@@ -232,11 +232,12 @@ pub(crate) fn plan_stack(
         serde_json::from_str(options).map_err(|e| error::from_json(py, "the options", &e))?;
     let stack: Vec<StackItem<'_>> = items
         .iter()
-        .map(|(name, plan, strength, modulation)| StackItem {
+        .map(|(name, plan, strength, modulation, off)| StackItem {
             name,
             plan: &plan.core,
             strength: *strength,
             modulation: *modulation,
+            off,
         })
         .collect();
     let plans = items.iter().map(|(_, plan, ..)| Arc::clone(&plan.core));

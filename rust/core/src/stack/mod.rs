@@ -36,6 +36,8 @@ pub struct StackItem<'p> {
     pub strength: f64,
     /// Whether its part in the modulation layers is applied.
     pub modulation: bool,
+    /// The slots that get nothing of it, by their places in the map, ascending.
+    pub off: &'p [usize],
 }
 
 /// The scale of a LoKr whose factors are both stored as they are.

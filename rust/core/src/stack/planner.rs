@@ -133,6 +133,7 @@ impl<'s> Planner<'s> {
             ));
         };
         for place in &places {
+            check_off(place.at, item).map_err(|(kind, text)| skip(kind, text))?;
             check_modulation(place.slot, item).map_err(|(kind, text)| skip(kind, text))?;
         }
         for (at, delta) in module.deltas.iter().enumerate() {
@@ -318,6 +319,15 @@ impl<'s> Planner<'s> {
             added_bytes,
         })
     }
+}
+
+/// Whether a slot gets anything of a LoRA.
+fn check_off(slot: usize, item: &StackItem<'_>) -> Result<(), (SkipKind, String)> {
+    if item.off.binary_search(&slot).is_err() {
+        return Ok(());
+    }
+    let text = "blocks or kinds of layer are turned off".to_owned();
+    Err((SkipKind::TurnedOff, text))
 }
 
 /// Whether a LoRA reaches an AWQ layer, and whether its rows are known there.
