@@ -62,17 +62,17 @@ def tiny(make_model):
 
 @pytest.fixture
 def merged(tiny, tmp_path):
-    """Merges drafts, dicts or paths at strengths; the report and the path."""
+    """Merges drafts, dicts or paths at strengths, and factors by block; the report and the path."""
     made = iter(range(100))
 
     def merge(*stack, cut=None, dtype=torch.float32, **options):
         specs = []
-        for source, strength in stack:
+        for source, strength, *blocks in stack:
             tensors = getattr(source, "tensors", source)
             if isinstance(tensors, dict):
                 source = tmp_path / f"source-{next(made)}.safetensors"
                 save_file({key: t.contiguous().clone() for key, t in tensors.items()}, source)
-            specs.append(LoraSpec(source, strength))
+            specs.append(LoraSpec(source, strength, blocks=next(iter(blocks), None)))
         path = tmp_path / f"merged-{next(made)}.safetensors"
         settings = MergeOptions(cut=cut, dtype=dtype, **options)
         return merge_loras(specs, path, settings, known=tiny.slots), path
@@ -171,6 +171,55 @@ def test_a_merge_is_the_stack(strengths, dtype, model, probe, Draft, merged):
     qwenlora.compose_loras(model, path, strict=True)
     bound = FLOAT32 if dtype == torch.float32 else BFLOAT16
     probe.assert_holds(model, stack, within=bound)
+
+
+# ---- strength per block ----
+
+
+def test_factors_by_block_do_to_the_bit_what_they_do_composed(make_model, probe, Draft, merged):
+    """All are powers of two: nothing is rounded."""
+    draft = Draft.full(1, 4, blocks=2)
+    for block in range(2):
+        draft.put(f"transformer_blocks.{block}.attn.norm_q", "diff", 64)
+        draft.put(f"transformer_blocks.{block}.txt_mod.1", "diff_b", 768)
+    blocks = "0:-2, 1:0.5; attn:4, img:0.25, rest:0"
+    report, path = merged((draft, 0.5, blocks), diffs=True)
+    own, by_merge = (make_model(num_layers=2) for _ in range(2))
+    composed = qwenlora.compose_loras(own, LoraSpec(draft.tensors, 0.5, blocks=blocks))
+    qwenlora.compose_loras(by_merge, path, strict=True)
+    assert probe.snapshot(own).differences(probe.snapshot(by_merge)) == []
+    assert report.complete
+    assert report.loras[0].blocks == "0:-2, 1:0.5; attn:4, img:0.25, rest:0"
+    assert len(report.loras[0].turned_off) == len(composed.loras[0].turned_off) == 6
+    with safe_open(path, "pt") as file:
+        (source,) = json.loads(file.metadata()["qwenlora.merge"])["sources"]
+    assert (source["blocks"], source["left_out"]) == (report.loras[0].blocks, 0)
+
+
+@pytest.mark.parametrize("cut", [None, Cut(energy=1.0)])
+def test_factors_by_block_are_in_the_sum(cut, make_model, Draft, merged):
+    drafts = [Draft.full(1, 4, blocks=2), Draft.full(2, 6, blocks=2)]
+    blocks = ["0:0.3; mod:-1.7", "1:0; txt:0.1"]
+    stack = [(draft, 0.7, own) for draft, own in zip(drafts, blocks, strict=True)]
+    found = deltas_of(merged(*stack, cut=cut)[1])
+    for target in drafts[0].deltas:
+        in_text = any(word in target for word in ("txt_", "add_"))
+        block = target.split(".")[1] if target.startswith("transformer_blocks.") else None
+        factors = (
+            (0.3 if block == "0" else 1.0) * (-1.7 if "_mod" in target else 1.0),
+            (0.0 if block == "1" else 1.0) * (0.1 if in_text else 1.0),
+        )
+        pairs = zip(drafts, factors, strict=True)
+        expected = sum(0.7 * factor * draft.deltas[target] for draft, factor in pairs)
+        assert error(found[target], expected) < (FLOAT32 if cut is None else 1e-5), target
+
+
+def test_factors_that_leave_nothing_are_refused(Draft, merged):
+    draft = Draft.full(1, 4, blocks=2)
+    with pytest.raises(errors.NothingToApplyError, match="`0-1:0; rest:0` turn all of it off"):
+        merged((draft, 1.0), (draft, 1.0, "0-1:0; rest:0"))
+    report, _ = merged((draft, 1.0, "0-9:0.5"))
+    assert report.loras[0].blocks_note.endswith("names 2-9, but the model has the blocks 0 to 1")
 
 
 @pytest.mark.slow

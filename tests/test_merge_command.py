@@ -130,6 +130,16 @@ def test_options_in_any_place_and_form():
         (["a.safetensors:", "-o", "x.safetensors"], "`` is no strength"),
         (["a.safetensors:1e999", "-o", "x.safetensors"], "`1e999` is no strength"),
         (["a.safetensors:nan", "-o", "x.safetensors"], "`nan` is no strength"),
+        (["--blocks", "0:1", "a.safetensors"], "`--blocks` stands behind the file"),
+        (["a.safetensors", "--blocks"], "`--blocks` needs a value"),
+        (
+            ["a.safetensors", "--blocks", "0:1", "--blocks=1:0"],
+            "`--blocks` is given twice for `a.safetensors`",
+        ),
+        (
+            ["a.safetensors", "--blocks", "0:1,\n1-2:x", "-o", "x.safetensors"],
+            "`--blocks`: `x` at character 10 is no factor",
+        ),
     ],
 )
 def test_arguments_that_make_no_sense(args, message, run, folder):
@@ -146,14 +156,58 @@ def test_help_teaches_and_fits_the_screen(run):
     status, out, err = run("--help")
     assert (status, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 80
-    named = {*arguments._FLAGS, *arguments._VALUES}
+    named = {*arguments._FLAGS, *arguments._VALUES, "--blocks"}
     assert named <= set(re.findall(r"--?[a-z-]+", out))
     codes = set(map(int, re.findall(r"^ +(\d+)  ", out, flags=re.MULTILINE)))
     assert codes == {0, 1, 2, 3, 64, 74}
     assert {status.value for status in merge.Exit} == codes | {130}
 
 
+def test_factors_are_for_the_file_before_them():
+    args = ["a:0.5", "--blocks", "0-19:0.5; mod:0", "b", "c", "--blocks=0-59:1", "-o", "x.sft"]
+    parsed = arguments.parse(args)
+    assert [str(path) for path, _ in parsed.sources] == ["a", "b", "c"]
+    assert {at: str(own) for at, own in parsed.blocks.items()} == {0: "0-19:0.5; mod:0", 2: ""}
+
+
 # ---- screens ----
+
+
+def test_the_screen_with_factors_by_block(run):
+    status, out, err = run(
+        "a.safetensors:0.8", "--blocks", "img: 1; rest:0.5, 70:0", "b.safetensors", "-o", "o.sft"
+    )
+    assert (status, err) == (0, "")
+    assert (
+        out
+        == """\
+MERGED       o.sft
+             2 modules, exact to the rounding of BF16
+
+  source     a x 0.8 (70:0; rest:0.5): 2 modules
+  note       `blocks` names 70, but the model has the blocks 0 to 59
+  source     b x 1: 1 module
+  file       99.2 KiB, BF16, in [time]
+  ranks      4 (1), 12 (1)
+"""
+    )
+    found = load_file("o.sft")
+    up = load_file("a.safetensors")["img_in.lora_B.weight"]
+    expected = (up.float() * torch.tensor(0.4, dtype=torch.float32)).bfloat16()
+    assert torch.equal(found["diffusion_model.img_in.lora_up.weight"], expected)
+
+
+def test_the_screen_with_what_is_turned_off(run):
+    status, out, err = run("a.safetensors", "--blocks=txt:0, img:0", "-o", "o.sft")
+    assert (status, out) == (2, "")
+    assert "nothing of `a` can be merged: its factors `img:0, txt:0` turn all of it off" in err
+    status, out, _ = run("a.safetensors", "b.safetensors", "--blocks", "img:0", "-o", "o.sft")
+    assert status == 2
+    write_lora(Path("c.safetensors"), ("txt_in", "img_in"))
+    status, out, _ = run("c.safetensors", "--blocks", "txt:0", "-o", "o.sft")
+    assert status == 0
+    assert "MERGED" in out
+    assert "  turned off 1 of c: blocks or kinds of layer are turned off\n" in out
 
 
 def test_the_screen_of_an_exact_merge(run, folder):

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, overload
 from qwenlora.words import counted
 
 if TYPE_CHECKING:
-    from qwenlora.blocks import BlockFactors
     from qwenlora.plan.documents import Skip
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "LoraReport",
     "SlotReport",
     "SlotReports",
-    "off_by_blocks",
 ]
 
 THIRDED = (
@@ -32,13 +30,6 @@ THIRDED = (
 """The note on a LoRA with `LoraPair.thirded` pairs."""
 TURNED_OFF = "turned_off"
 """The kind of what is left out because the caller wished so."""
-
-
-def off_by_blocks(skip: Skip, factors: BlockFactors) -> Skip | None:
-    """A skip with the wish that turned it off, where factors of 0 did; else None."""
-    if skip.kind != TURNED_OFF or factors.factor(skip.name) != 0:
-        return None
-    return replace(skip, reason=f'{skip.reason}: `LoraSpec(blocks="{factors}")`')
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING
 from qwenlora.errors import BlockFactorsError, EnergyLossError, NothingToApplyError
 from qwenlora.model.state import EMPTY, AppliedState, SlotRecord
 from qwenlora.plan.documents import PieceKind, Skip
-from qwenlora.report import (
-    THIRDED,
-    TURNED_OFF,
-    ComposeReport,
-    LoraReport,
-    SlotReport,
-    SlotReports,
-    off_by_blocks,
-)
+from qwenlora.report import THIRDED, TURNED_OFF, ComposeReport, LoraReport, SlotReport, SlotReports
 from qwenlora.words import counted
 
 if TYPE_CHECKING:
@@ -137,9 +129,8 @@ def _with_wish(skip: Skip, spec: LoraSpec, options: ComposeOptions) -> Skip:
     """Say who wished for what is turned off."""
     if skip.kind != TURNED_OFF:
         return skip
-    off = off_by_blocks(skip, spec.factors)
-    if off is not None:
-        return off
+    if spec.factors.factor(skip.name) == 0:
+        return replace(skip, reason=f'{skip.reason}: `LoraSpec(blocks="{spec.factors}")`')
     by_all = "" if options.modulation else "`ComposeOptions(modulation=False)`"
     by_one = "" if spec.modulation else "`LoraSpec(modulation=False)`"
     wish = " and ".join(filter(None, (by_all, by_one)))

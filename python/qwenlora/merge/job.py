@@ -25,7 +25,7 @@ from qwenlora.merge.output import atomic_file, check_output
 from qwenlora.merge.plan import PREFIX, MergePlan, covers, pair_shapes
 from qwenlora.merge.report import MergeReport, ModuleReport, metadata_of
 from qwenlora.merge.writer import SafetensorsWriter
-from qwenlora.report import THIRDED, LoraReport, off_by_blocks
+from qwenlora.report import THIRDED, LoraReport
 from qwenlora.source.dtypes import NAMES
 
 if TYPE_CHECKING:
@@ -195,11 +195,7 @@ class _Job:
                 name=plan.names[index],
                 strength=spec.strength,
                 modules_applied=plan.applied[index],
-                skipped=tuple(
-                    off_by_blocks(skip, spec.factors) or skip
-                    for skip in plan.skipped
-                    if skip.lora == index
-                ),
+                skipped=tuple(skip for skip in plan.skipped if skip.lora == index),
                 notes=(*source.plan.notes, *((THIRDED,) if index in self._thirded else ())),
                 zero_slots=tuple(self._zero_deltas[index]),
                 all_zero=index not in self._with_deltas,
