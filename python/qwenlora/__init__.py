@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qwenlora.compose.compose import applied, compose_loras, reset_loras
     from qwenlora.errors import QwenLoraError
     from qwenlora.lora_set import LoraSet
+    from qwenlora.pipeline.attach import attach, detach
     from qwenlora.plan.documents import read_keys
     from qwenlora.report import ComposeReport
     from qwenlora.runtime import ComfyQwenImageWrapper
@@ -33,9 +34,11 @@ __all__ = [
     "QwenLoraError",
     "__version__",
     "applied",
+    "attach",
     "clear_cache",
     "compat",
     "compose_loras",
+    "detach",
     "emulation",
     "read_keys",
     "reset_loras",
@@ -53,8 +56,10 @@ _HOMES = {
     "QwenLoraError": "errors",
     "__version__": "_core",
     "applied": "compose.compose",
+    "attach": "pipeline.attach",
     "clear_cache": "cache",
     "compose_loras": "compose.compose",
+    "detach": "pipeline.attach",
     "read_keys": "plan.documents",
     "reset_loras": "compose.compose",
 }

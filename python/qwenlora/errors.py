@@ -6,6 +6,8 @@ Every class derives from `QwenLoraError` and from the built-in exception a calle
 from __future__ import annotations
 
 __all__ = [
+    "AdapterNameError",
+    "AdapterWeightError",
     "BlockFactorsError",
     "BrokenPairError",
     "EnergyLossError",
@@ -15,6 +17,7 @@ __all__ = [
     "ModelStateError",
     "NonFiniteError",
     "NothingToApplyError",
+    "NothingToFuseError",
     "OtherModelError",
     "OutputError",
     "PickleFileError",
@@ -91,6 +94,18 @@ class RankError(QwenLoraError, ValueError):
 
 class NonFiniteError(QwenLoraError, ArithmeticError):
     """A composed tensor would hold NaN or infinity."""
+
+
+class AdapterNameError(QwenLoraError, ValueError):
+    """A name of an adapter is not known, is taken, or is none."""
+
+
+class AdapterWeightError(QwenLoraError, ValueError):
+    """Weights do not fit the adapters, or a part of one cannot be carried out."""
+
+
+class NothingToFuseError(QwenLoraError, NotImplementedError):
+    """Composed LoRAs run inside the layers already: there is nothing to fuse them into."""
 
 
 class OutputError(QwenLoraError, OSError):

@@ -93,6 +93,19 @@ class LoraSet:
         more = LoraSet.of(loras, max_rank=self.max_rank, options=self.options)
         return replace(self, specs=self.specs + more.specs, sources=self.sources + more.sources)
 
+    def scaled(self, factor: float) -> LoraSet:
+        """The set with every strength times a factor; none is left where that is 0.
+
+        Raises:
+            ValueError: A strength would not be finite.
+        """
+        if factor == 1:
+            return self
+        scaled = [replace(spec, strength=spec.strength * factor) for spec in self.specs]
+        kept = [pair for pair in zip(scaled, self.sources, strict=True) if pair[0].strength != 0]
+        specs, sources = tuple(spec for spec, _ in kept), tuple(source for _, source in kept)
+        return replace(self, specs=specs, sources=sources)
+
     def read_ahead(self, *, limit_bytes: int, first: int = 0) -> None:
         """Begin to bring files into the system's memory, in the background; composing ends it.
 

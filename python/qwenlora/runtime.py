@@ -8,6 +8,7 @@ has to be restored.
 
 from __future__ import annotations
 
+import numbers
 import sys
 import weakref
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from qwenlora.lora_set import NO_LORAS, LoraSet, Unmakeable
 from qwenlora.model.lock import lock_of
 from qwenlora.model.offload import turn_on
 from qwenlora.model.state import read_default, read_state, write_default
-from qwenlora.model.subclass import mark_hooked
+from qwenlora.model.subclass import mark_hooked, unmark_hooked
 from qwenlora.model.transformer import transformer_of
 from qwenlora.spec import ComposeOptions
 
@@ -40,13 +41,17 @@ OPTIONS_KEY = "qwenlora"
 """Key of a branch's `LoraSet` in `transformer_options`; present with an empty set it means base."""
 
 _ATTRIBUTE = "_qwenlora_runtime"
+_SCALE = "scale"
+_SCALED = ("attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs")
+"""Arguments of diffusers' forwards that may hold a factor on all LoRAs, under `scale`."""
 
 
 class ComfyQwenImageWrapper:
     """One transformer's runtime; `of` gives the same object each time.
 
     Called like the transformer, whose forward it runs. Which LoRAs a forward gets: the set under
-    `transformer_options["qwenlora"]` where that key is present, otherwise `loras`.
+    `transformer_options["qwenlora"]` where that key is present, otherwise `loras`. All strengths
+    are times `attention_kwargs["scale"]` where a forward has that, as diffusers has it.
 
     Attributes:
         loras: The default stack, in any form that `compose_loras` takes as items: append to it, and
@@ -62,6 +67,7 @@ class ComfyQwenImageWrapper:
         self._transformer: weakref.ref[nn.Module] | None = None
         self._asked: tuple[object, ...] = ()
         self._settled: tuple[LoraSet | Unmakeable, object, object] | None = None
+        self._scaled: tuple[LoraSet, float, LoraSet] | None = None
 
     @classmethod
     def of(cls, transformer: nn.Module) -> ComfyQwenImageWrapper:
@@ -83,6 +89,24 @@ class ComfyQwenImageWrapper:
             module.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
         runtime._bind(module)
         return runtime
+
+    @classmethod
+    def remove(cls, transformer: nn.Module) -> None:
+        """Take a transformer's runtime and its hooks away; what is composed stays as it is.
+
+        Raises:
+            UnsupportedModelError: It is no module.
+        """
+        module = transformer_of(transformer)
+        with lock_of(module):
+            if module.__dict__.pop(_ATTRIBUTE, None) is not None:
+                _unhook(module)
+                unmark_hooked(module)
+
+    @classmethod
+    def is_on(cls, transformer: nn.Module) -> bool:
+        """Tell if a transformer has a runtime."""
+        return isinstance(transformer_of(transformer).__dict__.get(_ATTRIBUTE), cls)
 
     @property
     def transformer(self) -> nn.Module:
@@ -114,6 +138,15 @@ class ComfyQwenImageWrapper:
         """Run the transformer."""
         return self.transformer(*args, **kwargs)
 
+    def want(self, wanted: LoraSet) -> None:
+        """Make a set the default of forwards that carry none; `loras` is emptied.
+
+        Nothing is composed before the next forward, or `reconcile`.
+        """
+        self.loras[:] = []
+        self._asked = ()
+        write_default(self.transformer, wanted)
+
     def reconcile(self, transformer_options: Mapping[str, Any] | None = None) -> None:
         """Bring the transformer to what a forward with these options wants, now.
 
@@ -127,10 +160,12 @@ class ComfyQwenImageWrapper:
             self._transformer = weakref.ref(module)
             self._settled = None
 
-    def _settle(self, transformer_options: Mapping[str, Any] | None) -> None:
+    def _settle(self, transformer_options: Mapping[str, Any] | None, scale: float = 1.0) -> None:
         """Compose where what is wanted is not what is applied; the lock is held."""
         module = self.transformer
         wanted = self._wanted(module, transformer_options)
+        # Also without a scale: what was scaled before may hold tensors that nobody needs now.
+        wanted = self._times(wanted, scale)
         if isinstance(wanted, LoraSet) and wanted.options.offload:
             # Before the comparison below, which finds the manager that this makes.
             turn_on(module)
@@ -165,6 +200,21 @@ class ComfyQwenImageWrapper:
             self._asked = asked
         return read_default(module)
 
+    def _times(self, wanted: LoraSet | Unmakeable, scale: float) -> LoraSet | Unmakeable:
+        """The set times a factor; the last one is remembered, since every step asks for it."""
+        if scale == 1:
+            self._scaled = None
+            return wanted
+        if isinstance(wanted, Unmakeable):
+            raise ModelStateError(
+                f"the default stack's tensors were let go: it cannot be made at scale {scale}"
+                "\nhint: call compose_loras with other strengths"
+            )
+        last = self._scaled
+        if last is None or last[0] is not wanted or last[1] != scale:
+            last = self._scaled = (wanted, scale, wanted.scaled(scale))
+        return last[2]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ComfyQwenImageWrapper:
         # The copy of the transformer brings its own: it is bound when that runs.
         copied = type(self)()
@@ -174,7 +224,7 @@ class ComfyQwenImageWrapper:
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_transformer": None, "_settled": None}
+        return {**self.__dict__, "_transformer": None, "_settled": None, "_scaled": None}
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -200,10 +250,13 @@ def _unhook(module: nn.Module) -> None:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _before_forward(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     runtime = module.__dict__.get(_ATTRIBUTE)
     if not isinstance(runtime, ComfyQwenImageWrapper):
-        return
+        return None
+    scale, unscaled = _parted(kwargs)
     lock = lock_of(module)
     # Compiled code calls hooks from its own frames: none tells when the forward ends.
     frame = _forward_frame()
@@ -212,11 +265,12 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     is_settled = False
     try:
         runtime._bind(module)
-        runtime._settle(_options_of(args, kwargs))
+        runtime._settle(_options_of(args, kwargs), scale)
         is_settled = True
     finally:
         if frame is None or not is_settled:
             lock.release(holder)
+    return None if unscaled is kwargs else (args, unscaled)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -241,6 +295,26 @@ def _options_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, A
     if options is None:
         options = next((arg for arg in args if isinstance(arg, Mapping)), None)
     return options if isinstance(options, Mapping) else None
+
+
+def _parted(kwargs: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+    """The factor on all LoRAs, and the arguments without it: a forward would trip over it.
+
+    Raises:
+        TypeError: It is no number.
+    """
+    scale, unscaled = 1.0, kwargs
+    for name in _SCALED:
+        held = kwargs.get(name)
+        if not isinstance(held, Mapping) or _SCALE not in held:
+            continue
+        own = held[_SCALE]
+        if not isinstance(own, numbers.Real):
+            raise TypeError(f"`{name}` has a `scale` that is {own!r}: it is a number")
+        scale *= float(own)
+        rest = {key: value for key, value in held.items() if key != _SCALE}
+        unscaled = {**unscaled, name: rest}
+    return scale, unscaled
 
 
 def _restart(manager: Any) -> None:

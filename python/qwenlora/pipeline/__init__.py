@@ -1,0 +1,1 @@
+"""diffusers' LoRA methods, for pipelines whose transformer is quantized."""
