@@ -636,7 +636,7 @@ def test_what_is_no_pipeline_is_refused(make_pipeline, given, message):
 def test_a_dense_transformer_is_refused(dense, vae):
     pipeline = pipeline_of(dense, vae)
     before = set(vars(pipeline)), set(vars(dense))
-    with pytest.raises(errors.UnsupportedModelError, match="has no Nunchaku SVDQuant layer"):
+    with pytest.raises(errors.UnsupportedModelError, match="has no SVDQuant layer"):
         qwenlora.attach(pipeline)
     assert (set(vars(pipeline)), set(vars(dense)) - {"_qwenlora_structure"}) == before
 
