@@ -211,7 +211,7 @@ def test_what_is_no_model(not_a_model, lora):
 
 def test_models_without_slots(lora):
     for other in (torch.nn.Linear(8, 8), torch.nn.Sequential()):
-        with pytest.raises(errors.UnsupportedModelError, match="no Nunchaku SVDQuant layer"):
+        with pytest.raises(errors.UnsupportedModelError, match="has no SVDQuant layer"):
             qwenlora.compose_loras(other, lora[0])
         assert issubclass(errors.UnsupportedModelError, TypeError)
 
