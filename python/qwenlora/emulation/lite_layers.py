@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from qwenlora.emulation.precision import Precision
 
-__all__ = ["lite_layers"]
+__all__ = ["layers_over", "lite_layers"]
 
 
 _PACKAGE = "diffusers.quantizers.nunchaku"
@@ -32,7 +32,16 @@ _KERNELS = "ops"
 
 @cache
 def lite_layers(precision: Precision) -> ModuleType:
-    """The module of diffusers' layers, with kernels of this precision.
+    """The module of diffusers' layers, with kernels of this precision; see `layers_over`."""
+    return layers_over(LiteKernels(precision), name=precision.value)
+
+
+def layers_over(kernels: object, *, name: str) -> ModuleType:
+    """The module of diffusers' layers, over these kernels.
+
+    Args:
+        kernels: What the layers call, by the names of the kernels; see `LiteKernels`.
+        name: Tells this module from those over other kernels.
 
     Returns:
         A module with `SVDQW4A4Linear`, `AWQW4A16Linear`, `replace_with_nunchaku_linear`.
@@ -47,10 +56,10 @@ def lite_layers(precision: Precision) -> ModuleType:
     if len(kept) != len(source.body) - 1:
         raise ImportError(f"{path} loads its kernels in a way that is not known")
     source.body = kept
-    module = types.ModuleType(f"{__name__}.{precision.value}")
+    module = types.ModuleType(f"{__name__}.{name}")
     module.__package__ = _PACKAGE
     module.__file__ = str(path)
-    module.__dict__[_KERNELS] = LiteKernels(precision)
+    module.__dict__[_KERNELS] = kernels
     # Pickles name a class by its module.
     sys.modules[module.__name__] = module
     exec(compile(source, str(path), "exec"), module.__dict__)
