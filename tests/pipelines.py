@@ -17,6 +17,23 @@ from qwenlora.emulation import EmulatedQwenImageTransformer, Precision
 WIDTH = 128
 BLOCK_PATHS = ("attn.to_q", "attn.to_v", "attn.add_k_proj", "attn.to_out.0", "img_mlp.net.2")
 
+ALL_PATHS = (
+    *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+    *(f"{stream}_{name}" for stream in ("img", "txt") for name in ("mod.1", "mlp.net.0.proj")),
+    *("img_mlp.net.2", "txt_mlp.net.2"),
+)
+TOP_PATHS = ("img_in", "txt_in", "proj_out", "time_text_embed.timestep_embedder.linear_2")
+_SIZES = {
+    "mod.1": (WIDTH, 6 * WIDTH),
+    "net.0.proj": (WIDTH, 4 * WIDTH),
+    "net.2": (4 * WIDTH, WIDTH),
+    "img_in": (64, WIDTH),
+    "txt_in": (96, WIDTH),
+    "proj_out": (WIDTH, 64),
+}
+"""(in, out) of what is not square, by the ends of paths."""
+
 
 def dense_transformer(*, num_layers=2):
     torch.manual_seed(0)
@@ -95,8 +112,8 @@ def tensors(
     targets = [f"transformer_blocks.{block}.{path}" for block in range(blocks) for path in paths]
     found = {}
     for target in (*targets, *top):
-        inputs = 4 * WIDTH if target.endswith("net.2") else WIDTH
-        outputs = 64 if target == "proj_out" else WIDTH
+        sizes = [own for end, own in _SIZES.items() if target.endswith(end)]
+        inputs, outputs = sizes[0] if sizes else (WIDTH, WIDTH)
         down = torch.randn(rank, inputs, generator=generator)
         up = torch.randn(outputs, rank, generator=generator)
         found[f"{prefix}{target}.lora_A.weight"] = 0.4 * down

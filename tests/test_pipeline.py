@@ -26,17 +26,20 @@ from diffusers import (
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
 from diffusers.loaders.peft import PeftAdapterMixin
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from safetensors.torch import save_file
 
 import qwenlora
 from qwenlora import ComfyQwenImageWrapper, errors
+from qwenlora.pipeline.by_name import parts_of
 from qwenlora.pipeline.pipeline_methods import PIPELINE_METHODS
 from qwenlora.pipeline.transformer_methods import TRANSFORMER_METHODS
 
 from .pipelines import (
+    ALL_PATHS,
+    TOP_PATHS,
     dense_transformer,
     emulated,
     forward,
@@ -118,7 +121,8 @@ class Both:
         """The same names, in the same order, and the same picture."""
         assert self.ours.get_active_adapters() == self.theirs.get_active_adapters()
         assert self.ours.get_list_adapters() == self.theirs.get_list_adapters()
-        assert relative_error(picture(self.ours), picture(self.theirs)) < OUTPUT_BOUND
+        error = relative_error(picture(self.ours), picture(self.theirs))
+        assert error < OUTPUT_BOUND
 
 
 @pytest.fixture(params=[False, True], ids=["lazy", "eager"])
@@ -219,6 +223,119 @@ SEQUENCES: dict[str, list[tuple[Any, ...]]] = {
         ("load_lora_weights", C, None, True),
     ],
 }
+
+WIDE = tensors(6, rank=2, paths=ALL_PATHS, top=TOP_PATHS)
+OUTSIDE = {"in": 0.75, "proj_out": 0.75, "time_text": 0.75}
+"""diffusers trips over a layer outside of blocks that no key names."""
+BY_NAME: dict[str, dict[str, float]] = {
+    "one block": {"transformer_blocks.0.": 0.25, **OUTSIDE},
+    "all blocks": {"transformer_blocks.0.": 0.25, "transformer_blocks.1": -0.5, **OUTSIDE},
+    "kinds": {"attn": 0.25, "mlp": -0.5, "mod": 0, **OUTSIDE},
+    "a kind of all blocks": {"attn": 0.25, **OUTSIDE},
+    "streams": {"img": 0.25, "txt": 0.5, "add": 0.5, "attn": 0.25, "proj": 0.25, "t": 1},
+    "nothing but a block": {"transformer_blocks.1": 0.5, "": 0.0},
+    "a kind of one stream": {"img_mlp": 0.25, "txt_mod": 2, **OUTSIDE},
+    "the first that is in it holds": {"transformer_blocks.0.attn": 0.25, "attn": 0.5, **OUTSIDE},
+    "block, then kind": {"transformer_blocks.0.": 0.25, "attn": 0.5, "mlp": 0, **OUTSIDE},
+    "outside of blocks": {"img_in": 0.25, "txt_in": 0.5, "proj_out": 0.25, "time": 2, "attn": 0.5},
+    "outside of blocks, some off": {"img_in": 0, "txt_in": 0, "proj_out": 0, "time": 2, "mlp": 3},
+    "all of one": {"_": 0.5},
+    "all off": {"_": 0},
+}
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_weights_by_layers_names_are_peft_s(name, both):
+    both.call("load_lora_weights", WIDE, "elk")
+    both.call("set_adapters", "elk", {"transformer": BY_NAME[name]})
+    both.compare()
+    both.call("load_lora_weights", B, "fox")
+    both.call("set_adapters", ["fox", "elk"], [0.5, {"transformer": BY_NAME[name]}])
+    both.compare()
+    both.call("set_adapters", ["elk"], BY_NAME[name], on="transformer")
+    both.compare()
+    # It keeps its weights while it is not active.
+    both.call("set_adapters", ["fox"], on="transformer")
+    both.call("set_adapter", ["elk"], on="transformer")
+    both.compare()
+
+
+def test_weights_by_name_are_one_lora_where_they_can_be(make_pipeline):
+    pipeline = qwenlora.attach(make_pipeline(), eager=True)
+    pipeline.load_lora_weights(WIDE, "elk")
+    (one,) = pipeline.set_adapters("elk", {"transformer": BY_NAME["one block"]}).loras
+    assert (one.name, one.strength, one.blocks) == ("elk", 1.0, "0:0.25; rest:0.75")
+    (one,) = pipeline.set_adapters("elk", {"transformer": BY_NAME["kinds"]}).loras
+    assert one.blocks == "attn:0.25, mlp:-0.5, mod:0, rest:0.75"
+    several = pipeline.set_adapters("elk", {"transformer": BY_NAME["block, then kind"]})
+    assert sum(lora.modules_applied for lora in several.loras) == len(WIDE) // 2 - 4
+    # The layers are apart: no slot has more ranks than with one LoRA.
+    assert {slot.rank_added for slot in several.slots if slot.kind == "svdq"} == {16}
+
+
+def test_weights_that_no_factors_tell_apart_are_refused(pipeline):
+    pipeline.load_lora_weights(WIDE, "elk")
+    before = picture(pipeline)
+    with pytest.raises(
+        errors.AdapterWeightError,
+        match=r"`elk` would get 1\.0 at `transformer_blocks\.0\.attn\.to_k` and 0\.5 at",
+    ):
+        pipeline.set_adapters("elk", {"transformer": {"to_q": 0.5}})
+    with pytest.raises(errors.AdapterWeightError, match="cannot be on for one stream"):
+        pipeline.set_adapters("elk", {"transformer": {"time": 0.0, "img_in": 0.5, "proj": 0.5}})
+    for wrong in ({"attn": {"to_q": 1.0}}, {"attn": None}, {"attn": "1"}, {3: 1.0}):
+        with pytest.raises(TypeError):
+            pipeline.set_adapters("elk", {"transformer": wrong})
+    assert torch.equal(picture(pipeline), before)
+    # A LoRA of these layers alone can have them.
+    pipeline.load_lora_weights(tensors(1, paths=("attn.to_q",)), "fox")
+    pipeline.set_adapters("fox", {"transformer": {"to_q": 0.5}})
+
+
+def test_keys_of_no_layer_and_of_more_blocks_are_warned_of(pipeline, caplog):
+    pipeline.load_lora_weights(WIDE, "elk")
+    pipeline.set_adapters("elk", {"transformer": {"down_blocks": 0.5}})
+    assert "`down_blocks` is in no layer's name" in caplog.text
+    caplog.clear()
+    paths = [f"transformer_blocks.{block}.attn.to_q" for block in range(60)]
+    parts_of("elk", [("transformer_blocks.0", 1.0)], paths)
+    assert not caplog.records
+    ((strength, factors),) = parts_of("elk", [("transformer_blocks.1", 0.5)], paths)
+    assert (strength, str(factors)) == (1.0, "1:0.5, 10-19:0.5")
+    assert "`transformer_blocks.1` also holds for `transformer_blocks.10.attn" in caplog.text
+    assert "write `transformer_blocks.1.`" in caplog.text
+
+
+KEYS = (
+    *("transformer_blocks.0", "transformer_blocks.1", "transformer_blocks.2", "blocks"),
+    *("attn", "mlp", "mod", "img", "txt", "add_", "0.attn", "1.img_mlp", "2.txt"),
+    *("_in", "img_in", "proj_out", "time"),
+)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(KEYS),
+            st.sampled_from([0.0, 0.5, -1.0, 2.0]),
+        ),
+        max_size=6,
+    )
+)
+def test_parts_give_each_layer_what_diffusers_gives_it(by_name):
+    paths = [f"transformer_blocks.{b}.{path}" for b in range(3) for path in ALL_PATHS]
+    paths += TOP_PATHS
+    try:
+        parts = parts_of("elk", by_name, paths)
+    except errors.AdapterWeightError:
+        # The first layers that are unlike, or what is outside of blocks.
+        assume(False)
+    for path in paths:
+        expected = next((weight for part, weight in by_name if part in path), 1.0)
+        found = [strength * factors.factor(path) for strength, factors in parts]
+        assert sum(weight != 0 for weight in found) == (expected != 0)
+        assert sum(found) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", SEQUENCES)

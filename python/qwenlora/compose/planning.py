@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, NamedTuple
 
 from qwenlora.compose.reports import lora_reports, require_blocks
 from qwenlora.compose.structure import structure_of
@@ -20,14 +21,29 @@ if TYPE_CHECKING:
     from qwenlora.compose.structure import Structure
     from qwenlora.lora_set import LoraSet
 
-__all__ = ["plan_report", "planned_for", "require_known"]
+__all__ = ["Outlook", "look_ahead", "plan_report", "planned_for", "require_known"]
+
+
+class Outlook(NamedTuple):
+    """What composing a set would do, by its plan.
+
+    Attributes:
+        report: The report. Ranks and bytes are upper bounds; what only the data can tell (shared
+            downs, zero deltas, energy lost) is in the report of the composition itself.
+        targets: The modules whose deltas would be applied, as LoRAs call them.
+    """
+
+    report: ComposeReport
+    targets: frozenset[str]
 
 
 def plan_report(model: nn.Module, wanted: LoraSet) -> ComposeReport:
-    """Report what composing a set would do, from its plan alone: no tensor is read or changed.
+    """Report what composing a set would do; raises as `look_ahead` does."""
+    return look_ahead(model, wanted).report
 
-    Ranks and bytes are upper bounds; what only the data can tell (shared downs, zero deltas, energy
-    lost) is in the report of the composition itself.
+
+def look_ahead(model: nn.Module, wanted: LoraSet) -> Outlook:
+    """Look at what composing a set would do, in its plan: no tensor is read or changed.
 
     Raises:
         OtherModelError: A LoRA is for another model.
@@ -60,7 +76,10 @@ def plan_report(model: nn.Module, wanted: LoraSet) -> ComposeReport:
         if targets[slot.path].row.offloaded
     )
     loras = lora_reports(wanted, planned, (), block_count=structure.block_count)
-    return ComposeReport(loras, slots, plan.added_bytes, 0.0, bus_bytes=bus)
+    report = ComposeReport(loras, slots, plan.added_bytes, 0.0, bus_bytes=bus)
+    # Many LoRAs have the same modules.
+    targets = (sys.intern(piece.target) for slot in plan.slots for piece in slot.pieces)
+    return Outlook(report, frozenset(targets))
 
 
 def planned_for(wanted: LoraSet, structure: Structure, *, strict: bool) -> Partition:

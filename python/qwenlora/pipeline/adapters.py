@@ -68,13 +68,13 @@ class Adapters:
 
         Raises:
             AdapterNameError: A name is not known.
+            AdapterWeightError: A weight cannot be carried out.
         """
         self.require_known(weights)
-        loaded = {
-            name: replace(adapter, weight=weights.get(name, adapter.weight))
-            for name, adapter in self.loaded.items()
+        weighted = {
+            name: replace(self.loaded[name], weight=weight) for name, weight in weights.items()
         }
-        return replace(self, loaded=loaded, active=tuple(weights))
+        return replace(self, loaded={**self.loaded, **weighted}, active=tuple(weights))
 
     def chosen(self, names: Sequence[str]) -> Adapters:
         """Make these the active ones, with the weights that they have.
@@ -106,11 +106,10 @@ class Adapters:
     def wanted(self, max_rank: MaxRank, options: ComposeOptions) -> LoraSet:
         """The set of the active adapters; the base where they are turned off."""
         active = [self.loaded[name] for name in self.active] if self.enabled else []
-        specs = [(adapter.weighted(), adapter.source) for adapter in active]
-        present = [pair for pair in specs if pair[0].strength != 0]
+        pairs = [(spec, adapter.source) for adapter in active for spec in adapter.weighted]
         return LoraSet(
-            tuple(spec for spec, _ in present),
-            tuple(source for _, source in present),
+            tuple(spec for spec, _ in pairs),
+            tuple(source for _, source in pairs),
             max_rank,
             options,
         )
@@ -149,12 +148,13 @@ def names_in(names: object) -> list[str]:
         TypeError: They are no names.
         AdapterNameError: A name is empty.
     """
-    listed = [names] if isinstance(names, str) else list(_iterable(names))
-    for name in listed:
+    listed = []
+    for name in [names] if isinstance(names, str) else _iterable(names):
         if not isinstance(name, str):
             raise TypeError(f"an adapter's name is text, not {type(name).__name__}")
         if not name:
             raise AdapterNameError("an adapter's name is empty")
+        listed.append(name)
     return listed
 
 

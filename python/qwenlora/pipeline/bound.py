@@ -21,11 +21,14 @@ class Bound:
     A real method in an object's own `__dict__` refers to the object, so that only the collector of
     cycles could free it: a transformer of 11 GB would outlive its last user. A deep copy or a
     pickle of the object gets methods of its own.
+
+    Attributes:
+        function: The function.
     """
 
     def __init__(self, function: Callable[..., Any], owner: object | None) -> None:
         functools.update_wrapper(self, function)
-        self._function = function
+        self.function = function
         self._owner = None if owner is None else weakref.ref(owner)
 
     @property
@@ -35,7 +38,7 @@ class Bound:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        whole = inspect.signature(self._function)
+        whole = inspect.signature(self.function)
         return whole.replace(parameters=list(whole.parameters.values())[1:])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -47,17 +50,17 @@ class Bound:
         owner = self.owner
         if owner is None:
             raise ModelStateError(
-                f"`{self._function.__name__}` belongs to an object that is gone"
+                f"`{self.function.__name__}` belongs to an object that is gone"
                 "\nhint: call qwenlora.attach for the copy of it that is used now"
             )
-        return self._function(owner, *args, **kwargs)
+        return self.function(owner, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Whoever copies or pickles the owner knows its copy by the time this is asked for.
-        return (Bound, (self._function, self.owner))
+        return (Bound, (self.function, self.owner))
 
     def __repr__(self) -> str:
-        return f"<bound {self._function.__name__} of {self.owner!r:.80}>"
+        return f"<bound {self.function.__name__} of {self.owner!r:.80}>"
 
 
 def bind(owner: object, methods: dict[str, Callable[..., Any]]) -> None:
@@ -70,5 +73,5 @@ def unbind(owner: object, methods: dict[str, Callable[..., Any]]) -> None:
     own = vars(owner)
     for name, function in methods.items():
         found = own.get(name)
-        if isinstance(found, Bound) and found.__wrapped__ is function:
+        if isinstance(found, Bound) and found.function is function:
             del own[name]

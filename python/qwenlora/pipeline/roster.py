@@ -8,7 +8,7 @@ import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qwenlora.compose.planning import plan_report
+from qwenlora.compose.planning import look_ahead
 from qwenlora.errors import ModelStateError, QwenLoraError
 from qwenlora.lora_set import LoraSet
 from qwenlora.model.state import read_default
@@ -97,9 +97,10 @@ class Roster:
         """
         options = ComfyQwenImageWrapper.of(transformer).options
         alone = LoraSet.of(LoraSpec(source, name=name), options=options)
-        (report,) = plan_report(transformer, alone).loras
+        outlook = look_ahead(transformer, alone)
+        (report,) = outlook.report.loras
         _log_loaded(report)
-        return Adapter(name, alone.specs[0], alone.sources[0], report)
+        return Adapter(name, alone.specs[0], alone.sources[0], report, outlook.targets)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Roster:
         # The copy of the transformer has the same adapters. Pipelines around it say so themselves.
@@ -108,7 +109,8 @@ class Roster:
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        rows = [(own.spec, own.weight, own.report) for own in self.adapters.loaded.values()]
+        loaded = self.adapters.loaded.values()
+        rows = [(own.spec, own.report, own.targets, own.weight) for own in loaded]
         rest = replace(self.adapters, loaded={})
         return (_planned_again, (rows, rest, self.eager, self.brought_runtime))
 
@@ -148,20 +150,20 @@ def _by_reason(report: LoraReport) -> dict[tuple[str, bool], list[str]]:
 
 
 def _planned_again(
-    rows: list[tuple[LoraSpec, Weight, LoraReport]],
+    rows: list[tuple[LoraSpec, LoraReport, frozenset[str], Weight]],
     rest: Adapters,
     eager: bool,
     brought_runtime: bool,
 ) -> Roster:
     """A roster that was pickled; a LoRA whose file cannot be read is not loaded any more."""
     loaded = {}
-    for spec, weight, report in rows:
+    for spec, report, targets, weight in rows:
         try:
             alone = LoraSet.of(spec)
         except QwenLoraError as error:
             _log.warning("adapter `%s` is gone: %s", report.name, error)
             continue
-        loaded[report.name] = Adapter(report.name, spec, alone.sources[0], report, weight)
+        loaded[report.name] = Adapter(report.name, spec, alone.sources[0], report, targets, weight)
     active = tuple(name for name in rest.active if name in loaded)
     roster = Roster(brought_runtime=brought_runtime)
     roster.adapters, roster.eager = replace(rest, loaded=loaded, active=active), eager

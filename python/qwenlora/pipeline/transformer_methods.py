@@ -111,11 +111,14 @@ def set_adapters(
     Args:
         transformer: The attached transformer.
         adapter_names: One name or several.
-        weights: A number for all of them, or a list with one for each; None is 1.
+        weights: A weight for all of them, or a list with one for each. A weight is a number, None
+            for 1, or a dict from parts of layers' paths to numbers. A layer gets the first entry
+            whose key is anywhere in its path, else 1.
 
     Raises:
         AdapterNameError: A name is not known, or there twice.
-        AdapterWeightError: Their number is another than that of the names, or one is not finite.
+        AdapterWeightError: Their number is another than that of the names, one is not finite, or
+            layers would get different weights that factors by block and kind do not tell apart.
         TypeError: A weight is of no accepted form.
     """
     roster = roster_of(transformer)

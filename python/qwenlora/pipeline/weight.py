@@ -18,9 +18,12 @@ class Weight:
 
     Attributes:
         strength: Factor on the whole delta.
+        by_name: Pairs of a part of a layer's path and a factor; the first that is in a path holds
+            for it, and 1 for a path that has none of them.
     """
 
     strength: float = 1.0
+    by_name: tuple[tuple[str, float], ...] = ()
 
 
 ONE = Weight()
@@ -42,17 +45,26 @@ def one_for_each(names: Sequence[str], weights: object) -> list[object]:
 
 
 def weight_of(name: str, given: object) -> Weight:
-    """Read one adapter's weight: a number, or None for 1.
+    """Read one adapter's weight: a number, None for 1, or numbers by parts of layers' paths.
 
     Raises:
-        TypeError: It is neither.
-        AdapterWeightError: It is not finite.
+        TypeError: It is of another form.
+        AdapterWeightError: A number is not finite.
     """
     if given is None:
         return ONE
+    if not isinstance(given, Mapping):
+        return Weight(_number(name, given))
+    for part in given:
+        if not isinstance(part, str):
+            raise TypeError(f"the weights of `{name}` are by parts of paths, not {part!r:.80}")
+    return Weight(by_name=tuple((part, _number(name, own)) for part, own in given.items()))
+
+
+def _number(name: str, given: object) -> float:
     if isinstance(given, Mapping) or not isinstance(given, SupportsFloat):
-        raise TypeError(f"the weight of `{name}` is {given!r:.80}: it is a number or None")
+        raise TypeError(f"a weight of `{name}` is {given!r:.80}: it is a number")
     strength = float(given)
     if not math.isfinite(strength):
-        raise AdapterWeightError(f"the weight of `{name}` is {strength}: it must be finite")
-    return Weight(strength)
+        raise AdapterWeightError(f"a weight of `{name}` is {strength}: it must be finite")
+    return strength
