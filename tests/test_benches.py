@@ -208,3 +208,23 @@ class TestRank:
             outputs.append(layer.module(x))
         assert torch.equal(outputs[0], outputs[2])
         assert not torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.slow
+def test_serving_is_measured_at_every_number_of_adapters(tmp_path: Path) -> None:
+    options = ("--device", "cpu", "--blocks", "1", "--rank", "1", "--repeat", "3")
+    program = (sys.executable, BENCHES / "bench_serving.py", *options, "--folder", tmp_path)
+    run = subprocess.run(
+        [*program, "--adapters", "2", "3"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    rows = [line.split("|")[1:-1] for line in run.stdout.splitlines() if line.startswith("| ")]
+    assert [cell.strip() for cell in rows[0]] == ["call", "2 attached", "3 attached", "ratio"]
+    assert [row[0].strip() for row in rows[1:]] == [
+        "in place already", "other weights", "kept stack", "files read"
+    ]  # fmt: skip
+    assert all(float(row[-1]) > 0 for row in rows[1:])
+    assert len(list(tmp_path.iterdir())) == 3

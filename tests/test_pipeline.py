@@ -15,6 +15,7 @@ import pickle
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -282,7 +283,7 @@ def test_weights_that_no_factors_tell_apart_are_refused(pipeline):
     ):
         pipeline.set_adapters("elk", {"transformer": {"to_q": 0.5}})
     with pytest.raises(errors.AdapterWeightError, match="cannot be on for one stream"):
-        pipeline.set_adapters("elk", {"transformer": {"time": 0.0, "img_in": 0.5, "proj": 0.5}})
+        pipeline.set_adapters("elk", {"transformer": {"time": 0.0, "img_in": 0.5, "proj_out": 0.5}})
     for wrong in ({"attn": {"to_q": 1.0}}, {"attn": None}, {"attn": "1"}, {3: 1.0}):
         with pytest.raises(TypeError):
             pipeline.set_adapters("elk", {"transformer": wrong})
@@ -743,11 +744,14 @@ class NoTransformer:
         (lambda p: NoTransformer(), "a NoTransformer has no transformer"),
         (lambda p: p.transformer, "attach takes a pipeline, not a EmulatedQwenImageTransformer"),
         (lambda p: type("P", (), {"transformer": 3})(), "expected a transformer module, got int"),
+        (lambda p: SimpleNamespace(transformer=p.transformer), "cannot carry methods of its own"),
     ],
 )
 def test_what_is_no_pipeline_is_refused(make_pipeline, given, message):
+    pipeline = make_pipeline()
     with pytest.raises(errors.UnsupportedModelError, match=message):
-        qwenlora.attach(given(make_pipeline()))
+        qwenlora.attach(given(pipeline))
+    assert "set_adapters" not in vars(pipeline.transformer)
 
 
 def test_a_dense_transformer_is_refused(dense, vae):

@@ -111,9 +111,15 @@ def _transformer_in(pipeline: object) -> nn.Module:
             "\nhint: pass the pipeline around it, or use qwenlora.compose_loras on it"
         )
     inside: Any = getattr(pipeline, "transformer", None)
-    if inside is None or not hasattr(pipeline, "__dict__"):
+    kind = type(pipeline)
+    if inside is None:
         raise UnsupportedModelError(
-            f"a {type(pipeline).__name__} has no transformer\nhint: pass a diffusers pipeline"
+            f"a {kind.__name__} has no transformer\nhint: pass a diffusers pipeline"
+        )
+    # `bind` needs both.
+    if not hasattr(pipeline, "__dict__") or not hasattr(kind, "__weakref__"):
+        raise UnsupportedModelError(
+            f"a {kind.__name__} cannot carry methods of its own\nhint: pass a diffusers pipeline"
         )
     transformer = transformer_of(inside)
     # Looks for its slots, and refuses what is not understood.
