@@ -12,7 +12,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
 )
 
-from qwenlora.emulation import EmulatedQwenImageTransformer, Precision
+from qwenlora.emulation import EmulatedQwenImageTransformer, Precision, lite_transformer
 
 WIDTH = 128
 BLOCK_PATHS = ("attn.to_q", "attn.to_v", "attn.add_k_proj", "attn.to_out.0", "img_mlp.net.2")
@@ -57,9 +57,18 @@ def tiny_vae():
 
 
 def emulated(dense):
+    """Nunchaku's transformer, emulated."""
     return EmulatedQwenImageTransformer.from_diffusers(
         dense, rank=32, precision=Precision.EXACT, dtype=torch.float32
     )
+
+
+def lite(dense):
+    """diffusers' own transformer and 4-bit layers, kernels emulated."""
+    return lite_transformer(dense, rank=32, precision=Precision.EXACT, dtype=torch.float32)
+
+
+QUANTIZED = {"nunchaku": emulated, "diffusers": lite}
 
 
 def pipeline_of(transformer, vae):

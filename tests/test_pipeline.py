@@ -40,6 +40,7 @@ from qwenlora.pipeline.transformer_methods import TRANSFORMER_METHODS
 
 from .pipelines import (
     ALL_PATHS,
+    QUANTIZED,
     TOP_PATHS,
     dense_transformer,
     emulated,
@@ -68,9 +69,15 @@ def vae():
     return tiny_vae()
 
 
+@pytest.fixture(params=QUANTIZED)
+def quantize(request):
+    """Makes a transformer of one kind from a dense one."""
+    return QUANTIZED[request.param]
+
+
 @pytest.fixture
-def make_pipeline(dense, vae):
-    return lambda: pipeline_of(emulated(dense), vae)
+def make_pipeline(dense, vae, quantize):
+    return lambda: pipeline_of(quantize(dense), vae)
 
 
 @pytest.fixture
@@ -95,9 +102,9 @@ class Outcome:
 class Both:
     """PEFT on the dense pipeline, ours on the emulated one."""
 
-    def __init__(self, dense, vae, *, eager) -> None:
+    def __init__(self, dense, vae, quantize, *, eager) -> None:
         self.theirs = pipeline_of(copy.deepcopy(dense), vae)
-        self.ours = qwenlora.attach(pipeline_of(emulated(dense), vae), eager=eager)
+        self.ours = qwenlora.attach(pipeline_of(quantize(dense), vae), eager=eager)
 
     def call(self, name: str, *args, on="pipeline", **kwargs) -> None:
         """Call a method of both; both return alike, or both raise, ours what catches theirs."""
@@ -127,8 +134,8 @@ class Both:
 
 
 @pytest.fixture(params=[False, True], ids=["lazy", "eager"])
-def both(request, dense, vae):
-    return Both(dense, vae, eager=request.param)
+def both(request, dense, vae, quantize):
+    return Both(dense, vae, quantize, eager=request.param)
 
 
 A, B, C = tensors(1), tensors(2, rank=8), tensors(3)
@@ -409,9 +416,9 @@ def calls(draw):
 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=40)
-@given(st.lists(calls(), min_size=3, max_size=10), st.booleans())
-def test_any_calls_do_what_peft_does(dense, vae, history, eager):
-    both = Both(dense, vae, eager=eager)
+@given(st.lists(calls(), min_size=3, max_size=10), st.sampled_from([*QUANTIZED]), st.booleans())
+def test_any_calls_do_what_peft_does(dense, vae, history, kind, eager):
+    both = Both(dense, vae, QUANTIZED[kind], eager=eager)
     for call, *args in history:
         if call == "load_lora_weights":
             args[0] = tensors(args[0])
@@ -531,8 +538,9 @@ def test_scale_in_a_call_is_peft_s(both, scale):
 
 
 @pytest.mark.parametrize("name", ["joint_attention_kwargs", "cross_attention_kwargs"])
-def test_scale_under_the_other_names(pipeline, name):
-    """Forwards of other models call the argument so."""
+def test_scale_under_the_other_names(dense, vae, name):
+    """Forwards of other models call the argument so; the emulated one takes any."""
+    pipeline = qwenlora.attach(pipeline_of(emulated(dense), vae))
     pipeline.load_lora_weights(A, "elk")
     expected = forward(pipeline.transformer, attention_kwargs={"scale": 0.5})
     assert torch.equal(forward(pipeline.transformer, **{name: {"scale": 0.5}}), expected)
@@ -710,7 +718,7 @@ def test_detach_leaves_no_trace(make_pipeline, probe):
     assert torch.equal(picture(pipeline), base)
     qwenlora.detach(pipeline)
     # The class's own method answers again: PEFT cannot.
-    with pytest.raises(AttributeError, match="load_lora_adapter"):
+    with pytest.raises((AttributeError, ValueError), match=r"load_lora_adapter|is not supported"):
         pipeline.load_lora_weights(copy.deepcopy(A), "elk")
 
 
@@ -742,7 +750,7 @@ class NoTransformer:
     [
         (lambda p: None, "a NoneType has no transformer"),
         (lambda p: NoTransformer(), "a NoTransformer has no transformer"),
-        (lambda p: p.transformer, "attach takes a pipeline, not a EmulatedQwenImageTransformer"),
+        (lambda p: p.transformer, "attach takes a pipeline, not a "),
         (lambda p: type("P", (), {"transformer": 3})(), "expected a transformer module, got int"),
         (lambda p: SimpleNamespace(transformer=p.transformer), "cannot carry methods of its own"),
     ],
@@ -779,7 +787,9 @@ def test_loras_without_a_name_are_not_taken_over(make_pipeline, how):
 def test_a_second_pipeline_shares_the_adapters(pipeline):
     pipeline.load_lora_weights(A, "elk")
     expected = picture(pipeline)
-    second = qwenlora.attach(QwenImagePipeline.from_pipe(pipeline))
+    # diffusers compares types, and an attached transformer has one that graphs are told by.
+    given = pipeline.transformer
+    second = qwenlora.attach(QwenImagePipeline.from_pipe(pipeline, transformer=given))
     second.set_progress_bar_config(disable=True)
     assert second.transformer is pipeline.transformer
     assert second.get_active_adapters() == ["elk"]
@@ -806,9 +816,9 @@ def test_components_make_another_pipeline_with_the_loras(pipeline):
     assert other.get_active_adapters() == ["fox"]
 
 
-def test_another_transformer_in_the_pipeline_is_noticed(pipeline, dense):
+def test_another_transformer_in_the_pipeline_is_noticed(pipeline, dense, quantize):
     pipeline.load_lora_weights(A, "elk")
-    pipeline.transformer = emulated(dense)
+    pipeline.transformer = quantize(dense)
     with pytest.raises(errors.ModelStateError, match=r"call qwenlora\.attach"):
         pipeline.set_adapters("elk")
     qwenlora.attach(pipeline)
@@ -913,9 +923,10 @@ def test_nothing_keeps_them_alive(make_pipeline):
     try:
         pipeline = qwenlora.attach(make_pipeline())
         pipeline.load_lora_weights(A, "elk")
-        picture(pipeline)
+        # Not a whole picture: diffusers' own hooks for that are a cycle on its own models.
+        forward(pipeline.transformer)
         pipeline.set_adapters("elk", 0.5)
-        picture(pipeline, attention_kwargs={"scale": 0.5})
+        forward(pipeline.transformer, attention_kwargs={"scale": 0.5})
         tensor = weakref.ref(pipeline.transformer.img_in.weight)
         gone = [weakref.ref(pipeline), weakref.ref(pipeline.transformer), tensor]
         gone.append(weakref.ref(pipeline.qwenlora))
