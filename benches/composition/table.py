@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from composition.engines import Engine, Stack
 
 SUITE = "table"
+BY_BLOCK = "0-19:1, 20-39:0.5, 40-59:0.25; mod:0.5"
+"""Factors in three runs of blocks, all on."""
+TWO_THIRDS = "0-19:1, 20-39:0.5, 40-59:0"
+"""The same with a third of the blocks turned off."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,17 @@ class OurActions:
         yield "first, path by path", lambda: self.first([files.first], **known.BY_PATH)
         yield "first, irregular file", lambda: self.first([files.irregular])
         yield "first, modulations too", lambda: self.first([files.modulation])
+        yield "first, factors by block", lambda: self.first([files.first], blocks=BY_BLOCK)
+        yield (
+            "first, a third of the blocks off",
+            lambda: self.first([files.first], blocks=TWO_THIRDS),
+        )
         yield "first, page cache cold", self._cold
         yield "first, page cache cold, read ahead", lambda: self._cold(ahead=True)
         yield "three LoRAs", lambda: self.first(files.three)
         yield "three LoRAs, bounded memory", lambda: self.first(files.three, **known.BOUNDED)
         yield "strength", self.strength
+        yield "strength, factors by block", lambda: self.strength(blocks=BY_BLOCK)
         yield "strength, pieces in host memory", lambda: self.strength(**known.HOST_PIECES)
         yield "strength, pieces on the device", lambda: self.strength(**known.DEVICE_PIECES)
         yield "switch to a set used before", lambda: self._switch(cache_bytes=8 << 30)
@@ -80,24 +90,24 @@ class OurActions:
         yield "same stack again", self._same
         yield "forward, nothing changed", self._unchanged
 
-    def first(self, paths: Sequence[Path], **wanted: object) -> Action:
+    def first(self, paths: Sequence[Path], *, blocks: str = "", **wanted: object) -> Action:
         """From the base, with nothing kept of the files; buffers stay warm."""
         chosen = options(**wanted)
-        stack = [(path, 0.8) for path in paths]
+        stack = [qwenlora.LoraSpec(path, 0.8, blocks=blocks) for path in paths]
         return Action(
             lambda: qwenlora.compose_loras(self._model, stack, options=chosen),
             lambda: self._forget(chosen),
         )
 
-    def strength(self, **wanted: object) -> Action:
+    def strength(self, *, blocks: str = "", **wanted: object) -> Action:
         """Another strength of what is composed."""
         chosen = options(**wanted)
         self._forget()
 
         def change() -> None:
             self._turn += 1
-            stack = (self._files.first, 0.5 + 0.001 * self._turn)
-            qwenlora.compose_loras(self._model, stack, options=chosen)
+            spec = qwenlora.LoraSpec(self._files.first, 0.5 + 0.001 * self._turn, blocks=blocks)
+            qwenlora.compose_loras(self._model, spec, options=chosen)
 
         change()
         return Action(change)
