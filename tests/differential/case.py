@@ -19,7 +19,7 @@ from . import models
 from .checks import Checker, Fault, require
 from .loras import Lora, random_lora
 from .oracle import is_modulation
-from .wanted import Wanted
+from .wanted import Factors, Wanted
 
 if TYPE_CHECKING:
     from qwenlora import ComposeReport
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 FILES = 4
 OPERATIONS = 14
 STRENGTHS = [1.0, 1.0, 0.5, -0.7, 0.3, 2.5, -1.0, 0.0]
+FACTORS = [1.0, 0.5, -2.0, 0.3, 0.0]
+KINDS = ["attn", "mlp", "mod", "img", "txt", "rest"]
+Row = tuple[int, Factors]
+"""A file of the case by its number, and how much of it is wanted."""
 
 
 class Stopped(Exception):
@@ -45,9 +49,9 @@ class Case:
             random_lora(self._draw, self._layers, folder / f"{number}.safetensors")
             for number in range(FILES)
         ]
-        self._stack: list[tuple[int, float]] = []
+        self._stack: list[Row] = []
         self._settings: dict[str, object] = {}
-        self._sets: list[tuple[list[tuple[int, float]], dict[str, object]]] = []
+        self._sets: list[tuple[list[Row], dict[str, object]]] = []
         self.history: list[str] = [self._described()]
         self.counts: Counter[str] = Counter()
 
@@ -80,7 +84,7 @@ class Case:
         self._to(self._some_stack(), self._some_settings())
 
     def _rescale(self) -> None:
-        stack = [(index, self._draw.choice(STRENGTHS)) for index, _ in self._stack]
+        stack = [(index, self._some_factors()) for index, _ in self._stack]
         self._to(stack, self._settings)
 
     def _return(self) -> None:
@@ -136,9 +140,22 @@ class Case:
 
     # ---- what they share ----
 
-    def _some_stack(self) -> list[tuple[int, float]]:
+    def _some_stack(self) -> list[Row]:
         count = self._draw.choice([1, 1, 2, 2, 3, 4])
-        return [(self._draw.randrange(FILES), self._draw.choice(STRENGTHS)) for _ in range(count)]
+        return [(self._draw.randrange(FILES), self._some_factors()) for _ in range(count)]
+
+    def _some_factors(self) -> Factors:
+        """A strength, mostly without factors by block."""
+        draw, strength = self._draw, self._draw.choice(STRENGTHS)
+        if draw.random() < 0.6:
+            return Factors(strength)
+        blocks = draw.sample(range(self._base.config.num_layers), draw.choice([0, 1]))
+        kinds = draw.sample(KINDS, draw.choice([0, 1, 1, 2]))
+        return Factors(
+            strength,
+            {block: draw.choice(FACTORS) for block in blocks},
+            {kind: draw.choice(FACTORS) for kind in kinds},
+        )
 
     def _some_settings(self) -> dict[str, object]:
         draw = self._draw
@@ -159,8 +176,8 @@ class Case:
     ) -> ComposeReport:
         options = {k: v for k, v in settings.items() if k not in ("max_rank", "strict")}
         specs = [
-            LoraSpec(self._files[index].path, strength, name=f"file {index}")
-            for index, strength in stack
+            LoraSpec(self._files[index].path, own.strength, name=f"file {index}", blocks=own.text)
+            for index, own in stack
         ]
         return qwenlora.compose_loras(
             model,
@@ -170,7 +187,7 @@ class Case:
             options=ComposeOptions(progress=progress, **options),
         )
 
-    def _to(self, stack: list[tuple[int, float]], settings: dict[str, object]) -> None:
+    def _to(self, stack: list[Row], settings: dict[str, object]) -> None:
         if not settings:
             settings = self._some_settings()
         self.history.append(f"{stack} {settings}")
@@ -190,22 +207,22 @@ class Case:
         if self._draw.random() < 0.15:
             self._check_fresh(stack, settings)
 
-    def _held(self, stack: list[tuple[int, float]], settings: dict[str, object]) -> None:
+    def _held(self, stack: list[Row], settings: dict[str, object]) -> None:
         self._stack, self._settings = stack, settings
         self._sets.append((stack, settings))
         self._check(qwenlora.applied(self._model))
 
     def _check(self, report: ComposeReport) -> None:
         require(report.failure is None or not self._stack, f"failed: {report.failure}")
-        stack = [(self._files[index], s) for index, s in self._stack if s]
+        stack = [(self._files[index], own) for index, own in self._stack if own.strength]
         require(len(report.loras) == len(stack), "a LoRA is missing in the report")
         refused = [
             {skip.name for skip in lora.skipped if skip.kind == "energy"} for lora in report.loras
         ]
         modulation = bool(self._settings.get("modulation", True))
         wanted = Wanted(self._base, stack, modulation=modulation, refused=refused)
-        for (lora, _), own, names in zip(stack, report.loras, refused, strict=True):
-            self._check_left_out(lora, own.skipped, names)
+        for (lora, factors), own, names in zip(stack, report.loras, refused, strict=True):
+            self._check_left_out(lora, factors, own.skipped, names)
         checker = Checker(self._model, self._base, wanted, report)
         checker.run(self._settings.get("max_rank") if stack else None)
         self.counts["compositions"] += 1
@@ -214,19 +231,28 @@ class Case:
         self.counts["slots with products"] += sum(slot.krons > 0 for slot in report.slots)
         self.counts["slots bounded"] += sum(slot.energy_is_bound for slot in report.slots)
 
-    def _check_left_out(self, lora: Lora, skipped, refused: set[str]) -> None:
+    def _check_left_out(self, lora: Lora, factors: Factors, skipped, refused: set[str]) -> None:
         names = {skip.name for skip in skipped if skip.matters}
         missing = {name for name in lora.left_out if not any(name in own for own in names)}
         if not self._settings.get("modulation", True):
             missing = {name for name in missing if not is_modulation(name)}
             names = {name for name in names if not any(map(is_modulation, _stems(name)))}
+        missing = {name for name in missing if not factors.is_off(self._layer_of(name))}
+        names = {name for name in names if not factors.is_off(self._layer_of(name))}
         require(not missing, f"left out without a word: {missing}")
         known = lora.left_out | refused
         extra = {name for name in names if not any(own in name for own in known)}
         require(not extra, f"left out, and should not be: {extra}")
-        self._check_refusals(lora, refused)
+        self._check_refusals(lora, factors, refused)
 
-    def _check_refusals(self, lora: Lora, refused: set[str]) -> None:
+    def _layer_of(self, name: str) -> str:
+        """The path of the layer that a module's name, or a tensor's key, is of."""
+        flat = name.replace(".", "_")
+        named = (layer for layer in self._layers if layer.name.replace(".", "_") in flat)
+        found = max(named, key=lambda layer: len(layer.name), default=None)
+        return name if found is None else found.slot
+
+    def _check_refusals(self, lora: Lora, factors: Factors, refused: set[str]) -> None:
         """A full delta is refused where, and only where, its best form loses too much."""
         limit = float(self._settings["max_energy_lost"])
         for piece in lora.pieces:
@@ -234,6 +260,8 @@ class Case:
             if not piece.full or not models.is_quantized(self._base, path):
                 continue
             if is_modulation(path) and not self._settings["modulation"]:
+                continue
+            if factors.is_off(path):
                 continue
             rank = self._settings["max_rank"]
             room = models.MOST_RANK - models.base_rank(self._base, path)
@@ -252,20 +280,20 @@ class Case:
         """Nothing of some LoRA can be applied, and the model is as it was."""
         self._require_old(settings, before)
         empty = False
-        for index, strength in stack:
-            pieces = self._files[index].pieces
+        for index, own in stack:
+            pieces = [p for p in self._files[index].pieces if not own.is_off(p.layer.slot)]
             if not settings["modulation"]:
                 pieces = [piece for piece in pieces if not is_modulation(piece.layer.slot)]
             # Full deltas may all lose too much.
-            empty |= bool(strength) and all(piece.full for piece in pieces)
+            empty |= bool(own.strength) and all(piece.full for piece in pieces)
         require(empty, "refused, though something could be applied")
 
     def _check_strict(self, stack, settings, before: dict[str, bytes]) -> None:
         self._require_old(settings, before)
         reason = any(
-            strength
+            own.strength
             and (self._files[index].left_out or any(p.full for p in self._files[index].pieces))
-            for index, strength in stack
+            for index, own in stack
         )
         require(reason, "strict, refused, and nothing had to be left out")
 

@@ -90,6 +90,21 @@ def is_modulation(path: str) -> bool:
     return path.endswith(("img_mod.1", "txt_mod.1"))
 
 
+def number_of(path: str) -> int | None:
+    """The number of a layer's block."""
+    found = re.match(r"transformer_blocks\.(\d+)\.", path)
+    return None if found is None else int(found[1])
+
+
+def kinds_of(path: str) -> set[str]:
+    """The kinds of layer that one is of, by its name."""
+    kinds = {kind for kind in ("attn", "mlp", "mod") if re.search(rf"[._]{kind}\.", path)}
+    kinds |= {"rest"} if number_of(path) is None else set()
+    if re.search(r"txt_|\.add_|to_add_out|norm_added", path):
+        return kinds | {"txt"}
+    return kinds if path.startswith("time_text_embed") else kinds | {"img"}
+
+
 def sizes(module: torch.nn.Module) -> tuple[int, int]:
     """(out, in) of a layer."""
     return module.out_features, module.in_features

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
-from .oracle import is_modulation
+from .oracle import is_modulation, kinds_of, number_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from .loras import Lora, Piece
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A LoRA's strength, and its factors by block and by kind of layer.
+
+    Attributes:
+        strength: The strength.
+        blocks: By the number of the block.
+        kinds: By kind.
+    """
+
+    strength: float
+    blocks: Mapping[int, float] = field(default_factory=dict)
+    kinds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """As a caller writes the factors."""
+        return ", ".join(f"{name}:{own}" for name, own in {**self.blocks, **self.kinds}.items())
+
+    def at(self, path: str) -> float:
+        """The strength of a layer."""
+        found = self.strength * self.blocks.get(number_of(path), 1.0)
+        for kind in kinds_of(path):
+            found *= self.kinds.get(kind, 1.0)
+        return found
+
+    def is_off(self, path: str) -> bool:
+        """Whether a layer gets nothing."""
+        return self.at(path) == 0
 
 
 @dataclass
@@ -47,7 +78,7 @@ class Wanted:
     def __init__(
         self,
         model: torch.nn.Module,
-        stack: Sequence[tuple[Lora, float]],
+        stack: Sequence[tuple[Lora, Factors]],
         *,
         modulation: bool,
         refused: Sequence[Collection[str]],
@@ -56,7 +87,7 @@ class Wanted:
 
         Args:
             model: The model.
-            stack: LoRAs with strengths other than 0.
+            stack: LoRAs with strengths, which are not 0, and factors.
             modulation: Whether the modulations' deltas are taken.
             refused: Of each LoRA, names of the full deltas that only their data may refuse.
         """
@@ -64,10 +95,12 @@ class Wanted:
         self.zero: list[set[str]] = []
         self.single: list[set[str]] = []
         self.held: list[int] = []
-        for (lora, strength), left_out in zip(stack, refused, strict=True):
+        for (lora, factors), left_out in zip(stack, refused, strict=True):
             own: dict[str, list[Piece]] = {}
             for piece in lora.pieces:
                 if not modulation and is_modulation(piece.layer.slot):
+                    continue
+                if factors.is_off(piece.layer.slot):
                     continue
                 own.setdefault(piece.layer.slot, []).append(piece)
             self.held.append(len(own))
@@ -77,7 +110,7 @@ class Wanted:
                 taken = [p for p in pieces if not (p.full and p.layer.name in left_out)]
                 if all(piece.is_zero for piece in taken) and len(taken) == len(pieces):
                     self.zero[-1].add(path)
-                self._add(model, path, taken, strength)
+                self._add(model, path, taken, factors.at(path))
 
     def _add(
         self, model: torch.nn.Module, path: str, pieces: Sequence[Piece], strength: float
