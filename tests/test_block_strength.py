@@ -146,8 +146,8 @@ def rescalings(monkeypatch):
     return done
 
 
-def copied(bases, dtype=torch.float32, resident=None):
-    model = copy.deepcopy(bases[dtype])
+def copied(bases, dtype=torch.float32, resident=None, device="cpu"):
+    model = copy.deepcopy(bases[dtype]).to(device)
     if resident is not None:
         model.set_offload(True, num_blocks_on_gpu=resident)
     return model
@@ -289,13 +289,16 @@ CHANGES = [
 """Without zeros: all of them are written in place."""
 
 
-@pytest.mark.parametrize("resident", [None, 1])
+@pytest.mark.parametrize(
+    ("device", "resident"),
+    [("cpu", None), ("cpu", 1), pytest.param("cuda", None, marks=pytest.mark.gpu)],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_factors_are_written_in_place(
-    dtype, resident, file, Draft, bases, probe, rescalings, tmp_path
+    dtype, device, resident, file, Draft, bases, probe, rescalings, tmp_path
 ):
     other = Draft.full(3, 20, blocks=BLOCKS, dtype=torch.float16).save(tmp_path / "b.safetensors")
-    model = copied(bases, dtype, resident)
+    model = copied(bases, dtype, resident, device)
     qwenlora.compose_loras(model, [file, other])
     where = probe.addresses(model)
     for number, (text, second) in enumerate(itertools.product(CHANGES, ["", "3:0.1; mlp:-2"])):
@@ -304,7 +307,7 @@ def test_factors_are_written_in_place(
             LoraSpec(other, -0.5, blocks=second),
         ]
         report = qwenlora.compose_loras(model, wanted)
-        expected = copied(bases, dtype, resident)
+        expected = copied(bases, dtype, resident, device)
         with apart():
             qwenlora.compose_loras(expected, wanted)
         assert differing(model, expected, probe) == SAME
@@ -324,6 +327,27 @@ def test_only_what_changes_is_written(file, bases, rescalings):
     qwenlora.compose_loras(model, spec, options=options)
     assert len(written) == 2 * BLOCKS
     assert len(rescalings) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_beside_blocks_that_are_off_under_offload(dtype, file, bases, probe, rescalings):
+    """Their slots hold zeros in the ranks that the others have."""
+    model = copied(bases, dtype, 1)
+    # A resident block, and two of the others.
+    off = "0:0, 2-3:0; mod:0"
+    qwenlora.compose_loras(model, LoraSpec(file, blocks=off))
+    where = probe.addresses(model)
+    for number, text in enumerate([f"{off}, attn:0.3", f"1:-2, {off}", off]):
+        qwenlora.compose_loras(model, LoraSpec(file, blocks=text))
+        expected = copied(bases, dtype, 1)
+        with apart():
+            qwenlora.compose_loras(expected, LoraSpec(file, blocks=text))
+        assert differing(model, expected, probe) == SAME
+        assert torch.equal(probe.output(model), probe.output(expected))
+        assert len(rescalings) == number + 1
+    assert probe.addresses(model) == where
+    qwenlora.reset_loras(model)
+    assert differing(model, copied(bases, dtype, 1), probe) == SAME
 
 
 @pytest.mark.parametrize("resident", [None, 2])

@@ -282,7 +282,7 @@ class Parted:
     def _alone(self) -> PlacedStack | None:
         task = self.chosen.opened.task
         stacks = [own for own in self.groups.placed if own.group.shares]
-        composed = sum(len(own.group.targets) - len(own.differing) for own in stacks)
+        composed = sum(own.count for own in stacks)
         if not stacks or composed != len(read_state(task.model).records):
             return None
         return PlacedStack(task.planned, stacks, self.chosen.plan.load_bytes)

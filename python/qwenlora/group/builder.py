@@ -207,7 +207,8 @@ class GroupBuilder:
             staged = taken.pop(id(load), None) or self._loader.take(load)
             self._write(laid.arena, load, staged, laid.layouts[load.share.lora], differing)
         laid.arena.finish()
-        self.placed.append(PlacedGroup(group, laid.layouts, frozenset(differing)))
+        placed = PlacedGroup(group, laid.layouts, frozenset(differing), len(empty))
+        self.placed.append(placed)
         return _built(group, empty, laid, differing)
 
     def _begin(

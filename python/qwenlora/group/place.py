@@ -69,11 +69,18 @@ class PlacedGroup:
         group: The group.
         layouts: By LoRA, where its ranks lie.
         differing: Slots of the group that are not in its arena.
+        filled: How many slots behind those of the group hold as many ranks, all zero.
     """
 
     group: Group
     layouts: Mapping[int, ShareLayout]
     differing: frozenset[int]
+    filled: int = 0
+
+    @property
+    def count(self) -> int:
+        """How many slots are in its arena and hold what they are to hold."""
+        return len(self.group.targets) - len(self.differing) + self.filled
 
 
 def factor_runs(group: Group, share: Share, spec: LoraSpec) -> tuple[FactorRun, ...]:
