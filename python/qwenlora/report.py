@@ -45,7 +45,7 @@ class LoraReport:
         zero_slots: Slots in which its delta is all zero.
         all_zero: Whether its whole delta is zero.
         blocks: Its factors by block and kind, as text; empty where all are 1.
-        blocks_note: Which blocks that names that the model lacks; empty where it has all.
+        blocks_note: A sentence on blocks that these name and the model lacks; empty where none.
     """
 
     name: str
