@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qwenlora
-from qwenlora import BlockFactors, ComposeOptions, LoraSet, LoraSpec, Placement
+from qwenlora import BlockFactors, ComposeOptions, LoraSet, LoraSpec, Placement, emulation
 from qwenlora.compose import bring
 from qwenlora.compose.planning import plan_report
+from qwenlora.emulation import Precision
 from qwenlora.errors import BlockFactorsError
 from qwenlora.group.partition import apart
 from qwenlora.packing.pack import deinterleave_modulation
@@ -276,6 +277,48 @@ def test_products_beside_a_layer_are_scaled_bit_for_bit(Draft, probe):
     assert any(slot.dense for slot in report.slots)
     qwenlora.compose_loras(expected, scaled_by_hand(draft.tensors, text))
     assert differing(model, expected, probe) == SAME
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_a_whole_diffusers_model_answers_as_the_dense_one(text, kind):
+    """Its attention is in parts, and the file's is fused."""
+    pytest.importorskip("diffusers.quantizers.nunchaku")
+    from . import test_lite as lite
+
+    torch.manual_seed(0)
+    dense = lite.QwenImageTransformer2DModel(**lite.CONFIG | {"num_layers": BLOCKS})
+    dense = dense.eval().requires_grad_(False)
+    model = emulation.lite_transformer(
+        dense, rank=32, precision=Precision.EXACT, dtype=torch.float32
+    )
+    file = lite.File()
+    for block, side in itertools.product(range(BLOCKS), ("to_qkv", "add_qkv_proj")):
+        stem = f"transformer_blocks.{block}"
+        if kind == "lora":
+            file.pair(f"{stem}.attn.{side}", 3 * lite.WIDTH, lite.WIDTH)
+        else:
+            file.lokr(f"{stem}.attn.{side}", (16, 16), (48, 16))
+        file.pair(f"{stem}.img_mod.1", 6 * lite.WIDTH, lite.WIDTH)
+        file.pair(f"{stem}.txt_mlp.net.2", lite.WIDTH, 4 * lite.WIDTH)
+    file.pair("proj_out", 16, lite.WIDTH)
+    qwenlora.compose_loras(model, LoraSpec(file.tensors, blocks=text), strict=True)
+    file.deltas = {path: by_hand(text, path) * own for path, own in file.deltas.items()}
+    expected = file.merged(dense)
+    x, words = torch.randn(1, 16, 16), torch.randn(1, 5, 96)
+
+    def answer(of):
+        with torch.no_grad():
+            return of(
+                hidden_states=x,
+                encoder_hidden_states=words,
+                encoder_hidden_states_mask=torch.ones(1, 5),
+                timestep=torch.tensor([0.5]),
+                img_shapes=[[(1, 4, 4)]],
+            ).sample
+
+    wanted, base = answer(expected), answer(dense)
+    assert (answer(model) - wanted).norm() <= 1e-4 * (wanted - base).norm()
 
 
 # ---- ways to the same bits ----
