@@ -319,3 +319,18 @@ def test_a_model_that_leaves_takes_its_sets_along(leave, make_model, loras):
         del model
     gc.collect()
     assert cache.shelved_bytes(on_host=False) == 0
+
+
+def test_parameters_of_inference_mode_that_were_moved_outside_of_it(make_model, lora):
+    """They say that they are normal ones, and count no writes: a base cannot be told by those."""
+    with torch.inference_mode():
+        model = make_model()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    layer = model.transformer_blocks[0].attn.to_qkv
+    assert not layer.proj_down.is_inference()
+    before = {name: own.data.clone() for name, own in model.named_parameters()}
+    for stack in (lora[0], [(lora[0], 0.5)], [], lora[0], []):
+        qwenlora.compose_loras(model, stack)
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name].data, own) for name, own in before.items())

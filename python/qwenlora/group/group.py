@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from qwenlora.model.target import factors_of
 from qwenlora.packing.layout import LowRankSide, RowOrder
 from qwenlora.source.dtypes import DTYPES
+from qwenlora.source.versions import counts_writes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -157,9 +158,9 @@ class Group:
 
     @cached_property
     def plain(self) -> bool:
-        """True where none of its packed parameters was made in inference mode."""
+        """True where all of its packed parameters are normal ones, which count their writes."""
         factors = [factor for side in LowRankSide for factor in factors_of(self.targets, side)]
-        return not any(factor.is_inference() for factor in factors)
+        return all(map(counts_writes, factors))
 
     @property
     def device(self) -> torch.device:

@@ -10,6 +10,7 @@ import torch
 from qwenlora import _core
 from qwenlora.errors import LoraFileError
 from qwenlora.source.dtypes import NAMES
+from qwenlora.source.versions import counts_writes
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -111,8 +112,8 @@ class _Same:
     def __init__(self, tensor: torch.Tensor) -> None:
         self._id = id(tensor)
         self._tensor = weakref.ref(tensor)
-        # Inference tensors do not count their changes: they are never known to be the same.
-        self._version = None if tensor.is_inference() else tensor._version
+        # One that does not count its changes is never known to be the same.
+        self._version = tensor._version if counts_writes(tensor) else None
 
     def __eq__(self, other: object) -> bool:
         return (
