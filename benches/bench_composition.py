@@ -30,7 +30,7 @@ from composition.engines import Engine, Peer, Repack
 from composition.floors import measure_floors
 from composition.fresh import measure_fresh
 from composition.measure import Meter, geometric
-from composition.model import Weights, build_model
+from composition.model import Weights, build_lite_model, build_model
 from composition.offload import measure_offload
 from composition.options import BOUNDED
 from composition.scaling import Sweeps, measure_scaling
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 SUITES = ("table", "offload", "fresh", "scaling")
+OTHER_FORM = "diffusers"
+"""The suite of the model as diffusers builds it, which needs diffusers: asked for by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +179,17 @@ class Run:
             print_actions(rows, f"base rank {base_rank}")
             self._free(model)
 
+    def diffusers(self) -> Iterator[Row]:
+        """What users do, on the model as diffusers builds it."""
+        base_rank = self._size.base_ranks[0]
+        model = build_lite_model(self._size.blocks, base_rank, self._device, self._weights)
+        rows = []
+        for row in measure_table(model, self._files, [], self._meter):
+            rows.append(row | {"base_rank": base_rank, "suite": OTHER_FORM})
+            yield self._told(rows[-1])
+        print_actions(rows, f"diffusers' own layers, base rank {base_rank}")
+        self._free(model)
+
     def offload(self) -> Iterator[Row]:
         """One block resident."""
         found = []
@@ -261,7 +274,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--size", choices=SIZES, help="full on a GPU, small on the CPU")
     parser.add_argument("--blocks", type=int, help="blocks of the model, 60 unless tiny")
-    parser.add_argument("--only", choices=SUITES, nargs="+", default=SUITES, metavar="SUITE")
+    parser.add_argument(
+        "--only", choices=(*SUITES, OTHER_FORM), nargs="+", default=SUITES, metavar="SUITE"
+    )
     parser.add_argument("--peer", type=Path, metavar="DIR", help="sources of the existing loader")
     parser.add_argument(
         "--weights",

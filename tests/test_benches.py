@@ -110,6 +110,17 @@ class TestFiles:
         assert len(plan["modules"]) == 2 * 14
         assert ranks == ({5, 6, 7, 8} if kind == "irregular" else {8})
 
+    def test_the_model_of_diffusers_takes_the_same_files(self, tmp_path: Path) -> None:
+        pytest.importorskip("diffusers.quantizers.nunchaku")
+        from composition.files import LoraFile
+        from composition.model import Weights, build_lite_model
+
+        model = build_lite_model(2, 16, "cpu", Weights.LEAN)
+        path = LoraFile(blocks=2, rank=8, modulation=True).write(tmp_path)
+        report = qwenlora.compose_loras(model, path)
+        assert report.complete
+        assert len(report.slots) == 2 * 14
+
     def test_shared_downs_count_once(self, tmp_path: Path) -> None:
         from composition.files import Down, LoraFile
         from composition.model import Weights, build_model

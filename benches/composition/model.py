@@ -9,7 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from composition.shapes import LINEARS, MODULATIONS
 from qwenlora import emulation
+from qwenlora.emulation.lite_layers import lite_layers
 
 _POOL = 1 << 22
 
@@ -68,4 +70,35 @@ def build_model(blocks: int, base_rank: int, device: str, weights: Weights) -> n
             if isinstance(module, emulation.SVDQW4A4Linear):
                 values.fill(module.proj_down)
                 values.fill(module.proj_up)
+    return model
+
+
+def build_lite_model(blocks: int, base_rank: int, device: str, weights: Weights) -> nn.Module:
+    """The same as diffusers builds it: query, key and value apart, and a rank in each layer."""
+    from diffusers import QwenImageTransformer2DModel
+
+    with torch.device("meta"):
+        dense = QwenImageTransformer2DModel(num_layers=1).to(torch.bfloat16)
+    layers = lite_layers(emulation.Precision.W4A4)
+    common = {"precision": "int4", "group_size": 64}
+    paths = [f"transformer_blocks.0.{name}" for name in LINEARS]
+    modulations = [f"transformer_blocks.0.{name}" for name in MODULATIONS]
+    config = {
+        "svdq_w4a4": {**common, "rank": base_rank, "targets": paths},
+        "awq_w4a16": {**common, "targets": modulations},
+    }
+    layers.replace_with_nunchaku_linear(dense, config, torch.bfloat16)
+    if weights is Weights.LEAN:
+        for path in paths + modulations:
+            layer = dense.get_submodule(path)
+            layer.qweight = nn.Parameter(layer.qweight[:0].clone(), requires_grad=False)
+    dense = nn.Module.to(dense, "meta")
+    copies = (copy.deepcopy(dense.transformer_blocks[0]) for _ in range(blocks - 1))
+    dense.transformer_blocks.extend(copies)
+    model = dense.to_empty(device=device).eval().requires_grad_(False)
+    values = Values(base_rank, device)
+    for module in model.modules():
+        if isinstance(module, layers.SVDQW4A4Linear):
+            values.fill(module.proj_down.data)
+            values.fill(module.proj_up.data)
     return model

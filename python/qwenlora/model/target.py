@@ -17,13 +17,7 @@ if TYPE_CHECKING:
     from qwenlora.packing.layout import RowOrder
     from qwenlora.plan.documents import SlotRow
 
-__all__ = [
-    "PACKED_DTYPES",
-    "LowRankPlace",
-    "Target",
-    "device_of",
-    "factors_of",
-]
+__all__ = ["PACKED_DTYPES", "LowRankPlace", "Target", "device_of", "factors_of"]
 
 
 PACKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
