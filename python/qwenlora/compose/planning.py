@@ -78,8 +78,8 @@ def look_ahead(model: nn.Module, wanted: LoraSet) -> Outlook:
     loras = lora_reports(wanted, planned, (), block_count=structure.block_count)
     report = ComposeReport(loras, slots, plan.added_bytes, 0.0, bus_bytes=bus)
     # Many LoRAs have the same modules.
-    targets = (sys.intern(piece.target) for slot in plan.slots for piece in slot.pieces)
-    return Outlook(report, frozenset(targets))
+    modules = (sys.intern(piece.target) for slot in plan.slots for piece in slot.pieces)
+    return Outlook(report, frozenset(modules))
 
 
 def planned_for(wanted: LoraSet, structure: Structure, *, strict: bool) -> Partition:
