@@ -69,7 +69,7 @@ def vae():
     return tiny_vae()
 
 
-@pytest.fixture(params=QUANTIZED)
+@pytest.fixture(params=["nunchaku", pytest.param("diffusers", marks=pytest.mark.slow)])
 def quantize(request):
     """Makes a transformer of one kind from a dense one."""
     return QUANTIZED[request.param]
