@@ -218,12 +218,15 @@ fn row_order(order: RowOrder) -> &'static str {
     }
 }
 
-/// Plans a stack of `(name, plan, strength, modulation, slots that are off)` onto the slots of a model;
-/// the slots that are off are ascending, the options JSON.
+/// A LoRA as Python knows it, `documents.StackItem`: name, plan, strength, modulation, and the slots that
+/// are off, ascending.
+type Item<'py> = (String, PyRef<'py, FilePlan>, f64, bool, Vec<usize>);
+
+/// Plans a stack onto the slots of a model; the options are JSON.
 #[pyfunction]
 pub(crate) fn plan_stack(
     py: Python<'_>,
-    items: Vec<(String, PyRef<'_, FilePlan>, f64, bool, Vec<usize>)>,
+    items: Vec<Item<'_>>,
     slots: PyRef<'_, SlotMap>,
     options: &str,
 ) -> PyResult<PlannedStack> {
