@@ -68,7 +68,9 @@ impl Placed {
     pub(super) fn branch(&self, plans: &[&FilePlan], columns: u64) -> Branch {
         let part = || self.placed_part(self.origin(plans)?.1);
         match self.takes {
-            Takes::Branch => part().map_or(Branch::None, |own| Branch::of(&own, self.rows, columns)),
+            Takes::Branch => {
+                part().map_or(Branch::None, |own| Branch::of(&own, self.rows, columns))
+            }
             Takes::Ranks => Branch::None,
         }
     }
@@ -76,7 +78,10 @@ impl Placed {
     /// The key of the tensor that a piece names first.
     fn first_key<'p>(&self, plans: &[&'p FilePlan]) -> Option<&'p str> {
         let (_, delta) = self.origin(plans)?;
-        let (_, tensor) = delta.tensors().into_iter().min_by_key(|(name, own)| (*name, own.index))?;
+        let (_, tensor) = delta
+            .tensors()
+            .into_iter()
+            .min_by_key(|(name, own)| (*name, own.index))?;
         let entry = plans.get(self.lora)?.table.entries().get(tensor.index)?;
         Some(&entry.tensor.key)
     }
