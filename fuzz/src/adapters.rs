@@ -9,6 +9,7 @@ use arbitrary::{Result, Unstructured};
 use qwenlora_core::dtype::Dtype;
 use qwenlora_core::key::role::Role;
 use qwenlora_core::key::suffix;
+use qwenlora_core::model::slot::BlockBuild;
 use qwenlora_core::model::{self, KnownModule, ModuleKind};
 use qwenlora_core::stack::{LokrScale, StackOptions};
 
@@ -83,8 +84,10 @@ pub fn check(bytes: &[u8]) {
     };
     let plans: Vec<_> = [first, second].iter().filter_map(Listing::check).collect();
     let plans: Vec<_> = plans.iter().collect();
-    let slots = stack::slots(stack.base_rank, stack.offloaded);
-    stack::check(&plans, &stack.strengths, &slots, stack.options);
+    for build in [BlockBuild::Nunchaku, BlockBuild::Stock] {
+        let slots = stack::slots(stack.base_rank, stack.offloaded, build);
+        stack::check(&plans, &stack.strengths, &slots, stack.options);
+    }
 }
 
 /// What is asked for beside the files.

@@ -74,7 +74,8 @@ fn assert_modules(plan: &FilePlan) {
         let mut used = HashSet::new();
         for delta in &module.deltas {
             assert!(delta.scale.is_finite(), "{path}: {}", delta.scale);
-            for (role, index) in delta.tensors() {
+            for (role, tensor) in delta.tensors() {
+                let index = tensor.index;
                 assert!(own.contains(&index), "{path}: another module's {role}");
                 assert!(used.insert(index), "{path}: {role} is in two deltas");
             }

@@ -3,10 +3,11 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::LazyLock;
 
-use qwenlora_core::model::slot::{MAX_RANK, RANK_MULTIPLE, Slot, SlotKind};
+use qwenlora_core::key::table::Entry;
+use qwenlora_core::model::slot::{BlockBuild, MAX_RANK, RANK_MULTIPLE, Slot, SlotKind};
 use qwenlora_core::model::{self, Model, ModuleKind};
 use qwenlora_core::plan::FilePlan;
-use qwenlora_core::stack::{SlotPlan, StackItem, StackOptions, StackPlan};
+use qwenlora_core::stack::{SlotPlan, StackItem, StackOptions, StackPlan, TensorRef};
 use serde_json::Value;
 
 use crate::assert_speakable;
@@ -14,10 +15,14 @@ use crate::assert_speakable;
 /// Blocks of the model that stacks are planned on: the fewest that a uniform rank can differ in.
 pub const BLOCKS: [u32; 2] = [0, 59];
 
-/// Slots of a Qwen-Image of two blocks, fused as Nunchaku fuses them, of real size.
-pub fn slots(base_rank: u64, offloaded: bool) -> Vec<Slot> {
-    static SLOTS: LazyLock<Vec<Slot>> = LazyLock::new(released_slots);
-    let mut slots = SLOTS.clone();
+/// Slots of a Qwen-Image of two blocks, of real size, as Nunchaku or diffusers builds it.
+pub fn slots(base_rank: u64, offloaded: bool, build: BlockBuild) -> Vec<Slot> {
+    static FUSED: LazyLock<Vec<Slot>> = LazyLock::new(|| released_slots(BlockBuild::Nunchaku));
+    static STOCK: LazyLock<Vec<Slot>> = LazyLock::new(|| released_slots(BlockBuild::Stock));
+    let mut slots = match build {
+        BlockBuild::Nunchaku => FUSED.clone(),
+        BlockBuild::Stock => STOCK.clone(),
+    };
     for slot in &mut slots {
         slot.offloaded &= offloaded;
         slot.base_rank = if slot.kind == SlotKind::Svdq {
@@ -29,12 +34,15 @@ pub fn slots(base_rank: u64, offloaded: bool) -> Vec<Slot> {
     slots
 }
 
-fn released_slots() -> Vec<Slot> {
+fn released_slots(build: BlockBuild) -> Vec<Slot> {
     let modules = model::table().modules();
     let in_model = modules.iter().filter(|module| {
         module.model == Model::QwenImage
             && module.block.is_none_or(|block| BLOCKS.contains(&block))
-            && module.place.slot == module.path
+            && match build {
+                BlockBuild::Nunchaku => module.place.slot == module.path,
+                BlockBuild::Stock => !module.is_fused(),
+            }
     });
     in_model
         .map(|module| {
@@ -62,6 +70,7 @@ fn released_slots() -> Vec<Slot> {
                 offloaded: in_block,
                 pattern: number.map_or(module.path.clone(), |n| module.path.replacen(&n, ".*.", 1)),
                 has_bias: matches!(module.kind, ModuleKind::Linear { .. }),
+                build,
             }
         })
         .collect()
@@ -173,10 +182,30 @@ fn assert_slot(plan: &SlotPlan, slot: &Slot, items: &[StackItem], options: Stack
         for tensor in piece.tensors.values() {
             let own = entries.iter().find(|e| e.tensor.key == tensor.key);
             let own = own.expect("a piece's tensors are its file's");
-            assert_eq!(tensor.shape, own.tensor.shape, "{path}");
+            assert_place(tensor, own, path);
             assert_eq!(tensor.dtype, own.tensor.dtype.name(), "{path}");
         }
     }
+}
+
+/// A piece reads a whole tensor, or whole rows of it.
+fn assert_place(tensor: &TensorRef, own: &Entry, path: &str) {
+    let stored = &own.tensor;
+    let Some(first_row) = tensor.first_row else {
+        assert_eq!(tensor.shape, stored.shape, "{path}");
+        assert_eq!(tensor.offset_bytes, stored.offset_bytes, "{path}");
+        return assert_eq!(tensor.len_bytes, stored.len_bytes, "{path}");
+    };
+    let rows = (tensor.shape[0], stored.shape[0]);
+    assert_eq!(tensor.shape[1..], stored.shape[1..], "{path}");
+    assert!(first_row + rows.0 <= rows.1, "{path}");
+    assert_eq!(
+        tensor.len_bytes * rows.1,
+        stored.len_bytes * rows.0,
+        "{path}"
+    );
+    let begin = (tensor.offset_bytes - stored.offset_bytes) * rows.1;
+    assert_eq!(begin, first_row * stored.len_bytes, "{path}");
 }
 
 /// Every tensor of a LoRA is in a piece, in what is left out, or a scalar of its module.

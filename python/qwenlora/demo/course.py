@@ -6,15 +6,17 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qwenlora import compose_loras, reset_loras
 from qwenlora.demo.expected import weighted_sum
+from qwenlora.demo.extra import MissingExtraError
 from qwenlora.demo.files import LoraFile, WrongFile, write_files, write_wrong_files
 from qwenlora.demo.measure import BOUND, Errors, Kind, Meter
 from qwenlora.demo.model import dense_model, emulated_model
+from qwenlora.demo.pipeline import PICTURE_BOUND, measure_pipeline
 from qwenlora.demo.screen import Screen
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ def _run(folder: Path, kept: bool, screen: Screen) -> list[str]:
     screen.mistakes()
     course.mistake(rows, (Kind.MODULATION,))
     course.mistake(alpha, (Kind.ATTENTION, Kind.MLP))
+    course.pipeline(dense, [(peft, 1.0), (lightning, 0.8), (kohya, -0.6)])
     return course.failures
 
 
@@ -133,6 +136,22 @@ class _Course:
             for row in errors
             if not _is_seen(row)
         ]
+
+    def pipeline(self, dense: Any, stack: _Stack) -> None:
+        """Do the same by the methods of a diffusers pipeline, on diffusers' own 4-bit layers."""
+        started = time.perf_counter()
+        try:
+            picture = measure_pipeline(dense, stack)
+        except MissingExtraError:
+            raise
+        except ImportError as error:
+            self._screen.no_pipeline(str(error))
+            return
+        step = self._screen.pipeline(picture, time.perf_counter() - started)
+        if picture.error > PICTURE_BOUND:
+            self.failures.append(f"step {step}: the picture is off by {picture.error:.2g}")
+        if not picture.is_base_again:
+            self.failures.append(f"step {step}: what was unloaded is not all gone")
 
     def _composed(
         self, model: EmulatedQwenImageTransformer, loras: Sequence[tuple[Path, float]]

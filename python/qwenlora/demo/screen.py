@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from qwenlora.demo.measure import BOUND, Errors
 from qwenlora.demo.model import BASE_RANK
+from qwenlora.demo.pipeline import PICTURE_BOUND
 from qwenlora.words import counted
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qwenlora.demo.files import LoraFile
+    from qwenlora.demo.pipeline import Picture
     from qwenlora.emulation import EmulatedQwenImageTransformer
 
 __all__ = ["Screen"]
@@ -109,6 +111,30 @@ class Screen:
         self._line(f"  {what}")
         for row in errors:
             self._line(f"    {row.kind.value:<{_KIND_WIDTH}}{'':>9}{_cells(row)}")
+        self._line()
+
+    def pipeline(self, picture: Picture, seconds: float) -> int:
+        """Show what a pipeline made with LoRAs by name; the step's number."""
+        self._steps += 1
+        self._heading(f"{self._steps}. the same by name, in a diffusers pipeline", seconds)
+        self._text("diffusers' own pipeline, transformer and 4-bit layers, kernels emulated")
+        for call in picture.calls:
+            self._line(f"    {call}")
+        self._text(f"report  {picture.report}", hanging=8)
+        self._text(
+            f"latents error {picture.error:.1e} against the dense model with the files in its"
+            f" weights (bound {PICTURE_BOUND:.0e})",
+            hanging=8,
+        )
+        again = "the base's, bit for bit" if picture.is_base_again else "NOT the base's"
+        self._text(f"after   unload_lora_weights(): the latents are {again}", hanging=8)
+        self._line()
+        return self._steps
+
+    def no_pipeline(self, reason: str) -> None:
+        """Say why the pipeline's step is left out."""
+        self._heading("by name, in a diffusers pipeline: left out", None)
+        self._text(reason)
         self._line()
 
     def verdict(self, failures: Sequence[str]) -> None:

@@ -182,7 +182,8 @@ mod tests {
                         .iter()
                         .flat_map(|run| rows_of(&whole.part(run).unwrap()))
                         .collect();
-                    assert_eq!(found, expected[begin as usize..end as usize]);
+                    let range = usize::try_from(begin).unwrap()..usize::try_from(end).unwrap();
+                    assert_eq!(found, expected[range]);
                 }
             }
         }
