@@ -8,6 +8,7 @@ import itertools
 import sys
 import threading
 import time
+from collections import Counter
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING
 
@@ -59,43 +60,109 @@ class Interruption:
         self, codes: set[CodeType], at: int, error: type[BaseException], *, again: int = 0
     ) -> None:
         """With `again` it raises once more, so many instructions later."""
-        self._codes = codes
-        self._at = at
+        self._watch = WATCH(codes, self._instruction)
+        self._places = {at, at + again}
         self._error = error
-        self._again = again
         self.count = 0
+        self.raised = 0
 
     @property
     def happened(self) -> bool:
-        return self.count > self._at
-
-    @property
-    def is_over(self) -> bool:
-        return self.count > self._at + self._again
+        return self.raised > 0
 
     def __enter__(self) -> Interruption:
-        self._kept = sys.gettrace()
-        # Python 3.12 looks only here whether any frame asks for instructions.
-        sys._getframe().f_trace_opcodes = True
-        sys.settrace(self._call)
+        self._watch.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        sys.settrace(self._kept)
+        self._watch.stop()
 
-    def _call(self, frame: FrameType, _event: str, _argument: object) -> Callable | None:
-        if self.is_over or frame.f_code not in self._codes:
-            return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        return self._instruction
+    def _instruction(self) -> bool:
+        """Count one; tell if the next one matters, too."""
+        at, self.count = self.count, self.count + 1
+        if at in self._places:
+            self.raised += 1
+            raise self._error(f"injected before instruction {at}")
+        return self.raised < len(self._places)
 
-    def _instruction(self, _frame: FrameType, event: str, _argument: object) -> Callable | None:
-        if event != "opcode" or self.is_over:
-            return self._instruction
-        self.count += 1
-        if self.count - 1 in (self._at, self._at + self._again):
-            raise self._error(f"injected before instruction {self.count - 1}")
-        return self._instruction
+
+class Monitor:
+    """Calls before each instruction of some functions in this thread; it may raise."""
+
+    TOOL = 3
+
+    def __init__(self, codes: set[CodeType], call: Callable[[], bool]) -> None:
+        self._codes = codes
+        self._call = call
+
+    def start(self) -> None:
+        thread, call, told = threading.get_ident(), self._call, [True]
+
+        def tell(_code: CodeType, _offset: int) -> None:
+            if told[0] and threading.get_ident() == thread:
+                told[0] = call()
+
+        sys.monitoring.use_tool_id(self.TOOL, "interruptions")
+        sys.monitoring.register_callback(self.TOOL, sys.monitoring.events.INSTRUCTION, tell)
+        self._set(sys.monitoring.events.INSTRUCTION)
+
+    def stop(self) -> None:
+        self._set(0)
+        sys.monitoring.free_tool_id(self.TOOL)
+
+    def _set(self, events: int) -> None:
+        for code in self._codes:
+            sys.monitoring.set_local_events(self.TOOL, code, events)
+
+
+class Tracer:
+    """The same, where Python has no monitoring yet."""
+
+    def __init__(self, codes: set[CodeType], call: Callable[[], bool]) -> None:
+        # A code object's own hash goes through all that the code consists of.
+        self._codes = {id(code): code for code in codes}
+        self._call = call
+        self._is_told = True
+
+    def start(self) -> None:
+        self._kept = sys.gettrace(), sys.getprofile()
+        sys.settrace(self._enter)
+
+    def stop(self) -> None:
+        trace, profile = self._kept
+        sys.settrace(trace)
+        sys.setprofile(profile)
+
+    def _enter(self, frame: FrameType, _event: str, _argument: object) -> Callable | None:
+        if self._is_told and id(frame.f_code) in self._codes:
+            return self._follow(frame)
+        return None
+
+    def _follow(self, frame: FrameType) -> Callable:
+        frame.f_trace, frame.f_trace_opcodes, frame.f_trace_lines = self._tell, True, False
+        return self._tell
+
+    def _tell(self, _frame: FrameType, event: str, _argument: object) -> Callable:
+        if event == "opcode" and self._is_told:
+            try:
+                self._is_told = self._call()
+            except BaseException:
+                # Python stops tracing when a trace function raises, but goes on with profiling.
+                sys.setprofile(self._resume)
+                raise
+        return self._tell
+
+    def _resume(self, frame: FrameType | None, _event: str, _argument: object) -> None:
+        """Trace again from the first call or return after an error."""
+        sys.setprofile(None)
+        while frame is not None:
+            if id(frame.f_code) in self._codes:
+                self._follow(frame)
+            frame = frame.f_back
+        sys.settrace(self._enter)
+
+
+WATCH = Monitor if sys.version_info >= (3, 12) else Tracer
 
 
 def interrupted_everywhere(
@@ -410,48 +477,49 @@ class Written:
         if then == "reset":
             qwenlora.reset_loras(self.model)
             assert self._probe.snapshot(self.model).differences(self.base) == []
-        else:
-            qwenlora.compose_loras(self.model, self.stacks[then], options=self.options)
-            assert self._probe.values(self.model) == self.held[then]
+        elif then == "after":
+            self.change()
+            assert self._probe.values(self.model) == self.held["after"]
         self.restart()
         assert self._probe.values(self.model) == self.held["before"]
 
+    def interrupt(self, at: int, then: str, *, again: int = 0) -> int:
+        """Change it, interrupted before an instruction, and check it; how often it was.
 
-def _interrupt_writing(written: Written, *, begin: int = 0, step: int = 1, again: int = 0) -> int:
-    """Interrupt at every `step`-th instruction from `begin` on; how often it was.
-
-    What comes next is another change each time.
-    """
-    at, count = begin, 0
-    while True:
+        With `again` it is interrupted once more, so many instructions later.
+        """
         interruption = Interruption(JOURNAL_CODES, at, KeyboardInterrupt, again=again)
         with interruption, contextlib.suppress(KeyboardInterrupt):
-            written.change()
-        if not interruption.happened:
-            return count
+            self.change()
         try:
-            written.check_truth()
-            written.check_next(NEXT[(begin + count) % len(NEXT)])
+            self.check_truth()
+            self.check_next(then)
         except (AssertionError, qwenlora.QwenLoraError) as error:
             raise AssertionError(f"interrupted before instruction {at}, {again} later") from error
-        at += step
-        count += 1
+        return interruption.raised
 
 
-CHANGES = ["compose", "replace", "reset", "rescale"]
+@pytest.fixture(params=["compose", "replace", "reset", "rescale"])
+def change(request):
+    return request.param
+
+
+@pytest.fixture(params=[Placement.WHOLE, Placement.BY_PATH])
+def written(request, change, make_model, probe, Draft, tmp_path):
+    options = ComposeOptions(placement=request.param)
+    return Written(make_model, probe, Draft, tmp_path, change=change, options=options)
+
+
 NEXT = ["before", "after", "reset"]
+"""What comes after an interruption; each time another."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("placement", [Placement.WHOLE, Placement.BY_PATH])
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_model_after_interruptions_at_many_instructions(
-    change, placement, make_model, probe, Draft, tmp_path
-):
-    options = ComposeOptions(placement=placement)
-    written = Written(make_model, probe, Draft, tmp_path, change=change, options=options)
-    for begin, again in enumerate((0, 1, 20, 90)):
-        assert _interrupt_writing(written, begin=begin, step=61, again=again) > 5
+def test_a_model_after_an_interruption_at_every_instruction(written):
+    turns = itertools.count()
+    while written.interrupt(turn := next(turns), NEXT[turn % len(NEXT)]):
+        pass
+    assert turn > 1000
 
 
 AGAIN = [1, 3, 7, 19, 47, 113, 257]
@@ -459,17 +527,49 @@ AGAIN = [1, 3, 7, 19, 47, 113, 257]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("again", [0, *AGAIN])
-@pytest.mark.parametrize("placement", [Placement.WHOLE, Placement.BY_PATH])
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_model_after_an_interruption_at_every_instruction(
-    change, placement, again, make_model, probe, Draft, tmp_path
-):
-    options = ComposeOptions(placement=placement)
-    written = Written(make_model, probe, Draft, tmp_path, change=change, options=options)
-    # Two of them are too many to be tried everywhere: each distance begins somewhere else.
-    begin, step = (AGAIN.index(again), 23) if again else (0, 1)
-    assert _interrupt_writing(written, begin=begin, step=step, again=again) > 20
+def test_a_model_after_two_interruptions(written):
+    # Two of them are too many to be tried everywhere.
+    counts = Counter()
+    for turn, again in enumerate(itertools.cycle(AGAIN)):
+        raised = written.interrupt(11 * turn, NEXT[turn % len(NEXT)], again=again)
+        counts[raised] += 1
+        if not raised:
+            break
+    assert counts[2] > 50
+
+
+@pytest.mark.parametrize("begins_with", ["base", "other values"])
+@pytest.mark.parametrize("ends_with", ["base", "other values"])
+def test_base_values_are_known_after_any_two_interruptions(begins_with, ends_with):
+    """One while a change is made, or at any time before, and one while it is unmade."""
+    base, other = torch.zeros(4), torch.ones(4)
+    codes = codes_of(value._ValueChange, point.point, point.point_back)
+    counts = Counter()
+    for at in itertools.count():
+        for again in itertools.count(1):
+            layer = torch.nn.Linear(4, 4)
+            layer.bias.data = base
+            if begins_with == "other values":
+                value._ValueChange(layer, new={"bias": torch.ones(4)}, kept={"bias": base}).make()
+            change = (
+                value._ValueChange(layer, new={"bias": base}, kept={})
+                if ends_with == "base"
+                else value._ValueChange(layer, new={"bias": other}, kept={"bias": base})
+            )
+            with Interruption(codes, at, KeyboardInterrupt, again=again) as interruption:
+                with contextlib.suppress(KeyboardInterrupt):
+                    try:
+                        change.make()
+                    except KeyboardInterrupt:
+                        change.unmake()
+            kept = vars(layer).get(value.BASE_VALUES, {"bias": layer.bias.data})
+            assert kept["bias"].data_ptr() == base.data_ptr(), (at, again)
+            counts[interruption.raised] += 1
+            if interruption.raised < 2:
+                break
+        if not interruption.raised:
+            break
+    assert counts[2] > 1000
 
 
 @pytest.mark.parametrize("last", [faults.WRITTEN, faults.RESCALED])

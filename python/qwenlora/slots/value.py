@@ -107,16 +107,20 @@ class _ValueChange:
         self.old_kept = self.module.__dict__.get(BASE_VALUES)
 
     def make(self) -> None:
-        # The base is recorded before a parameter leaves it, and forgotten after all are back.
-        self.module.__dict__[BASE_VALUES] = {**(self.old_kept or {}), **self.kept}
+        self._record_every_base()
         for name, tensor in self.new.items():
             point(self.module, name, tensor)
         self._record(self.kept)
 
     def unmake(self) -> None:
+        self._record_every_base()
         for name, (parameter, data) in self.old.items():
             point_back(self.module, name, parameter, data)
         self._record(self.old_kept or {})
+
+    def _record_every_base(self) -> None:
+        # Before a parameter leaves its base, which is forgotten after all parameters are back.
+        self._record({**(self.old_kept or {}), **self.kept})
 
     def _record(self, kept: dict[str, Tensor]) -> None:
         if kept:
