@@ -49,12 +49,11 @@ test-models:
 	RUSTFLAGS="--cfg loom" cargo test --locked --quiet --profile loom --target-dir target/loom \
 		-p qwenlora-core --lib loom
 
-# loadgroup: what a module builds once for all of its tests is built in one of the processes.
 JOBS ?= 2
 PYTEST_ARGS ?=
 
 test-python: setup
-	$(BIN)/pytest -q -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/pytest -q -n $(JOBS) $(PYTEST_ARGS)
 
 lint: setup ## Check formatting, lints, types and stubs
 	cargo fmt --check

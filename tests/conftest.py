@@ -53,17 +53,37 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 HOST = "host"
-"""The fixture that starts a ComfyUI. It takes seconds, so tests that need it run in one process."""
+"""The fixture that starts a ComfyUI, which takes seconds."""
+
+TOGETHER = (
+    "tests/host/",
+    "tests/test_benches.py",
+    "tests/test_demo.py",
+    "tests/test_oracles.py",
+)
+"""How the names of tests begin that share what takes seconds to make."""
 
 
-# First: pytest-xdist reads the groups in the same hook.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object):
+    """Tests go to the next free process one by one, and those of `TOGETHER` to the same."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((name for name in TOGETHER if nodeid.startswith(name)), nodeid)
+
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items[:] = _without_those_that_take_turns(items)
     for item in items:
         if HOST in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group(HOST))
             item.add_marker(pytest.mark.slow)
+    if hasattr(config, "workerinput"):
+        # A long test that came last would leave the other processes without work.
+        items.sort(key=lambda item: "slow" not in item.keywords)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False")

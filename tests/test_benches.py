@@ -16,9 +16,6 @@ from safetensors.torch import load_file, save_file
 
 import qwenlora
 
-# One process runs the bench, whose document several tests read.
-pytestmark = pytest.mark.xdist_group("benches")
-
 BENCHES = Path(__file__).parents[1] / "benches"
 TINY = (sys.executable, BENCHES / "bench_composition.py", "--size", "tiny", "--device", "cpu")
 MAY_BE_SKIPPED = {

@@ -17,9 +17,6 @@ from qwenlora.demo import course, main, measure, model
 from qwenlora.group import arena, builder, loads, place
 from qwenlora.packing.layout import RowOrder
 
-# The models are made once.
-pytestmark = pytest.mark.xdist_group("demo")
-
 STEPS = ("set-up", "1. compose three", "2. change one strength", "3. remove one", "4. reset")
 
 

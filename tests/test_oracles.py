@@ -27,9 +27,6 @@ from qwenlora.emulation import EmulatedQwenImageTransformer, Precision
 from qwenlora.packing.layout import LowRankSide
 from qwenlora.packing.pack import deinterleave_modulation, unpack_lowrank
 
-# What the tests of a case share is made once.
-pytestmark = pytest.mark.xdist_group("oracles")
-
 DENSE_CONFIG = {
     "patch_size": 2,
     "in_channels": 16,
