@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::sync::LazyLock;
 
 use qwenlora_core::dtype::Dtype;
 use qwenlora_core::key::role::Role;
@@ -16,7 +17,8 @@ use qwenlora_core::plan::FilePlan;
 use qwenlora_core::stack::{StackItem, StackOptions, StackPlan};
 use serde_json::Value;
 
-fn corpus() -> Vec<(String, Value)> {
+/// The files' names and what is in them, read once for all tests.
+static CORPUS: LazyLock<Vec<(String, Value)>> = LazyLock::new(|| {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/keys");
     let mut files: Vec<_> = fs::read_dir(folder)
         .unwrap()
@@ -32,7 +34,7 @@ fn corpus() -> Vec<(String, Value)> {
         .collect();
     files.sort_by(|a: &(String, Value), b| a.0.cmp(&b.0));
     files
-}
+});
 
 fn scalar(value: &Value) -> Option<f64> {
     match value {
@@ -82,13 +84,13 @@ fn document(name: &str, file: &Value) -> Value {
 
 #[test]
 fn every_file_is_there() {
-    assert_eq!(corpus().len(), 83);
+    assert_eq!(CORPUS.len(), 83);
 }
 
 #[test]
 fn every_tensor_has_its_target_role_and_reason() {
     let mut tensors = 0;
-    for (name, file) in corpus() {
+    for (name, file) in &*CORPUS {
         let document = document(&name, &file);
         let pairs = file["tensors"]
             .as_array()
@@ -118,7 +120,7 @@ fn every_tensor_has_its_target_role_and_reason() {
 #[test]
 fn every_module_has_its_adapter_rank_and_scale() {
     let mut modules = 0;
-    for (name, file) in corpus() {
+    for (name, file) in &*CORPUS {
         let document = document(&name, &file);
         let found: BTreeMap<&str, &Value> = document["modules"]
             .as_array()
@@ -176,7 +178,7 @@ fn refusal(name: &str) -> Option<&'static str> {
 
 #[test]
 fn verdicts_are_the_corpus_own() {
-    for (name, file) in corpus() {
+    for (name, file) in &*CORPUS {
         let document = document(&name, &file);
         let expected = match refusal(&name) {
             Some(_) => "reject",
@@ -195,7 +197,7 @@ fn verdicts_are_the_corpus_own() {
 
 #[test]
 fn every_module_but_the_refused_is_supported() {
-    for (name, file) in corpus() {
+    for (name, file) in &*CORPUS {
         let document = document(&name, &file);
         for module in document["modules"].as_array().unwrap() {
             let reshaped = name == "control_lora_img_in" && module["target"] == "img_in";
@@ -236,7 +238,7 @@ fn every_file_is_planned_whole_or_refused() {
         strict: true,
         ..StackOptions::default()
     };
-    for (name, file) in corpus() {
+    for (name, file) in &*CORPUS {
         let plan = plan(&name, &file);
         let item = StackItem {
             name: &name,
@@ -275,8 +277,8 @@ fn every_file_is_planned_whole_or_refused() {
 
 /// How often each (kind, adapter, rank, budget) occurs among the pieces of a file.
 fn pieces_of(wanted: &str) -> Vec<String> {
-    let (name, file) = corpus()
-        .into_iter()
+    let (name, file) = CORPUS
+        .iter()
         .find(|(name, _)| name == wanted)
         .unwrap();
     let plan = plan(&name, &file);
@@ -356,8 +358,8 @@ fn kinds_of_pieces() {
 
 #[test]
 fn slots_of_fused_modules_add_their_ranks() {
-    let (name, file) = corpus()
-        .into_iter()
+    let (name, file) = CORPUS
+        .iter()
         .find(|(name, _)| name == "diffusers_peft_patterns")
         .unwrap();
     let document = document(&name, &file);
@@ -385,8 +387,8 @@ fn slots_of_fused_modules_add_their_ranks() {
 
 #[test]
 fn every_module_lists_its_pieces() {
-    let (name, file) = corpus()
-        .into_iter()
+    let (name, file) = CORPUS
+        .iter()
         .find(|(name, _)| name == "diffusers_peft_lora_bias")
         .unwrap();
     assert_eq!(
@@ -400,7 +402,7 @@ fn every_module_lists_its_pieces() {
 
 #[test]
 fn no_real_file_is_said_to_name_another_model() {
-    for (name, file) in corpus() {
+    for (name, file) in &*CORPUS {
         let notes = plan(&name, &file).notes().join("\n");
         assert!(!notes.contains("names another model"), "{name}: {notes}");
     }
@@ -409,8 +411,8 @@ fn no_real_file_is_said_to_name_another_model() {
 #[test]
 fn what_is_applied_but_cut_is_said() {
     let said = |wanted: &str, words: &str| {
-        let (name, file) = corpus()
-            .into_iter()
+        let (name, file) = CORPUS
+            .iter()
             .find(|(name, _)| name == wanted)
             .unwrap();
         plan(&name, &file)
@@ -461,8 +463,8 @@ fn foreign_keys_are_told_by_component() {
         ),
         ("musubi_lora_full60", Vec::new()),
     ] {
-        let (name, file) = corpus()
-            .into_iter()
+        let (name, file) = CORPUS
+            .iter()
             .find(|(name, _)| name == wanted)
             .unwrap();
         let found = plan(&name, &file).components();

@@ -21,12 +21,18 @@ fn threads(count: usize) -> NonZeroUsize {
 
 /// Bytes without period, so that misplaced ones show.
 fn pattern(len: usize, seed: u32) -> Vec<u8> {
-    let mut state = seed;
-    let next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        state.to_be_bytes()[0]
+    let mut state = u64::from(seed);
+    let mut next = || {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        (mixed ^ (mixed >> 27)).to_le_bytes()
     };
-    std::iter::repeat_with(next).take(len).collect()
+    let mut bytes = vec![0; len];
+    // Eight at a time: there are many, and tests are not optimized.
+    for chunk in bytes.chunks_mut(8) {
+        chunk.copy_from_slice(&next()[..chunk.len()]);
+    }
+    bytes
 }
 
 /// Slots of a base fragment and a `down` of 16 ranks each, of two bytes.
