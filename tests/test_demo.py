@@ -51,6 +51,7 @@ def _tables(steps: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+@pytest.mark.slow
 def test_all_steps_within_bound(capsys, tmp_path):
     threads = torch.get_num_threads()
     assert main(["--keep", str(tmp_path / "kept")]) == 0

@@ -896,6 +896,7 @@ def test_every_tensor_of_the_real_model_is_aligned():
         assert sum(slot.sides) % 2 == 0 or min(slot.sides) == 1
 
 
+@pytest.mark.slow
 def test_the_real_table_is_the_real_model(tmp_path):
     """The published Lightning layout, through the real sizes."""
     slots = known.known_slots()

@@ -181,10 +181,10 @@ STACKS = [
     qkv_apart,
     shared_downs,
     top_level,
-    several,
     *(
         pytest.param(stack, marks=pytest.mark.slow)
         for stack in (
+            several,
             mixed_ranks,
             shared_downs_in_one_block,
             apart_in_one_block,

@@ -42,11 +42,12 @@ def buffer_of(size):
     return np.full(size, BEFORE, dtype=np.uint8)
 
 
-@pytest.fixture
-def file(tmp_path):
-    """A file of random bytes: its path, and what it holds."""
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A file of random bytes, which no test writes to: its path, and what it holds."""
     content = np.random.default_rng(1).integers(0, 256, 20_000_003, dtype=np.uint8)
-    path = tmp_path / "lora.safetensors"
+    content.setflags(write=False)
+    path = tmp_path_factory.mktemp("readers") / "lora.safetensors"
     content.tofile(path)
     return path, content
 
@@ -398,9 +399,9 @@ def open_files(path):
 
 
 def test_a_file_cut_short(file, readers, tmp_path):
-    path, content = file
-    other = tmp_path / "other"
-    content.tofile(other)
+    other, content = file
+    path = tmp_path / "cut"
+    content.tofile(path)
     reader, whole = _core.TensorReader(path), _core.TensorReader(other)
     os.truncate(path, 1_000)
     dests = [buffer_of(900) for _ in range(4)]
