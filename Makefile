@@ -7,7 +7,7 @@ UV := $(BIN)/uv
 RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) Cargo.toml Cargo.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-rust test-models test-python lint format bench fuzz \
+.PHONY: help setup demo test test-fast test-rust test-rust-fast test-models test-python lint format bench fuzz \
 	differential clean
 
 # Python keeps the bytecode of what it imports, whatever the shell says. Without it every process
@@ -38,11 +38,16 @@ demo: setup ## Compose LoRAs into an emulated model and measure the error
 
 test: test-rust test-models test-python ## Run all tests
 
-test-fast: test-rust ## Run the tests that take no more than seconds
+test-fast: test-rust-fast ## Run the quick tests
 	$(MAKE) --no-print-directory test-python PYTEST_ARGS='-m "not slow"'
 
 test-rust:
 	cargo test --locked --quiet
+
+# Left out are the files that start threads and the program's screens of all layouts.
+test-rust-fast:
+	cargo test --locked --quiet -p qwenlora-core --lib \
+		--test corpus --test grammar --test header --test packed --test stack
 
 # In a folder of their own: another configuration of the same crates.
 test-models:
