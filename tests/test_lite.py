@@ -349,6 +349,7 @@ def test_groups_and_single_slots_leave_the_same_bits(model, quantized, dense, pr
 # ---- the rank that the forward reads ----
 
 
+@pytest.mark.slow
 def test_the_rank_moves_with_the_tensors(model, quantized, dense, run, tmp_path):
     """Through strengths, sets that come and go, a copy, and the way back."""
     small, large = File(1).every_linear(dense, 4), File(2).every_linear(dense, 20)

@@ -825,6 +825,7 @@ def test_another_transformer_in_the_pipeline_is_noticed(pipeline, dense, quantiz
     assert pipeline.get_list_adapters() == {}
 
 
+@pytest.mark.slow
 def test_a_compiled_transformer_is_looked_through(pipeline):
     base = picture(pipeline)
     plain = pipeline.transformer

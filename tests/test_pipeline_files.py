@@ -317,6 +317,7 @@ def test_what_cannot_be_saved(pipeline, tmp_path):
         pipeline.save_lora_weights(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_diffusers_is_not_imported_for_it():
     program = (
         "import sys, qwenlora; qwenlora.attach;"
