@@ -91,7 +91,7 @@ fn every_file_is_there() {
 fn every_tensor_has_its_target_role_and_reason() {
     let mut tensors = 0;
     for (name, file) in &*CORPUS {
-        let document = document(&name, &file);
+        let document = document(name, file);
         let pairs = file["tensors"]
             .as_array()
             .unwrap()
@@ -121,7 +121,7 @@ fn every_tensor_has_its_target_role_and_reason() {
 fn every_module_has_its_adapter_rank_and_scale() {
     let mut modules = 0;
     for (name, file) in &*CORPUS {
-        let document = document(&name, &file);
+        let document = document(name, file);
         let found: BTreeMap<&str, &Value> = document["modules"]
             .as_array()
             .unwrap()
@@ -179,15 +179,15 @@ fn refusal(name: &str) -> Option<&'static str> {
 #[test]
 fn verdicts_are_the_corpus_own() {
     for (name, file) in &*CORPUS {
-        let document = document(&name, &file);
-        let expected = match refusal(&name) {
+        let document = document(name, file);
+        let expected = match refusal(name) {
             Some(_) => "reject",
             None => file["expect"].as_str().unwrap(),
         };
         assert_eq!(document["verdict"], expected, "{name}");
         let reason = document["reason"].as_str().unwrap_or_default();
         assert_eq!(expected == "apply", reason.is_empty(), "{name}: {reason}");
-        if let Some(says) = refusal(&name) {
+        if let Some(says) = refusal(name) {
             assert!(reason.contains(says), "{name}: {reason}");
         }
         let model = document["model"].as_str().unwrap_or("none");
@@ -198,10 +198,10 @@ fn verdicts_are_the_corpus_own() {
 #[test]
 fn every_module_but_the_refused_is_supported() {
     for (name, file) in &*CORPUS {
-        let document = document(&name, &file);
+        let document = document(name, file);
         for module in document["modules"].as_array().unwrap() {
             let reshaped = name == "control_lora_img_in" && module["target"] == "img_in";
-            let supported = refusal(&name).is_none() && !reshaped;
+            let supported = refusal(name).is_none() && !reshaped;
             assert_eq!(module["supported"], supported, "{name}: {module}");
         }
     }
@@ -239,16 +239,16 @@ fn every_file_is_planned_whole_or_refused() {
         ..StackOptions::default()
     };
     for (name, file) in &*CORPUS {
-        let plan = plan(&name, &file);
+        let plan = plan(name, file);
         let item = StackItem {
-            name: &name,
+            name,
             plan: &plan,
             strength: 1.0,
             modulation: true,
             off: &[],
         };
         let stack = StackPlan::new(&[item], &slots, options);
-        if refusal(&name).is_some() || file["expect"] == "reject" {
+        if refusal(name).is_some() || file["expect"] == "reject" {
             assert!(stack.is_err(), "{name}");
             continue;
         }
@@ -277,13 +277,10 @@ fn every_file_is_planned_whole_or_refused() {
 
 /// How often each (kind, adapter, rank, budget) occurs among the pieces of a file.
 fn pieces_of(wanted: &str) -> Vec<String> {
-    let (name, file) = CORPUS
-        .iter()
-        .find(|(name, _)| name == wanted)
-        .unwrap();
-    let plan = plan(&name, &file);
+    let (name, file) = CORPUS.iter().find(|(name, _)| name == wanted).unwrap();
+    let plan = plan(name, file);
     let item = StackItem {
-        name: &name,
+        name,
         plan: &plan,
         strength: 1.0,
         modulation: true,
@@ -362,7 +359,7 @@ fn slots_of_fused_modules_add_their_ranks() {
         .iter()
         .find(|(name, _)| name == "diffusers_peft_patterns")
         .unwrap();
-    let document = document(&name, &file);
+    let document = document(name, file);
     let slots: Vec<(String, u64, usize)> = document["slots"]
         .as_array()
         .unwrap()
@@ -392,7 +389,7 @@ fn every_module_lists_its_pieces() {
         .find(|(name, _)| name == "diffusers_peft_lora_bias")
         .unwrap();
     assert_eq!(
-        document(&name, &file)["modules"][0]["pieces"],
+        document(name, file)["modules"][0]["pieces"],
         serde_json::json!([
             {"kind": "LowRank", "adapter": "lora", "rank": 16, "scale": 2.0},
             {"kind": "Vector", "adapter": "full", "rank": 0, "scale": 2.0},
@@ -403,7 +400,7 @@ fn every_module_lists_its_pieces() {
 #[test]
 fn no_real_file_is_said_to_name_another_model() {
     for (name, file) in &*CORPUS {
-        let notes = plan(&name, &file).notes().join("\n");
+        let notes = plan(name, file).notes().join("\n");
         assert!(!notes.contains("names another model"), "{name}: {notes}");
     }
 }
@@ -411,11 +408,8 @@ fn no_real_file_is_said_to_name_another_model() {
 #[test]
 fn what_is_applied_but_cut_is_said() {
     let said = |wanted: &str, words: &str| {
-        let (name, file) = CORPUS
-            .iter()
-            .find(|(name, _)| name == wanted)
-            .unwrap();
-        plan(&name, &file)
+        let (name, file) = CORPUS.iter().find(|(name, _)| name == wanted).unwrap();
+        plan(name, file)
             .notes()
             .iter()
             .any(|note| note.contains(words))
@@ -463,11 +457,8 @@ fn foreign_keys_are_told_by_component() {
         ),
         ("musubi_lora_full60", Vec::new()),
     ] {
-        let (name, file) = CORPUS
-            .iter()
-            .find(|(name, _)| name == wanted)
-            .unwrap();
-        let found = plan(&name, &file).components();
+        let (name, file) = CORPUS.iter().find(|(name, _)| name == wanted).unwrap();
+        let found = plan(name, file).components();
         let found: Vec<_> = found
             .into_iter()
             .map(|c| component(&c.name, c.reason, c.tensors))
