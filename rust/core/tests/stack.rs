@@ -1116,3 +1116,126 @@ proptest! {
         }
     }
 }
+
+// diffusers' stock blocks
+
+/// The slots of a block whose projections are apart, and whose layers are all called.
+fn stock() -> Vec<Slot> {
+    let mut slots: Vec<Slot> = ["attn.to_q", "attn.to_k", "attn.to_v"]
+        .map(|name| format!("transformer_blocks.0.{name}"))
+        .iter()
+        .map(|path| slot(path, SlotKind::Svdq, 3072, 3072))
+        .collect();
+    slots.push(slot(MLP, SlotKind::Svdq, 12288, 3072));
+    slots.push(slot(MOD, SlotKind::Awq, 18432, 3072));
+    for slot in &mut slots {
+        slot.build = BlockBuild::Stock;
+    }
+    slots
+}
+
+const TO_QKV: &str = "transformer_blocks.0.attn.to_qkv";
+
+/// (slot, first row, rows, and per tensor its first row, shape and place) of a plan's pieces.
+fn cuts(stack: &StackPlan) -> Vec<(&str, u64, u64, Vec<(&str, Option<u64>, Vec<u64>)>)> {
+    let cut = |piece: &Piece| {
+        let tensors = piece.tensors.iter();
+        tensors
+            .map(|(role, tensor)| (*role, tensor.first_row, tensor.shape.clone()))
+            .collect()
+    };
+    stack
+        .slots
+        .iter()
+        .flat_map(|slot| slot.pieces.iter().map(move |piece| (slot, piece)))
+        .map(|(slot, piece)| {
+            let name = slot.path.rsplit('.').next().unwrap();
+            (name, piece.row_begin, piece.row_count, cut(piece))
+        })
+        .collect()
+}
+
+#[test]
+fn a_fused_pair_becomes_rows_of_its_parts() {
+    let plan = Tensors::default().peft(TO_QKV, 16).plan();
+    let stack = stack_on(&plan, &stock(), StackOptions::default());
+    let part = |name, first| {
+        let down = ("down", None, vec![16, 3072]);
+        (
+            name,
+            0,
+            3072,
+            vec![down, ("up", Some(first), vec![3072, 16])],
+        )
+    };
+    assert_eq!(
+        cuts(&stack),
+        [part("to_q", 0), part("to_k", 3072), part("to_v", 6144)]
+    );
+    assert_eq!(stack.applied_modules, [1]);
+    let ups: Vec<_> = pieces(&stack).iter().map(|p| &p.tensors["up"]).collect();
+    assert!(
+        ups.windows(2)
+            .all(|w| w[0].offset_bytes + w[0].len_bytes == w[1].offset_bytes)
+    );
+}
+
+#[test]
+fn a_fused_lokr_is_cut_between_and_within_the_blocks_of_its_rows() {
+    let plan = lokr(TO_QKV, [16, 48], [576, 64]).plan();
+    let stack = stack_on(&plan, &stock(), StackOptions::default());
+    let rows: Vec<_> = cuts(&stack)
+        .into_iter()
+        .map(|(name, begin, count, _)| (name, begin, count))
+        .collect();
+    let expected = [
+        ("to_q", 0, 2880),
+        ("to_q", 2880, 192),
+        ("to_k", 0, 384),
+        ("to_k", 384, 2304),
+        ("to_k", 2688, 384),
+        ("to_v", 0, 192),
+        ("to_v", 192, 2880),
+    ];
+    assert_eq!(rows, expected);
+}
+
+#[test]
+fn a_part_that_the_model_lacks_leaves_the_fused_module_out() {
+    let plan = Tensors::default().peft(TO_QKV, 16).peft(MOD, 4).plan();
+    let mut without = stock();
+    without.remove(1);
+    let stack = stack_on(&plan, &without, StackOptions::default());
+    let [skip] = stack.skipped.as_slice() else {
+        panic!("{:?}", stack.skipped)
+    };
+    assert_eq!((skip.name.as_str(), skip.kind), (TO_QKV, SkipKind::Missing));
+}
+
+#[test]
+fn a_fused_pair_of_another_size_does_not_fit_the_parts() {
+    let plan = Tensors::default().peft(TO_QKV, 16).peft(MOD, 4).plan();
+    let mut larger = stock();
+    larger[1].out_features = 6144;
+    let stack = stack_on(&plan, &larger, StackOptions::default());
+    let [skip] = stack.skipped.as_slice() else {
+        panic!("{:?}", stack.skipped)
+    };
+    assert_eq!(skip.kind, SkipKind::Shape);
+}
+
+#[test]
+fn a_stock_block_calls_every_layer_and_takes_planar_rows() {
+    use qwenlora_core::model::slot::RowOrder;
+
+    let plan = lokr(MLP, [64, 48], [192, 64]).peft(MOD, 4).plan();
+    for (slots, kind, order) in [
+        (slots(), PieceKind::LowRank, RowOrder::Interleaved),
+        (stock(), PieceKind::Kron, RowOrder::Planar),
+    ] {
+        let stack = stack_on(&plan, &slots, StackOptions::default());
+        let of = |path: &str| stack.slots.iter().find(|slot| slot.path == path).unwrap();
+        assert_eq!(of(MLP).pieces[0].kind, kind);
+        assert_eq!(of(MOD).row_order, order);
+    }
+}
