@@ -74,7 +74,7 @@ def names(adapter):
 PLAIN = [name for name in names("lora") if name != "nunchaku_packed_lowrank"]
 MIXED = names("mixed")
 METADATA_ONLY = ["diffusers_peft_attn4", "diffusers_peft_lora_bias", "diffusers_peft_patterns"]
-METADATA_ONLY += ["diffusers_peft_rslora"]
+METADATA_ONLY += ["diffusers_peft_rslora", "simpletuner_peft"]
 """Files whose scale is in the metadata alone, which a state dict does not have."""
 STRENGTH = 0.7
 

@@ -1,4 +1,4 @@
-//! All 83 key layouts: every tensor's module and role, every module's rank and scale, every
+//! All 92 key layouts: every tensor's module and role, every module's rank and scale, every
 //! file's verdict, and a stack of each file on the whole model.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
@@ -84,7 +84,7 @@ fn document(name: &str, file: &Value) -> Value {
 
 #[test]
 fn every_file_is_there() {
-    assert_eq!(CORPUS.len(), 83);
+    assert_eq!(CORPUS.len(), 92);
 }
 
 #[test]
@@ -114,7 +114,7 @@ fn every_tensor_has_its_target_role_and_reason() {
             tensors += 1;
         }
     }
-    assert_eq!(tensors, 11_941);
+    assert_eq!(tensors, 12_614);
 }
 
 #[test]
@@ -151,11 +151,11 @@ fn every_module_has_its_adapter_rank_and_scale() {
             modules += 1;
         }
     }
-    assert_eq!(modules, 4617);
+    assert_eq!(modules, 4834);
 }
 
 /// Files of which this version applies nothing: (name, what the reason says).
-const REFUSED: [(&str, &str); 13] = [
+const REFUSED: [(&str, &str); 15] = [
     ("ai_toolkit_dora", "DoRA is not supported: "),
     ("diffusers_peft_dora", "DoRA is not supported: "),
     ("lycoris_boft", "BOFT is not supported: "),
@@ -163,6 +163,8 @@ const REFUSED: [(&str, &str); 13] = [
     ("lycoris_glora", "GLoRA is not supported: "),
     ("lycoris_ia3", "IA3 is not supported: "),
     ("lycoris_locon_dora", "DoRA is not supported: "),
+    ("onetrainer_diffusers_dora", "DoRA is not supported: "),
+    ("onetrainer_lokr_dora", "DoRA is not supported: "),
     ("onetrainer_oft", "OFT is not supported: "),
     ("z_image_ai_toolkit_lokr", "Z-Image is not supported"),
     ("z_image_ai_toolkit_lora", "Z-Image is not supported"),

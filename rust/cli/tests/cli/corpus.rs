@@ -82,6 +82,7 @@ fn producers() {
         rows.push(format!("{name:36} {}", line.unwrap()));
     }
     assert_snapshot!(rows.join("\n"), @"
+    ai_toolkit_all_layers                ai-toolkit (metadata `software`)
     ai_toolkit_dora                      ai-toolkit (metadata `software`)
     ai_toolkit_full_layers               ai-toolkit (metadata `software`)
     ai_toolkit_fullrank                  ai-toolkit (metadata `software`)
@@ -122,6 +123,7 @@ fn producers() {
     lightning_bf16                       probably lightx2v's Qwen-Image-Lightning (by its keys)
     lightning_f32_full60                 probably lightx2v's Qwen-Image-Lightning (by its keys)
     lightx2v_extractor                   unknown (ComfyUI keys, as its nodes and LightX2V's extractor write)
+    lightx2v_two_spellings               unknown (diffusers keys, as FlyMyAI's trainer writes)
     lora_linear_layer                    unknown (old diffusers keys)
     lycoris_boft                         unknown (LyCORIS keys, as SimpleTuner writes)
     lycoris_diag_oft                     unknown (LyCORIS keys, as SimpleTuner writes)
@@ -144,6 +146,11 @@ fn producers() {
     musubi_overdotted                    musubi-tuner (metadata `ss_network_module`)
     nunchaku_packed_lowrank              probably Nunchaku's converter (by its keys)
     onetrainer_comfy                     probably OneTrainer (metadata `modelspec.implementation`)
+    onetrainer_diffusers_dora            probably OneTrainer (metadata `modelspec.implementation`)
+    onetrainer_loha                      probably OneTrainer (metadata `modelspec.implementation`)
+    onetrainer_lokr                      probably OneTrainer (metadata `modelspec.implementation`)
+    onetrainer_lokr_dora                 probably OneTrainer (metadata `modelspec.implementation`)
+    onetrainer_lokr_kohya                probably OneTrainer (metadata `modelspec.implementation`)
     onetrainer_mixture_lora_transformer  probably OneTrainer (by its keys)
     onetrainer_oft                       probably OneTrainer (metadata `modelspec.implementation`)
     onetrainer_original                  probably OneTrainer (metadata `modelspec.implementation`)
@@ -157,7 +164,9 @@ fn producers() {
     reject_qwen_image_2_1                unknown (diffusers keys)
     simpletuner_base_model_prefix        probably SimpleTuner (by its keys)
     simpletuner_comfyui_export           probably SimpleTuner (metadata `lora_adapter_metadata`)
+    simpletuner_lycoris_fused_lokr       unknown (LyCORIS keys, as SimpleTuner writes)
     simpletuner_lycoris_lokr             unknown (LyCORIS keys, as SimpleTuner writes)
+    simpletuner_peft                     diffusers with PEFT (metadata `lora_adapter_metadata`)
     videox_fun_double_underscore         probably VideoX-Fun (by its keys)
     videox_fun_peft_bare                 unknown (plain keys, as VideoX-Fun and converters write)
     z_image_ai_toolkit_lokr              ai-toolkit (metadata `software`)

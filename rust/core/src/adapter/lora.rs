@@ -74,7 +74,7 @@ pub(super) fn rank(parts: &Parts<'_>) -> Option<u64> {
 }
 
 /// The rank of two halves that agree in it.
-pub(super) fn pair_rank(parts: &Parts<'_>) -> Option<u64> {
+fn pair_rank(parts: &Parts<'_>) -> Option<u64> {
     if parts.has(Role::PackedDown) {
         return Some(parts.matrix(Role::PackedDown)?.1);
     }
@@ -90,7 +90,7 @@ pub(super) fn divisor(parts: &Parts<'_>) -> Option<u64> {
 }
 
 /// The rank, but of packed halves none: Nunchaku's converter multiplies alpha in.
-pub(super) fn pair_divisor(parts: &Parts<'_>) -> Option<u64> {
+fn pair_divisor(parts: &Parts<'_>) -> Option<u64> {
     if parts.has(Role::PackedDown) {
         return None;
     }
@@ -109,7 +109,7 @@ pub(super) fn shape(parts: &Parts<'_>) -> Option<(u64, u64)> {
 }
 
 /// (out, in) of the product of two halves.
-pub(super) fn pair_shape(parts: &Parts<'_>) -> Option<(u64, u64)> {
+fn pair_shape(parts: &Parts<'_>) -> Option<(u64, u64)> {
     let (down, up) = (parts.matrix(Role::Down)?, parts.matrix(Role::Up)?);
     let product = (up.0, down.1);
     let is_embedding = matches!(parts.kind(), ModuleKind::Embedding { .. });

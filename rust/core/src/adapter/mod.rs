@@ -154,6 +154,17 @@ impl Adapter {
         }
     }
 
+    /// The kind of delta that a DoRA's magnitudes stretch: trainers know a DoRA of LoKr and LoHa, too.
+    fn under_magnitudes(parts: &Parts<'_>) -> Self {
+        if parts.has_any(&lokr::ROLES) {
+            Self::Lokr
+        } else if parts.has_any(&loha::ROLES) {
+            Self::Loha
+        } else {
+            Self::Lora
+        }
+    }
+
     /// How a module's tensors make up the delta of its weight.
     fn form(self, parts: &Parts<'_>) -> Result<Form, Fault> {
         match self {
@@ -174,7 +185,7 @@ impl Adapter {
         let bounded = |rank: Option<u64>| Some(rank?.min(full?));
         match self {
             Self::Lora => lora::rank(parts),
-            Self::Dora => lora::pair_rank(parts),
+            Self::Dora => Self::under_magnitudes(parts).rank(parts),
             Self::Lokr => bounded(lokr::rank(parts)),
             Self::Loha => bounded(loha::rank(parts)),
             Self::Glora => bounded(refused::glora_rank(parts).map(|r| r.saturating_mul(2))),
@@ -188,7 +199,7 @@ impl Adapter {
     fn divisor(self, parts: &Parts<'_>) -> Option<u64> {
         match self {
             Self::Lora => lora::divisor(parts),
-            Self::Dora => lora::pair_divisor(parts),
+            Self::Dora => Self::under_magnitudes(parts).divisor(parts),
             Self::Lokr => lokr::divisor(parts),
             Self::Loha => loha::divisor(parts),
             Self::Glora => refused::glora_rank(parts),
@@ -200,7 +211,7 @@ impl Adapter {
     fn shape(self, parts: &Parts<'_>) -> Option<(u64, u64)> {
         match self {
             Self::Lora => lora::shape(parts),
-            Self::Dora => lora::pair_shape(parts),
+            Self::Dora => Self::under_magnitudes(parts).shape(parts),
             Self::Lokr => lokr::shape(parts),
             Self::Loha => loha::shape(parts),
             Self::Full => full::shape(parts),
