@@ -133,6 +133,13 @@ def _require_free(transformer: nn.Module) -> None:
         raise ModelStateError(
             "PEFT's adapters are on the transformer\nhint: call unload_lora_weights first"
         )
+    listed = vars(transformer).get("get_list_adapters")
+    theirs = listed() if callable(listed) else ()
+    if theirs:
+        raise ModelStateError(
+            f"something else has LoRAs on the transformer: {', '.join(map(str, theirs))}"
+            "\nhint: unload them by the methods that loaded them, and attach then"
+        )
     has_list = ComfyQwenImageWrapper.is_on(transformer) and (
         ComfyQwenImageWrapper.of(transformer).loras
     )

@@ -24,11 +24,16 @@ class Bound:
 
     Attributes:
         function: The function.
+        replaced: The object's own method of this name that it took the place of, in a tuple; empty
+            where there was none.
     """
 
-    def __init__(self, function: Callable[..., Any], owner: object | None) -> None:
+    def __init__(
+        self, function: Callable[..., Any], owner: object | None, replaced: tuple[Any, ...] = ()
+    ) -> None:
         functools.update_wrapper(self, function)
         self.function = function
+        self.replaced = replaced
         self._owner = None if owner is None else weakref.ref(owner)
 
     @property
@@ -57,21 +62,30 @@ class Bound:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Whoever copies or pickles the owner knows its copy by the time this is asked for.
-        return (Bound, (self.function, self.owner))
+        return (Bound, (self.function, self.owner, self.replaced))
 
     def __repr__(self) -> str:
         return f"<bound {self.function.__name__} of {self.owner!r:.80}>"
 
 
 def bind(owner: object, methods: dict[str, Callable[..., Any]]) -> None:
-    """Put methods on an object, past its `__setattr__`."""
-    vars(owner).update({name: Bound(function, owner) for name, function in methods.items()})
+    """Put methods on an object, past its `__setattr__`; they remember whose place they took."""
+    own = vars(owner)
+    for name, function in methods.items():
+        before = (own[name],) if name in own else ()
+        if before and isinstance(before[0], Bound):
+            before = before[0].replaced
+        own[name] = Bound(function, owner, before)
 
 
 def unbind(owner: object, methods: dict[str, Callable[..., Any]]) -> None:
-    """Take away those that `bind` put there, so that the class's own answer again."""
+    """Take away those that `bind` put there, so that the ones before, or the class's, answer."""
     own = vars(owner)
     for name, function in methods.items():
         found = own.get(name)
-        if isinstance(found, Bound) and found.function is function:
+        if not isinstance(found, Bound) or found.function is not function:
+            continue
+        if found.replaced:
+            (own[name],) = found.replaced
+        else:
             del own[name]
