@@ -45,8 +45,8 @@ EXAMPLE = ROOT / "examples" / "serve"
 README = (EXAMPLE / "README.md").read_text(encoding="utf-8")
 STACKS_HELD = 3
 BUDGET = 5 << 20
-"""Room for the base branches and three LoRAs; there are eight."""
-SAMPLES = 8
+"""Room for the base branches and three LoRAs of the fourteen."""
+SAMPLES = 14
 STARTED_S = 300
 """A machine that does much else takes long to start ten processes."""
 
@@ -270,7 +270,7 @@ def test_replicas_keep_within_their_budgets(server: Server) -> None:
         ([("", 1.0)], 400, "is no name"),
         ([("sample-00\n", 1.0)], 400, "is no name"),
         ([("sample-00", 1.0), ("sample-00", 0.5)], 400, "named 2 times"),
-        ([("sample-00", float("nan"))], 422, "finite"),
+        ([("sample-00", float("nan"))], 400, "finite"),
         ([("sample-00", 1.0)] * 9, 422, "at most 8"),
         ([("broken", 1.0)], 422, "broken"),
         ([("other", 1.0)], 422, "other"),
@@ -299,18 +299,20 @@ def test_a_file_that_was_replaced_is_another_lora(server: Server) -> None:
     assert first.body == server.painted([("sample-00", 1.0)]).body
 
 
-def test_a_replica_that_dies_loses_no_request(server: Server) -> None:
-    expected = server.painted(pair(2), steps=8)
-    time.sleep(0.5)
-    with ThreadPoolExecutor(6) as clients:
-        asked = [clients.submit(server.painted, pair(2), steps=8) for _ in range(6)]
-        time.sleep(0.2)
-        assert not any(request.done() for request in asked)
-        os.kill(expected.process, signal.SIGKILL)
-        answers = [request.result() for request in asked]
-    assert {answer.body for answer in answers} == {expected.body}
-    assert expected.process not in {answer.process for answer in answers}
-    assert max(int(answer.headers["qwenlora-attempt"]) for answer in answers) == 2
+def test_the_cluster_s_configuration_is_valid(server: Server) -> None:
+    program = (
+        "import yaml\n"
+        "from ray.serve.schema import ServeDeploySchema\n"
+        "from qwenlora_serve.app import build\n"
+        "from qwenlora_serve.settings import Settings\n"
+        "document = ServeDeploySchema(**yaml.safe_load(open('config.yaml')))\n"
+        "(application,) = document.applications\n"
+        "assert application.import_path == f'{build.__module__}:{build.__name__}'\n"
+        "build(Settings(**application.args))\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program], cwd=server.folder, env=server.environment, check=True
+    )
 
 
 def test_the_bench_measures_it(server: Server) -> None:
@@ -330,20 +332,18 @@ def test_the_bench_measures_it(server: Server) -> None:
         assert 0 <= row["in_place"] <= row["held"] <= 1
 
 
-def test_the_cluster_s_configuration_is_valid(server: Server) -> None:
-    program = (
-        "import yaml\n"
-        "from ray.serve.schema import ServeDeploySchema\n"
-        "from qwenlora_serve.app import build\n"
-        "from qwenlora_serve.settings import Settings\n"
-        "document = ServeDeploySchema(**yaml.safe_load(open('config.yaml')))\n"
-        "(application,) = document.applications\n"
-        "assert application.import_path == f'{build.__module__}:{build.__name__}'\n"
-        "build(Settings(**application.args))\n"
-    )
-    subprocess.run(
-        [sys.executable, "-c", program], cwd=server.folder, env=server.environment, check=True
-    )
+def test_a_replica_that_dies_loses_no_request(server: Server) -> None:
+    expected = server.painted(pair(2), steps=8)
+    time.sleep(0.5)
+    with ThreadPoolExecutor(6) as clients:
+        asked = [clients.submit(server.painted, pair(2), steps=8) for _ in range(6)]
+        time.sleep(0.2)
+        assert not any(request.done() for request in asked)
+        os.kill(expected.process, signal.SIGKILL)
+        answers = [request.result() for request in asked]
+    assert {answer.body for answer in answers} == {expected.body}
+    assert expected.process not in {answer.process for answer in answers}
+    assert max(int(answer.headers["qwenlora-attempt"]) for answer in answers) == 2
 
 
 def test_stopping_leaves_no_process(server: Server) -> None:

@@ -29,13 +29,13 @@ class NamedLora(BaseModel):
 
     Attributes:
         name: Its file below the folder, without `.safetensors`.
-        strength: Factor on its whole delta.
+        strength: Factor on its whole delta; `Stack` checks that it is finite.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     name: Annotated[str, Field(max_length=255)]
-    strength: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    strength: float = 1.0
 
 
 class PictureRequest(BaseModel):
