@@ -317,7 +317,7 @@ def test_the_cluster_s_configuration_is_valid(server: Server) -> None:
 
 def test_the_bench_measures_it(server: Server) -> None:
     bench = [sys.executable, ROOT / "benches" / "bench_serve.py", "--url"]
-    options = ["--clients", "2", "--requests", "6", "--stacks", "1", "2", "--steps", "1"]
+    options = ["--clients", "2", "--requests", "3", "--rounds", "2", "--stacks", "1", "2", "--steps", "1"]
     found = server.folder / "found.json"
     subprocess.run(
         [*bench, f"http://127.0.0.1:{server.port}", *options, "--json", found],

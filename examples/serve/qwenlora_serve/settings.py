@@ -44,8 +44,9 @@ class Settings(BaseModel):
         stacks: Most stacks that one replica holds.
         cache_bytes: Most bytes of deltas that one replica keeps in host memory.
         device_cache_bytes: Most bytes that it keeps on its GPU; None: what leaves 8 GiB free.
-        waiting: Most requests that are in one replica, the one that it works on among them. More
-            of them keep a stack with its replica, fewer spread the load evenly.
+        waiting: Most requests that are in one replica, the one that it works on among them. Where
+            the replicas that hold a stack are full, its next request goes to another one. More keep
+            stacks together, and leave other replicas idle.
         attempts: Most replicas that a request is given to, one after the other, when they die.
         routing: Who gets a request.
     """
@@ -60,6 +61,6 @@ class Settings(BaseModel):
     stacks: int = Field(default=16, ge=1)
     cache_bytes: int = Field(default=5 * _GIB // 2, ge=0)
     device_cache_bytes: int | None = Field(default=None, ge=0)
-    waiting: int = Field(default=8, ge=1)
+    waiting: int = Field(default=2, ge=1)
     attempts: int = Field(default=3, ge=1)
     routing: Routing = Routing.BY_STACK
