@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "comfy/README.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "comfy/README.md", "examples/serve/README.md"]
 DOCUMENTS += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 PLACES = ["", "python/qwenlora", "rust/core/src", "tests"]
+PLACES += ["examples/serve", "examples/serve/qwenlora_serve"]
 """Folders that a name may begin in."""
-TOP = "python|rust|comfy|tests|docs|benches|fuzz|example_workflows"
+TOP = "python|rust|comfy|tests|docs|benches|examples|fuzz|example_workflows"
 NAME = re.compile(rf"[\w./*-]+\.(?:py|pyi|rs|md)|(?:{TOP})/[\w./-]*\w|[a-z_][\w/]*/")
 """A file of ours by its ending, a path from the root, or a folder by its slash."""
 ELSEWHERE = {

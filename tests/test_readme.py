@@ -124,7 +124,8 @@ def test_documents_do_not_shadow_the_host() -> None:
 
 
 def test_relative_links_lead_somewhere() -> None:
-    for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    readmes = [ROOT / "README.md", ROOT / "examples" / "serve" / "README.md"]
+    for document in [*readmes, *sorted((ROOT / "docs").glob("*.md"))]:
         for link in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
             if "://" not in link:
                 assert (document.parent / link).exists(), f"{document.name}: {link}"

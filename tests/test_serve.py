@@ -1,4 +1,4 @@
-"""The example of Ray Serve: two replicas on the CPU, started as its README says, asked over HTTP."""
+"""The example of Ray Serve: two replicas on the CPU, started as its README says."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ import qwenlora
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    Loras = Sequence[tuple[str, float]]
+
 pytestmark = [
     pytest.mark.slow,
     # One application serves all tests of this file.
@@ -49,8 +51,6 @@ BUDGET = 5 << 20
 SAMPLES = 14
 STARTED_S = 300
 """A machine that does much else takes long to start ten processes."""
-
-Loras = "Sequence[tuple[str, float]]"
 
 
 def readme_commands() -> list[str]:
@@ -135,6 +135,8 @@ class Server:
     def close(self) -> None:
         for process in self.processes():
             os.kill(process, signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait()
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def ask(self, loras: Loras = (), **fields: Any) -> Answer:
@@ -316,14 +318,11 @@ def test_the_cluster_s_configuration_is_valid(server: Server) -> None:
 
 
 def test_the_bench_measures_it(server: Server) -> None:
-    bench = [sys.executable, ROOT / "benches" / "bench_serve.py", "--url"]
-    options = ["--clients", "2", "--requests", "3", "--rounds", "2", "--stacks", "1", "2", "--steps", "1"]
     found = server.folder / "found.json"
-    subprocess.run(
-        [*bench, f"http://127.0.0.1:{server.port}", *options, "--json", found],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    options = f"--url http://127.0.0.1:{server.port} --json {found}"
+    options += " --stacks 1 2 --clients 2 --requests 3 --rounds 2"
+    bench = [sys.executable, ROOT / "benches" / "bench_serve.py", *options.split()]
+    subprocess.run(bench, check=True, stdout=subprocess.DEVNULL)
     rows = json.loads(found.read_text(encoding="utf-8"))["rows"]
     assert [row["stacks"] for row in rows] == [1, 2]
     for row in rows:

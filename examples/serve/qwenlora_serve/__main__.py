@@ -10,7 +10,9 @@ import argparse
 import math
 import signal
 import sys
+import threading
 from pathlib import Path
+
 import ray
 from ray import serve
 from ray.serve.schema import LoggingConfig
@@ -40,7 +42,7 @@ def run(settings: Settings, *, host: str, port: int) -> None:
         serve.start(http_options={"host": host, "port": port})
         serve.run(build(settings), logging_config=LoggingConfig(enable_access_log=False))
         print(f"ready at http://{host}:{port}", flush=True)
-        signal.pause()
+        threading.Event().wait()
     except KeyboardInterrupt:
         pass
     finally:

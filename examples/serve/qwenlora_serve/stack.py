@@ -45,7 +45,9 @@ class Stack:
                 raise RequestError(_BAD_REQUEST, f"LoRA {name!r} is named {count} times")
         for name, strength in given:
             if not math.isfinite(strength):
-                raise RequestError(_BAD_REQUEST, f"LoRA {name!r} has strength {strength}: it is finite")
+                raise RequestError(
+                    _BAD_REQUEST, f"LoRA {name!r} has strength {strength}: it is finite"
+                )
         return cls(tuple((name, strength) for name, strength in given if strength))
 
     @property
