@@ -120,7 +120,7 @@ class Gate:
                 continue
         raise HTTPException(
             _UNAVAILABLE,
-            f"{self._settings.attempts} replicas died with this request",
+            f"every replica died that had this request; attempts: {self._settings.attempts}",
             headers={"retry-after": "10"},
         )
 
