@@ -146,7 +146,7 @@ def test_rust_packs_what_torch_does(formed_bytes, dtype, ranks, targets, filler,
     again = part_of(row, range(1, 3), ranks, 0, dtype=dtype, factors=(0.7, 1.0, 1e-3))
     base_tiles = row.base_rank // 16
     rewrite_packed(
-        LowRankSide.UP, arenas[0]._factors[1].wait(), again, base_tiles=base_tiles, threads=2
+        LowRankSide.UP, arenas[0]._factors[1].wait(), again, base_rank=row.base_rank, threads=2
     )
     arena.write_packed_ups(arenas[1]._up, again, base_tiles=base_tiles)
     assert same_factors(*arenas)

@@ -346,6 +346,26 @@ def test_groups_and_single_slots_leave_the_same_bits(model, quantized, dense, pr
     assert ranks_of(model) == ranks_of(other)
 
 
+def test_one_file_on_both_forms_in_turn(model, quantized, dense, run, tmp_path):
+    """What is kept of a file's deltas for one form is not taken for the other's."""
+    file = in_blocks(
+        lambda f, b: [
+            ADAPTERS[name](f, b) for name in ("lora", "modulation", "whole lokr in the mlp")
+        ]
+    )
+    path = tmp_path / "lora.safetensors"
+    save_file(file.tensors, path)
+    nunchakus = emulation.EmulatedQwenImageTransformer.from_diffusers(
+        dense, rank=32, precision=Precision.EXACT, dtype=torch.float32
+    )
+    expected = run(file.merged(dense))
+    for strength in (1.0, 0.5, 1.0):
+        for own in (nunchakus, model):
+            qwenlora.compose_loras(own, (path, strength))
+    for own in (nunchakus, model):
+        assert float((run(own) - expected).norm() / expected.norm()) < DELTA_BOUND
+
+
 # ---- the rank that the forward reads ----
 
 

@@ -20,7 +20,8 @@ from qwenlora.group.load import Staged, loads_of
 from qwenlora.group.place import factor_runs, may_overflow, parts_of
 from qwenlora.group.transfer import HostTransfer, transfer_to
 from qwenlora.model.target import factors_of
-from qwenlora.packing.layout import FRAGMENT, TILE, LowRankSide
+from qwenlora.packing.factor import in_fragments
+from qwenlora.packing.layout import LowRankSide
 from qwenlora.slots.branch import BRANCH_DOWN, BRANCH_UP
 
 if TYPE_CHECKING:
@@ -89,10 +90,10 @@ class _Write:
         write_branch_ups(self.arena, part, row_order=self.group.row_order)
 
     def _rewrite(self, part: Part) -> None:
-        base_tiles = self.group.targets[0].row.base_rank // TILE
+        base_rank = self.group.targets[0].row.base_rank
         for side, arena in ((LowRankSide.DOWN, self.downs), (LowRankSide.UP, self.arena)):
             if arena is not None:
-                rewrite_packed(side, arena, part, base_tiles=base_tiles, threads=self.threads)
+                rewrite_packed(side, arena, part, base_rank=base_rank, threads=self.threads)
 
 
 class Rescaling:
@@ -237,5 +238,4 @@ def _around(own: Mapping[int, Tensor], first: Tensor, count: int, *, packed: boo
     rows, rank = first.shape
     # A `down` beside a layer is (R, in): there these are its ranks and its columns.
     arena = flat[: count * rows * rank].view(count, rows, rank)
-    # (slots, C, R) in name -> (slots, C/16, R/16, 256)
-    return arena.view(count, rows // TILE, rank // TILE, FRAGMENT) if packed else arena
+    return in_fragments(arena) if packed else arena

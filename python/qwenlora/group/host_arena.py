@@ -202,7 +202,7 @@ class HostPackedArena:
 
 
 def rewrite_packed(
-    side: LowRankSide, arena: Tensor, part: Part, *, base_tiles: int, threads: int | None
+    side: LowRankSide, arena: Tensor, part: Part, *, base_rank: int, threads: int | None
 ) -> None:
     """Scale and pack one LoRA's factor anew, over what an arena has of it; all else stays.
 
@@ -210,9 +210,10 @@ def rewrite_packed(
         side: Which factor.
         arena: (slots, C/16, R/16, 256) of that side, contiguous, on any device.
         part: The LoRA's deltas, with ranks that lie where they lay.
-        base_tiles: Fragments of the base in each channel tile.
+        base_rank: Ranks of the base.
         threads: Threads that fill host memory; by default up to 16.
     """
+    base_tiles = base_rank // TILE
     if arena.device.type != "cpu":
         write = write_packed_downs if side is LowRankSide.DOWN else write_packed_ups
         write(arena, part, base_tiles=base_tiles)

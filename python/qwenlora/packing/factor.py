@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-__all__ = ["join_factors", "pack_factor", "unpack_factor"]
+__all__ = ["in_fragments", "join_factors", "pack_factor", "unpack_factor"]
 
 
 def pack_factor(logical: torch.Tensor, side: LowRankSide) -> torch.Tensor:
@@ -84,6 +84,19 @@ def unpack_factor(packed: torch.Tensor, side: LowRankSide) -> torch.Tensor:
         threads=1,
     )
     return logical
+
+
+def in_fragments(packed: torch.Tensor) -> torch.Tensor:
+    """View packed factors by their fragments.
+
+    Args:
+        packed: (slots, C, R) in name, contiguous.
+
+    Returns:
+        (slots, C/16, R/16, 256), the same memory.
+    """
+    slots, channels, rank = packed.shape
+    return packed.view(slots, channels // TILE, rank // TILE, FRAGMENT)
 
 
 def _column(logical: torch.Tensor, side: LowRankSide) -> tuple[str, int, list[Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 
 __all__ = [
+    "CHANNEL_MULTIPLE",
     "FRAGMENT",
     "MAX_RANK",
     "MODULATION_PLANES",
@@ -20,6 +21,8 @@ TILE = 16
 """Side of one low-rank fragment: 16 channels by 16 ranks."""
 FRAGMENT = TILE * TILE
 """Elements of one low-rank fragment, contiguous in memory."""
+CHANNEL_MULTIPLE = TILE
+"""The channels of every packed layer are a multiple of this."""
 RANK_MULTIPLE = TILE
 """Every rank the kernels see is a multiple of this: they loop over whole fragments."""
 MAX_RANK = 1024

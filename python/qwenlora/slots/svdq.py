@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 from qwenlora.errors import ModelStateError
 from qwenlora.model.forwards import RANK, ranks_read
 from qwenlora.model.target import PACKED_DTYPES, LowRankPlace
-from qwenlora.packing.layout import RANK_MULTIPLE, TILE, RowOrder
+from qwenlora.packing.layout import CHANNEL_MULTIPLE, RANK_MULTIPLE, RowOrder
 from qwenlora.packing.pack import pack_vector
 from qwenlora.plan.documents import SlotKind
 from qwenlora.slots.branch import SideBranchSlot
@@ -54,7 +54,7 @@ def _packed_shape(path: str, name: str, tensor: Tensor) -> Sequence[int]:
     shape = tensor.shape
     fits = (
         len(shape) == 2
-        and shape[0] % TILE == 0
+        and shape[0] % CHANNEL_MULTIPLE == 0
         and shape[1] % RANK_MULTIPLE == 0
         and shape[1] > 0
         and tensor.dtype in PACKED_DTYPES
@@ -64,7 +64,7 @@ def _packed_shape(path: str, name: str, tensor: Tensor) -> Sequence[int]:
     if not fits:
         raise ModelStateError(
             f"`{path}.{name}` is {_show(tensor)}: expected a contiguous (channels, rank) of"
-            f" multiples of {TILE} in float16 or bfloat16"
+            f" multiples of {CHANNEL_MULTIPLE} and {RANK_MULTIPLE} in float16 or bfloat16"
         )
     return shape
 
