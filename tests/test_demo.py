@@ -16,8 +16,12 @@ import qwenlora
 from qwenlora.demo import course, main, measure, model
 from qwenlora.group import arena, builder, loads, place
 from qwenlora.packing.layout import RowOrder
+from qwenlora.pipeline import pipeline_methods
 
-STEPS = ("set-up", "1. compose three", "2. change one strength", "3. remove one", "4. reset")
+STEPS = (
+    *("set-up", "1. compose three", "2. change one strength", "3. remove one", "4. reset"),
+    "5. the same by name, in a diffusers pipeline",
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,7 @@ def test_all_steps_within_bound(capsys, tmp_path):
     assert len(shown) == 2 * (4 + 4 + 2)  # two numbers per kind that carries a delta
     assert max(shown) <= measure.BOUND
     assert screen.count("bit-exact") == 2 * 2 + 1
-    assert screen.count("; complete") == 3
+    assert screen.count("; complete") == 4
     assert re.search(r"modulation \(awq\) +1\.4\d +1\.4\d\n", screen)
     assert re.search(r"mlp \(svdq\) +7\.00 +7\.00\n", screen)
     assert torch.get_num_threads() == threads
@@ -95,6 +99,18 @@ def test_wrong_row_order_fails(capsys, monkeypatch):
     assert "FAILED (bound 1e-2)\n" in screen
     assert "step 1: modulation (awq) is off by 1.4" in screen
     assert "step 1: attention" not in screen
+
+
+@pytest.mark.slow
+def test_a_pipeline_that_takes_other_weights_fails(capsys, monkeypatch):
+    def doubled(pipeline, names, weights=None):
+        return pipeline_methods.set_adapters(pipeline, names, [2 * weight for weight in weights])
+
+    monkeypatch.setitem(pipeline_methods.PIPELINE_METHODS, "set_adapters", doubled)
+    assert main([]) == 1
+    screen = capsys.readouterr().out
+    assert re.search(r"step 5: the picture is off by [01]\.\d", screen)
+    assert "step 1" not in screen.partition("FAILED")[2]
 
 
 @pytest.mark.slow
