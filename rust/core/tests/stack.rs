@@ -1136,6 +1136,16 @@ fn stock() -> Vec<Slot> {
 
 const TO_QKV: &str = "transformer_blocks.0.attn.to_qkv";
 
+fn with_pair(tensors: Tensors, stem: &str, rows: u64, rank: u64) -> Tensors {
+    tensors
+        .tensor(&format!("{stem}.lora_A.weight"), &[rank, 3072])
+        .tensor(&format!("{stem}.lora_B.weight"), &[rows, rank])
+}
+
+fn fused(rank: u64) -> Tensors {
+    with_pair(Tensors::default(), TO_QKV, 9216, rank)
+}
+
 /// (slot, first row, rows, and per tensor its first row, shape and place) of a plan's pieces.
 fn cuts(stack: &StackPlan) -> Vec<(&str, u64, u64, Vec<(&str, Option<u64>, Vec<u64>)>)> {
     let cut = |piece: &Piece| {
@@ -1157,7 +1167,7 @@ fn cuts(stack: &StackPlan) -> Vec<(&str, u64, u64, Vec<(&str, Option<u64>, Vec<u
 
 #[test]
 fn a_fused_pair_becomes_rows_of_its_parts() {
-    let plan = Tensors::default().peft(TO_QKV, 16).plan();
+    let plan = fused(16).plan();
     let stack = stack_on(&plan, &stock(), StackOptions::default());
     let part = |name, first| {
         let down = ("down", None, vec![16, 3072]);
@@ -1202,7 +1212,7 @@ fn a_fused_lokr_is_cut_between_and_within_the_blocks_of_its_rows() {
 
 #[test]
 fn a_part_that_the_model_lacks_leaves_the_fused_module_out() {
-    let plan = Tensors::default().peft(TO_QKV, 16).peft(MOD, 4).plan();
+    let plan = with_pair(fused(16), MOD, 18432, 4).plan();
     let mut without = stock();
     without.remove(1);
     let stack = stack_on(&plan, &without, StackOptions::default());
@@ -1214,7 +1224,7 @@ fn a_part_that_the_model_lacks_leaves_the_fused_module_out() {
 
 #[test]
 fn a_fused_pair_of_another_size_does_not_fit_the_parts() {
-    let plan = Tensors::default().peft(TO_QKV, 16).peft(MOD, 4).plan();
+    let plan = with_pair(fused(16), MOD, 18432, 4).plan();
     let mut larger = stock();
     larger[1].out_features = 6144;
     let stack = stack_on(&plan, &larger, StackOptions::default());
@@ -1228,7 +1238,7 @@ fn a_fused_pair_of_another_size_does_not_fit_the_parts() {
 fn a_stock_block_calls_every_layer_and_takes_planar_rows() {
     use qwenlora_core::model::slot::RowOrder;
 
-    let plan = lokr(MLP, [64, 48], [192, 64]).peft(MOD, 4).plan();
+    let plan = with_pair(lokr(MLP, [64, 48], [192, 64]), MOD, 18432, 4).plan();
     for (slots, kind, order) in [
         (slots(), PieceKind::LowRank, RowOrder::Interleaved),
         (stock(), PieceKind::Kron, RowOrder::Planar),
