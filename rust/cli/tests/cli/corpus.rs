@@ -69,6 +69,7 @@ fn bytes(value: &Value, dtype: &str) -> Option<Vec<u8>> {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a row for each layout of the corpus")]
 fn producers() {
     let folder = Folder::new();
     let mut rows = Vec::new();
