@@ -1146,8 +1146,11 @@ fn fused(rank: u64) -> Tensors {
     with_pair(Tensors::default(), TO_QKV, 9216, rank)
 }
 
-/// (slot, first row, rows, and per tensor its first row, shape and place) of a plan's pieces.
-fn cuts(stack: &StackPlan) -> Vec<(&str, u64, u64, Vec<(&str, Option<u64>, Vec<u64>)>)> {
+/// A tensor of a piece: its role, its first row, and its shape.
+type CutTensor<'p> = (&'p str, Option<u64>, Vec<u64>);
+
+/// (slot, first row, rows, tensors) of a plan's pieces.
+fn cuts(stack: &StackPlan) -> Vec<(&str, u64, u64, Vec<CutTensor<'_>>)> {
     let cut = |piece: &Piece| {
         let tensors = piece.tensors.iter();
         tensors
