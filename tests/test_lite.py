@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -455,6 +455,30 @@ def test_a_stock_block_that_may_reorder_rows_is_refused(model, dense):
     model.transformer_blocks[1].__class__ = Reordering
     with pytest.raises(errors.UnsupportedModelError, match=r"transformer_blocks\.1.*Reordering"):
         qwenlora.compose_loras(model, File().every_linear(dense).tensors)
+
+
+def test_a_stock_block_with_a_forward_of_its_own_that_may_reorder_rows_is_refused(model, dense):
+    block = model.transformer_blocks[1]
+
+    def forward(self, *args, **kwargs):
+        return tuple(out.transpose(0, 0) for out in type(self).forward(self, *args, **kwargs))
+
+    block.forward = MethodType(forward, block)
+    with pytest.raises(errors.UnsupportedModelError, match=r"transformer_blocks\.1.*reorder"):
+        qwenlora.compose_loras(model, File().every_linear(dense).tensors)
+
+
+def test_an_mlp_with_a_forward_of_its_own_that_fuses_takes_ranks_alone(model):
+    mlp = model.transformer_blocks[0].img_mlp
+
+    def forward(self, hidden_states):
+        return self.net[2](torch.nn.functional.gelu(self.net[0].proj(hidden_states)))
+
+    mlp.forward = MethodType(forward, mlp)
+    report = qwenlora.compose_loras(model, in_blocks(ADAPTERS["whole lokr in the mlp"]).tensors)
+    ranks = {slot.path: slot.rank_added for slot in report.slots}
+    assert ranks["transformer_blocks.0.img_mlp.net.0.proj"] == 256
+    assert ranks["transformer_blocks.1.img_mlp.net.0.proj"] == 0
 
 
 def test_a_block_with_both_kinds_of_attention_is_refused(model, dense):

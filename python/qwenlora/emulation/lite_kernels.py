@@ -86,11 +86,11 @@ class LiteKernels:
             raise KernelContractError(f"no room for {rows} rows in {tuple(quantized.shape)}")
         down = pack.unpack_lowrank(lora_down, LowRankSide.DOWN)  # (R, K)
         lora_act[:rows] = x.float() @ down.float().T
-        scaled = x / pack.unpack_vector(smooth)
+        divisors = pack.unpack_vector(smooth)  # (K,)
         if self.precision is Precision.EXACT:
-            setattr(quantized, _RAW, x.float() / pack.unpack_vector(smooth).float())
+            setattr(quantized, _RAW, x.float() / divisors.float())
             return
-        values, scales = quantize_activation(scaled, IntegerRange.SIGNED)
+        values, scales = quantize_activation(x / divisors, IntegerRange.SIGNED)
         ascales[:, :rows] = scales.T
         quantized[:rows] = _pairs(values)
 

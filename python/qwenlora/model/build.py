@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qwenlora.model.code import names_of_class
+from qwenlora.model.code import names_of_module
 from qwenlora.model.qwen_image import BLOCKS, FUSED_ATTENTION, MLPS, QUERY
 from qwenlora.plan.documents import BlockBuild
 
@@ -46,10 +46,9 @@ def build_of_block(block: str, modules: Mapping[str, nn.Module]) -> BlockBuild |
 def reorders(block: nn.Module) -> bool:
     """Tell if a block's code may take the rows of its modulations in another order.
 
-    The code of its class and bases is looked at. Code that cannot be counts as reordering.
+    The code of its forward is looked at. Code that cannot be counts as reordering.
     """
-    kind: type = type(block)
-    names = names_of_class(kind)
+    names = names_of_module(block)
     return names is None or not names.all.isdisjoint(_REORDERING)
 
 
@@ -84,8 +83,7 @@ class Builds:
         """A stock block's MLP may still have been replaced by one that fuses its layers."""
         build = self._mlps.get(path)
         if build is None:
-            kind: type = type(self._modules[path])
-            names = names_of_class(kind)
+            names = names_of_module(self._modules[path])
             is_called = names is not None and names.all.isdisjoint(_OF_A_LAYER)
             build = BlockBuild.STOCK if is_called else BlockBuild.NUNCHAKU
             self._mlps[path] = build

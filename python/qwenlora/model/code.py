@@ -17,7 +17,9 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["NamesRead", "names_of_class", "names_of_forward"]
+    from torch import nn
+
+__all__ = ["NamesRead", "names_of_class", "names_of_module"]
 
 
 class NamesRead(NamedTuple):
@@ -57,8 +59,12 @@ def names_of_class(kind: type) -> NamesRead | None:
     return _names_read([], kind)
 
 
-def names_of_forward(forward: object, kind: type) -> NamesRead | None:
-    """The same of a layer of this class that has its own forward, or one around its class's."""
+def names_of_module(module: nn.Module) -> NamesRead | None:
+    """The same of one module, which may have its own forward, or one around its class's."""
+    kind: type = type(module)
+    forward = module.__dict__.get("forward")
+    if forward is None:
+        return names_of_class(kind)
     function = _function_of(forward)
     if any(_function_of(own.called) is function for own in _defined(kind, "forward")):
         return names_of_class(kind)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from qwenlora import _core
 from qwenlora.errors import UnsupportedModelError
 from qwenlora.model.build import build_of_block, reorders
-from qwenlora.model.code import NamesRead, names_of_class, names_of_forward
+from qwenlora.model.code import NamesRead, names_of_class, names_of_module
 from qwenlora.model.modules import pattern
 from qwenlora.model.qwen_image import BLOCKS, FUSED_ATTENTION, MODULATIONS, QUERY
 from qwenlora.plan.documents import BlockBuild, SlotKind
@@ -89,7 +89,7 @@ def _is_known(path: str, alike: str, known: Container[str], paths: Container[str
 
 def _require_known_rank(path: str, module: nn.Module, place: LowRankPlace) -> None:
     """A forward that sizes buffers by another number would pass over ranks, or run past the end."""
-    reads = ranks_read(type(module), module.__dict__.get("forward"))
+    reads = ranks_read(module)
     if reads is None or reads.others or not reads.own <= {place.rank}:
         raise UnsupportedModelError(
             f"`{path}` is a {_name(module)} whose forward takes the rank from an attribute, or"
@@ -134,19 +134,16 @@ def _known_patterns() -> frozenset[str]:
     return frozenset(pattern(path) for slot in slots for path in (slot["path"], *slot["parts"]))
 
 
-def ranks_read(kind: type, forward: object = None) -> NamesRead | None:
-    """The attributes named as a rank that the forward of a class, or what it calls, looks up.
-
-    Args:
-        kind: The class.
-        forward: The forward of one layer, where that has its own.
+def ranks_read(module: nn.Module) -> NamesRead | None:
+    """The attributes named as a rank that a layer's forward, or what it calls, looks up.
 
     Returns:
         Their names; None where some code cannot be looked at.
     """
-    if forward is None:
-        return _ranks_of_class(kind)
-    return _ranks_among(names_of_forward(forward, kind))
+    if "forward" in module.__dict__:
+        return _ranks_among(names_of_module(module))
+    kind: type = type(module)
+    return _ranks_of_class(kind)
 
 
 @lru_cache(maxsize=64)

@@ -82,7 +82,7 @@ def _place(found: Found) -> LowRankPlace:
 
     An attribute that says another rank than the tensors of a base is not the one that is read.
     """
-    reads = ranks_read(type(found.module), found.module.__dict__.get("forward"))
+    reads = ranks_read(found.module)
     if reads is None or RANK not in reads.own:
         return _PLACE
     rank = found.module.__dict__.get(RANK)
