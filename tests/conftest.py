@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 import qwenlora
 from qwenlora import _core
+from qwenlora.compose import bring
 from qwenlora.emulation import EmulatedConfig, Precision, random_transformer
 from qwenlora.emulation.delay import LazyWorkers, SleepyWorkers
 from qwenlora.packing import pack
@@ -167,6 +168,22 @@ def _without_those_that_take_turns(items: list[pytest.Item]) -> list[pytest.Item
 def workers(request):
     with employ(WORKERS[request.param]()):
         yield
+
+
+@pytest.fixture
+def rescalings(monkeypatch):
+    """How many compositions were changes of strengths in place."""
+    done = []
+    prepare = bring.prepare_rescaling
+
+    def prepared(*args):
+        found = prepare(*args)
+        if found is not None:
+            done.append(found)
+        return found
+
+    monkeypatch.setattr(bring, "prepare_rescaling", prepared)
+    return done
 
 
 # ---- LoRA files ----

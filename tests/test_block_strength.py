@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 import qwenlora
 from qwenlora import BlockFactors, ComposeOptions, LoraSet, LoraSpec, Placement, emulation
-from qwenlora.compose import bring
 from qwenlora.compose.planning import plan_report
 from qwenlora.emulation import Precision
 from qwenlora.errors import BlockFactorsError
@@ -129,22 +128,6 @@ def every_kind(Draft):
     draft.put("img_in", "lokr_w1", 2, 2).put("img_in", "lokr_w2", 64, 32)
     draft.put("txt_norm", "diff", 96)
     return draft
-
-
-@pytest.fixture
-def rescalings(monkeypatch):
-    """How many compositions were changes of strengths in place."""
-    done = []
-    prepare = bring.prepare_rescaling
-
-    def prepared(*args):
-        found = prepare(*args)
-        if found is not None:
-            done.append(found)
-        return found
-
-    monkeypatch.setattr(bring, "prepare_rescaling", prepared)
-    return done
 
 
 def copied(bases, dtype=torch.float32, resident=None, device="cpu"):

@@ -23,7 +23,8 @@ from qwenlora.emulation.lite_layers import layers_over
 from .test_gpu import (
     BOUND,
     MLP,
-    MOD,
+    MODULES,
+    PREFIX,
     WIDTH,
     Pair,
     fill_awq,
@@ -35,23 +36,7 @@ from .test_gpu import (
 
 pytestmark = pytest.mark.gpu
 
-PREFIX = "transformer_blocks.0"
-RANKS = {
-    "attn.to_q": (WIDTH, WIDTH, 16),
-    "attn.to_k": (WIDTH, WIDTH, 24),
-    "attn.to_v": (WIDTH, WIDTH, 64),
-    "attn.to_out.0": (WIDTH, WIDTH, 128),
-    "attn.add_q_proj": (WIDTH, WIDTH, 32),
-    "attn.add_k_proj": (WIDTH, WIDTH, 16),
-    "attn.add_v_proj": (WIDTH, WIDTH, 20),
-    "attn.to_add_out": (WIDTH, WIDTH, 8),
-    "img_mlp.net.0.proj": (MLP, WIDTH, 64),
-    "img_mlp.net.2": (WIDTH, MLP, 48),
-    "txt_mlp.net.0.proj": (MLP, WIDTH, 12),
-    "txt_mlp.net.2": (WIDTH, MLP, 16),
-    "img_mod.1": (MOD, WIDTH, 32),
-    "txt_mod.1": (MOD, WIDTH, 16),
-}
+RANKS = {**MODULES, "attn.add_k_proj": (WIDTH, WIDTH, 16)}
 SVDQ = [name for name in RANKS if "mod" not in name]
 AWQ = [name for name in RANKS if "mod" in name]
 

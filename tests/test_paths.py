@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 import qwenlora
 from qwenlora import ComposeOptions, Placement
-from qwenlora.compose import bring
 from qwenlora.group.partition import apart
 
 from . import faults
@@ -57,22 +56,6 @@ def alone():
             return qwenlora.compose_loras(model, loras, options=options)
 
     return composed
-
-
-@pytest.fixture
-def rescalings(monkeypatch):
-    """How many compositions were changes of strengths in place."""
-    done = []
-    prepare = bring.prepare_rescaling
-
-    def prepared(*args):
-        found = prepare(*args)
-        if found is not None:
-            done.append(found)
-        return found
-
-    monkeypatch.setattr(bring, "prepare_rescaling", prepared)
-    return done
 
 
 # ---- stacks ----
