@@ -2,9 +2,12 @@
 
 #![expect(clippy::unwrap_used, reason = "the helpers belong to the tests")]
 
+mod pattern;
+
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
+use pattern::pattern;
 use proptest::prelude::*;
 use qwenlora_core::packed::{
     Column, DownMember, ElementSize, FRAGMENT, Fillers, Filling, Packed, Recipe, TILE, fill,
@@ -17,22 +20,6 @@ const LONG: Duration = Duration::from_secs(60);
 
 fn threads(count: usize) -> NonZeroUsize {
     NonZeroUsize::new(count).unwrap()
-}
-
-/// Bytes without period, so that misplaced ones show.
-fn pattern(len: usize, seed: u32) -> Vec<u8> {
-    let mut state = u64::from(seed);
-    let mut next = || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        (mixed ^ (mixed >> 27)).to_le_bytes()
-    };
-    let mut bytes = vec![0; len];
-    // Eight at a time: there are many, and tests are not optimized.
-    for chunk in bytes.chunks_mut(8) {
-        chunk.copy_from_slice(&next()[..chunk.len()]);
-    }
-    bytes
 }
 
 /// Slots of a base fragment and a `down` of 16 ranks each, of two bytes.

@@ -2,12 +2,15 @@
 
 #![expect(clippy::unwrap_used, reason = "the helpers belong to the tests")]
 
+mod pattern;
+
 use std::fs::{self, File};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pattern::pattern;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -26,22 +29,6 @@ const LONG: Duration = Duration::from_secs(60);
 
 fn threads(count: usize) -> NonZeroUsize {
     NonZeroUsize::new(count).unwrap()
-}
-
-/// Bytes without period, so that misplaced ones show.
-fn pattern(len: usize, seed: u32) -> Vec<u8> {
-    let mut state = u64::from(seed);
-    let mut next = || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        (mixed ^ (mixed >> 27)).to_le_bytes()
-    };
-    let mut bytes = vec![0; len];
-    // Eight at a time: there are many, and tests are not optimized.
-    for chunk in bytes.chunks_mut(8) {
-        chunk.copy_from_slice(&next()[..chunk.len()]);
-    }
-    bytes
 }
 
 /// A file of a pattern.
