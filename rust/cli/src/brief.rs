@@ -4,7 +4,6 @@ use std::cmp::Reverse;
 
 use qwenlora_core::adapter::Adapter;
 use qwenlora_core::adapter::module::{Fault, Module};
-use qwenlora_core::model::Model;
 use qwenlora_core::plan::check::ModelCheck;
 use qwenlora_core::plan::{FilePlan, Verdict};
 
@@ -160,7 +159,7 @@ fn remark(plan: &FilePlan) -> String {
 
 /// Why a file is not applied whole: the reason that concerns the most of it.
 fn why(plan: &FilePlan) -> String {
-    if !plan.model().is_some_and(Model::is_applied) {
+    if plan.model().is_none() {
         let reason = plan.reason().unwrap_or_default();
         return until(&reason, &[" (", ": "]).to_owned();
     }

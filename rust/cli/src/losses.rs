@@ -85,7 +85,7 @@ impl Losses {
         }
         for module in plan.modules() {
             let first = example_of(module, entries);
-            if let Some(text) = reason_of(module, plan.check()) {
+            if let Some(text) = reason_of(module) {
                 modules.add(text, first);
             }
             for (index, text) in &module.left_out {
@@ -129,13 +129,9 @@ fn example_of<'t>(module: &Module, entries: &'t [Entry]) -> Option<&'t Entry> {
 }
 
 /// Why a module does nothing, if so.
-fn reason_of(module: &Module, check: &ModelCheck) -> Option<String> {
+fn reason_of(module: &Module) -> Option<String> {
     let own = module.fault.as_ref().map(|fault| fault.text().to_owned());
     own.or_else(|| module.misfit.clone())
-        .or_else(|| match check {
-            ModelCheck::Known(model) => model.refusal().map(str::to_owned),
-            _ => None,
-        })
 }
 
 /// The reason without what differs from tensor to tensor.

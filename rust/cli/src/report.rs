@@ -65,7 +65,7 @@ fn sentence(plan: &FilePlan) -> String {
             format!("{whole}, but some tensors are left out")
         }
         (Verdict::Partial, _) => format!("{applied} of {all} modules are applied"),
-        (Verdict::Reject, ModelCheck::Known(model)) if model.is_applied() => match all {
+        (Verdict::Reject, ModelCheck::Known(_)) => match all {
             1 => "its one module is not applied".to_owned(),
             _ => format!("none of its {all} modules is applied"),
         },
@@ -97,7 +97,7 @@ fn loss_rows(screen: &mut Screen, tone: Tone, label: &str, noun: &str, losses: &
 fn facts(plan: &FilePlan) -> Vec<(&'static str, String)> {
     let model = match plan.check() {
         ModelCheck::Known(model) => model.title(),
-        ModelCheck::Other(_) | ModelCheck::OtherShapes(_) => "not Qwen-Image",
+        ModelCheck::Other(_) | ModelCheck::OtherShapes(_) => "another",
         ModelCheck::Nothing(_) => "unknown",
     };
     vec![

@@ -10,8 +10,8 @@ use std::path::Path;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use qwenlora_core::header::Header;
-use qwenlora_core::model::known;
 use qwenlora_core::model::slot::Slot;
+use qwenlora_core::model::{Model, known};
 use qwenlora_core::plan::FilePlan;
 use qwenlora_core::stack::{PlacedStack, SlotIndex, StackItem, StackOptions};
 
@@ -75,7 +75,7 @@ fn bench(criterion: &mut Criterion) {
     });
     let plan = FilePlan::read(&path).unwrap();
     group.bench_function("file plan as JSON", |b| b.iter(|| plan.to_json().len()));
-    let slots = known::qwen_image_slots();
+    let slots = known::known_slots(Model::QwenImage);
     // As in a model at hand: the blocks' slots are alike.
     let pattern = |path: &str| {
         let segments = path.split('.');

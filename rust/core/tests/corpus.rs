@@ -11,8 +11,8 @@ use std::sync::LazyLock;
 use qwenlora_core::dtype::Dtype;
 use qwenlora_core::key::role::Role;
 use qwenlora_core::key::table::RawTensor;
-use qwenlora_core::model::known;
 use qwenlora_core::model::slot::{Slot, SlotKind};
+use qwenlora_core::model::{Model, known};
 use qwenlora_core::plan::FilePlan;
 use qwenlora_core::stack::{StackItem, StackOptions, StackPlan};
 use serde_json::Value;
@@ -155,7 +155,7 @@ fn every_module_has_its_adapter_rank_and_scale() {
 }
 
 /// Files of which this version applies nothing: (name, what the reason says).
-const REFUSED: [(&str, &str); 15] = [
+const REFUSED: [(&str, &str); 10] = [
     ("ai_toolkit_dora", "DoRA is not supported: "),
     ("diffusers_peft_dora", "DoRA is not supported: "),
     ("lycoris_boft", "BOFT is not supported: "),
@@ -166,11 +166,6 @@ const REFUSED: [(&str, &str); 15] = [
     ("onetrainer_diffusers_dora", "DoRA is not supported: "),
     ("onetrainer_lokr_dora", "DoRA is not supported: "),
     ("onetrainer_oft", "OFT is not supported: "),
-    ("z_image_ai_toolkit_lokr", "Z-Image is not supported"),
-    ("z_image_ai_toolkit_lora", "Z-Image is not supported"),
-    ("z_image_diffsynth", "Z-Image is not supported"),
-    ("z_image_musubi", "Z-Image is not supported"),
-    ("z_image_musubi_comfy_qkv", "Z-Image is not supported"),
 ];
 
 fn refusal(name: &str) -> Option<&'static str> {
@@ -209,12 +204,13 @@ fn every_module_but_the_refused_is_supported() {
     }
 }
 
-/// The slots of the released model as Nunchaku quantizes it, with offload on.
-fn model_slots() -> Vec<Slot> {
-    known::qwen_image_slots()
+/// The slots of a released model as Nunchaku quantizes it, with offload on.
+fn model_slots(model: Model) -> Vec<Slot> {
+    known::known_slots(model)
         .into_iter()
         .map(|known| {
-            let in_block = known.slot.path.starts_with("transformer_blocks.");
+            let group = known.slot.path.split('.').next().unwrap_or_default();
+            let in_block = ["transformer_blocks", "layers"].contains(&group);
             Slot {
                 base_rank: if known.slot.kind == SlotKind::Svdq {
                     32
@@ -234,8 +230,8 @@ fn model_slots() -> Vec<Slot> {
 
 #[test]
 fn every_file_is_planned_whole_or_refused() {
-    let slots = model_slots();
-    assert_eq!(slots.len(), 60 * 14 + 8);
+    let (qwen_image, z_image) = (model_slots(Model::QwenImage), model_slots(Model::ZImage));
+    assert_eq!(qwen_image.len(), 60 * 14 + 8);
     let options = StackOptions {
         strict: true,
         ..StackOptions::default()
@@ -249,7 +245,12 @@ fn every_file_is_planned_whole_or_refused() {
             modulation: true,
             off: &[],
         };
-        let stack = StackPlan::new(&[item], &slots, options);
+        let (own, other) = match plan.model() {
+            Some(Model::ZImage) => (&z_image, &qwen_image),
+            _ => (&qwen_image, &z_image),
+        };
+        assert!(StackPlan::new(&[item], other, options).is_err(), "{name}");
+        let stack = StackPlan::new(&[item], own, options);
         if refusal(name).is_some() || file["expect"] == "reject" {
             assert!(stack.is_err(), "{name}");
             continue;
@@ -288,7 +289,12 @@ fn pieces_of(wanted: &str) -> Vec<String> {
         modulation: true,
         off: &[],
     };
-    let stack = StackPlan::new(&[item], &model_slots(), StackOptions::default()).unwrap();
+    let stack = StackPlan::new(
+        &[item],
+        &model_slots(Model::QwenImage),
+        StackOptions::default(),
+    )
+    .unwrap();
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();
     for slot in &stack.slots {
         for piece in &slot.pieces {

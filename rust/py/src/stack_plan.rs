@@ -1,12 +1,12 @@
 //! `plan_stack`: file plans and the slots of a model to a StackPlan.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView, PyTuple};
 use qwenlora_core::model::slot::{RowOrder, Slot};
-use qwenlora_core::model::{self, known};
+use qwenlora_core::model::{self, Model, known};
 use qwenlora_core::plan::FilePlan as CorePlan;
 use qwenlora_core::stack::{
     Group, Located, Member, PlacedStack, Share, SlotIndex, StackItem, StackOptions,
@@ -15,10 +15,12 @@ use qwenlora_core::stack::{
 use crate::error;
 use crate::file_plan::FilePlan;
 
-/// The slots of Qwen-Image as Nunchaku quantizes it, each with the modules in it, as JSON.
+/// The slots of every known model as Nunchaku quantizes it, in order and each with the modules in
+/// it, by the names of the models, as JSON.
 #[pyfunction]
 pub(crate) fn known_slots(py: Python<'_>) -> PyResult<String> {
-    py.detach(|| serde_json::to_string(&known::qwen_image_slots()))
+    let slots = || Model::ALL.map(|model| (model.name(), known::known_slots(model)));
+    py.detach(|| serde_json::to_string(&BTreeMap::from(slots())))
         .map_err(|e| error::from_json(py, "the table of known slots", &e))
 }
 
@@ -26,7 +28,8 @@ pub(crate) fn known_slots(py: Python<'_>) -> PyResult<String> {
 /// that it is of; nothing for a module that no model has.
 #[pyfunction]
 pub(crate) fn layer_kinds(path: &str) -> Option<(Option<u32>, Vec<&'static str>)> {
-    let module = model::table().module(model::table().find(path)?);
+    let table = model::table();
+    let module = table.module(table.find(path).or_else(|| table.find_built(path))?);
     Some((module.number(), module.kinds().collect()))
 }
 

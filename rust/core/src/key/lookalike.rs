@@ -57,7 +57,7 @@ const WITNESSES: [(&str, &str, bool); 41] = [
         "a video or Stable Diffusion model",
         false,
     ),
-    ("cap_embedder_", "Lumina-Image", false),
+    ("time_caption_embed_", "Lumina-Image", false),
 ];
 
 /// HunyuanVideo's own names; HunyuanImage and HunyuanVideo 1.5 share them.

@@ -15,13 +15,13 @@ pub struct KnownSlot {
     pub parts: Vec<&'static str>,
 }
 
-/// The slots of Qwen-Image as Nunchaku quantizes it, in model order.
+/// The slots of a model as Nunchaku quantizes it, in model order.
 ///
 /// Ranks of the base are not counted: they differ from one released file to the next.
-pub fn qwen_image_slots() -> Vec<KnownSlot> {
+pub fn known_slots(model: Model) -> Vec<KnownSlot> {
     let modules = model::table().modules().iter();
     modules
-        .filter(|module| module.model == Model::QwenImage && module.place.slot == module.path)
+        .filter(|module| module.model == model && module.place.slot == module.path)
         .filter_map(known_slot)
         .collect()
 }
@@ -61,7 +61,7 @@ fn known_slot(module: &'static KnownModule) -> Option<KnownSlot> {
 
 fn kind_of(layer: Layer) -> SlotKind {
     match layer {
-        Layer::Svdq | Layer::SvdqInFusedMlp => SlotKind::Svdq,
+        Layer::Svdq | Layer::SvdqInKernel => SlotKind::Svdq,
         Layer::Awq { .. } => SlotKind::Awq,
         Layer::Plain => SlotKind::Linear,
     }
@@ -73,7 +73,7 @@ mod tests {
 
     #[test]
     fn every_module_is_in_one_slot() {
-        let slots = qwen_image_slots();
+        let slots = known_slots(Model::QwenImage);
         assert_eq!(slots.len(), 60 * 14 + 8);
         let mut parts: Vec<_> = slots.iter().flat_map(|s| s.parts.iter().copied()).collect();
         assert_eq!(parts.len(), 60 * 18 + 8);
@@ -89,8 +89,21 @@ mod tests {
     }
 
     #[test]
+    fn every_module_of_z_image_is_in_one_slot() {
+        let slots = known_slots(Model::ZImage);
+        // In a block: the fused projections, two more linears, six norms; modulations; the rest.
+        assert_eq!(slots.len(), 34 * (2 + 2 + 6) + 32 + 7);
+        let parts: usize = slots.iter().map(|s| s.parts.len()).sum();
+        assert_eq!(parts, 34 * (7 + 6) + 32 + 7);
+        let count = |kind| slots.iter().filter(|s| s.slot.kind == kind).count();
+        assert_eq!(count(SlotKind::Svdq), 34 * 4);
+        assert_eq!(count(SlotKind::Linear), 32 + 6);
+        assert_eq!(count(SlotKind::Norm), 34 * 6 + 1);
+    }
+
+    #[test]
     fn a_slot_as_json_is_a_slot_again() {
-        for known in qwen_image_slots() {
+        for known in known_slots(Model::QwenImage) {
             let json = serde_json::to_string(&known).unwrap();
             let slot: Slot = serde_json::from_str(&json).unwrap();
             assert_eq!(slot, known.slot);

@@ -24,7 +24,7 @@ pub enum Model {
     /// Qwen-Image, -2512, -Edit, -Edit-2509, -Edit-2511, -Layered.
     #[serde(rename = "qwen-image")]
     QwenImage,
-    /// Z-Image and Z-Image-Turbo: parsed, not applied.
+    /// Z-Image, -Turbo, -Base, -Edit.
     #[serde(rename = "z-image")]
     ZImage,
 }
@@ -53,16 +53,6 @@ impl Model {
     /// Whether metadata names it, in lower case, without `-` and `_`.
     pub(crate) fn is_named_by(self, name: &str) -> bool {
         name.contains(self.rows().metadata_word)
-    }
-
-    /// Why this version does not apply its files, where it does not.
-    pub fn refusal(self) -> Option<&'static str> {
-        self.rows().refusal
-    }
-
-    /// Whether this version applies its files.
-    pub fn is_applied(self) -> bool {
-        self.refusal().is_none()
     }
 }
 
@@ -137,8 +127,8 @@ pub enum Stream {
 pub enum Layer {
     /// By SVDQuant.
     Svdq,
-    /// By SVDQuant in the kernel of a whole MLP: its input and output never surface.
-    SvdqInFusedMlp,
+    /// By SVDQuant in a kernel that computes more than this layer: its output never surfaces.
+    SvdqInKernel,
     /// By AWQ.
     Awq {
         /// Its rows are cut into this many equal planes.
@@ -154,7 +144,7 @@ impl Layer {
     /// Whether its weight is quantized.
     pub fn is_quantized(self) -> bool {
         match self {
-            Self::Svdq | Self::SvdqInFusedMlp | Self::Awq { .. } => true,
+            Self::Svdq | Self::SvdqInKernel | Self::Awq { .. } => true,
             Self::Plain => false,
         }
     }
@@ -168,6 +158,8 @@ pub type ModuleId = usize;
 pub struct SlotPlace {
     /// Path of the slot, e.g. `transformer_blocks.0.attn.to_qkv` for `…attn.to_k`.
     pub slot: String,
+    /// The module that the slot is.
+    pub module: ModuleId,
     /// Which of the slot's parts this is.
     pub part: usize,
     /// Into how many equal parts the slot's rows are cut.
@@ -233,6 +225,8 @@ pub struct ModelTable {
     blocks: Vec<Blocks>,
     /// Flattened paths of the modules outside of blocks.
     top: Vec<(String, ModuleId)>,
+    /// Paths of the same in models at hand.
+    built_top: Vec<(String, ModuleId)>,
 }
 
 /// The blocks of one kind: each has the same modules, one block's after another's.
@@ -246,6 +240,8 @@ struct Blocks {
     stride: usize,
     /// Flattened spellings of a block's modules, and which of its modules each is.
     names: Vec<(String, usize)>,
+    /// Paths of the same in models at hand.
+    built: Vec<(String, usize)>,
 }
 
 impl ModelTable {
@@ -269,10 +265,21 @@ impl ModelTable {
         in_blocks.or_else(|| find_name(&self.top, path))
     }
 
-    /// How Nunchaku's model computes the linear at a canonical path, where that is known.
+    /// The module that a model at hand has at this path: its canonical one, or the one that a
+    /// host's own classes give it.
+    pub fn find_built(&self, path: &str) -> Option<ModuleId> {
+        let in_blocks = self
+            .blocks
+            .iter()
+            .find_map(|blocks| blocks.find_built(path));
+        let top = || self.built_top.iter().find(|(own, _)| own == path);
+        in_blocks.or_else(|| top().map(|(_, id)| *id))
+    }
+
+    /// How Nunchaku's model computes the linear that a model at hand has at this path, where that
+    /// is known.
     pub fn layer_at(&self, path: &str) -> Option<Layer> {
-        let module = self.module(self.find(path)?);
-        module.layer.filter(|_| module.path == path)
+        self.module(self.find_built(path)?).layer
     }
 
     /// Number of spellings.
@@ -284,15 +291,31 @@ impl ModelTable {
 
 impl Blocks {
     fn find(&self, path: &str) -> Option<ModuleId> {
-        let rest = strip_flat(path, &self.prefix)?;
-        let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
-        let (number, rest) = rest.split_at_checked(digits)?;
+        let (block, rest) = self.block(strip_flat(path, &self.prefix)?)?;
+        let place = find_name(&self.names, strip_flat(rest, "_")?)?;
+        Some(self.module(block, place))
+    }
+
+    fn find_built(&self, path: &str) -> Option<ModuleId> {
+        let group = self.prefix.strip_suffix('_')?;
+        let (block, rest) = self.block(path.strip_prefix(group)?.strip_prefix('.')?)?;
+        let name = rest.strip_prefix('.')?;
+        let (_, place) = self.built.iter().find(|(own, _)| own == name)?;
+        Some(self.module(block, *place))
+    }
+
+    /// The number at the begin of a path, where it is a block's, and what follows it.
+    fn block<'p>(&self, path: &'p str) -> Option<(u32, &'p str)> {
+        let digits = path.bytes().take_while(u8::is_ascii_digit).count();
+        let (number, rest) = path.split_at_checked(digits)?;
         // Numbers are written in one way.
         let is_padded = number.len() > 1 && number.starts_with('0');
         let block: u32 = number.parse().ok().filter(|_| !is_padded)?;
-        let name = strip_flat(rest, "_").filter(|_| block < self.count)?;
-        let place = find_name(&self.names, name)?;
-        Some(self.first + block as usize * self.stride + place)
+        (block < self.count).then_some((block, rest))
+    }
+
+    fn module(&self, block: u32, place: usize) -> ModuleId {
+        self.first + block as usize * self.stride + place
     }
 }
 
@@ -358,9 +381,10 @@ mod tests {
             .filter(|t| t.model == Model::QwenImage)
             .count();
         assert_eq!(qwen, 60 * 20 + 8);
+        // Linears, norms, fused ones and aliases; then the modulations, and what is outside.
         assert_eq!(
             table().spelling_count(),
-            60 * 22 + 8 + 34 * (7 + 6 + 1 + 3) + 32
+            60 * 22 + 8 + 34 * (7 + 6 + 2 + 6) + 32 + 7 + 3
         );
     }
 
@@ -426,11 +450,11 @@ mod tests {
             ("transformer_blocks.59.attn.to_add_out", Some(Layer::Svdq)),
             (
                 "transformer_blocks.0.img_mlp.net.0.proj",
-                Some(Layer::SvdqInFusedMlp),
+                Some(Layer::SvdqInKernel),
             ),
             (
                 "transformer_blocks.0.txt_mlp.net.2",
-                Some(Layer::SvdqInFusedMlp),
+                Some(Layer::SvdqInKernel),
             ),
             ("transformer_blocks.0.img_mod.1", Some(modulation)),
             ("transformer_blocks.0.txt_mod.1", Some(modulation)),
@@ -439,9 +463,60 @@ mod tests {
             ("transformer_blocks.0.attn.norm_q", None),
             ("transformer_blocks_0_img_mod_1", None),
             ("transformer_blocks.60.img_mod.1", None),
-            ("layers.0.attention.to_q", None),
+            ("layers.0.attention.to_q", Some(Layer::SvdqInKernel)),
+            ("layers.0.attention.fused_module", Some(Layer::SvdqInKernel)),
+            ("layers.29.attention.qkv", Some(Layer::SvdqInKernel)),
+            ("layers.29.attention.out", Some(Layer::Svdq)),
+            ("noise_refiner.1.feed_forward.w13", Some(Layer::Svdq)),
+            ("context_refiner.1.feed_forward.net.2", Some(Layer::Svdq)),
+            ("layers.30.feed_forward.net.2", None),
+            ("layers.0.attention.to_out", None),
+            ("layers.3.adaLN_modulation.0", Some(Layer::Plain)),
+            ("final_layer.linear", Some(Layer::Plain)),
+            ("cap_embedder.1", Some(Layer::Plain)),
         ] {
             assert_eq!(layer(path), expected, "{path}");
+        }
+    }
+
+    #[test]
+    fn models_at_hand_have_names_of_their_own() {
+        for (built, path) in [
+            (
+                "layers.7.attention.fused_module",
+                "layers.7.attention.to_qkv",
+            ),
+            (
+                "layers.7.attention.fused_module.norm_k",
+                "layers.7.attention.norm_k",
+            ),
+            ("layers.7.attention.q_norm", "layers.7.attention.norm_q"),
+            (
+                "layers.7.feed_forward.w13",
+                "layers.7.feed_forward.net.0.proj",
+            ),
+            ("x_embedder", "all_x_embedder.2-1"),
+        ] {
+            assert_eq!(table().find_built(built), table().find(path), "{built}");
+            assert!(table().find(path).is_some(), "{path}");
+        }
+        let w13 = table().find("layers.7.feed_forward.net.0.proj").unwrap();
+        let parts = &table().module(w13).split;
+        let parts: Vec<_> = parts.iter().map(|id| table().module(*id)).collect();
+        assert_eq!(parts[0].path, "layers.7.feed_forward.w3");
+        assert_eq!(parts[1].path, "layers.7.feed_forward.w1");
+        assert_eq!(parts[1].place.part, 1);
+        assert_eq!(parts[1].place.module, w13);
+        // Nobody writes it to files, and its rows may lie in either order there.
+        assert_eq!(table().find("layers.7.feed_forward.w13"), None);
+    }
+
+    #[test]
+    fn every_module_is_in_the_place_that_it_names() {
+        for (id, module) in table().modules().iter().enumerate() {
+            assert_eq!(table().find_built(&module.path), Some(id));
+            let slot = table().module(module.place.module);
+            assert_eq!(slot.path, module.place.slot);
         }
     }
 
@@ -486,6 +561,9 @@ mod tests {
             ("time_text_embed.timestep_embedder.linear_1", None, "rest"),
             ("layers.29.attention.to_q", Some(29), "attn"),
             ("layers.4.ffn_norm1", Some(4), ""),
+            ("layers.4.adaLN_modulation.0", Some(4), "mod"),
+            ("layers.4.feed_forward.net.0.proj", Some(4), "mlp"),
+            ("all_x_embedder.2-1", None, "img rest"),
             ("noise_refiner.1.feed_forward.w2", None, "mlp img rest"),
             ("context_refiner.0.attention.to_qkv", None, "attn txt rest"),
         ] {

@@ -2,7 +2,7 @@
 //!
 //! All variants share every shape; Layered alone has the one embedding.
 
-use super::rows::{BlockRows, LinearRow, ModelRows, TopRow};
+use super::rows::{Alias, BlockRows, LinearRow, ModelRows, TopRow};
 use super::slot::RowOrder;
 use super::{Layer, ModuleKind, Section, Stream};
 
@@ -24,7 +24,6 @@ pub(super) const ROWS: ModelRows = ModelRows {
     name: "qwen-image",
     title: "Qwen-Image",
     metadata_word: "qwen",
-    refusal: None,
     blocks: &[BlockRows {
         path: "transformer_blocks",
         title: "blocks",
@@ -34,8 +33,10 @@ pub(super) const ROWS: ModelRows = ModelRows {
         norms: &NORMS,
         fused: &FUSED,
         aliases: &ALIASES,
+        built_as: &[],
     }],
     top: &TOP,
+    top_aliases: &[],
 };
 
 const LINEARS: [LinearRow; 14] = [
@@ -61,14 +62,14 @@ const NORMS: [(&str, Section, Option<Stream>, u64); 4] = [
     norm("attn.norm_added_q", Stream::Text),
     norm("attn.norm_added_k", Stream::Text),
 ];
-const FUSED: [(&str, [&str; 3]); 2] = [
-    ("attn.to_qkv", ["attn.to_q", "attn.to_k", "attn.to_v"]),
+const FUSED: [(&str, &[&str]); 2] = [
+    ("attn.to_qkv", &["attn.to_q", "attn.to_k", "attn.to_v"]),
     (
         "attn.add_qkv_proj",
-        ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+        &["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
     ),
 ];
-const ALIASES: [(&str, &str); 2] = [
+const ALIASES: [Alias; 2] = [
     ("attn.to_out", "attn.to_out.0"),
     ("attn.to_added_qkv", "attn.add_qkv_proj"),
 ];
@@ -123,7 +124,7 @@ const fn mlp(path: &'static str, stream: Stream, out_features: u64, in_features:
         stream: Some(stream),
         out_features,
         in_features,
-        layer: Some(Layer::SvdqInFusedMlp),
+        layer: Some(Layer::SvdqInKernel),
     }
 }
 

@@ -12,12 +12,12 @@ pub(super) struct ModelRows {
     pub(super) title: &'static str,
     /// A word of every name that metadata gives it, in lower case, without `-` and `_`.
     pub(super) metadata_word: &'static str,
-    /// Why its files are not applied, where they are not.
-    pub(super) refusal: Option<&'static str>,
     /// Its blocks, kind by kind. By those of the first kind the model's blocks are counted.
     pub(super) blocks: &'static [BlockRows],
     /// Its modules outside of blocks.
     pub(super) top: &'static [TopRow],
+    /// Other spellings of those.
+    pub(super) top_aliases: &'static [Alias],
 }
 
 /// Blocks of one kind: each has the same modules.
@@ -32,11 +32,16 @@ pub(super) struct BlockRows {
     pub(super) linears: &'static [LinearRow],
     /// (path in the block, section, stream, channels).
     pub(super) norms: &'static [(&'static str, Section, Option<Stream>, u64)],
-    /// (path of a fused linear, the parts whose rows it has).
-    pub(super) fused: &'static [(&'static str, [&'static str; 3])],
-    /// (another spelling, path).
-    pub(super) aliases: &'static [(&'static str, &'static str)],
+    /// (path of a fused linear, the parts whose rows it has, in order).
+    pub(super) fused: &'static [(&'static str, &'static [&'static str])],
+    /// Other spellings in files.
+    pub(super) aliases: &'static [Alias],
+    /// Other names in models at hand, which hosts' own classes give.
+    pub(super) built_as: &'static [Alias],
 }
+
+/// Another name of a module, and its path.
+pub(super) type Alias = (&'static str, &'static str);
 
 /// A linear of a block.
 #[derive(Clone, Copy)]
@@ -60,6 +65,7 @@ pub(super) fn build() -> ModelTable {
         modules: Vec::new(),
         blocks: Vec::new(),
         top: Vec::new(),
+        built_top: Vec::new(),
     };
     for model in Model::ALL {
         for (at, rows) in model.rows().blocks.iter().enumerate() {
@@ -71,15 +77,28 @@ pub(super) fn build() -> ModelTable {
     }
     for model in Model::ALL {
         for &(path, kind, stream) in model.rows().top {
-            let flat = path.replace('.', "_");
-            table.top.push((flat, table.modules.len()));
-            table.modules.push(top_module(model, path, kind, stream));
+            let aliases = model.rows().top_aliases.iter();
+            let id = table.modules.len();
+            let others = aliases.filter(|(_, own)| *own == path);
+            for spelling in others.map(|(spelling, _)| *spelling).chain([path]) {
+                table.top.push((spelling.replace('.', "_"), id));
+                table.built_top.push((spelling.to_owned(), id));
+            }
+            table
+                .modules
+                .push(top_module(id, model, path, kind, stream));
         }
     }
     table
 }
 
-fn top_module(model: Model, path: &str, kind: ModuleKind, stream: Option<Stream>) -> KnownModule {
+fn top_module(
+    id: ModuleId,
+    model: Model,
+    path: &str,
+    kind: ModuleKind,
+    stream: Option<Stream>,
+) -> KnownModule {
     KnownModule {
         path: path.to_owned(),
         model,
@@ -89,7 +108,7 @@ fn top_module(model: Model, path: &str, kind: ModuleKind, stream: Option<Stream>
         layer: matches!(kind, ModuleKind::Linear { .. }).then_some(Layer::Plain),
         block: None,
         is_numbered: false,
-        place: whole(path.to_owned()),
+        place: whole(id, path.to_owned()),
         split: Vec::new(),
     }
 }
@@ -111,18 +130,20 @@ impl BlockRows {
 
     /// How the modules of all blocks are found; `first` is the first module.
     fn blocks(&self, first: ModuleId) -> Blocks {
-        let own = self.names().map(|name| (name, name));
-        let spelled = own.chain(self.aliases.iter().copied());
-        let names = spelled.filter_map(|(spelling, name)| {
-            let place = self.place_of(name)?;
-            Some((spelling.replace('.', "_"), place))
-        });
+        let places = |others: &'static [Alias]| {
+            let own = self.names().map(|name| (name, name));
+            let named = own.chain(others.iter().copied());
+            named.filter_map(|(spelling, name)| Some((spelling, self.place_of(name)?)))
+        };
+        let flat = |(name, place): (&str, usize)| (name.replace('.', "_"), place);
+        let plain = |(name, place): (&str, usize)| (name.to_owned(), place);
         Blocks {
             prefix: format!("{}_", self.path),
             count: self.count,
             first,
             stride: self.names().count(),
-            names: names.collect(),
+            names: places(self.aliases).map(flat).collect(),
+            built: places(self.built_as).map(plain).collect(),
         }
     }
 
@@ -135,10 +156,10 @@ impl BlockRows {
     ) {
         let first = modules.len();
         let prefix = format!("{}.{block}.", self.path);
-        let module = |name: &str, kind, (section, stream): (Section, Option<Stream>), layer| {
+        let module = |id, name: &str, kind, (section, stream): (Section, Option<Stream>), layer| {
             let path = [prefix.as_str(), name].concat();
             KnownModule {
-                place: whole(path.clone()),
+                place: whole(id, path.clone()),
                 path,
                 model,
                 kind,
@@ -151,8 +172,9 @@ impl BlockRows {
             }
         };
         for row in self.linears {
-            let own = module(row.path, row.kind(), (row.section, row.stream), row.layer);
-            let place = self.place_in_fused(row.path, &prefix);
+            let sides = (row.section, row.stream);
+            let own = module(modules.len(), row.path, row.kind(), sides, row.layer);
+            let place = self.place_in_fused(row.path, &prefix, first);
             modules.push(KnownModule {
                 place: place.unwrap_or_else(|| own.place.clone()),
                 ..own
@@ -160,7 +182,7 @@ impl BlockRows {
         }
         for &(name, section, stream, channels) in self.norms {
             let kind = ModuleKind::Norm { channels };
-            modules.push(module(name, kind, (section, stream), None));
+            modules.push(module(modules.len(), name, kind, (section, stream), None));
         }
         for (name, parts) in self.fused {
             let places = parts.iter().filter_map(|part| self.place_of(part));
@@ -173,16 +195,23 @@ impl BlockRows {
             };
             modules.push(KnownModule {
                 split,
-                ..module(name, kind, (like.section, like.stream), like.layer)
+                ..module(
+                    modules.len(),
+                    name,
+                    kind,
+                    (like.section, like.stream),
+                    like.layer,
+                )
             });
         }
     }
 
     /// The place of a linear in the fused one that has its rows, if any.
-    fn place_in_fused(&self, name: &str, prefix: &str) -> Option<SlotPlace> {
+    fn place_in_fused(&self, name: &str, prefix: &str, first: ModuleId) -> Option<SlotPlace> {
         self.fused.iter().find_map(|(slot, parts)| {
             Some(SlotPlace {
                 slot: [prefix, slot].concat(),
+                module: first + self.place_of(slot)?,
                 part: parts.iter().position(|part| *part == name)?,
                 parts: parts.len(),
             })
@@ -199,9 +228,10 @@ impl LinearRow {
     }
 }
 
-fn whole(slot: String) -> SlotPlace {
+fn whole(module: ModuleId, slot: String) -> SlotPlace {
     SlotPlace {
         slot,
+        module,
         part: 0,
         parts: 1,
     }

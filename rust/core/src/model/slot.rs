@@ -100,7 +100,7 @@ impl Slot {
     pub fn carries_branch(&self) -> bool {
         match self.kind {
             SlotKind::Svdq => match self.build {
-                BlockBuild::Nunchaku => self.layer() != Some(Layer::SvdqInFusedMlp),
+                BlockBuild::Nunchaku => self.layer() != Some(Layer::SvdqInKernel),
                 BlockBuild::Stock => true,
             },
             SlotKind::Awq | SlotKind::Linear => true,

@@ -236,16 +236,13 @@ impl FilePlan {
                 ModelCheck::Other(text) | ModelCheck::OtherShapes(text) | ModelCheck::Nothing(text),
                 _,
             ) => Some(text.clone()),
-            (ModelCheck::Known(model), _) => match model.refusal() {
-                Some(refusal) => Some(format!("a {} LoRA: {refusal}", model.title())),
-                None => self.main_reason(),
-            },
+            (ModelCheck::Known(_), _) => self.main_reason(),
         }
     }
 
     /// The modules that are applied on a released model.
     pub fn applied_modules(&self) -> impl Iterator<Item = &Module> {
-        let known = self.model().is_some_and(Model::is_applied);
+        let known = self.model().is_some();
         self.modules
             .iter()
             .filter(move |m| known && m.is_supported() && m.misfit.is_none())

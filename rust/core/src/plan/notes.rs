@@ -88,9 +88,12 @@ fn cut_notes(plan: &FilePlan) -> Vec<String> {
         .collect();
     let limit = MAX_RANK - LEAST_BASE_RANK;
     let mut notes = Vec::new();
-    let is_fused_mlp = |known: &KnownModule| known.layer == Some(Layer::SvdqInFusedMlp);
-    let krons = |(known, delta): &&(&KnownModule, &Delta)| {
-        matches!(delta.form, Form::Kronecker { .. }) && is_fused_mlp(known)
+    let is_fused = |known: &KnownModule| known.layer == Some(Layer::SvdqInKernel);
+    let krons = |section| {
+        move |(known, delta): &&(&KnownModule, &Delta)| {
+            let is_kron = matches!(delta.form, Form::Kronecker { .. });
+            is_kron && is_fused(known) && known.section == section
+        }
     };
     let ranks = |(known, delta): &&(&KnownModule, &Delta)| {
         let is_rank = !matches!(delta.form, Form::Kronecker { .. } | Form::Full { .. });
@@ -104,10 +107,17 @@ fn cut_notes(plan: &FilePlan) -> Vec<String> {
             notes.push(format!("{what} ({count} of {all} modules): {becomes}"));
         }
     };
+    let cut = "cut to the best `truncated_rank`; the report of composing says what that loses";
+    let in_kernel = |section| deltas.iter().filter(krons(section)).filter(beyond).count();
     say(
-        deltas.iter().filter(krons).filter(beyond).count(),
+        in_kernel(Section::Mlp),
         "LoKr in the fused MLP has more ranks than its kernel takes",
-        "cut to the best `truncated_rank`; the report of composing says what that loses",
+        cut,
+    );
+    say(
+        in_kernel(Section::Attention),
+        "LoKr in the fused attention has more ranks than its kernel takes",
+        cut,
     );
     say(
         deltas.iter().filter(ranks).filter(beyond).count(),

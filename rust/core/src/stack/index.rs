@@ -3,11 +3,13 @@
 use std::collections::HashMap;
 
 use crate::model::slot::Slot;
-use crate::model::{self, KnownModule, ModuleId};
+use crate::model::{self, KnownModule, Model, ModuleId};
 
 /// The slot of each known module, and the slots that share a pattern.
 #[derive(Debug, Clone)]
 pub struct SlotIndex {
+    /// The module that each slot is, if it is a known one.
+    of_slot: Vec<Option<ModuleId>>,
     /// The slot that computes each module, if any.
     of_module: Vec<Option<usize>>,
     /// The number of each slot's pattern, by the order in which patterns come first.
@@ -18,15 +20,21 @@ pub struct SlotIndex {
 impl SlotIndex {
     /// Looks through the slots of a model.
     pub fn new(slots: &[Slot]) -> Self {
-        let by_path: HashMap<&str, usize> = slots
+        let table = model::table();
+        let of_slot: Vec<Option<ModuleId>> = slots
             .iter()
-            .enumerate()
-            .map(|(at, slot)| (slot.path.as_str(), at))
+            .map(|slot| table.find_built(&slot.path))
             .collect();
+        let mut own: Vec<Option<usize>> = vec![None; table.modules().len()];
+        for (at, module) in of_slot.iter().enumerate() {
+            if let Some(own) = module.and_then(|id| own.get_mut(id)) {
+                own.get_or_insert(at);
+            }
+        }
+        let slot_at = |id: ModuleId| own.get(id).copied().flatten();
         // The fused slot where the model has it, else the module's own.
-        let slot_of = |module: &KnownModule| {
-            let fused = by_path.get(module.place.slot.as_str());
-            fused.or_else(|| by_path.get(module.path.as_str())).copied()
+        let slot_of = |(id, module): (ModuleId, &KnownModule)| {
+            slot_at(module.place.module).or_else(|| slot_at(id))
         };
         let mut numbers: HashMap<&str, usize> = HashMap::new();
         let patterns = slots
@@ -37,7 +45,8 @@ impl SlotIndex {
             })
             .collect();
         Self {
-            of_module: model::table().modules().iter().map(slot_of).collect(),
+            of_module: table.modules().iter().enumerate().map(slot_of).collect(),
+            of_slot,
             patterns,
             pattern_count: numbers.len(),
         }
@@ -46,6 +55,17 @@ impl SlotIndex {
     /// The slot that computes a module, by its place in the map.
     pub(super) fn slot_of(&self, module: ModuleId) -> Option<usize> {
         self.of_module.get(module).copied().flatten()
+    }
+
+    /// The module that a slot is, where it is a known one.
+    pub(super) fn module_of(&self, slot: usize) -> Option<ModuleId> {
+        self.of_slot.get(slot).copied().flatten()
+    }
+
+    /// The model that the slots are of; none where none of them is known.
+    pub(super) fn model(&self) -> Option<Model> {
+        let mut known = self.of_slot.iter().flatten();
+        known.next().map(|id| model::table().module(*id).model)
     }
 
     /// The slots that compute the parts of a fused module, in order; `None` where one has none.

@@ -34,11 +34,15 @@ impl<'s> Planner<'s> {
             reason,
         };
         match &item.plan.check {
-            // Shapes are compared with the model at hand, below.
-            ModelCheck::Known(model) if !model.is_applied() => {
-                return Err(refuse(item.plan.reason().unwrap_or_default()));
+            ModelCheck::Known(model) => {
+                let at_hand = self.index.model().filter(|at_hand| at_hand != model);
+                if let Some(at_hand) = at_hand {
+                    let (own, other) = (model.title(), at_hand.title());
+                    return Err(refuse(format!("a {own} LoRA, and the model is {other}")));
+                }
             }
-            ModelCheck::Known(_) | ModelCheck::OtherShapes(_) => {}
+            // Shapes are compared with the model at hand, below.
+            ModelCheck::OtherShapes(_) => {}
             ModelCheck::Other(reason) | ModelCheck::Nothing(reason) => {
                 return Err(refuse(reason.clone()));
             }
@@ -166,7 +170,7 @@ impl<'s> Planner<'s> {
             Some(Place {
                 at,
                 slot,
-                rows: rows_in(known, slot),
+                rows: self.rows_in(known, at),
                 rank_limit: uniform::rank_limit(slot, self.options.max_rank),
             })
         };
@@ -178,6 +182,18 @@ impl<'s> Planner<'s> {
             .into_iter()
             .map(place)
             .collect()
+    }
+
+    /// The rows that a module changes in the slot at this place.
+    fn rows_in(&self, module: &KnownModule, at: usize) -> (u64, u64) {
+        let all = self.slots.get(at).map_or(0, |slot| slot.out_features);
+        let parts = module.place.parts as u64;
+        if parts > 1 && self.index.module_of(at) == Some(module.place.module) {
+            let rows = all / parts;
+            (rows * module.place.part as u64, rows)
+        } else {
+            (0, all)
+        }
     }
 
     /// Makes a delta pieces of its slots, where it fits.
@@ -364,15 +380,4 @@ fn skip_beside(
         matters: true,
         harmless: false,
     })
-}
-
-/// The rows that a module changes in a slot.
-fn rows_in(module: &KnownModule, slot: &Slot) -> (u64, u64) {
-    let parts = module.place.parts as u64;
-    if module.place.slot == slot.path && parts > 1 {
-        let rows = slot.out_features / parts;
-        (rows * module.place.part as u64, rows)
-    } else {
-        (0, slot.out_features)
-    }
 }
