@@ -19,7 +19,18 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["NamesRead", "names_of_class", "names_of_module"]
+__all__ = ["NamesRead", "calls_its_layers", "class_name", "names_of_class", "names_of_module"]
+
+
+_OF_A_LAYER = frozenset(("forward_quant", "proj", "proj_down", "proj_up", "quantize", "qweight"))
+"""What code names that computes a layer without calling it; `proj` is the layer inside an
+activation."""
+
+
+def class_name(value: object) -> str:
+    """The full name of an object's class."""
+    kind = type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 class NamesRead(NamedTuple):
@@ -69,6 +80,20 @@ def names_of_module(module: nn.Module) -> NamesRead | None:
     if any(_function_of(own.called) is function for own in _defined(kind, "forward")):
         return names_of_class(kind)
     return _names_read([_Called(forward, isinstance(forward, MethodType))], kind)
+
+
+def calls_its_layers(*code: object) -> bool:
+    """Tell if code calls the layers that it computes, as far as the names in it tell.
+
+    Args:
+        code: Modules, whose forwards are looked at, and other objects that are called.
+    """
+    for own in code:
+        is_module = isinstance(own, torch.nn.Module)
+        names = names_of_module(own) if is_module else names_of_class(type(own))
+        if names is None or not names.all.isdisjoint(_OF_A_LAYER):
+            return False
+    return True
 
 
 def _names_read(begin: Sequence[_Called], kind: type) -> NamesRead | None:

@@ -7,17 +7,14 @@ some kernels compute a layer that no hook sees. What is not understood is refuse
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from qwenlora import _core
 from qwenlora.errors import UnsupportedModelError
-from qwenlora.model.build import build_of_block, reorders
-from qwenlora.model.code import NamesRead, names_of_class, names_of_module
-from qwenlora.model.modules import pattern
-from qwenlora.model.qwen_image import BLOCKS, FUSED_ATTENTION, MODULATIONS, QUERY
-from qwenlora.plan.documents import BlockBuild, SlotKind
+from qwenlora.model.code import NamesRead, class_name, names_of_class, names_of_module
+from qwenlora.model.families import family_of
+from qwenlora.plan.documents import SlotKind
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping
@@ -52,8 +49,9 @@ def require_understood(targets: Mapping[str, Target], modules: Mapping[str, nn.M
     for path, target in targets.items():
         if target.place is not None:
             _require_known_rank(path, target.module, target.place)
-        elif path.endswith(MODULATIONS):
-            _require_order_of_rows(path, target, modules)
+        family = family_of(path)
+        if family is not None:
+            family.require_order(path, target, modules)
 
 
 def unknown_layer(
@@ -65,26 +63,30 @@ def unknown_layer(
         targets: The model's slots by path.
         modules: All its modules by path.
     """
-    known, modules = _known_patterns(), list(modules)
+    modules = list(modules)
     paths = {path for path, _ in modules}
     for path, target in targets.items():
-        if target.kind in QUANTIZED and not _is_known(path, target.row.pattern, known, paths):
+        if target.kind in QUANTIZED and not _is_known(path, target.row.pattern, paths):
             return path
     for path, module in modules:
         names = (*module._parameters, *module._buffers)
-        if path not in targets and any(name.endswith(_FUSED_FACTORS) for name in names):
-            return path
+        held = {own for name in names for own in _FUSED_FACTORS if name.endswith(own)}
+        for ending in held:
+            prefixes = (name.removesuffix(ending) for name in names if name.endswith(ending))
+            if any(f"{path}.{prefix}" not in targets for prefix in prefixes):
+                return path
     return None
 
 
-def _is_known(path: str, alike: str, known: Container[str], paths: Container[str]) -> bool:
-    """Tell if a known model has the layer, in a block with two streams as that model's are."""
-    if alike not in known:
+def _is_known(path: str, alike: str, paths: Container[str]) -> bool:
+    """Tell if a known model has the layer, in a block with all that that model's have."""
+    if not _is_of_a_model(alike):
         return False
-    if not path.startswith(f"{BLOCKS}."):
+    family = family_of(path)
+    if family is None:
         return True
-    block = ".".join(path.split(".", 2)[:2])
-    return all(f"{block}.{name}" in paths for name in MODULATIONS)
+    blocks, number, _ = path.split(".", 2)
+    return all(f"{blocks}.{number}.{name}" in paths for name in family.lists[blocks])
 
 
 def _require_known_rank(path: str, module: nn.Module, place: LowRankPlace) -> None:
@@ -92,46 +94,16 @@ def _require_known_rank(path: str, module: nn.Module, place: LowRankPlace) -> No
     reads = ranks_read(module)
     if reads is None or reads.others or not reads.own <= {place.rank}:
         raise UnsupportedModelError(
-            f"`{path}` is a {_name(module)} whose forward takes the rank from an attribute, or"
+            f"`{path}` is a {class_name(module)} whose forward takes the rank from an attribute, or"
             " scales for each rank, and not as a known kind of layer does"
             "\nhint: load the model with Nunchaku's own loader, or with diffusers' quantizer"
         )
 
 
-def _require_order_of_rows(path: str, target: Target, modules: Mapping[str, nn.Module]) -> None:
-    """The order of a modulation's rows is a fact of its block, which its attention tells."""
-    block = path.rsplit(".", 2)[0]
-    build = build_of_block(block, modules)
-    if target.kind is SlotKind.AWQ and build is None:
-        raise UnsupportedModelError(
-            f"the order in which `{block}` takes the rows of `{path}` is not known: it has neither"
-            f" Nunchaku's `{FUSED_ATTENTION}` alone, nor diffusers' `{QUERY}` alone"
-            "\nhint: load the model with Nunchaku's own loader, or with diffusers' quantizer"
-        )
-    if build is BlockBuild.STOCK and target.kind in QUANTIZED and reorders(modules[block]):
-        raise UnsupportedModelError(
-            f"the order in which `{block}` takes the rows of `{path}` is not known: it is a"
-            f" {_name(modules[block])}, whose code may reorder them"
-            "\nhint: load the model with diffusers' own classes"
-        )
-    if target.kind is SlotKind.LINEAR and build is BlockBuild.NUNCHAKU:
-        raise UnsupportedModelError(
-            f"`{path}` is a {_name(target.module)} in a block of Nunchaku's: the order in which the"
-            " block takes the rows of one that is not quantized is not known"
-            "\nhint: load a checkpoint whose modulation is quantized, as Nunchaku's are"
-        )
-
-
-def _name(module: nn.Module) -> str:
-    kind = type(module)
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-@lru_cache(maxsize=1)
-def _known_patterns() -> frozenset[str]:
-    """Paths of the known models' slots, fused or in parts, block numbers replaced by `*`."""
-    slots = json.loads(_core.known_slots())
-    return frozenset(pattern(path) for slot in slots for path in (slot["path"], *slot["parts"]))
+@lru_cache(maxsize=512)
+def _is_of_a_model(alike: str) -> bool:
+    """Tell if a known model has a layer of this path, block numbers replaced by `*`."""
+    return _core.layer_kinds(alike.replace("*", "0")) is not None
 
 
 def ranks_read(module: nn.Module) -> NamesRead | None:

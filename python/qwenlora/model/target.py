@@ -62,6 +62,8 @@ class Target(NamedTuple):
         row_order: The order of its output rows.
         place: Where its packed low-rank branch lies; None where it has none.
         owner: The module that holds the packed branch; the layer itself where there is none.
+        prefix: What the names of its stored values begin with in the module: "" for a layer that is
+            a module of its own.
     """
 
     module: nn.Module
@@ -72,6 +74,7 @@ class Target(NamedTuple):
     row_order: RowOrder
     place: LowRankPlace | None
     owner: nn.Module
+    prefix: str = ""
 
     @property
     def path(self) -> str:

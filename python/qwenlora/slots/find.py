@@ -12,11 +12,11 @@ import torch
 
 from qwenlora.errors import ModelStateError, QwenLoraError, UnsupportedModelError
 from qwenlora.model.build import Builds
+from qwenlora.model.families import outer_of
 from qwenlora.model.forwards import require_understood
 from qwenlora.model.hosts import is_sequentially_offloaded, require_lasting
 from qwenlora.model.modules import is_wrapper, modules_of, pattern
 from qwenlora.model.offload import offload_of
-from qwenlora.model.qwen_image import BLOCKS
 from qwenlora.model.target import Target, device_of, factors_of
 from qwenlora.packing.layout import LowRankSide, RowOrder
 from qwenlora.plan.documents import BlockBuild, SlotRow
@@ -36,6 +36,9 @@ __all__ = ["find_targets"]
 
 _TELLING = ("proj_down", "proj_up", "qweight", "wscales", "wzeros", "weight", "bias")
 """Tensors that tell what a layer is."""
+_OF_FUSED = ("proj_down", "proj_up", "qweight", "weight", "bias")
+"""Tensors of a layer whose names a fused module keeps behind the layer's own name."""
+_FUSED = "_qweight"
 _META = torch.device("meta")
 
 
@@ -75,8 +78,8 @@ def find_targets(
     if not packed:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no SVDQuant layer"
-            "\nhint: load a Qwen-Image transformer that Nunchaku or diffusers quantized; other"
-            " models take LoRAs natively"
+            "\nhint: load a Qwen-Image or Z-Image transformer that Nunchaku or diffusers quantized;"
+            " other models take LoRAs natively"
         )
     require_understood(targets, by_path)
     return targets
@@ -99,8 +102,8 @@ def _require_own_factors(packed: Sequence[Target]) -> None:
 def _require_the_transformer(packed: Sequence[Target]) -> None:
     """State belongs to the transformer: a module around it would have none."""
     for target in packed:
-        outer, found, _ = target.path.partition(f".{BLOCKS}.")
-        if found:
+        outer = outer_of(target.path)
+        if outer is not None:
             raise UnsupportedModelError(
                 f"the transformer is inside this module, at `{outer}`: pass that"
             )
@@ -124,11 +127,33 @@ def _found(
             # It would answer with the tensors of what it wraps.
             continue
         tensors = _tensors(module) if plain else _asked_tensors(module)
-        found = Found(path, module, tensors, base_ranks.get(path), in_flight)
-        known = _facts(found) if tensors else None
-        if known is not None:
-            offloaded = layout is not None and layout.holds(path)
-            yield _target(found, *known, builds.of(path), offloaded=offloaded)
+        if not tensors:
+            continue
+        for own in _layers(path, module, tensors):
+            found = own._replace(base_rank=base_ranks.get(own.path), in_flight=in_flight)
+            known = _facts(found)
+            if known is not None:
+                offloaded = layout is not None and layout.holds(found.path)
+                yield _target(found, *known, builds.of(found.path), offloaded=offloaded)
+
+
+def _layers(path: str, module: nn.Module, tensors: Mapping[str, object]) -> Iterable[Found]:
+    """The layers that a module may be: itself, or those whose tensors a fused module holds.
+
+    Such a module names a layer's tensors `qkv_proj_down`, `norm_q_weight`.
+    """
+    packed = [name for name in tensors if name.endswith(_FUSED)]
+    if not packed:
+        return (Found(path, module, tensors, None, in_flight=False),)
+    held: dict[str, dict[str, object]] = {}
+    for name, tensor in tensors.items():
+        for own in _OF_FUSED:
+            if name.endswith(f"_{own}"):
+                held.setdefault(name.removesuffix(own), {})[own] = tensor
+    return [
+        Found(f"{path}.{prefix[:-1]}", module, own, None, in_flight=False, prefix=prefix)
+        for prefix, own in held.items()
+    ]
 
 
 def _without_weights(path: str, module: nn.Module) -> QwenLoraError:
@@ -192,4 +217,5 @@ def _target(
         build.value,
     )
     order = kind.row_order if build is BlockBuild.NUNCHAKU else RowOrder.PLANAR
-    return Target(module, kind.kind, facts.dtype, device, row, order, place, owner)
+    prefix = found.prefix
+    return Target(module, kind.kind, facts.dtype, device, row, order, place, owner, prefix)

@@ -28,6 +28,8 @@ class Found(NamedTuple):
         tensors: Its own parameters and buffers by name.
         base_rank: The rank of its base where it is composed; None where its whole rank is that.
         in_flight: Whether slots were being written: two factors of one may differ in rank.
+        prefix: What the names of the layer's tensors begin with in the module: "" where the module
+            is the layer. `tensors` has their names without it.
     """
 
     path: str
@@ -35,6 +37,7 @@ class Found(NamedTuple):
     tensors: Mapping[str, object]
     base_rank: int | None
     in_flight: bool
+    prefix: str = ""
 
     def has_tensors(self, *names: str) -> bool:
         """Tell if it has tensors of all these names."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
 from qwenlora.errors import ModelStateError
@@ -82,6 +83,8 @@ def _place(found: Found) -> LowRankPlace:
 
     An attribute that says another rank than the tensors of a base is not the one that is read.
     """
+    if found.prefix:
+        return _place_under(found.prefix)
     reads = ranks_read(found.module)
     if reads is None or RANK not in reads.own:
         return _PLACE
@@ -92,6 +95,12 @@ def _place(found: Found) -> LowRankPlace:
     ):
         return _PLACE
     return _SIZED_PLACE
+
+
+@lru_cache(maxsize=16)
+def _place_under(prefix: str) -> LowRankPlace:
+    """The place of a layer inside a fused module, whose kernel takes the rank from the tensors."""
+    return LowRankPlace(down=f"{prefix}proj_down", up=f"{prefix}proj_up")
 
 
 def _parts(target: Target) -> Sequence[Slot]:

@@ -10,7 +10,7 @@ from qwenlora.slots.point import point, point_back
 from qwenlora.slots.slot import NoChange
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping
+    from collections.abc import Callable, Hashable, Mapping, Sequence
     from typing import Any
 
     from torch import Tensor
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from qwenlora.model.target import Target
     from qwenlora.slots.slot import Change
 
-__all__ = ["BASE_VALUES", "ValueSlot"]
+__all__ = ["BASE_VALUES", "PARAMETERS", "ValueSlot"]
 
 
 BASE_VALUES = "_qwenlora_base"
 """Attribute of a layer that keeps the base's tensors whose parameters point elsewhere, by name."""
+PARAMETERS = ("weight", "bias")
+"""Stored parameters that deltas may change."""
 
 
 class ValueSlot:
@@ -36,6 +38,8 @@ class ValueSlot:
     def __init__(self, target: Target, stored: Callable[[Tensor], Tensor] | None = None) -> None:
         """`stored` brings rows as in files to the layer's order; None where that is the same."""
         self._module = target.module
+        self._names = tuple(target.prefix + name for name in PARAMETERS)
+        self._prefix = target.prefix
         self._stored = stored
         self.path = target.path
 
@@ -64,10 +68,12 @@ class ValueSlot:
         return self._change(deltas.values) if deltas.values or self._bases() else NoChange()
 
     def _bases(self) -> dict[str, Tensor]:
+        """The base's values of this layer: a fused module keeps those of several."""
         bases: dict[str, Tensor] = self._module.__dict__.get(BASE_VALUES, {})
-        return bases
+        return {name: bases[name] for name in self._names if name in bases}
 
-    def _change(self, values: Mapping[str, Tensor]) -> _ValueChange:
+    def _change(self, deltas: Mapping[str, Tensor]) -> _ValueChange:
+        values = {self._prefix + name: delta for name, delta in deltas.items()}
         bases = self._bases()
         new, kept = {}, {}
         for name in {**bases, **values}:
@@ -82,29 +88,31 @@ class ValueSlot:
                 new[name] = self._sum(name, base, values[name], pinned=current.is_pinned())
             else:
                 new[name] = base
-        return _ValueChange(self._module, new=new, kept=kept)
+        return _ValueChange(self._module, self._names, new=new, kept=kept)
 
     def _sum(self, name: str, base: Tensor, delta: Tensor, *, pinned: bool) -> Tensor:
         stored = delta if self._stored is None else self._stored(delta)
         total = (base.double().cpu() + stored.view(base.shape)).to(base.dtype)
         if not is_finite(total):
-            raise non_finite_in(f"{self.path}.{name}", base.dtype)
+            raise non_finite_in(f"{self.path}.{name.removeprefix(self._prefix)}", base.dtype)
         return total.pin_memory() if pinned else total.to(base.device)
 
 
 @dataclass
 class _ValueChange:
     module: Any
+    names: Sequence[str]
     new: dict[str, Tensor]
     kept: dict[str, Tensor]
     old: dict[str, tuple[Tensor, Tensor]] = field(init=False)
-    old_kept: dict[str, Tensor] | None = field(init=False)
+    old_kept: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.old = {
             name: (getattr(self.module, name), getattr(self.module, name).data) for name in self.new
         }
-        self.old_kept = self.module.__dict__.get(BASE_VALUES)
+        bases: dict[str, Tensor] = self.module.__dict__.get(BASE_VALUES, {})
+        self.old_kept = {name: bases[name] for name in self.names if name in bases}
 
     def make(self) -> None:
         self._record_every_base()
@@ -116,13 +124,15 @@ class _ValueChange:
         self._record_every_base()
         for name, (parameter, data) in self.old.items():
             point_back(self.module, name, parameter, data)
-        self._record(self.old_kept or {})
+        self._record(self.old_kept)
 
     def _record_every_base(self) -> None:
         # Before a parameter leaves its base, which is forgotten after all parameters are back.
-        self._record({**(self.old_kept or {}), **self.kept})
+        self._record({**self.old_kept, **self.kept})
 
     def _record(self, kept: dict[str, Tensor]) -> None:
+        bases: dict[str, Tensor] = self.module.__dict__.get(BASE_VALUES, {})
+        kept = {**{name: own for name, own in bases.items() if name not in self.names}, **kept}
         if kept:
             self.module.__dict__[BASE_VALUES] = kept
         else:

@@ -464,7 +464,10 @@ mod tests {
             ("transformer_blocks_0_img_mod_1", None),
             ("transformer_blocks.60.img_mod.1", None),
             ("layers.0.attention.to_q", Some(Layer::SvdqInKernel)),
-            ("layers.0.attention.fused_module", Some(Layer::SvdqInKernel)),
+            (
+                "layers.0.attention.fused_module.qkv",
+                Some(Layer::SvdqInKernel),
+            ),
             ("layers.29.attention.qkv", Some(Layer::SvdqInKernel)),
             ("layers.29.attention.out", Some(Layer::Svdq)),
             ("noise_refiner.1.feed_forward.w13", Some(Layer::Svdq)),
@@ -483,7 +486,7 @@ mod tests {
     fn models_at_hand_have_names_of_their_own() {
         for (built, path) in [
             (
-                "layers.7.attention.fused_module",
+                "layers.7.attention.fused_module.qkv",
                 "layers.7.attention.to_qkv",
             ),
             (

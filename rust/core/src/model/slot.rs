@@ -114,14 +114,12 @@ impl Slot {
             SlotKind::Svdq | SlotKind::Linear | SlotKind::Norm | SlotKind::Embedding => {
                 Some(RowOrder::Planar)
             }
-            SlotKind::Awq => match self.layer() {
-                Some(Layer::Awq { planes, row_order })
+            SlotKind::Awq => match (self.build, self.layer()) {
+                (BlockBuild::Stock, Some(_)) => Some(RowOrder::Planar),
+                (BlockBuild::Nunchaku, Some(Layer::Awq { planes, row_order }))
                     if self.out_features.is_multiple_of(planes) =>
                 {
-                    Some(match self.build {
-                        BlockBuild::Nunchaku => row_order,
-                        BlockBuild::Stock => RowOrder::Planar,
-                    })
+                    Some(row_order)
                 }
                 _ => None,
             },

@@ -95,7 +95,7 @@ const ALIASES: [Alias; 6] = [
 /// `w13` is no spelling in files: nobody is known to write it, and its order of rows is a fact of
 /// the model at hand.
 const BUILT_AS: [Alias; 9] = [
-    ("attention.fused_module", "attention.to_qkv"),
+    ("attention.fused_module.qkv", "attention.to_qkv"),
     ("attention.fused_module.norm_q", "attention.norm_q"),
     ("attention.fused_module.norm_k", "attention.norm_k"),
     ("attention.qkv", "attention.to_qkv"),

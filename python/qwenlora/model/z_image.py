@@ -1,0 +1,80 @@
+"""Z-Image's blocks as Nunchaku, nunchaku-lite, diffusers and ComfyUI build them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qwenlora.errors import UnsupportedModelError
+from qwenlora.model.code import calls_its_layers, class_name, names_of_module
+from qwenlora.model.family import Family
+from qwenlora.model.gated import GatedMlp, RowsOfGated, rows_of
+from qwenlora.plan.documents import BlockBuild, SlotKind
+
+if TYPE_CHECKING:
+    from qwenlora.model.family import Modules
+    from qwenlora.model.target import Target
+
+__all__ = ["Z_IMAGE"]
+
+
+_MODULATION = "adaLN_modulation.0"
+_ATTENTION = "attention"
+_PROCESSOR = "processor"
+"""Attribute of an attention of diffusers' that computes it."""
+_FUSED_ATTENTION = "fused_module"
+"""The module of Nunchaku's that projects, norms and rotates in one kernel."""
+_FUSED_MLPS = (
+    GatedMlp(fused="net.0.proj", down="net.2"),
+    GatedMlp(fused="w13", down="w2"),
+)
+"""MLPs whose value and gate are one linear: of diffusers' `FeedForward`, and of ComfyUI's pack."""
+_REORDERING = frozenset(("movedim", "permute", "rearrange", "swapaxes", "swapdims", "transpose"))
+"""What code calls that takes the rows of a modulation in another order than they come."""
+
+
+def _build(block: str, part: str, modules: Modules) -> BlockBuild:
+    """Every linear is called as a module, but for those of an attention that a kernel fuses."""
+    if part != _ATTENTION:
+        return BlockBuild.STOCK
+    path = f"{block}.{_ATTENTION}"
+    if f"{path}.{_FUSED_ATTENTION}" in modules:
+        return BlockBuild.NUNCHAKU
+    attention = modules[path]
+    processor = getattr(attention, _PROCESSOR, None)
+    code = [attention] if processor is None else [attention, processor]
+    return BlockBuild.STOCK if calls_its_layers(*code) else BlockBuild.NUNCHAKU
+
+
+def _require_order(path: str, target: Target, modules: Modules) -> None:
+    """The rows of value and gate lie in an order that only the MLP's forward tells."""
+    if path.endswith(f".{_MODULATION}"):
+        _require_modulation(path, target, modules)
+    for mlp in _FUSED_MLPS:
+        outer = path.removesuffix(f".{mlp.fused}")
+        if outer != path and rows_of(modules[outer], mlp) is not RowsOfGated.VALUE_FIRST:
+            raise UnsupportedModelError(
+                f"the order in which `{outer}` takes the rows of `{path}` is not known: it is a"
+                f" {class_name(modules[outer])}, which does not call its layers, or not as"
+                " diffusers' and ComfyUI's do"
+                "\nhint: load the model with Nunchaku's own loader, or with diffusers' quantizer"
+            )
+
+
+def _require_modulation(path: str, target: Target, modules: Modules) -> None:
+    block = path.removesuffix(f".{_MODULATION}")
+    if target.kind is not SlotKind.AWQ:
+        return
+    names = names_of_module(modules[block])
+    if names is None or not names.all.isdisjoint(_REORDERING):
+        raise UnsupportedModelError(
+            f"the order in which `{block}` takes the rows of `{path}` is not known: it is a"
+            f" {class_name(modules[block])}, whose code may reorder them"
+            "\nhint: load the model with diffusers' own classes"
+        )
+
+
+Z_IMAGE = Family(
+    lists={"layers": (_MODULATION,), "noise_refiner": (_MODULATION,), "context_refiner": ()},
+    build=_build,
+    require_order=_require_order,
+)
