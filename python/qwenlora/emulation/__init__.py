@@ -1,4 +1,4 @@
-"""CPU stand-ins for Nunchaku's layers and for a Qwen-Image transformer made of them.
+"""CPU stand-ins for Nunchaku's layers and for Qwen-Image and Z-Image transformers made of them.
 
 They hold the same parameters under the same names, in the same order and the same packed layouts,
 run them in the same places, and enforce what the CUDA kernels only assume. So code that writes
@@ -20,6 +20,17 @@ LoRAs into a Nunchaku model can be written and tested without a GPU and without 
 
 `lite_transformer` makes the other form of the model: diffusers' own classes, as its quantizer for
 Nunchaku's checkpoints builds them, with kernels in PyTorch.
+
+`z_image_transformer` makes Z-Image, in each form in which it is loaded (`ZImageForm`), from a dense
+diffusers model. `tiny_z_image` makes a small dense one:
+
+    model = emulation.z_image_transformer(
+        emulation.tiny_z_image(),
+        form=emulation.ZImageForm.FUSED,
+        rank=32,
+        precision=emulation.Precision.EXACT,
+        dtype=torch.float32,
+    )
 """
 
 from qwenlora.emulation.attention import EmulatedAttention
@@ -34,6 +45,9 @@ from qwenlora.emulation.offload import CPUOffloadManager
 from qwenlora.emulation.precision import Precision
 from qwenlora.emulation.synthetic import random_transformer
 from qwenlora.emulation.transformer import EmulatedOutput, EmulatedQwenImageTransformer
+from qwenlora.emulation.z_image_dense import tiny_z_image
+from qwenlora.emulation.z_image_form import ZImageForm
+from qwenlora.emulation.z_image_model import z_image_transformer
 from qwenlora.packing.layout import RowOrder
 
 __all__ = [
@@ -49,7 +63,10 @@ __all__ = [
     "Precision",
     "RowOrder",
     "SVDQW4A4Linear",
+    "ZImageForm",
     "fused_gelu_mlp",
     "lite_transformer",
     "random_transformer",
+    "tiny_z_image",
+    "z_image_transformer",
 ]

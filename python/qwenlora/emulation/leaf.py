@@ -1,13 +1,11 @@
-"""The common base of the two quantized stand-in layers."""
+"""The common base of the quantized stand-in layers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
-
-from qwenlora.emulation.precision import Precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,16 +18,16 @@ class QuantizedLeaf(nn.Module):
     does not touch either. Moves between devices move it, too.
     """
 
-    qweight: nn.Parameter
-    precision: Precision
+    _weight_name: ClassVar[str] = "qweight"
+    """Attribute that holds the packed integers."""
 
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> QuantizedLeaf:
-        before = self.qweight.detach()
+        before: torch.Tensor = getattr(self, self._weight_name).detach()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        after = self.qweight
-        if self.precision is Precision.EXACT and after.dtype != before.dtype:
+        after: nn.Parameter = getattr(self, self._weight_name)
+        if before.is_floating_point() and after.dtype != before.dtype:
             after.data = before.to(after.device)
         return self
 

@@ -5,29 +5,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from qwenlora.emulation.contract import (
-    KernelContractError,
-    check_activation,
-    check_low_rank,
-    check_rank,
-    check_tensor,
-)
+from qwenlora.emulation.arithmetic import SVDQArithmetic
+from qwenlora.emulation.contract import KernelContractError, check_rank
 from qwenlora.emulation.leaf import QuantizedLeaf, frozen
 from qwenlora.emulation.lowrank import low_rank_factors
 from qwenlora.emulation.precision import Precision
-from qwenlora.emulation.quantize import (
-    GROUP_SIZE,
-    UNSIGNED_SHIFT,
-    IntegerRange,
-    dequantize,
-    quantize_activation,
-    quantize_weight,
-)
+from qwenlora.emulation.quantize import GROUP_SIZE, UNSIGNED_SHIFT, quantize_weight
 from qwenlora.packing import pack
 from qwenlora.packing.layout import LowRankSide
 
 
-class SVDQW4A4Linear(QuantizedLeaf):
+class SVDQW4A4Linear(SVDQArithmetic, QuantizedLeaf):
     """y = (x / smooth) · residualᵀ + x · downᵀ · upᵀ + bias, stored as Nunchaku stores it.
 
     Names, order, shapes and dtypes of the parameters are Nunchaku's; so is which of them take
@@ -56,6 +44,7 @@ class SVDQW4A4Linear(QuantizedLeaf):
         proj_up: (N, R) packed.
     """
 
+    qweight: nn.Parameter
     bias: nn.Parameter | None
     wscales: nn.Parameter
     smooth_factor: nn.Parameter
@@ -181,84 +170,6 @@ class SVDQW4A4Linear(QuantizedLeaf):
         self.proj_down.copy_(pack.pack_lowrank(down, LowRankSide.DOWN))
         self.proj_up.copy_(pack.pack_lowrank(up, LowRankSide.UP))
 
-    @property
-    def qweight_shape(self) -> tuple[int, int]:
-        """Shape of `qweight` in this precision."""
-        halved = self.in_features // 2
-        return (self.out_features, self.in_features if self._exact else halved)
-
-    @property
-    def qweight_dtype(self) -> torch.dtype:
-        """Dtype of `qweight` in this precision."""
-        return torch.float32 if self._exact else torch.int8
-
-    def residual(self) -> torch.Tensor:
-        """Return the residual weight times the smooth factor, (N, K) float32."""
-        if self._exact:
-            return self.qweight
-        values = pack.unpack_svdq_qweight(self.qweight)  # (N, K)
-        return dequantize(values, pack.unpack_svdq_wscales(self.wscales))
-
-    def check(self, x: torch.Tensor) -> None:
-        """Check every tensor that a kernel would read with the activation `x`.
-
-        Raises:
-            KernelContractError: One of them breaks the contract.
-        """
-        check_activation(x, self.in_features)
-        check_low_rank(self.proj_down, self.proj_up)
-        rank = self.proj_down.shape[1]
-        inputs, outputs = self.in_features, self.out_features
-        check_tensor("qweight", self.qweight, self.qweight_shape, self.qweight_dtype, x)
-        if self.bias is not None:
-            check_tensor("bias", self.bias, (outputs,), x.dtype, x)
-        check_tensor("wscales", self.wscales, (inputs // GROUP_SIZE, outputs), x.dtype, x)
-        check_tensor("smooth_factor", self.smooth_factor, (inputs,), x.dtype, x)
-        check_tensor("proj_down", self.proj_down, (inputs, rank), x.dtype, x)
-        check_tensor("proj_up", self.proj_up, (outputs, rank), x.dtype, x)
-
-    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Do what the quantizing kernel does to a raw activation.
-
-        Args:
-            x: (M, K), the layer's input before shift and smoothing.
-
-        Returns:
-            activation: (M, K) float32, what the residual is multiplied with: shifted, smoothed and,
-                in `W4A4`, rounded to 4-bit values times their scales.
-            lora_act: (M, R) float32, the raw activation times the down projection.
-        """
-        down = pack.unpack_lowrank(self.proj_down, LowRankSide.DOWN)  # (R, K)
-        lora_act = x.float() @ down.float().T  # (M, R)
-        smooth = pack.unpack_vector(self.smooth_factor)  # (K,)
-        if self._exact:
-            shifted = x.float() + UNSIGNED_SHIFT if self.act_unsigned else x.float()
-            return shifted / smooth.float(), lora_act
-        # Shift and division round to the activation's dtype, as the kernels do.
-        shifted = x + UNSIGNED_SHIFT if self.act_unsigned else x
-        integer_range = IntegerRange.UNSIGNED if self.act_unsigned else IntegerRange.SIGNED
-        values, scales = quantize_activation(shifted / smooth, integer_range)
-        return dequantize(values, scales), lora_act
-
-    def forward_quant(self, activation: torch.Tensor, lora_act: torch.Tensor) -> torch.Tensor:
-        """Do what the GEMM kernel does with the output of `quantize`.
-
-        Args:
-            activation: (M, K) float32.
-            lora_act: (M, R) float32.
-
-        Returns:
-            (M, N) float32.
-        """
-        output = activation @ self.residual().T  # (M, N)
-        if self.bias is not None:
-            output = output + pack.unpack_vector(self.bias).float()
-        up = pack.unpack_lowrank(self.proj_up, LowRankSide.UP)  # (N, R)
-        if not self._exact:
-            # The kernel feeds 16-bit values to its second low-rank product.
-            lora_act = lora_act.to(up.dtype)
-        return output + lora_act.float() @ up.float().T
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer.
 
@@ -289,10 +200,6 @@ class SVDQW4A4Linear(QuantizedLeaf):
             f"rank={self.rank}, precision={self.precision.value}, "
             f"act_unsigned={self.act_unsigned}"
         )
-
-    @property
-    def _exact(self) -> bool:
-        return self.precision is Precision.EXACT
 
     def _store_residual(self, residual: torch.Tensor) -> None:
         if self._exact:

@@ -89,7 +89,7 @@ def lite_transformer(
             smooth=random_smooth(weight.shape[1], generator),
             generator=generator,
         )
-        _fill(model.get_submodule(path), layer)
+        fill(model.get_submodule(path), layer)
     for path in awq:
         linear = AWQW4A16Linear.from_dense(
             weights[f"{path}.weight"],
@@ -98,7 +98,7 @@ def lite_transformer(
             dtype=dtype,
             row_order=RowOrder.PLANAR,
         )
-        _fill(model.get_submodule(path), linear)
+        fill(model.get_submodule(path), linear)
     return model.eval()
 
 
@@ -106,7 +106,7 @@ def _paths(blocks: int, names: Iterable[str]) -> list[str]:
     return [f"transformer_blocks.{block}.{name}" for block in range(blocks) for name in names]
 
 
-def _fill(layer: nn.Module, values: nn.Module) -> None:
+def fill(layer: nn.Module, values: nn.Module) -> None:
     """Give a layer the tensors of a stand-in of Nunchaku's, which lie alike."""
     for name, parameter in values.named_parameters():
         if name in layer._parameters:

@@ -1,0 +1,202 @@
+"""Attention of 4-bit Z-Image blocks, in the forms that keep diffusers' names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.nn import functional as F
+
+from qwenlora.emulation.arithmetic import SVDQTensors
+from qwenlora.emulation.fused_qkv import fused_qkv_norm_rotary
+from qwenlora.emulation.leaf import QuantizedLeaf
+from qwenlora.emulation.rope import rotate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qwenlora.emulation.linear import SVDQW4A4Linear
+
+Heads = tuple["Tensor", "Tensor", "Tensor"]
+"""Query, key and value, (B, S, H, D) each."""
+
+
+class ZImageAttention(nn.Module):
+    """Attention over one stream; a form says how query, key and value come about.
+
+    Attributes:
+        heads: H.
+        to_out: The last projection, and a dropout.
+    """
+
+    to_out: nn.ModuleList
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        freqs_cis: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            hidden_states: (B, S, C).
+            encoder_hidden_states: Ignored: there is one stream.
+            attention_mask: (B, S) bool, true for tokens to see, or None.
+            freqs_cis: (B, S, D/2) complex64 rotations.
+
+        Returns:
+            (B, S, C).
+        """
+        del encoder_hidden_states
+        query, key, value = self.project(hidden_states, freqs_cis)
+        merged = attend(query, key, value, attention_mask)
+        projected: Tensor = self.to_out[1](self.to_out[0](merged))
+        return projected
+
+    def project(self, x: Tensor, freqs_cis: Tensor | None) -> Heads:
+        """Return query and key, normalized and rotated, and value, from (B, S, C)."""
+        raise NotImplementedError
+
+    def split(self, fused: Tensor) -> Heads:
+        """(B, S, 3C) => three of (B, S, H, D)."""
+        query, key, value = fused.chunk(3, dim=-1)
+        shape = (self.heads, -1)
+        return query.unflatten(-1, shape), key.unflatten(-1, shape), value.unflatten(-1, shape)
+
+
+class CalledAttention(ZImageAttention):
+    """`to_qkv` is called, then `norm_q` and `norm_k`."""
+
+    def __init__(self, dense: Any, to_qkv: SVDQW4A4Linear, to_out: SVDQW4A4Linear) -> None:
+        super().__init__(dense.heads)
+        self.norm_q = dense.norm_q
+        self.norm_k = dense.norm_k
+        self.to_qkv = to_qkv
+        self.to_out = _with_first(dense.to_out, to_out)
+
+    def project(self, x: Tensor, freqs_cis: Tensor | None) -> Heads:
+        """See `ZImageAttention.project`."""
+        query, key, value = self.split(self.to_qkv(x))
+        query, key = self.norm_q(query), self.norm_k(key)
+        if freqs_cis is not None:
+            query, key = rotate(query, freqs_cis), rotate(key, freqs_cis)
+        return query, key, value
+
+
+class FusedQkv(QuantizedLeaf):
+    """The tensors of `to_qkv`, `norm_q` and `norm_k`, which one function reads.
+
+    Attributes:
+        qkv_precision: `precision` of the layer that the tensors are from.
+        qkv_out_features: Rows of query, key and value.
+        qkv_qweight: As in `SVDQW4A4Linear`; so are `qkv_wscales`, `qkv_smooth_factor`,
+            `qkv_smooth_factor_orig`, `qkv_proj_down` and `qkv_proj_up`.
+        norm_q_weight: (128,).
+        norm_k_weight: (128,).
+    """
+
+    _weight_name = "qkv_qweight"
+    qkv_qweight: nn.Parameter
+    qkv_wscales: nn.Parameter
+    qkv_smooth_factor: nn.Parameter
+    qkv_proj_down: nn.Parameter
+    qkv_proj_up: nn.Parameter
+
+    def __init__(self, qkv: SVDQW4A4Linear, norm_q: nn.Module, norm_k: nn.Module) -> None:
+        super().__init__()
+        for name, parameter in qkv.named_parameters():
+            self.register_parameter(f"qkv_{name}", parameter)
+        self.qkv_precision = qkv.precision
+        self.qkv_out_features = qkv.out_features
+        self.norm_q_weight: nn.Parameter = norm_q.weight  # type: ignore[assignment]
+        self.norm_k_weight: nn.Parameter = norm_k.weight  # type: ignore[assignment]
+
+    def forward(self, x: Tensor, freqs_cis: Tensor | None = None) -> Tensor:
+        """Map (B, S, C) to (B, S, 3C), query and key normalized and rotated by (B, S, D/2)."""
+        qkv = SVDQTensors(
+            in_features=x.shape[-1],
+            out_features=self.qkv_out_features,
+            precision=self.qkv_precision,
+            qweight=self.qkv_qweight,
+            bias=getattr(self, "qkv_bias", None),
+            wscales=self.qkv_wscales,
+            smooth_factor=self.qkv_smooth_factor,
+            proj_down=self.qkv_proj_down,
+            proj_up=self.qkv_proj_up,
+        )
+        return fused_qkv_norm_rotary(x, qkv, self.norm_q_weight, self.norm_k_weight, freqs_cis)
+
+
+class FusedAttention(ZImageAttention):
+    """`fused_module` gives query, key and value."""
+
+    def __init__(self, dense: Any, to_qkv: SVDQW4A4Linear, to_out: SVDQW4A4Linear) -> None:
+        super().__init__(dense.heads)
+        self.to_out = _with_first(dense.to_out, to_out)
+        self.fused_module = FusedQkv(to_qkv, dense.norm_q, dense.norm_k)
+
+    def project(self, x: Tensor, freqs_cis: Tensor | None) -> Heads:
+        """See `ZImageAttention.project`."""
+        return self.split(self.fused_module(x, freqs_cis))
+
+
+class PassedAttention(ZImageAttention):
+    """A function reads the tensors of `to_qkv`, `norm_q` and `norm_k`; none is called."""
+
+    def __init__(self, dense: Any, to_qkv: SVDQW4A4Linear, to_out: SVDQW4A4Linear) -> None:
+        super().__init__(dense.heads)
+        self.to_qkv = to_qkv
+        self.norm_q = dense.norm_q
+        self.norm_k = dense.norm_k
+        self.to_out = _with_first(dense.to_out, to_out)
+
+    def project(self, x: Tensor, freqs_cis: Tensor | None) -> Heads:
+        """See `ZImageAttention.project`."""
+        norm_q, norm_k = self.norm_q.weight, self.norm_k.weight
+        return self.split(fused_qkv_norm_rotary(x, self.to_qkv, norm_q, norm_k, freqs_cis))
+
+
+class ModulationLinear(nn.Linear):
+    """The class that nunchaku-lite gives a modulation: a linear that multiplies by itself."""
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> ModulationLinear:
+        """Take over a linear's parameters."""
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (…, K) to (…, N)."""
+        return F.linear(input, self.weight, self.bias)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend over all tokens.
+
+    Args:
+        query: (B, S, H, D).
+        key: (B, S, H, D).
+        value: (B, S, H, D).
+        mask: (B, S) bool, true for tokens to see, or None.
+
+    Returns:
+        (B, S, H*D).
+    """
+    if mask is not None and mask.ndim == 2:
+        mask = mask[:, None, None, :]  # (B, 1, 1, S)
+    # (B, S, H, D) => (B, H, S, D)
+    turned = (part.transpose(1, 2) for part in (query, key, value))
+    attended: Tensor = F.scaled_dot_product_attention(*turned, attn_mask=mask)
+    return attended.transpose(1, 2).flatten(2)
+
+
+def _with_first(layers: nn.ModuleList, first: nn.Module) -> nn.ModuleList:
+    layers[0] = first
+    return layers
