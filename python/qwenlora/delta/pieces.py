@@ -223,7 +223,7 @@ def fetch_pieces(
     return LoraPieces(
         pair=_fuse(ranks, target) if ranks else None,
         krons=tuple(krons),
-        dense=_dense_sum(dense) if dense else None,
+        dense=_dense_sum(dense, target) if dense else None,
         values=tuple(value_of(p, tensors, rows) for p, tensors in vectors),
         refused=tuple(refused),
         cuts=tuple(_cut_pieces(ranks, carried)),
@@ -255,10 +255,13 @@ def _is_matrix(piece: Piece) -> bool:
     return piece.kind is PieceKind.DENSE and piece.rank_budget is None
 
 
-def _dense_sum(dense: Sequence[tuple[Piece, Tensor]]) -> Tensor:
-    total = torch.zeros_like(dense[0][1], dtype=torch.float32)
+def _dense_sum(dense: Sequence[tuple[Piece, Tensor]], target: Target) -> Tensor:
+    """(out, in) float32 of the whole layer; rows that no piece has are zero."""
+    size = (target.row.out_features, target.row.in_features)
+    total = torch.zeros(size, dtype=torch.float32, device=dense[0][1].device)
     for piece, delta in dense:
-        total.add_(delta.to(torch.float32), alpha=piece.scale)
+        rows = total.narrow(0, piece.row_begin, piece.row_count)
+        rows.add_(delta.to(torch.float32), alpha=piece.scale)
     return total
 
 

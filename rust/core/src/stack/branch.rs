@@ -14,8 +14,8 @@ pub(super) enum Branch {
     None,
     /// Both factors of a Kronecker product.
     Kron(KronShape),
-    /// This many values.
-    Dense(u64),
+    /// A matrix of the whole layer's size, whichever of its rows are changed.
+    Dense,
     /// Another tensor in the place of a parameter.
     Swap(Parameter),
 }
@@ -56,7 +56,7 @@ pub struct KronBuffer {
 
 impl Branch {
     /// The branch of a Kronecker product or of a delta stored whole.
-    pub(super) fn of(delta: &Delta, (row_begin, row_count): (u64, u64), columns: u64) -> Self {
+    pub(super) fn of(delta: &Delta, (row_begin, row_count): (u64, u64)) -> Self {
         match delta.form {
             Form::Kronecker { w1, w2 } => Self::Kron(KronShape {
                 row_begin,
@@ -66,7 +66,7 @@ impl Branch {
                 w2_rows: w2.rows(),
                 w2_columns: w2.columns(),
             }),
-            Form::Full { .. } => Self::Dense(row_count.saturating_mul(columns)),
+            Form::Full { .. } => Self::Dense,
             Form::Vector { parameter, .. } => Self::Swap(parameter),
             Form::Pair { .. }
             | Form::Tucker { .. }
@@ -99,14 +99,17 @@ pub(super) fn kron_bytes<'k>(
 }
 
 /// Bytes of everything that is neither rank nor a Kronecker product. A parameter is swapped once,
-/// however many vectors are added to it.
+/// however many vectors are added to it, and a layer has one matrix.
 pub(super) fn other_bytes(slot: &Slot, branches: impl Iterator<Item = Branch>) -> u64 {
     let mut swapped = HashSet::new();
+    let mut is_dense = false;
     let elements = branches.fold(0u64, |elements, branch| {
         elements.saturating_add(match branch {
-            Branch::Dense(elements) => elements,
+            Branch::Dense if !std::mem::replace(&mut is_dense, true) => {
+                slot.out_features.saturating_mul(slot.in_features)
+            }
             Branch::Swap(parameter) if swapped.insert(parameter) => slot.out_features,
-            Branch::Swap(_) | Branch::Kron(_) | Branch::None => 0,
+            Branch::Dense | Branch::Swap(_) | Branch::Kron(_) | Branch::None => 0,
         })
     });
     elements.saturating_mul(slot.element_bytes)

@@ -64,13 +64,11 @@ impl Placed {
         }
     }
 
-    /// The room that it takes besides ranks, in a slot of so many columns.
-    pub(super) fn branch(&self, plans: &[&FilePlan], columns: u64) -> Branch {
+    /// The room that it takes besides ranks.
+    pub(super) fn branch(&self, plans: &[&FilePlan]) -> Branch {
         let part = || self.placed_part(self.origin(plans)?.1);
         match self.takes {
-            Takes::Branch => {
-                part().map_or(Branch::None, |own| Branch::of(&own, self.rows, columns))
-            }
+            Takes::Branch => part().map_or(Branch::None, |own| Branch::of(&own, self.rows)),
             Takes::Ranks => Branch::None,
         }
     }

@@ -43,10 +43,7 @@ impl Summed {
                 base_rank: slot.base_rank,
             });
         }
-        let branches = || {
-            own.iter()
-                .map(|placed| placed.branch(plans, slot.in_features))
-        };
+        let branches = || own.iter().map(|placed| placed.branch(plans));
         let krons = branch::count_krons(branches());
         let branch_bytes = branch::kron_bytes(&krons, slot.element_bytes)
             .saturating_add(branch::other_bytes(slot, branches()));
