@@ -18,6 +18,8 @@ from qwenlora.group.partition import apart
 from qwenlora.packing import pack
 from qwenlora.packing.layout import LowRankSide
 
+from .lora_files import File
+
 pytest.importorskip("diffusers.quantizers.nunchaku")
 from diffusers import QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
@@ -37,7 +39,6 @@ CONFIG = {
 DELTA_BOUND = 2e-5
 """Relative error of a delta taken as a difference of float32 outputs; measured: 4.4e-6."""
 STREAMS = {"img": ("to_q", "to_k", "to_v"), "txt": ("add_q_proj", "add_k_proj", "add_v_proj")}
-FUSED = {"attn.to_qkv": STREAMS["img"], "attn.add_qkv_proj": STREAMS["txt"]}
 
 
 @pytest.fixture(scope="module")
@@ -78,99 +79,6 @@ def run():
             ).sample.float()
 
     return run
-
-
-class File:
-    """A LoRA file in the making, and the deltas that it stands for, by the dense model's paths."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
-        self.deltas: dict[str, torch.Tensor] = {}
-        self.biases: dict[str, torch.Tensor] = {}
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def random(self, *shape: int, size: float = 0.3) -> torch.Tensor:
-        return size * torch.randn(shape, generator=self._generator)
-
-    def pair(self, path: str, out: int, inp: int, rank: int = 4) -> File:
-        down, up = self.random(rank, inp), self.random(out, rank)
-        self._put(path, lora_A=down, lora_B=up)
-        return self._is(path, up @ down)
-
-    def lokr(self, path: str, w1: tuple[int, int], w2: tuple[int, int]) -> File:
-        first, second = self.random(*w1), self.random(*w2)
-        for role, tensor in (("lokr_w1", first), ("lokr_w2", second)):
-            self.tensors[f"transformer.{path}.{role}"] = tensor
-        return self._is(path, torch.kron(first, second))
-
-    def half_lokr(self, path: str, w1: tuple[int, int], w2: tuple[int, int], rank: int) -> File:
-        """A LoKr whose second factor is a product; alpha equals the rank."""
-        first = self.random(*w1)
-        left, right = self.random(w2[0], rank), self.random(rank, w2[1])
-        roles = {"lokr_w1": first, "lokr_w2_a": left, "lokr_w2_b": right}
-        for role, tensor in {**roles, "alpha": torch.tensor(float(rank))}.items():
-            self.tensors[f"transformer.{path}.{role}"] = tensor
-        return self._is(path, torch.kron(first, left @ right))
-
-    def loha(self, path: str, out: int, inp: int, rank: int = 3) -> File:
-        shapes = ((out, rank), (rank, inp)) * 2
-        factors = [self.random(*shape, size=0.6) for shape in shapes]
-        for role, tensor in zip(("w1_a", "w1_b", "w2_a", "w2_b"), factors, strict=True):
-            self.tensors[f"transformer.{path}.hada_{role}"] = tensor
-        self.tensors[f"transformer.{path}.alpha"] = torch.tensor(float(rank))
-        return self._is(path, (factors[0] @ factors[1]) * (factors[2] @ factors[3]))
-
-    def tucker(self, path: str, out: int, inp: int, rank: int = 4) -> File:
-        down, mid, up = self.random(rank, inp), self.random(3, rank), self.random(out, 3)
-        shaped = {"lora_down": down, "lora_mid": mid, "lora_up": up}
-        for role, tensor in shaped.items():
-            self.tensors[f"transformer.{path}.{role}.weight"] = tensor[:, :, None, None]
-        return self._is(path, up @ mid @ down)
-
-    def full(self, path: str, out: int, inp: int) -> File:
-        # Of low rank: a quantized layer carries it whole.
-        delta = self.random(out, 6) @ self.random(6, inp)
-        self.tensors[f"transformer.{path}.diff"] = delta
-        return self._is(path, delta)
-
-    def bias(self, path: str, out: int) -> File:
-        delta = self.random(out)
-        self.tensors[f"transformer.{path}.diff_b"] = delta
-        self.biases |= _apart(path, delta)
-        return self
-
-    def every_linear(self, dense: nn.Module, rank: int = 4) -> File:
-        for path, module in dense.named_modules():
-            if isinstance(module, nn.Linear):
-                self.pair(path, module.out_features, module.in_features, rank)
-        return self
-
-    def merged(self, dense: nn.Module) -> nn.Module:
-        """The dense model with the deltas in its weights."""
-        merged = copy.deepcopy(dense)
-        for path, delta in self.deltas.items():
-            merged.get_submodule(path).weight += delta
-        for path, delta in self.biases.items():
-            merged.get_submodule(path).bias += delta
-        return merged
-
-    def _put(self, path: str, **tensors: torch.Tensor) -> None:
-        for role, tensor in tensors.items():
-            self.tensors[f"transformer.{path}.{role}.weight"] = tensor
-
-    def _is(self, path: str, delta: torch.Tensor) -> File:
-        self.deltas |= _apart(path, delta)
-        return self
-
-
-def _apart(path: str, delta: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The deltas of a fused module's parts; of any other module its own."""
-    block, name = path.rsplit(".attn.", 1) if ".attn." in path else ("", path)
-    parts = FUSED.get(f"attn.{name}")
-    if parts is None:
-        return {path: delta}
-    rows = delta.chunk(len(parts))
-    return {f"{block}.attn.{part}": own for part, own in zip(parts, rows, strict=True)}
 
 
 def in_blocks(add) -> File:
@@ -313,7 +221,7 @@ def test_a_fused_file_and_one_in_parts_leave_the_same_bits(model, quantized, pro
         down = fused.tensors[f"transformer.{stem}.to_qkv.lora_A.weight"]
         up = fused.tensors[f"transformer.{stem}.to_qkv.lora_B.weight"]
         for name, rows in zip(STREAMS["img"], up.chunk(3), strict=True):
-            parts._put(f"{stem}.{name}", lora_A=down, lora_B=rows)
+            parts.put(f"{stem}.{name}", lora_A=down, lora_B=rows)
     other = copy.deepcopy(quantized)
     qwenlora.compose_loras(model, fused.tensors)
     qwenlora.compose_loras(other, parts.tensors)

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["NamesRead", "calls_its_layers", "class_name", "names_of_class", "names_of_module"]
+__all__ = [
+    "NamesRead",
+    "calls_its_layers",
+    "class_name",
+    "names_of_class",
+    "names_of_module",
+    "own_forward",
+]
 
 
 _OF_A_LAYER = frozenset(("forward_quant", "proj", "proj_down", "proj_up", "quantize", "qweight"))
@@ -73,13 +80,22 @@ def names_of_class(kind: type) -> NamesRead | None:
 def names_of_module(module: nn.Module) -> NamesRead | None:
     """The same of one module, which may have its own forward, or one around its class's."""
     kind: type = type(module)
-    forward = module.__dict__.get("forward")
+    forward = own_forward(module)
     if forward is None:
         return names_of_class(kind)
-    function = _function_of(forward)
-    if any(_function_of(own.called) is function for own in _defined(kind, "forward")):
-        return names_of_class(kind)
     return _names_read([_Called(forward, isinstance(forward, MethodType))], kind)
+
+
+def own_forward(module: nn.Module) -> object | None:
+    """The forward that one module has instead of its class's.
+
+    None where it has none, or where it is only one around its class's, as hosts' hooks are.
+    """
+    forward = module.__dict__.get("forward")
+    function = _function_of(forward)
+    kind: type = type(module)
+    is_class_s = any(_function_of(own.called) is function for own in _defined(kind, "forward"))
+    return None if forward is None or is_class_s else forward
 
 
 def calls_its_layers(*code: object) -> bool:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import enum
+from types import MethodType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
+from qwenlora.model.code import own_forward
 from qwenlora.model.modules import inner_of
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ def _code_of(mlp: nn.Module, layers: GatedMlp) -> tuple[type, ...] | None:
     owners = [mlp]
     for name in layers.fused.split(".")[:-1]:
         owners.append(inner_of(owners[-1].get_submodule(name)))
-    if any("forward" in owner.__dict__ for owner in owners):
+    if any(own_forward(owner) is not None for owner in owners):
         return None
     return tuple(map(type, owners))
 
@@ -121,6 +123,13 @@ def _with(module: nn.Module, path: str, stand_in: nn.Module) -> nn.Module:
         raise KeyError(name)
     copied = copy.copy(module)
     copied.__dict__ = {**module.__dict__}
+    forward = own_forward(module)
+    copied.__dict__.pop("forward", None)
+    if isinstance(forward, MethodType):
+        copied.__dict__["forward"] = MethodType(forward.__func__, copied)
+    elif forward is not None:
+        # One that is bound to the original in another way would run that.
+        copied.__dict__["forward"] = forward
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
         copied.__dict__[hooks] = type(module.__dict__[hooks])()
     inner = _with(child, rest, stand_in) if rest else stand_in

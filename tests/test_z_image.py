@@ -1,0 +1,498 @@
+"""LoRAs on Z-Image: every form of the 4-bit model does what the dense one does with them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from types import MethodType
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import qwenlora
+from qwenlora import emulation, errors
+from qwenlora.emulation import Precision, ZImageForm
+from qwenlora.packing import pack
+from qwenlora.packing.layout import LowRankSide
+
+from .lora_files import File
+
+pytest.importorskip("diffusers.models.transformers.transformer_z_image")
+
+WIDTH = 384
+MLP = 1024
+DELTA_BOUND = 2e-5
+"""Relative error of a delta taken as a difference of float32 outputs; measured: 7.1e-6."""
+LISTS = ("noise_refiner.0", "context_refiner.0", "layers.0", "layers.1")
+MODELS = [
+    *((form, True) for form in ZImageForm),
+    (ZImageForm.FUSED, False),
+    (ZImageForm.COMFYUI, False),
+]
+"""Each form with its refiners quantized; dense, they are diffusers' or ComfyUI's."""
+QKV = ("to_q", "to_k", "to_v")
+FUSED_QKV = {
+    ZImageForm.CALLED: "attention.to_qkv",
+    ZImageForm.FUSED: "attention.fused_module.qkv",
+    ZImageForm.PASSED: "attention.to_qkv",
+    ZImageForm.COMFYUI: "attention.qkv",
+}
+"""The slot of query, key and value in a block."""
+UNSEEN = (ZImageForm.FUSED, ZImageForm.PASSED, ZImageForm.COMFYUI)
+"""Forms in which no hook sees query, key and value."""
+
+
+def named(model) -> str:
+    form, quantized = model
+    return form.value if quantized else f"{form.value}-dense-refiners"
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return emulation.tiny_z_image()
+
+
+@pytest.fixture(scope="module")
+def made(dense):
+    """Makes a model of a form; each is quantized once."""
+    known = {}
+
+    def make(form, quantized_refiners=True):
+        key = (form, quantized_refiners)
+        if key not in known:
+            known[key] = emulation.z_image_transformer(
+                dense,
+                form=form,
+                rank=16,
+                precision=Precision.EXACT,
+                dtype=torch.float32,
+                quantized_refiners=quantized_refiners,
+            )
+        return copy.deepcopy(known[key])
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run():
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(16, 1, 8, 8, generator=generator)
+    caption = torch.randn(20, 128, generator=generator)
+
+    def run(model):
+        dtype = next(model.parameters()).dtype
+        with torch.no_grad():
+            return model(
+                [x.to(dtype)], torch.tensor([0.4], dtype=dtype), [caption.to(dtype)]
+            ).sample[0]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def changes(dense, run):
+    """What a file changes in the dense model's output; each is computed once."""
+    base, known = run(dense), {}
+
+    def change(file):
+        if id(file) not in known:
+            known[id(file)] = (file, run(file.merged(dense)) - base)
+        return known[id(file)][1]
+
+    return change
+
+
+def error_of(model, run, base, expected):
+    """The relative error of the change of a model's output."""
+    return float((run(model) - base - expected).norm() / expected.norm())
+
+
+def in_blocks(add) -> File:
+    """A file to which `add(file, block's path)` adds each block's modules."""
+    file = File()
+    for block in LISTS:
+        add(file, block)
+    return file
+
+
+def has_modulation(block):
+    return not block.startswith("context_refiner")
+
+
+ADAPTERS = {
+    "apart": lambda f, b: [f.pair(f"{b}.attention.{name}", WIDTH, WIDTH) for name in QKV],
+    "fused": lambda f, b: f.pair(f"{b}.attention.to_qkv", 3 * WIDTH, WIDTH),
+    "key alone": lambda f, b: f.pair(f"{b}.attention.to_k", WIDTH, WIDTH),
+    "tucker": lambda f, b: f.tucker(f"{b}.attention.to_v", WIDTH, WIDTH),
+    "loha": lambda f, b: f.loha(f"{b}.attention.to_qkv", 3 * WIDTH, WIDTH),
+    "out": lambda f, b: f.pair(f"{b}.attention.to_out.0", WIDTH, WIDTH),
+    "gate alone": lambda f, b: f.pair(f"{b}.feed_forward.w1", MLP, WIDTH),
+    "value alone": lambda f, b: f.pair(f"{b}.feed_forward.w3", MLP, WIDTH),
+    "gate and value": lambda f, b: f.pair(f"{b}.feed_forward.w1", MLP, WIDTH).pair(
+        f"{b}.feed_forward.w3", MLP, WIDTH
+    ),
+    "fused mlp": lambda f, b: f.pair(f"{b}.feed_forward.net.0.proj", 2 * MLP, WIDTH),
+    "down": lambda f, b: f.pair(f"{b}.feed_forward.w2", WIDTH, MLP),
+    "full": lambda f, b: f.full(f"{b}.feed_forward.w1", MLP, WIDTH).full(
+        f"{b}.attention.to_v", WIDTH, WIDTH
+    ),
+    "lokr": lambda f, b: f.lokr(f"{b}.feed_forward.w1", (16, 16), (64, 24)).lokr(
+        f"{b}.feed_forward.w2", (16, 16), (24, 64)
+    ),
+    "lokr of the attention": lambda f, b: f.lokr(f"{b}.attention.to_q", (4, 4), (96, 96)).lokr(
+        f"{b}.attention.to_out.0", (16, 16), (24, 24)
+    ),
+    "norms": lambda f, b: [
+        f.norm(f"{b}.attention.norm_q", 128),
+        f.norm(f"{b}.attention.norm_k", 128),
+        f.norm(f"{b}.ffn_norm1", WIDTH),
+    ],
+    "key's norm alone": lambda f, b: f.norm(f"{b}.attention.norm_k", 128),
+    "modulation": lambda f, b: (
+        f.pair(f"{b}.adaLN_modulation.0", 4 * WIDTH, 256).bias(f"{b}.adaLN_modulation.0", 4 * WIDTH)
+        if has_modulation(b)
+        else None
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def files():
+    return {name: in_blocks(add) for name, add in ADAPTERS.items()}
+
+
+@pytest.mark.parametrize("model", MODELS, ids=named)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_every_adapter_is_exact(adapter, model, made, files, changes, run, probe):
+    file, model = files[adapter], made(*model)
+    base, before = run(model), probe.snapshot(model)
+    report = qwenlora.compose_loras(model, file.tensors)
+    assert report.complete
+    assert not any(lora.notes for lora in report.loras)
+    assert error_of(model, run, base, changes(file)) < DELTA_BOUND
+    qwenlora.reset_loras(model)
+    assert not before.differences(probe.snapshot(model))
+    assert torch.equal(run(model), base)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=named)
+def test_every_linear_as_peft_does_it(model, made, dense, run):
+    file, model = File(1).every_linear(dense), made(*model)
+    theirs = copy.deepcopy(dense)
+    theirs.load_lora_adapter(dict(file.tensors), prefix="transformer", adapter_name="one")
+    theirs.set_adapters("one", 0.7)
+    base = run(model)
+    report = qwenlora.compose_loras(model, [(file.tensors, 0.7)])
+    assert report.complete
+    assert error_of(model, run, base, run(theirs) - run(dense)) < DELTA_BOUND
+
+
+@pytest.mark.parametrize("form", ZImageForm)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_slots_hold_the_delta_of_the_file(form, dtype, dense):
+    """Rounded weights and activations hide a delta, so the slots themselves are looked at."""
+    model = emulation.z_image_transformer(
+        dense, form=form, rank=16, precision=Precision.W4A4, dtype=dtype
+    )
+    file = in_blocks(ADAPTERS["gate and value"])
+    qwenlora.compose_loras(model, file.tensors)
+    for block in LISTS:
+        names = {ZImageForm.COMFYUI: ("w13",), ZImageForm.STOCK: ("w3", "w1")}
+        held = []
+        for name in names.get(form, ("net.0.proj",)):
+            layer = model.get_submodule(f"{block}.feed_forward.{name}")
+            down = pack.unpack_lowrank(layer.proj_down, LowRankSide.DOWN)[16:].double()
+            up = pack.unpack_lowrank(layer.proj_up, LowRankSide.UP)[:, 16:].double()
+            held.append(up @ down)
+        expected = torch.cat([file.deltas[f"{block}.feed_forward.{name}"] for name in ("w3", "w1")])
+        assert float((torch.cat(held) - expected).norm() / expected.norm()) < 4e-3
+
+
+# ---- spellings ----
+
+
+def spelled(file, rename):
+    return {
+        rename(key.removeprefix("transformer.")): tensor for key, tensor in file.tensors.items()
+    }
+
+
+def musubi(key):
+    path, _, role = key.rpartition(".lora_")
+    ending = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[role]
+    return f"lora_unet_{path.replace('.', '_')}.{ending}"
+
+
+def comfyui(key):
+    for old, new in (("to_qkv", "qkv"), ("to_out.0", "out")):
+        key = key.replace(f"attention.{old}", f"attention.{new}")
+    return f"diffusion_model.{key}"
+
+
+SPELLINGS = {
+    "ai-toolkit": lambda key: f"diffusion_model.{key}",
+    "bare": lambda key: key,
+    "musubi-tuner": musubi,
+    "ComfyUI": comfyui,
+    "DiffSynth": lambda key: key.replace(".weight", ".default.weight"),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("form", [ZImageForm.FUSED, ZImageForm.STOCK, ZImageForm.COMFYUI])
+def test_every_spelling_leaves_the_same_bits(spelling, form, made, probe):
+    file = in_blocks(
+        lambda f, b: [ADAPTERS[name](f, b) for name in ("fused", "out", "gate and value", "down")]
+    )
+    model, other = made(form), made(form)
+    qwenlora.compose_loras(model, file.tensors)
+    report = qwenlora.compose_loras(other, spelled(file, SPELLINGS[spelling]))
+    assert report.complete
+    assert probe.values(model) == probe.values(other)
+
+
+# ---- who calls a layer ----
+
+
+@pytest.mark.parametrize("form", ZImageForm)
+def test_a_whole_lokr_runs_beside_every_layer_that_is_called(form, made):
+    file = in_blocks(
+        lambda f, b: [
+            f.lokr(f"{b}.attention.to_q", (16, 16), (24, 24)),
+            f.lokr(f"{b}.feed_forward.w1", (16, 16), (64, 24)),
+        ]
+    )
+    report = qwenlora.compose_loras(made(form), file.tensors)
+    for slot in report.slots:
+        is_seen = ".feed_forward." in slot.path or form not in UNSEEN
+        assert bool(slot.krons) is is_seen, slot.path
+        assert bool(slot.rank_added) is not is_seen, slot.path
+
+
+@pytest.mark.parametrize("form", UNSEEN)
+def test_no_side_branch_where_no_hook_sees_it(form, made, files):
+    model = made(form)
+    qwenlora.compose_loras(model, files["lokr of the attention"].tensors)
+    path = FUSED_QKV[form].removesuffix(".qkv") if form is ZImageForm.FUSED else FUSED_QKV[form]
+    layer = model.get_submodule(f"layers.0.{path}")
+    assert not layer._forward_hooks
+    assert not [name for name in layer._buffers if name.startswith("qwenlora")]
+
+
+# ---- the order of the rows ----
+
+
+class GateFirst(nn.Module):
+    """A gated MLP whose fused linear has the gate first."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.w13, self.w2 = mlp.w13, mlp.w2
+
+    def forward(self, x):
+        gate, value = self.w13(x).chunk(2, dim=-1)
+        return self.w2(nn.functional.silu(gate) * value)
+
+
+class ValueFirst(GateFirst):
+    """The same with the value first."""
+
+    def forward(self, x):
+        value, gate = self.w13(x).chunk(2, dim=-1)
+        return self.w2(nn.functional.silu(gate) * value)
+
+
+class Uncalled(GateFirst):
+    """A gated MLP that computes its linear without calling it."""
+
+    def forward(self, x):
+        value, gate = self.w13.forward_quant(*self.w13.quantize(x)).chunk(2, dim=-1)
+        return self.w2(value * nn.functional.silu(gate))
+
+
+class Other(GateFirst):
+    """An MLP of another activation."""
+
+    def forward(self, x):
+        value, gate = self.w13(x).chunk(2, dim=-1)
+        return self.w2(value * nn.functional.gelu(gate))
+
+
+@pytest.mark.parametrize("kind", [GateFirst, Uncalled, Other])
+def test_an_mlp_whose_order_is_not_known_is_refused(kind, made, files):
+    model = made(ZImageForm.COMFYUI)
+    block = model.layers[1]
+    block.feed_forward = kind(block.feed_forward)
+    with pytest.raises(errors.UnsupportedModelError, match=r"layers\.1\.feed_forward"):
+        qwenlora.compose_loras(model, files["out"].tensors)
+
+
+def test_an_mlp_with_a_forward_of_its_own_is_run_as_it_is(made, files, changes, run):
+    model = made(ZImageForm.COMFYUI)
+    known = model.layers[0].feed_forward
+    known.forward = MethodType(GateFirst.forward, known)
+    with pytest.raises(errors.UnsupportedModelError, match=r"layers\.0\.feed_forward"):
+        qwenlora.compose_loras(model, files["gate alone"].tensors)
+    known.forward = MethodType(ValueFirst.forward, known)
+    base = run(model)
+    qwenlora.compose_loras(model, files["gate alone"].tensors)
+    assert error_of(model, run, base, changes(files["gate alone"])) < DELTA_BOUND
+
+
+def test_the_order_is_found_without_running_anybodys_hooks(made, files):
+    model, seen = made(ZImageForm.CALLED), []
+    for name in ("layers.0.feed_forward", "layers.0.feed_forward.net.0"):
+        module = model.get_submodule(name)
+        module.register_forward_hook(lambda *_: seen.append("after"))
+        module.register_forward_pre_hook(lambda *_: seen.append("before"))
+    qwenlora.compose_loras(model, files["gate alone"].tensors)
+    assert not seen
+
+
+@pytest.mark.parametrize("form", [ZImageForm.CALLED, ZImageForm.COMFYUI])
+def test_a_compiled_mlp_is_looked_through(form, made, files, changes, run):
+    model = made(form)
+    base = run(model)
+    block = model.layers[0]
+    block.feed_forward = torch.compile(block.feed_forward, backend="eager")
+    qwenlora.compose_loras(model, files["gate alone"].tensors)
+    assert error_of(model, run, base, changes(files["gate alone"])) < DELTA_BOUND
+
+
+# ---- values that one module holds of several layers ----
+
+
+def test_norms_of_a_fused_module_change_one_by_one(made, files, changes, run, probe):
+    model = made(ZImageForm.FUSED)
+    base, before = run(model), probe.snapshot(model)
+    both, one = files["norms"], files["key's norm alone"]
+    for file in (both, one, both):
+        qwenlora.compose_loras(model, file.tensors)
+        assert error_of(model, run, base, changes(file)) < DELTA_BOUND
+    report = qwenlora.compose_loras(model, [(both.tensors, 0.0)])
+    assert torch.equal(run(model), base)
+    assert {path.rpartition(".")[2] for path in (slot.path for slot in report.slots)} <= {
+        "norm_q",
+        "norm_k",
+        "ffn_norm1",
+    }
+    qwenlora.reset_loras(model)
+    assert not before.differences(probe.snapshot(model))
+
+
+def test_a_norm_that_overflows_leaves_its_neighbour(dense, probe):
+    model = emulation.z_image_transformer(
+        dense,
+        form=ZImageForm.FUSED,
+        rank=16,
+        precision=Precision.W4A4,
+        dtype=torch.float16,
+    )
+    before = probe.snapshot(model)
+    file = File().norm("layers.0.attention.norm_q", 128).norm("layers.0.attention.norm_k", 128)
+    file.tensors["transformer.layers.0.attention.norm_k.diff"].fill_(1e6)
+    with pytest.raises(errors.NonFiniteError, match=r"fused_module\.norm_k\.weight"):
+        qwenlora.compose_loras(model, file.tensors)
+    assert not before.differences(probe.snapshot(model))
+
+
+# ---- whose file ----
+
+
+def qwen_image_file():
+    return File().pair("transformer_blocks.0.attn.to_q", 3072, 3072)
+
+
+def test_a_file_of_the_other_model_is_refused_by_name(made):
+    model = made(ZImageForm.FUSED)
+    with pytest.raises(errors.OtherModelError, match="a Qwen-Image LoRA, and the model is Z-Image"):
+        qwenlora.compose_loras(model, qwen_image_file().tensors)
+
+
+def test_a_quantized_layer_of_another_model_is_refused(made, files):
+    model = made(ZImageForm.CALLED)
+    del model.layers[0].adaLN_modulation
+    with pytest.raises(errors.UnsupportedModelError, match=r"layers\.0\."):
+        qwenlora.compose_loras(model, files["out"].tensors)
+
+
+# ---- all that Qwen-Image has ----
+
+
+@pytest.mark.parametrize("form", ZImageForm)
+def test_strengths_sets_and_copies(form, made, files, changes, run, probe):
+    model = made(form)
+    base, before = run(model), probe.snapshot(model)
+    first, second = files["gate and value"], files["apart"]
+
+    options = qwenlora.ComposeOptions(cache_bytes=2**28)
+    for strength in (1.0, -0.7):
+        qwenlora.compose_loras(model, [(first.tensors, strength)], options=options)
+        alone = made(form)
+        qwenlora.compose_loras(alone, [(first.tensors, strength)])
+        assert probe.values(model) == probe.values(alone)
+    qwenlora.compose_loras(model, [second.tensors], options=options)
+    assert error_of(model, run, base, changes(second)) < DELTA_BOUND
+    qwenlora.compose_loras(model, [first.tensors], options=options)
+    assert error_of(model, run, base, changes(first)) < DELTA_BOUND
+    twin = copy.deepcopy(model)
+    again = pickle.loads(pickle.dumps(twin))
+    qwenlora.reset_loras(model)
+    assert not before.differences(probe.snapshot(model))
+    for own in (twin, again):
+        assert error_of(own, run, base, changes(first)) < DELTA_BOUND
+        qwenlora.reset_loras(own)
+        assert torch.equal(run(own), base)
+
+
+@pytest.mark.parametrize("form", [ZImageForm.FUSED, ZImageForm.STOCK])
+def test_strength_per_block(form, made, dense, run):
+    file, model = File(3).every_linear(dense), made(form)
+    base = run(model)
+    spec = qwenlora.LoraSpec(file.tensors, 1.0, blocks="0:0.5, 1:0; mod:2, rest:0")
+    qwenlora.compose_loras(model, [spec])
+    weighted = copy.deepcopy(dense)
+    for path, delta in file.deltas.items():
+        factor = {"layers.0": 0.5}.get(path.rpartition(".")[0][:8], 0.0)
+        factor *= 2 if "adaLN" in path else 1
+        weighted.get_submodule(path).weight += factor * delta
+    assert error_of(model, run, base, run(weighted) - run(dense)) < DELTA_BOUND
+
+
+@pytest.mark.parametrize("form", [ZImageForm.FUSED, ZImageForm.COMFYUI])
+def test_ranks_are_capped_and_told(form, made, dense):
+    file, model = File(4).every_linear(dense, rank=32), made(form)
+    report = qwenlora.compose_loras(model, file.tensors, max_rank=16)
+    cut = [slot for slot in report.slots if slot.energy_lost]
+    assert {slot.rank_added for slot in cut} == {16}
+    assert any(slot.path.endswith(FUSED_QKV[form]) for slot in cut)
+
+
+@pytest.mark.parametrize("form", ZImageForm)
+def test_a_group_and_single_slots_leave_the_same_bits(form, made, dense, probe, tmp_path):
+    from qwenlora.group.partition import apart
+
+    file = File(2).every_linear(dense)
+    save_file(file.tensors, tmp_path / "lora.safetensors")
+    model, other = made(form), made(form)
+    qwenlora.compose_loras(model, tmp_path / "lora.safetensors")
+    with apart():
+        qwenlora.compose_loras(other, tmp_path / "lora.safetensors")
+    assert probe.values(model) == probe.values(other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ZImageForm)
+def test_compiled_by_blocks(form, made, files, changes, run):
+    model = made(form)
+    base = run(model)
+    for block in (*model.noise_refiner, *model.context_refiner, *model.layers):
+        block.compile(backend="eager")
+    run(model)
+    for name in ("gate and value", "lokr", "norms", "modulation"):
+        qwenlora.compose_loras(model, files[name].tensors)
+        assert error_of(model, run, base, changes(files[name])) < DELTA_BOUND
+    qwenlora.reset_loras(model)
+    assert float((run(model) - base).norm() / base.norm()) < 1e-5
