@@ -28,6 +28,7 @@ DELTA_BOUND = 2e-6
 
 FUSED_FORMS = (ZImageForm.FUSED, ZImageForm.PASSED, ZImageForm.COMFYUI)
 """Those where one function projects, normalizes and rotates."""
+COMFYUI_FORMS = (ZImageForm.COMFYUI, ZImageForm.COMFYUI_CALLED)
 LISTS = ("noise_refiner", "context_refiner", "layers")
 
 NORMS = ["attention_norm1", "ffn_norm1", "attention_norm2", "ffn_norm2"]
@@ -84,6 +85,7 @@ BLOCK = {
         *of("feed_forward.w2", SVDQ),
     ],
 }
+BLOCK[ZImageForm.COMFYUI_CALLED] = BLOCK[ZImageForm.COMFYUI]
 """Parameters of a quantized block, in order, before its norms and modulation."""
 
 STOCK_ATTENTION = weights(
@@ -101,6 +103,7 @@ DENSE_BLOCK = {
         *(f"feed_forward.w{n}" for n in (1, 2, 3)),
     ),
 }
+DENSE_BLOCK[ZImageForm.COMFYUI_CALLED] = DENSE_BLOCK[ZImageForm.COMFYUI]
 """The same of a block of a refiner that is not quantized."""
 
 EDGES = {
@@ -144,6 +147,7 @@ SLOTS = {
         "feed_forward.w2.": ("feed_forward.w2",),
     },
 }
+SLOTS[ZImageForm.COMFYUI_CALLED] = SLOTS[ZImageForm.COMFYUI]
 """Where a form keeps a low-rank branch, and the dense linears whose rows it adds to, in order."""
 
 
@@ -223,7 +227,7 @@ def test_names_and_order_of_parameters(build, form):
 @pytest.mark.parametrize("form", ZImageForm)
 def test_names_around_the_blocks(build, form):
     edges = {name for name in build(form).state_dict() if not name.startswith(LISTS)}
-    assert edges == (COMFYUI_EDGES if form is ZImageForm.COMFYUI else DIFFUSERS_EDGES)
+    assert edges == (COMFYUI_EDGES if form in COMFYUI_FORMS else DIFFUSERS_EDGES)
 
 
 @pytest.mark.parametrize("form", ZImageForm)
@@ -306,7 +310,7 @@ def test_every_weight_counts(dense):
         parameter.copy_(before)
 
 
-@pytest.mark.parametrize("form", ZImageForm)
+@pytest.mark.parametrize("form", [form for form in ZImageForm if form not in COMFYUI_FORMS[1:]])
 def test_sixteen_bits(dense, build, form):
     expected = output(copy.deepcopy(dense).bfloat16())
     exact = build(form, dtype=torch.bfloat16)
@@ -320,7 +324,7 @@ def test_sixteen_bits(dense, build, form):
 def test_forms_hold_the_same_numbers(build):
     """Rounded layers of one model: what differs is where values are rounded on the way."""
     called = build(ZImageForm.CALLED, precision=Precision.W4A4, dtype=torch.bfloat16)
-    for form in FUSED_FORMS:
+    for form in (*FUSED_FORMS, ZImageForm.COMFYUI_CALLED):
         model = build(form, precision=Precision.W4A4, dtype=torch.bfloat16)
         assert tensors(model) == tensors(called)
 
@@ -371,7 +375,10 @@ def test_the_fused_kernel_does_what_follows_a_called_layer(build, precision):
     norms = (attention.norm_q.weight, attention.norm_k.weight)
     with torch.no_grad():
         fused = fused_qkv_norm_rotary(x, attention.to_qkv, *norms, rotation)
-        called = torch.cat([part.flatten(2) for part in attention.project(x, rotation)], dim=-1)
+        called = torch.cat(
+            [part.flatten(2) for part in attention.processor.project(attention, x, rotation)],
+            dim=-1,
+        )
     assert fused.dtype == called.dtype == torch.bfloat16
     # Three roundings to bfloat16 against one.
     assert error(fused.float(), called.float()) < 0.01

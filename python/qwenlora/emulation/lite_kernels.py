@@ -1,4 +1,4 @@
-"""Kernels of diffusers' own 4-bit layers, in PyTorch: the same calls, on a CPU.
+"""Kernels of diffusers' own 4-bit layers and of Nunchaku's, in PyTorch: the same calls, on a CPU.
 
 Each function takes the arguments of the kernel of its name, writes to the same outputs, and checks
 what the kernel takes for granted. What a quantized activation looks like in memory is its own: no
@@ -18,6 +18,7 @@ from qwenlora.emulation.contract import (
     check_low_rank,
     check_tensor,
 )
+from qwenlora.emulation.fused_qkv import HEAD_DIM, norm_and_rotate
 from qwenlora.emulation.precision import Precision
 from qwenlora.emulation.quantize import (
     GROUP_SIZE,
@@ -25,6 +26,7 @@ from qwenlora.emulation.quantize import (
     dequantize,
     quantize_activation,
 )
+from qwenlora.emulation.rope import unpack_rotations
 from qwenlora.packing import pack
 from qwenlora.packing.layout import RANK_MULTIPLE, LowRankSide
 
@@ -40,7 +42,7 @@ _RAW = "_qwenlora_raw"
 
 
 class LiteKernels:
-    """The kernels that diffusers' `SVDQW4A4Linear` and `AWQW4A16Linear` call.
+    """The kernels that `SVDQW4A4Linear` and `AWQW4A16Linear` call, diffusers' and Nunchaku's.
 
     Attributes:
         precision: `W4A4` rounds as the kernels do. `EXACT` rounds nothing: weights are float32, and
@@ -122,7 +124,9 @@ class LiteKernels:
             lora_act_in: (padded M, R) float32.
             lora_up: (N, R) packed.
             rest: The kernel's other arguments; of them `bias` (N,) in packed vector order or None,
-                `act_unsigned` False, and `lora_scales`, one for every 16 ranks, are used.
+                `act_unsigned` False, and `lora_scales`, one for every 16 ranks, are used. With
+                `rotary_emb` (B, S, 128) float32 packed, B * S the padded M, it takes `norm_q` and
+                `norm_k`, (128,) each, too: see `norm_and_rotate`.
 
         Raises:
             KernelContractError: The kernel would read past an end, pass over ranks, or abort.
@@ -148,7 +152,38 @@ class LiteKernels:
         if isinstance(bias, torch.Tensor):
             check_tensor("bias", bias, (outputs,), out.dtype, out)
             product = product + pack.unpack_vector(bias).float()
-        out.copy_(product + low_rank.float() @ up.float().T)
+        product = product + low_rank.float() @ up.float().T
+        rotary = rest[4]
+        if isinstance(rotary, torch.Tensor):
+            product = self._rotated(product, out, act.shape[0], rest[2], rest[3], rotary)
+        out.copy_(product)
+
+    def _rotated(
+        self,
+        product: Tensor,
+        out: Tensor,
+        rows_padded: int,
+        norm_q: object,
+        norm_k: object,
+        rotary: Tensor,
+    ) -> Tensor:
+        norms = []
+        for name, norm in (("norm_q", norm_q), ("norm_k", norm_k)):
+            if not isinstance(norm, torch.Tensor):
+                raise KernelContractError(f"`{name}` must be there where rotations are")
+            check_tensor(name, norm, (HEAD_DIM,), out.dtype, out)
+            norms.append(norm)
+        tokens = rotary.shape[:-1].numel()
+        check_tensor("rotary_emb", rotary, (*rotary.shape[:2], HEAD_DIM), torch.float32, out)
+        if tokens != rows_padded:
+            raise KernelContractError(
+                f"`rotary_emb` must be of {rows_padded} tokens, got shape: {tuple(rotary.shape)}"
+            )
+        if self.precision is not Precision.EXACT:
+            # The kernel's epilogue reads 16-bit values.
+            product = product.to(out.dtype)
+        rotation = unpack_rotations(rotary).flatten(0, 1)[: product.shape[0]]  # (M, 64)
+        return norm_and_rotate(product, *norms, rotation)
 
     def gemv_awq(
         self,

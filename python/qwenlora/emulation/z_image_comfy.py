@@ -67,7 +67,7 @@ class ComfyAttention(nn.Module):
         return projected
 
 
-class ComfyQuantizedAttention(ComfyAttention):
+class ComfyFusedAttention(ComfyAttention):
     """A function reads the tensors of `qkv`, `q_norm` and `k_norm`; none is called."""
 
     def forward(

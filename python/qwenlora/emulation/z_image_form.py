@@ -36,8 +36,11 @@ class ZImageForm(enum.Enum):
     """diffusers' own backend: its stock blocks, each linear a 4-bit layer of its own."""
 
     COMFYUI = "comfyui"
-    """ComfyUI-nunchaku: ComfyUI's model and names.
+    """ComfyUI-nunchaku since 1.2: ComfyUI's model and names.
 
     `attention.qkv` is a layer that nothing calls, as in `PASSED`. The MLP is `feed_forward.w13`,
     with the rows of `w3` before those of `w1`, and `feed_forward.w2`.
     """
+
+    COMFYUI_CALLED = "comfyui_called"
+    """ComfyUI-nunchaku 1.1: as `COMFYUI`, but `attention.qkv` is called as a module."""

@@ -13,30 +13,52 @@ from qwenlora.emulation.leaf import QuantizedLeaf
 from qwenlora.emulation.rope import rotate
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from qwenlora.emulation.linear import SVDQW4A4Linear
 
-Heads = tuple["Tensor", "Tensor", "Tensor"]
-"""Query, key and value, (B, S, H, D) each."""
-
 
 class ZImageAttention(nn.Module):
-    """Attention over one stream; a form says how query, key and value come about.
+    """Attention over one stream, which a processor computes.
 
     Attributes:
         heads: H.
+        processor: Called with the module and its arguments.
         to_out: The last projection, and a dropout.
     """
 
     to_out: nn.ModuleList
 
-    def __init__(self, heads: int) -> None:
+    def __init__(self, heads: int, processor: ZImageProcessor) -> None:
         super().__init__()
         self.heads = heads
+        self.processor = processor
 
     def forward(
         self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **cross_attention_kwargs: Any,
+    ) -> Tensor:
+        """Attend; see `ZImageProcessor.__call__`."""
+        return self.processor(
+            attn=self,
+            hidden_states=hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            attention_mask=attention_mask,
+            **cross_attention_kwargs,
+        )
+
+
+class ZImageProcessor:
+    """Computes an attention; a form says how query, key and value come about."""
+
+    def __call__(
+        self,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -45,6 +67,7 @@ class ZImageAttention(nn.Module):
         """Attend.
 
         Args:
+            attn: A `ZImageAttention`.
             hidden_states: (B, S, C).
             encoder_hidden_states: Ignored: there is one stream.
             attention_mask: (B, S) bool, true for tokens to see, or None.
@@ -54,39 +77,74 @@ class ZImageAttention(nn.Module):
             (B, S, C).
         """
         del encoder_hidden_states
-        query, key, value = self.project(hidden_states, freqs_cis)
+        query, key, value = self.project(attn, hidden_states, freqs_cis)
         merged = attend(query, key, value, attention_mask)
-        projected: Tensor = self.to_out[1](self.to_out[0](merged))
+        projected: Tensor = attn.to_out[1](attn.to_out[0](merged))
         return projected
 
-    def project(self, x: Tensor, freqs_cis: Tensor | None) -> Heads:
-        """Return query and key, normalized and rotated, and value, from (B, S, C)."""
+    def project(self, attn: Any, x: Tensor, freqs_cis: Tensor | None) -> Sequence[Tensor]:
+        """Return query and key, normalized and rotated, and value, (B, S, H, D) each."""
         raise NotImplementedError
 
-    def split(self, fused: Tensor) -> Heads:
-        """(B, S, 3C) => three of (B, S, H, D)."""
-        query, key, value = fused.chunk(3, dim=-1)
-        shape = (self.heads, -1)
-        return query.unflatten(-1, shape), key.unflatten(-1, shape), value.unflatten(-1, shape)
+
+class CalledProcessor(ZImageProcessor):
+    """Calls `to_qkv`, then `norm_q` and `norm_k`."""
+
+    def project(self, attn: Any, x: Tensor, freqs_cis: Tensor | None) -> Sequence[Tensor]:
+        """See `ZImageProcessor.project`."""
+        query, key, value = split(attn.to_qkv(x), attn.heads)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if freqs_cis is not None:
+            query, key = rotate(query, freqs_cis), rotate(key, freqs_cis)
+        return query, key, value
+
+
+class FusedProcessor(ZImageProcessor):
+    """Calls `fused_module`."""
+
+    def project(self, attn: Any, x: Tensor, freqs_cis: Tensor | None) -> Sequence[Tensor]:
+        """See `ZImageProcessor.project`."""
+        return split(attn.fused_module(x, freqs_cis), attn.heads)
+
+
+class PassedProcessor(ZImageProcessor):
+    """Reads the tensors of `to_qkv`, `norm_q` and `norm_k`, and calls none."""
+
+    def project(self, attn: Any, x: Tensor, freqs_cis: Tensor | None) -> Sequence[Tensor]:
+        """See `ZImageProcessor.project`."""
+        norm_q, norm_k = attn.norm_q.weight, attn.norm_k.weight
+        return split(fused_qkv_norm_rotary(x, attn.to_qkv, norm_q, norm_k, freqs_cis), attn.heads)
 
 
 class CalledAttention(ZImageAttention):
-    """`to_qkv` is called, then `norm_q` and `norm_k`."""
+    """Attention with `norm_q`, `norm_k`, `to_qkv` and `to_out`."""
 
     def __init__(self, dense: Any, to_qkv: SVDQW4A4Linear, to_out: SVDQW4A4Linear) -> None:
-        super().__init__(dense.heads)
+        super().__init__(dense.heads, CalledProcessor())
         self.norm_q = dense.norm_q
         self.norm_k = dense.norm_k
         self.to_qkv = to_qkv
         self.to_out = _with_first(dense.to_out, to_out)
 
-    def project(self, x: Tensor, freqs_cis: Tensor | None) -> Heads:
-        """See `ZImageAttention.project`."""
-        query, key, value = self.split(self.to_qkv(x))
-        query, key = self.norm_q(query), self.norm_k(key)
-        if freqs_cis is not None:
-            query, key = rotate(query, freqs_cis), rotate(key, freqs_cis)
-        return query, key, value
+
+class FusedAttention(ZImageAttention):
+    """Attention with `to_out` and `fused_module`."""
+
+    def __init__(self, dense: Any, to_qkv: SVDQW4A4Linear, to_out: SVDQW4A4Linear) -> None:
+        super().__init__(dense.heads, FusedProcessor())
+        self.to_out = _with_first(dense.to_out, to_out)
+        self.fused_module = FusedQkv(to_qkv, dense.norm_q, dense.norm_k)
+
+
+class PassedAttention(ZImageAttention):
+    """Attention with `to_qkv`, `norm_q`, `norm_k` and `to_out`."""
+
+    def __init__(self, dense: Any, to_qkv: SVDQW4A4Linear, to_out: SVDQW4A4Linear) -> None:
+        super().__init__(dense.heads, PassedProcessor())
+        self.to_qkv = to_qkv
+        self.norm_q = dense.norm_q
+        self.norm_k = dense.norm_k
+        self.to_out = _with_first(dense.to_out, to_out)
 
 
 class FusedQkv(QuantizedLeaf):
@@ -133,35 +191,6 @@ class FusedQkv(QuantizedLeaf):
         return fused_qkv_norm_rotary(x, qkv, self.norm_q_weight, self.norm_k_weight, freqs_cis)
 
 
-class FusedAttention(ZImageAttention):
-    """`fused_module` gives query, key and value."""
-
-    def __init__(self, dense: Any, to_qkv: SVDQW4A4Linear, to_out: SVDQW4A4Linear) -> None:
-        super().__init__(dense.heads)
-        self.to_out = _with_first(dense.to_out, to_out)
-        self.fused_module = FusedQkv(to_qkv, dense.norm_q, dense.norm_k)
-
-    def project(self, x: Tensor, freqs_cis: Tensor | None) -> Heads:
-        """See `ZImageAttention.project`."""
-        return self.split(self.fused_module(x, freqs_cis))
-
-
-class PassedAttention(ZImageAttention):
-    """A function reads the tensors of `to_qkv`, `norm_q` and `norm_k`; none is called."""
-
-    def __init__(self, dense: Any, to_qkv: SVDQW4A4Linear, to_out: SVDQW4A4Linear) -> None:
-        super().__init__(dense.heads)
-        self.to_qkv = to_qkv
-        self.norm_q = dense.norm_q
-        self.norm_k = dense.norm_k
-        self.to_out = _with_first(dense.to_out, to_out)
-
-    def project(self, x: Tensor, freqs_cis: Tensor | None) -> Heads:
-        """See `ZImageAttention.project`."""
-        norm_q, norm_k = self.norm_q.weight, self.norm_k.weight
-        return self.split(fused_qkv_norm_rotary(x, self.to_qkv, norm_q, norm_k, freqs_cis))
-
-
 class ModulationLinear(nn.Linear):
     """The class that nunchaku-lite gives a modulation: a linear that multiplies by itself."""
 
@@ -175,6 +204,11 @@ class ModulationLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map (…, K) to (…, N)."""
         return F.linear(input, self.weight, self.bias)
+
+
+def split(fused: Tensor, heads: int) -> Sequence[Tensor]:
+    """(B, S, 3C) => query, key and value, (B, S, H, D) each."""
+    return [part.unflatten(-1, (heads, -1)) for part in fused.chunk(3, dim=-1)]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from qwenlora.emulation.lite_model import fill
 from qwenlora.emulation.z_image_comfy import (
     ComfyAttention,
     ComfyFeedForward,
-    ComfyQuantizedAttention,
+    ComfyFusedAttention,
     ComfyQuantizedFeedForward,
     ComfyZImageBlock,
     ComfyZImageTransformer,
@@ -47,6 +47,10 @@ _ATTENTION = {
     ZImageForm.FUSED: FusedAttention,
     ZImageForm.PASSED: PassedAttention,
 }
+_COMFY_ATTENTION = {
+    ZImageForm.COMFYUI: ComfyFusedAttention,
+    ZImageForm.COMFYUI_CALLED: ComfyAttention,
+}
 
 
 def z_image_transformer(
@@ -75,7 +79,7 @@ def z_image_transformer(
         seed: Chooses the smooth factors, which differ from 1.
 
     Returns:
-        A new model on the CPU: diffusers' class, or in `COMFYUI` form a module with its arguments.
+        A new model on the CPU: diffusers' class, or in ComfyUI's forms a module with its arguments.
 
     Raises:
         ImportError: diffusers is not installed, or for `STOCK` has no such layers.
@@ -91,8 +95,8 @@ def z_image_transformer(
     lists = BLOCK_LISTS if quantized_refiners else ("layers",)
     if form is ZImageForm.STOCK:
         _stock(model, quantizer, lists)
-    elif form is ZImageForm.COMFYUI:
-        model = _comfy(model, quantizer, lists)
+    elif form in _COMFY_ATTENTION:
+        model = _comfy(model, quantizer, lists, _COMFY_ATTENTION[form])
     else:
         _replaced(model, quantizer, lists, form)
     return model.eval()
@@ -191,17 +195,24 @@ def _swiglu(gated: nn.Module, back: Any) -> Any:
     return feed_forward
 
 
-def _comfy(model: Any, quantizer: _Quantizer, lists: tuple[str, ...]) -> ComfyZImageTransformer:
+def _comfy(
+    model: Any, quantizer: _Quantizer, lists: tuple[str, ...], attention: type[ComfyAttention]
+) -> ComfyZImageTransformer:
     blocks: dict[str, list[ComfyZImageBlock]] = {name: [] for name in BLOCK_LISTS}
     for path, block in _blocks(model, BLOCK_LISTS):
         name = path.partition(".")[0]
-        make = _comfy_quantized if name in lists else _comfy_dense
-        blocks[name].append(make(path, block, quantizer))
+        if name in lists:
+            made = _comfy_quantized(path, block, quantizer, attention)
+        else:
+            made = _comfy_dense(path, block, quantizer)
+        blocks[name].append(made)
     return ComfyZImageTransformer(model, blocks)
 
 
-def _comfy_quantized(path: str, block: Any, quantizer: _Quantizer) -> ComfyZImageBlock:
-    attention = ComfyQuantizedAttention(
+def _comfy_quantized(
+    path: str, block: Any, quantizer: _Quantizer, attention: type[ComfyAttention]
+) -> ComfyZImageBlock:
+    made = attention(
         block.attention,
         _cast_by_comfy(quantizer.layer(path, *QUERY_KEY_VALUE)),
         _cast_by_comfy(quantizer.layer(path, OUT)),
@@ -210,7 +221,7 @@ def _comfy_quantized(path: str, block: Any, quantizer: _Quantizer) -> ComfyZImag
     )
     gated = _cast_by_comfy(quantizer.layer(path, *GATED))
     back = _cast_by_comfy(quantizer.layer(path, BACK))
-    return ComfyZImageBlock(block, attention, ComfyQuantizedFeedForward(gated, back))
+    return ComfyZImageBlock(block, made, ComfyQuantizedFeedForward(gated, back))
 
 
 def _comfy_dense(path: str, block: Any, quantizer: _Quantizer) -> ComfyZImageBlock:
