@@ -41,16 +41,15 @@ class ComfyAttention(nn.Module):
         head_dim: Channels of a head.
     """
 
-    def __init__(
-        self, dense: Any, qkv: nn.Module, out: nn.Module, *, q_norm: nn.Module, k_norm: nn.Module
-    ) -> None:
+    def __init__(self, dense: Any, qkv: nn.Module, out: nn.Module) -> None:
         super().__init__()
         self.n_local_heads = self.n_local_kv_heads = dense.heads
         self.head_dim = dense.inner_dim // dense.heads
         self.qkv = qkv
         self.out = out
-        self.q_norm = q_norm
-        self.k_norm = k_norm
+        # ComfyUI leaves their epsilon to PyTorch.
+        self.q_norm = _comfy_norm(dense.norm_q, epsilon=None)
+        self.k_norm = _comfy_norm(dense.norm_k, epsilon=None)
 
     def forward(
         self,
@@ -124,10 +123,10 @@ class ComfyZImageBlock(nn.Module):
         super().__init__()
         self.attention = attention
         self.feed_forward = feed_forward
-        self.attention_norm1 = comfy_norm(dense.attention_norm1)
-        self.ffn_norm1 = comfy_norm(dense.ffn_norm1)
-        self.attention_norm2 = comfy_norm(dense.attention_norm2)
-        self.ffn_norm2 = comfy_norm(dense.ffn_norm2)
+        self.attention_norm1 = _alike(dense.attention_norm1)
+        self.ffn_norm1 = _alike(dense.ffn_norm1)
+        self.attention_norm2 = _alike(dense.attention_norm2)
+        self.ffn_norm2 = _alike(dense.ffn_norm2)
         self.modulation: bool = dense.modulation
         if self.modulation:
             self.adaLN_modulation = dense.adaLN_modulation
@@ -178,7 +177,7 @@ class ComfyZImageTransformer(nn.Module):
         self.noise_refiner = nn.ModuleList(blocks["noise_refiner"])
         self.context_refiner = nn.ModuleList(blocks["context_refiner"])
         self.t_embedder = dense.t_embedder
-        self.cap_embedder = nn.Sequential(comfy_norm(dense.cap_embedder[0]), dense.cap_embedder[1])
+        self.cap_embedder = nn.Sequential(_alike(dense.cap_embedder[0]), dense.cap_embedder[1])
         self.layers = nn.ModuleList(blocks["layers"])
         # What ComfyUI-nunchaku leaves of a norm that the model does not use.
         self.norm_final = None
@@ -259,9 +258,13 @@ class ComfyZImageTransformer(nn.Module):
         return rotation.expand(image.shape[0], -1, -1).contiguous()
 
 
-def comfy_norm(norm: Any) -> nn.RMSNorm:
-    """ComfyUI's kind of norm, over a norm of diffusers."""
-    made = nn.RMSNorm(tuple(norm.weight.shape), eps=norm.eps, device="meta")
+def _alike(norm: Any) -> nn.RMSNorm:
+    return _comfy_norm(norm, epsilon=norm.eps)
+
+
+def _comfy_norm(norm: Any, *, epsilon: float | None) -> nn.RMSNorm:
+    """ComfyUI's kind of norm, with the weight of a norm of diffusers."""
+    made = nn.RMSNorm(tuple(norm.weight.shape), eps=epsilon, device="meta")
     made.weight = norm.weight
     return made
 

@@ -19,7 +19,6 @@ from qwenlora.emulation.z_image_comfy import (
     ComfyQuantizedFeedForward,
     ComfyZImageBlock,
     ComfyZImageTransformer,
-    comfy_norm,
 )
 from qwenlora.emulation.z_image_form import ZImageForm
 from qwenlora.emulation.z_image_layers import (
@@ -212,15 +211,12 @@ def _comfy(
 def _comfy_quantized(
     path: str, block: Any, quantizer: _Quantizer, attention: type[ComfyAttention]
 ) -> ComfyZImageBlock:
-    made = attention(
-        block.attention,
-        _cast_by_comfy(quantizer.layer(path, *QUERY_KEY_VALUE)),
-        _cast_by_comfy(quantizer.layer(path, OUT)),
-        q_norm=comfy_norm(block.attention.norm_q),
-        k_norm=comfy_norm(block.attention.norm_k),
-    )
-    gated = _cast_by_comfy(quantizer.layer(path, *GATED))
-    back = _cast_by_comfy(quantizer.layer(path, BACK))
+    names = (QUERY_KEY_VALUE, (OUT,), GATED, (BACK,))
+    qkv, out, gated, back = layers = [quantizer.layer(path, *own) for own in names]
+    if attention is ComfyFusedAttention:
+        for layer in layers:
+            _cast_by_comfy(layer)
+    made = attention(block.attention, qkv, out)
     return ComfyZImageBlock(block, made, ComfyQuantizedFeedForward(gated, back))
 
 
@@ -229,15 +225,12 @@ def _comfy_dense(path: str, block: Any, quantizer: _Quantizer) -> ComfyZImageBlo
         block.attention,
         quantizer.linear(path, *QUERY_KEY_VALUE),
         quantizer.linear(path, OUT),
-        q_norm=comfy_norm(block.attention.norm_q),
-        k_norm=comfy_norm(block.attention.norm_k),
     )
     linears = (quantizer.linear(path, f"feed_forward.{name}") for name in ("w1", "w2", "w3"))
     return ComfyZImageBlock(block, attention, ComfyFeedForward(*linears))
 
 
-def _cast_by_comfy(layer: SVDQW4A4Linear) -> SVDQW4A4Linear:
-    """Give a layer what ComfyUI asks of one that it moves by itself."""
+def _cast_by_comfy(layer: SVDQW4A4Linear) -> None:
+    """Give a layer what ComfyUI asks of one that it moves by itself, as the pack does since 1.2."""
     layer.comfy_cast_weights = False
     layer.weight = None
-    return layer
