@@ -19,9 +19,9 @@ const SHOWN_COLUMNS: usize = 60;
 const TEMPLATE: &str = "{about}\n\nUsage: {usage}\n\n{all-args}{after-help}\n";
 
 const ABOUT: &str = "\
-Says what LoRA files for Qwen-Image contain, and what qwenlora would do with
-them on a Nunchaku model. Needs no torch, no GPU and no model: it reads names,
-shapes and single values only.";
+Says what LoRA files for Qwen-Image and Z-Image contain, and what qwenlora would
+do with them on a 4-bit model. Needs no torch, no GPU and no model: it reads
+names, shapes and single values only.";
 
 const USAGE: &str = "\
 qwenlora-keys [OPTIONS] FILE...

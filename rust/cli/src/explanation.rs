@@ -5,6 +5,7 @@ use std::path::Path;
 use qwenlora_core::adapter::module::ScaleSource;
 use qwenlora_core::header::Quoted;
 use qwenlora_core::key::role::Role;
+use qwenlora_core::model::Model;
 use qwenlora_core::plan::document::SCHEMA;
 use qwenlora_core::plan::explain::{Explanation, Fate, ModuleExplanation, Reading, Unread};
 use serde::Serialize;
@@ -76,12 +77,14 @@ fn unread(key: &str) -> String {
             format!("belongs to {}, to which nothing is applied", part.name())
         }
         Some(Unread::Known(foreign)) => foreign.reason().to_owned(),
-        Some(Unread::OfModel(model)) => format!("{NO_MODULE}, but one as {model} has it"),
-        Some(Unread::Unknown) | None => NO_MODULE.to_owned(),
+        Some(Unread::OfModel(model)) => format!("{}, but one as {model} has it", no_module()),
+        Some(Unread::Unknown) | None => no_module(),
     }
 }
 
-const NO_MODULE: &str = "names no module of Qwen-Image or Z-Image";
+fn no_module() -> String {
+    format!("names no module of {}", Model::any())
+}
 
 fn fate(fate: &Fate) -> (Tone, &'static str, String) {
     match fate {

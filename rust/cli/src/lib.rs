@@ -1,4 +1,4 @@
-//! `qwenlora-keys`: says what LoRA files for Qwen-Image contain and what would be applied.
+//! `qwenlora-keys`: says what LoRA files for Qwen-Image and Z-Image contain and what would be applied.
 //!
 //! Reached through [`run`], by `main.rs` and by the wheel's `qwenlora-keys`. The diagnosis is
 //! [`qwenlora_core::plan::FilePlan`]'s, the same that the loader executes; here it is only put into

@@ -99,6 +99,10 @@ const ROWS: &[(Proof, &[Sign])] = &[
         &[Bare, KeyEnd(".lora_A.default.weight")],
     ),
     (
+        Likely("a fork of DiffSynth-Studio"),
+        &[KeyStart("pipe.dit.")],
+    ),
+    (
         Likely("qwen-image-finetune"),
         &[KeyPart(".lora_A.lora_edit.")],
     ),

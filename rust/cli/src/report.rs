@@ -97,7 +97,7 @@ fn loss_rows(screen: &mut Screen, tone: Tone, label: &str, noun: &str, losses: &
 fn facts(plan: &FilePlan) -> Vec<(&'static str, String)> {
     let model = match plan.check() {
         ModelCheck::Known(model) => model.title(),
-        ModelCheck::Other(_) | ModelCheck::OtherShapes(_) => "another",
+        ModelCheck::Other(_) | ModelCheck::OtherShapes(_) => "not supported",
         ModelCheck::Nothing(_) => "unknown",
     };
     vec![

@@ -1,4 +1,4 @@
-//! Reads LoRA files for Qwen-Image and plans how they apply.
+//! Reads LoRA files for Qwen-Image and Z-Image and plans how they apply.
 //!
 //! The stages are folders, and a folder uses only those above it here:
 //!

@@ -90,9 +90,39 @@ fn other_models_are_named_where_they_can_be_told() {
         reason(&[(&block("attn.to_q"), 1536, 1536), (&block("attn.add_k_proj"), 1536, 1536)]),
         @"a LoRA of another model, probably Stable Diffusion 3: `transformer_blocks.3.attn.to_q` is 1536x1536 where qwen-image has 3072x3072"
     );
+    for stem in [
+        "layers.3.attention.to_q",
+        "lora_unet_layers_3_attention_out",
+    ] {
+        let said = reason(&[(stem, 2304, 2304)]);
+        let begin =
+            "a LoRA of another model, probably Lumina-Image 2.0 or NewBie: `layers.3.attention.";
+        assert!(said.starts_with(begin), "{said}");
+    }
+    insta::assert_snapshot!(
+        reason(&[("layers.25.attention.qkv", 3840, 2304), ("layers.25.feed_forward.w2", 2304, 9216)]),
+        @"a LoRA of another model, probably Lumina-Image 2.0 or NewBie: `layers.25.attention.to_qkv` is 3840x2304 where z-image has 11520x3840"
+    );
+    // NewBie has more blocks than Z-Image.
+    insta::assert_snapshot!(
+        reason(&[("layers.35.attention.qkv", 3840, 2304), ("layers.29.attention.out", 2304, 2304)]),
+        @"a LoRA of another model, probably Lumina-Image 2.0 or NewBie: `layers.29.attention.to_out.0` is 2304x2304 where z-image has 3840x3840"
+    );
+    insta::assert_snapshot!(
+        reason(&[("layers.25.attn.to_q", 2304, 2304), ("layers.25.attn.to_k", 768, 2304)]),
+        @"a LoRA of another model, probably Lumina-Image 2.0 or OmniGen2"
+    );
+    insta::assert_snapshot!(
+        reason(&[("layers.33.attention.qkv", 13824, 4608), ("layers.33.attention.o", 4608, 4608)]),
+        @"an Ideogram 4 LoRA (it has `layers.33.attention.o.lora_A.weight`)"
+    );
+    insta::assert_snapshot!(
+        reason(&[("layers.3.attention.qkv", 13824, 4608), ("layers.3.feed_forward.w1", 12288, 4608)]),
+        @"a LoRA of another model, probably Ideogram 4: `layers.3.attention.to_qkv` is 13824x4608 where z-image has 11520x3840"
+    );
     insta::assert_snapshot!(
         reason(&[("layers.3.attention.to_q", 2304, 2304)]),
-        @"a LoRA of another model, probably Lumina-Image 2.0: `layers.3.attention.to_q` is 2304x2304 where z-image has 3840x3840"
+        @"a LoRA of another model, probably Lumina-Image 2.0 or NewBie: `layers.3.attention.to_q` is 2304x2304 where z-image has 3840x3840"
     );
     insta::assert_snapshot!(
         reason(&[(&block("attn.to_q"), 64, 64)]),
@@ -231,7 +261,7 @@ const NO_LORAS: [(&[&str], &str); 19] = [
     ),
     (
         &["something.else"],
-        "no key names a module of Qwen-Image (the first is `something.else`)",
+        "no key names a module of Qwen-Image or Z-Image (the first is `something.else`)",
     ),
 ];
 

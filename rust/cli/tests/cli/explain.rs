@@ -414,6 +414,116 @@ fn a_key_that_is_no_tensor_of_a_module() {
 }
 
 #[test]
+fn keys_of_z_image_in_every_spelling() {
+    let folder = Folder::new();
+    let rows: Vec<String> = [
+        "lora_unet_layers_29_attention_qkv.lora_up.weight",
+        "diffusion_model.layers.0.attention.q_norm.diff",
+        "diffusion_model.layers.0.attention.out.lora_A.weight",
+        "transformer.layers.7.feed_forward.net.0.proj.lora_B.weight",
+        "transformer.layers.7.feed_forward.net.2.lora_B.weight",
+        "lora_unet__noise_refiner_1_attention_to_out_0.alpha",
+        "lycoris_context_refiner_0_feed_forward_w3.lokr_w1",
+        "diffusion_model.x_embedder.diff_b",
+        "transformer.all_x_embedder.2-1.lora_A.weight",
+        "diffusion_model.final_layer.linear.lora_down.weight",
+        "diffusion_model.final_layer.adaLN_modulation.1.lora_down.weight",
+        "pipe.dit.layers.3.adaLN_modulation.0.lora_A.default.weight",
+    ]
+    .iter()
+    .map(|key| {
+        let outcome = folder.run(["--json", "--explain", key]);
+        assert_eq!(outcome.exit.code(), 0, "{key}");
+        let document: serde_json::Value = serde_json::from_str(&outcome.stdout).unwrap();
+        let reading = &document["reading"];
+        let text = |field: &str| reading[field].as_str().unwrap();
+        format!("{key}: {} of {}", text("role"), text("target"))
+    })
+    .collect();
+    assert_snapshot!(rows.join("\n"), @"
+    lora_unet_layers_29_attention_qkv.lora_up.weight: up of layers.29.attention.to_qkv
+    diffusion_model.layers.0.attention.q_norm.diff: diff of layers.0.attention.norm_q
+    diffusion_model.layers.0.attention.out.lora_A.weight: down of layers.0.attention.to_out.0
+    transformer.layers.7.feed_forward.net.0.proj.lora_B.weight: up of layers.7.feed_forward.net.0.proj
+    transformer.layers.7.feed_forward.net.2.lora_B.weight: up of layers.7.feed_forward.w2
+    lora_unet__noise_refiner_1_attention_to_out_0.alpha: alpha of noise_refiner.1.attention.to_out.0
+    lycoris_context_refiner_0_feed_forward_w3.lokr_w1: lokr_w1 of context_refiner.0.feed_forward.w3
+    diffusion_model.x_embedder.diff_b: diff_b of all_x_embedder.2-1
+    transformer.all_x_embedder.2-1.lora_A.weight: down of all_x_embedder.2-1
+    diffusion_model.final_layer.linear.lora_down.weight: down of all_final_layer.2-1.linear
+    diffusion_model.final_layer.adaLN_modulation.1.lora_down.weight: down of all_final_layer.2-1.adaLN_modulation.1
+    pipe.dit.layers.3.adaLN_modulation.0.lora_A.default.weight: down of layers.3.adaLN_modulation.0
+    ");
+}
+
+#[test]
+fn keys_that_z_image_lacks() {
+    let folder = Folder::new();
+    let rows: Vec<String> = [
+        "context_refiner.0.adaLN_modulation.0.lora_A.weight",
+        "diffusion_model.noise_refiner.2.attention.qkv.lora_A.weight",
+        "diffusion_model.layers.0.feed_forward.w13.lora_A.weight",
+        "diffusion_model.norm_final.diff",
+        "diffusion_model.layers.0.adaln_modulation.lora_A.weight",
+        "transformer.layers.0.attn.to_q.lora_A.weight",
+    ]
+    .iter()
+    .map(|key| {
+        let outcome = folder.run(["--explain", key]);
+        assert_eq!(outcome.exit.code(), 1, "{key}");
+        let lines = outcome.stdout.lines().skip(1).map(str::trim);
+        format!("{key}: {}", lines.collect::<Vec<_>>().join(" "))
+    })
+    .collect();
+    assert_snapshot!(rows.join("\n"), @"
+    context_refiner.0.adaLN_modulation.0.lora_A.weight: names no module of Qwen-Image or Z-Image
+    diffusion_model.noise_refiner.2.attention.qkv.lora_A.weight: names a block that Z-Image does not have (its last is `noise_refiner.1`)
+    diffusion_model.layers.0.feed_forward.w13.lora_A.weight: names no module of Qwen-Image or Z-Image
+    diffusion_model.norm_final.diff: a module that the model never uses
+    diffusion_model.layers.0.adaln_modulation.lora_A.weight: names no module of Qwen-Image or Z-Image, but one as Ideogram 4 has it
+    transformer.layers.0.attn.to_q.lora_A.weight: names no module of Qwen-Image or Z-Image, but one as Lumina-Image 2.0 or OmniGen2 has it
+    ");
+}
+
+/// A fused pair is its slot's whole, the parts of the MLP's are its rows in the slot's order.
+#[test]
+fn the_places_of_z_image_s_modules() {
+    let file = LoraFile::new()
+        .pair("lora_unet_layers_0_attention_qkv", 96, (11520, 3840))
+        .alpha("lora_unet_layers_0_attention_qkv", 48.0)
+        .pair("lora_unet_layers_0_feed_forward_w1", 8, (10240, 3840))
+        .pair("lora_unet_layers_0_feed_forward_w3", 8, (10240, 3840));
+    assert_snapshot!(explain(&file, "lora_unet_layers_0_attention_qkv.lora_up.weight"), @"
+    exit 0
+    --- stdout
+    APPLIED      lora_unet_layers_0_attention_qkv.lora_up.weight
+                 it takes part in what is applied
+
+      file       [dir]/style.safetensors
+      tensor     BF16 11520x96
+      prefix     `lora_unet_`
+      path       `layers_0_attention_qkv`
+      suffix     `.lora_up.weight`
+      role       up: the pair's second factor (LoRA B), out x rank
+      module     layers.0.attention.to_qkv
+      slot       layers.0.attention.to_qkv
+      adapter    LoRA, rank 96
+      scale      0.5 = alpha 48 / rank 96
+                 by `lora_unet_layers_0_attention_qkv.alpha`
+      with       `lora_unet_layers_0_attention_qkv.lora_down.weight`
+                 `lora_unet_layers_0_attention_qkv.alpha`
+    ");
+    let slot = |name: &str| {
+        let key = format!("lora_unet_layers_0_feed_forward_{name}.lora_up.weight");
+        let text = explain(&file, &key);
+        let row = text.lines().find(|line| line.contains(" slot "));
+        row.unwrap().trim().to_owned()
+    };
+    assert_snapshot!(slot("w1"), @"slot       layers.0.feed_forward.net.0.proj, part 2 of 2");
+    assert_snapshot!(slot("w3"), @"slot       layers.0.feed_forward.net.0.proj, part 1 of 2");
+}
+
+#[test]
 fn what_a_file_says_of_a_key_does_not_deny_its_module() {
     let key = "diffusion_model.transformer_blocks.7.attn.to_q.lora_C.weight";
     let file = lora_file::partial().tensor(key, "F32", &[2]);

@@ -153,9 +153,9 @@ fn help() {
     assert_snapshot!(usage(&["--help"]), @r#"
     exit 0
     --- stdout
-    Says what LoRA files for Qwen-Image contain, and what qwenlora would do with
-    them on a Nunchaku model. Needs no torch, no GPU and no model: it reads names,
-    shapes and single values only.
+    Says what LoRA files for Qwen-Image and Z-Image contain, and what qwenlora would
+    do with them on a 4-bit model. Needs no torch, no GPU and no model: it reads
+    names, shapes and single values only.
 
     Usage: qwenlora-keys [OPTIONS] FILE...
            qwenlora-keys [OPTIONS] --explain KEY [FILE...]

@@ -37,7 +37,7 @@ fn several_files() {
       left out   4 tensors: another model's
         e.g.     transformer.transformer_blocks.0.attn.to_q.lora_A.weight
 
-      model      not Qwen-Image
+      model      not supported
       producer   unknown (diffusers keys)
       file       384.5 KiB, 4 tensors, BF16
     --- stderr

@@ -46,7 +46,7 @@ fn hostile_keys() {
       left out   5 tensors: another model's
         e.g.     transformer_blocks.0.attn.to_q.lora_A.weight
 
-      model      not Qwen-Image
+      model      not supported
       producer   unknown (plain keys, as VideoX-Fun and converters write)
       file       73.5 KiB, 5 tensors, BF16 (3), F32 (2)
     ");
@@ -80,7 +80,7 @@ fn hostile_keys_decide_the_verdict() {
       left out   1 tensor: another model's
         e.g.     single_blocks.x\u{1b}[2J\u{a}APPL…zzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzz
 
-      model      not Qwen-Image
+      model      not supported
       producer   unknown
       file       1.0 KiB, 1 tensor, F32
     ");

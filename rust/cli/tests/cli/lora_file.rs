@@ -140,6 +140,28 @@ pub(crate) fn flux() -> LoraFile {
         )
 }
 
+/// Every kind of layer of Z-Image, fused as ComfyUI's own nodes write it.
+pub(crate) fn z_image() -> LoraFile {
+    let mut file = LoraFile::new();
+    let blocks = (0..30).map(|block| format!("layers.{block}"));
+    for block in blocks.chain(["noise_refiner.1", "context_refiner.0"].map(str::to_owned)) {
+        let module = |name: &str| format!("diffusion_model.{block}.{name}");
+        file = file
+            .pair(&module("attention.qkv"), 8, (11520, 3840))
+            .pair(&module("attention.out"), 8, (3840, 3840))
+            .pair(&module("feed_forward.w2"), 8, (3840, 10240))
+            .tensor(&module("attention.q_norm.diff"), "BF16", &[128])
+            .tensor(&module("ffn_norm2.diff"), "BF16", &[3840]);
+        if !block.starts_with("context") {
+            file = file.pair(&module("adaLN_modulation.0"), 8, (15360, 256));
+        }
+    }
+    file.pair("diffusion_model.x_embedder", 8, (3840, 64))
+        .pair("diffusion_model.final_layer.linear", 8, (64, 3840))
+        .tensor("diffusion_model.cap_embedder.0.diff", "BF16", &[2560])
+        .tensor("diffusion_model.norm_final.diff", "BF16", &[3840])
+}
+
 /// ai-toolkit's LoKr, both factors full.
 pub(crate) fn lokr() -> LoraFile {
     let mut file = LoraFile::new().metadata(

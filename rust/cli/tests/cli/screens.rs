@@ -75,7 +75,7 @@ fn a_file_of_another_model() {
       left out   4 tensors: another model's
         e.g.     transformer.transformer_blocks.0.attn.to_q.lora_A.weight
 
-      model      not Qwen-Image
+      model      not supported
       producer   unknown (diffusers keys)
       file       384.5 KiB, 4 tensors, BF16
     ");
@@ -136,15 +136,13 @@ fn kronecker_products() {
 }
 
 #[test]
-fn a_model_that_is_not_supported() {
+fn a_file_for_z_image() {
     let file = LoraFile::new().pair("lora_unet_layers_0_attention_to_q", 8, (3840, 3840));
     assert_snapshot!(screen(&file, &[]), @"
-    exit 2
+    exit 0
     --- stdout
-    REJECT       [dir]/style.safetensors
-                 a Z-Image LoRA: applying to Z-Image is not supported yet
-      lost       1 module: applying to Z-Image is not supported yet
-        e.g.     lora_unet_layers_0_attention_to_q.lora_down.weight
+    APPLY        [dir]/style.safetensors
+                 its one module is applied
 
       model      Z-Image
       producer   unknown (kohya keys, as musubi-tuner and Civitai's trainer write)
@@ -152,7 +150,93 @@ fn a_model_that_is_not_supported() {
       adapters   LoRA (1)
       ranks      8
       scales     1
+      slots      1, rank at most 8 (`layers.0.attention.to_qkv`)
       attention  1/30 layers (0): attention.to_q
+    ");
+}
+
+/// The work of its layers, the refiners, and what stands outside of blocks, under the names of ComfyUI.
+#[test]
+fn every_kind_of_layer_of_z_image() {
+    assert_snapshot!(screen(&lora_file::z_image(), &[]), @"
+    exit 0
+    --- stdout
+    APPLY        [dir]/style.safetensors
+                 all 194 modules are applied
+
+      model      Z-Image
+      producer   unknown (ComfyUI keys, as its nodes and LightX2V's extractor write)
+      file       25.9 MiB, 324 tensors, BF16
+      adapters   LoRA (129), norm delta (65)
+      ranks      8
+      scales     1
+      slots      194
+      attention  30/30 layers: attention.to_out.0 attention.to_qkv
+                 1/2 noise_refiner (1): attention.to_out.0 attention.to_qkv
+                 1/2 context_refiner (0): attention.to_out.0 attention.to_qkv
+      mlp        30/30 layers: feed_forward.w2
+                 1/2 noise_refiner (1): feed_forward.w2
+                 1/2 context_refiner (0): feed_forward.w2
+      modulation 30/30 layers: adaLN_modulation.0
+                 1/2 noise_refiner (1): adaLN_modulation.0
+      norms      30/30 layers: attention.norm_q ffn_norm2
+                 1/2 noise_refiner (1): attention.norm_q ffn_norm2
+                 1/2 context_refiner (0): attention.norm_q ffn_norm2
+      top level  all_x_embedder.2-1 all_final_layer.2-1.linear cap_embedder.0
+      ignored    1 tensor: a module that the model never uses
+        e.g.     diffusion_model.norm_final.diff
+    ");
+}
+
+#[test]
+fn kronecker_products_in_z_image_s_fused_attention() {
+    let mut file = LoraFile::new();
+    for name in ["to_q", "to_out.0"] {
+        let module = format!("diffusion_model.layers.3.attention.{name}");
+        file = file
+            .alpha(&module, 1e10)
+            .tensor(&format!("{module}.lokr_w1"), "BF16", &[4, 4])
+            .tensor(&format!("{module}.lokr_w2"), "BF16", &[960, 960]);
+    }
+    assert_snapshot!(screen(&file, &[]), @"
+    exit 0
+    --- stdout
+    APPLY        [dir]/style.safetensors
+                 all 2 modules are applied
+
+      model      Z-Image
+      producer   unknown (ComfyUI keys, as diffusion-pipe and many trainers write)
+      file       3.5 MiB, 6 tensors, BF16
+      adapters   LoKr (2)
+      ranks      up to 3840
+      scales     1
+      slots      2
+      attention  1/30 layers (3): attention.to_q attention.to_out.0
+      note       LoKr in the fused attention has more ranks than its kernel takes (1
+                 of 2 modules): cut to the best `truncated_rank`; the report of
+                 composing says what that loses
+    ");
+}
+
+/// Lumina-Image 2.0 has Z-Image's names, and as many rows in its fused projection as Z-Image is wide.
+#[test]
+fn a_look_alike_of_z_image() {
+    let file = LoraFile::new()
+        .pair("lora_unet_layers_0_attention_qkv", 8, (3840, 2304))
+        .pair("lora_unet_layers_0_adaLN_modulation_1", 8, (9216, 1024));
+    assert_snapshot!(screen(&file, &[]), @"
+    exit 2
+    --- stdout
+    REJECT       [dir]/style.safetensors
+                 a LoRA of another model, probably Lumina-Image 2.0 or NewBie:
+                 `layers.0.attention.to_qkv` is 3840x2304 where z-image has
+                 11520x3840
+      left out   4 tensors: another model's
+        e.g.     lora_unet_layers_0_attention_qkv.lora_down.weight
+
+      model      not supported
+      producer   unknown (kohya keys, as musubi-tuner and Civitai's trainer write)
+      file       256.4 KiB, 4 tensors, BF16
     ");
 }
 

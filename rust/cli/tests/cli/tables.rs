@@ -50,12 +50,12 @@ fn a_folder() {
     APPLY    peft/                     96K  LoRA       8         attn 1/60, 1 note
     APPLY    style-v9                 2.4M  LoRA      16    0.5  attn mod 2/60
     APPLY    style-v10                2.4M  LoRA      16    0.5  attn mod 2/60
-    REJECT   z                        120K  LoRA       8         a Z-Image LoRA
+    APPLY    z                        120K  LoRA       8         attn 1/30
     APPLY    画像のスタ…it-000002500  2.4M  LoRA      16    0.5  attn mod 2/60
     --- stderr
     error: `[dir]/loras/cut.safetensors`: the file is too short for a safetensors header: 1 bytes
     hint: a download or a save did not finish; get the file again
-    9 files in `[dir]/loras`: 5 apply, 1 partial, 2 reject, 1 unreadable
+    9 files in `[dir]/loras`: 6 apply, 1 partial, 1 reject, 1 unreadable
     ");
 }
 
@@ -76,7 +76,7 @@ fn a_wider_terminal() {
     APPLY    peft/                                      96K  LoRA       8         attn 1/60, 1 note
     APPLY    style-v9                                  2.4M  LoRA      16    0.5  attn mod 2/60
     APPLY    style-v10                                 2.4M  LoRA      16    0.5  attn mod 2/60
-    REJECT   z                                         120K  LoRA       8         a Z-Image LoRA
+    APPLY    z                                         120K  LoRA       8         attn 1/30
     APPLY    画像のスタイル-a-ra…s-write-it-000002500  2.4M  LoRA      16    0.5  attn mod 2/60
     ");
 }

@@ -8,7 +8,7 @@ use crate::model::Model;
 ///
 /// A deciding witness rejects a file even where other keys fit, since FLUX shares Qwen-Image's
 /// attention names and width. The others only put a name to a file of which nothing fits.
-const WITNESSES: [(&str, &str, bool); 41] = [
+const WITNESSES: [(&str, &str, bool); 44] = [
     ("_attn_to_qkv_mlp_proj", "FLUX.2", true),
     ("_stream_modulation_", "FLUX.2", true),
     ("transformer_blocks_#_ff_linear_", "FLUX.2", true),
@@ -57,7 +57,11 @@ const WITNESSES: [(&str, &str, bool); 41] = [
         "a video or Stable Diffusion model",
         false,
     ),
-    ("time_caption_embed_", "Lumina-Image", false),
+    // Z-Image's has a number behind it, and is spelled otherwise.
+    ("layers_#_adaln_modulation_", IDEOGRAM, true),
+    ("layers_#_attention_o_", IDEOGRAM, true),
+    ("layers_#_attn_to_", LUMINA_IN_DIFFUSERS, false),
+    ("time_caption_embed_", LUMINA_IN_DIFFUSERS, false),
 ];
 
 /// HunyuanVideo's own names; HunyuanImage and HunyuanVideo 1.5 share them.
@@ -69,6 +73,13 @@ const FLUX_KIN: &str = "FLUX, Chroma or HunyuanVideo";
 /// Their blocks have the same names, their widths differ.
 const FLUX_OR_SD3: &str = "FLUX, HunyuanVideo or Stable Diffusion 3";
 
+/// Its blocks have Z-Image's names but for these.
+const IDEOGRAM: &str = "Ideogram 4";
+/// Both share names and width. Neta-Lumina and NetaYume are Lumina-Image 2.0 with other weights.
+const LUMINA: &str = "Lumina-Image 2.0 or NewBie";
+/// Their blocks have the same names in diffusers.
+const LUMINA_IN_DIFFUSERS: &str = "Lumina-Image 2.0 or OmniGen2";
+
 /// Names tell within this many bytes; the bound keeps a hostile key cheap.
 const MAX_LOOKED_BYTES: usize = 256;
 
@@ -79,14 +90,15 @@ const FLUX_BLOCKS: [(&str, u32); 3] = [
     ("single_blocks", 38),
 ];
 
-/// (a model of the table, width of an attention linear, the model that has this width under the
+/// (a model of the table, inputs of an attention linear, the model that has this width under the
 /// same names, whether that one has the text side's linears).
-const WIDTHS: [(Model, u64, &str, bool); 5] = [
+const WIDTHS: [(Model, u64, &str, bool); 6] = [
     (Model::QwenImage, 4096, "Qwen-Image-2.1", false),
     (Model::QwenImage, 1536, "Stable Diffusion 3", true),
     (Model::QwenImage, 2432, "Stable Diffusion 3.5", true),
     (Model::QwenImage, 6144, "FLUX.2", true),
-    (Model::ZImage, 2304, "Lumina-Image 2.0", true),
+    (Model::ZImage, 2304, LUMINA, true),
+    (Model::ZImage, 4608, IDEOGRAM, true),
 ];
 
 /// A model that a key belongs to.
@@ -252,6 +264,18 @@ mod tests {
                 None,
             ),
             ("layers.0.feed_forward.w1.lora_A.weight", None),
+            (
+                "diffusion_model.layers.0.adaln_modulation.lora_A.weight",
+                Some((IDEOGRAM, true)),
+            ),
+            (
+                "lora_unet_layers_33_attention_o.alpha",
+                Some((IDEOGRAM, true)),
+            ),
+            (
+                "transformer.layers.25.attn.to_q.lora_A.weight",
+                Some((LUMINA_IN_DIFFUSERS, false)),
+            ),
         ] {
             let found = witness(key).map(|l| (l.model, l.decides));
             assert_eq!(found, expected, "{key}");
@@ -301,10 +325,8 @@ mod tests {
         );
         // It has no text side: FLUX.2 in one of its sizes has that width and one.
         assert_eq!(by_width(Model::QwenImage, 4096, true), None);
-        assert_eq!(
-            by_width(Model::ZImage, 2304, false),
-            Some("Lumina-Image 2.0")
-        );
+        assert_eq!(by_width(Model::ZImage, 2304, false), Some(LUMINA));
+        assert_eq!(by_width(Model::ZImage, 4608, false), Some(IDEOGRAM));
         assert_eq!(by_width(Model::QwenImage, 3072, false), None);
     }
 }

@@ -58,6 +58,8 @@ pub enum Foreign {
     BlockOutOfRange,
     /// A module's tensor whose ending is not in the grammar.
     UnknownForm,
+    /// A module that a host's class of the model has, and never calls.
+    Unused,
     /// Anything else.
     NotAModule,
 }
@@ -75,13 +77,14 @@ impl Foreign {
             Self::PlainWeight => "a checkpoint's weight",
             Self::BlockOutOfRange => "block index out of range",
             Self::UnknownForm => "unknown kind of tensor",
+            Self::Unused => "a module that the model never uses",
             Self::NotAModule => "not a transformer module",
         }
     }
 
     /// Whether losing the tensor loses nothing of an adapter.
     pub fn is_harmless(self) -> bool {
-        matches!(self, Self::Bookkeeping | Self::BaseWeight)
+        matches!(self, Self::Bookkeeping | Self::BaseWeight | Self::Unused)
     }
 }
 
@@ -260,6 +263,8 @@ fn foreign(key: &str) -> (Foreign, Option<ModuleId>) {
         Foreign::Bookkeeping
     } else if key.strip_suffix(".bias").and_then(resolve).is_some() {
         Foreign::PlainWeight
+    } else if is_unused(bare) {
+        Foreign::Unused
     } else if block_out_of_range(bare).is_some() {
         Foreign::BlockOutOfRange
     } else if let Some((module, _)) = named_module(key) {
@@ -274,6 +279,11 @@ fn foreign(key: &str) -> (Foreign, Option<ModuleId>) {
         }
     };
     (reason, None)
+}
+
+fn is_unused(key: &str) -> bool {
+    let find = |path: &str| model::table().is_unused(path).then_some(());
+    suffix::cut(key).is_some_and(|cut| search(cut.stem, &mut Vec::new(), &find).is_some())
 }
 
 /// For a key, or a path without an ending, that names a module of a block whose number the model
@@ -393,6 +403,10 @@ mod tests {
         );
         assert_eq!(reason("x.base_layer.weight"), Foreign::BaseWeight);
         assert_eq!(reason("single_blocks.0.x.alpha"), Foreign::NotAModule);
+        assert_eq!(reason("diffusion_model.norm_final.diff"), Foreign::Unused);
+        assert_eq!(reason("lora_unet_norm_final.w_norm"), Foreign::Unused);
+        assert_eq!(reason("x_norm_final.diff"), Foreign::NotAModule);
+        assert_eq!(reason("final_layer.norm_final.diff"), Foreign::NotAModule);
     }
 
     #[test]

@@ -50,6 +50,11 @@ impl Model {
         self.rows().title
     }
 
+    /// All of them by title, as `Qwen-Image or Z-Image`.
+    pub fn any() -> String {
+        Self::ALL.map(Self::title).join(" or ")
+    }
+
     /// Whether metadata names it, in lower case, without `-` and `_`.
     pub(crate) fn is_named_by(self, name: &str) -> bool {
         name.contains(self.rows().metadata_word)
@@ -227,6 +232,8 @@ pub struct ModelTable {
     top: Vec<(String, ModuleId)>,
     /// Paths of the same in models at hand.
     built_top: Vec<(String, ModuleId)>,
+    /// Flattened paths of modules that a host's class has, and that no forward calls.
+    unused: Vec<String>,
 }
 
 /// The blocks of one kind: each has the same modules, one block's after another's.
@@ -263,6 +270,11 @@ impl ModelTable {
     pub fn find(&self, path: &str) -> Option<ModuleId> {
         let in_blocks = self.blocks.iter().find_map(|blocks| blocks.find(path));
         in_blocks.or_else(|| find_name(&self.top, path))
+    }
+
+    /// Whether a path is that of a module which a host's class of a model has, and never calls.
+    pub fn is_unused(&self, path: &str) -> bool {
+        self.unused.iter().any(|own| is_flat_of(own, path))
     }
 
     /// The module that a model at hand has at this path: its canonical one, or the one that a

@@ -37,6 +37,7 @@ pub(super) const ROWS: ModelRows = ModelRows {
     }],
     top: &TOP,
     top_aliases: &[],
+    unused: &[],
 };
 
 const LINEARS: [LinearRow; 14] = [

@@ -18,6 +18,8 @@ pub(super) struct ModelRows {
     pub(super) top: &'static [TopRow],
     /// Other spellings of those.
     pub(super) top_aliases: &'static [Alias],
+    /// Modules that a host's class of it has, and that its forward never calls.
+    pub(super) unused: &'static [&'static str],
 }
 
 /// Blocks of one kind: each has the same modules.
@@ -66,6 +68,7 @@ pub(super) fn build() -> ModelTable {
         blocks: Vec::new(),
         top: Vec::new(),
         built_top: Vec::new(),
+        unused: Vec::new(),
     };
     for model in Model::ALL {
         for (at, rows) in model.rows().blocks.iter().enumerate() {
@@ -76,6 +79,12 @@ pub(super) fn build() -> ModelTable {
         }
     }
     for model in Model::ALL {
+        let flat = model
+            .rows()
+            .unused
+            .iter()
+            .map(|path| path.replace('.', "_"));
+        table.unused.extend(flat);
         for &(path, kind, stream) in model.rows().top {
             let aliases = model.rows().top_aliases.iter();
             let id = table.modules.len();

@@ -35,6 +35,7 @@ pub(super) const ROWS: ModelRows = ModelRows {
     ],
     top: &TOP,
     top_aliases: &TOP_ALIASES,
+    unused: &UNUSED,
 };
 
 const MODULATED: [LinearRow; 8] = [
@@ -128,6 +129,9 @@ const TOP_ALIASES: [Alias; 3] = [
         "all_final_layer.2-1.adaLN_modulation.1",
     ),
 ];
+
+/// ComfyUI's class has it, checkpoints do not.
+const UNUSED: [&str; 1] = ["norm_final"];
 
 const fn blocks(
     path: &'static str,

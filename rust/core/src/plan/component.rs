@@ -79,6 +79,7 @@ fn is_component(foreign: Foreign) -> bool {
         Foreign::BaseWeight
         | Foreign::TrainedBias
         | Foreign::PlainWeight
+        | Foreign::Unused
         | Foreign::BlockOutOfRange
         | Foreign::UnknownForm => false,
     }

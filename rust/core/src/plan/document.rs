@@ -220,6 +220,7 @@ fn is_told(entry: &Entry) -> bool {
             Foreign::Bookkeeping
             | Foreign::BaseWeight
             | Foreign::TrainedBias
+            | Foreign::Unused
             | Foreign::NotAModule => false,
         },
         _ => false,

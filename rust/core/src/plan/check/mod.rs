@@ -40,9 +40,10 @@ pub(crate) fn check_model(modules: &mut [Module], table: &KeyTable) -> ModelChec
     seen.sort_by_key(|(lookalike, _)| lookalike.place);
     if let Some((other, key)) = seen.iter().find(|(l, _)| l.decides) {
         let keys = table.entries().iter().map(|e| e.tensor.key.as_str());
+        let name = lookalike::by_blocks(other.model, keys);
+        let article = if name.starts_with('I') { "an" } else { "a" };
         return ModelCheck::Other(format!(
-            "a {} LoRA (it has {})",
-            lookalike::by_blocks(other.model, keys),
+            "{article} {name} LoRA (it has {})",
             Quoted::new(key)
         ));
     }
@@ -102,10 +103,8 @@ fn name_by_width(modules: &[Module], model: Model) -> Option<&'static str> {
         })
     };
     let has_text_side = attention().any(|(stream, _)| stream == Some(Stream::Text));
-    let mut widths: Vec<u64> = attention()
-        .filter(|(_, (out, inp))| out == inp)
-        .map(|(_, (out, _))| out)
-        .collect();
+    // Inputs: of a fused projection the outputs are a multiple of the width, or less.
+    let mut widths: Vec<u64> = attention().map(|(_, (_, inp))| inp).collect();
     widths.sort_unstable();
     let most = widths.chunk_by(|a, b| a == b).max_by_key(|run| run.len())?;
     lookalike::by_width(model, *most.first()?, has_text_side)

@@ -11,7 +11,7 @@ use crate::key::role::Role;
 use crate::key::suffix;
 use crate::key::table::{Entry, KeyTable};
 use crate::key::{self, Foreign};
-use crate::model::{self, KnownModule};
+use crate::model::{self, KnownModule, Model};
 
 /// Parts of words that name a kind of adapter, in lower case.
 const ADAPTER_WORDS: [&str; 8] = [
@@ -138,7 +138,8 @@ pub(super) fn nothing_found(table: &KeyTable) -> String {
     }
     let key = entries.first().map_or("", |e| e.tensor.key.as_str());
     format!(
-        "no key names a module of Qwen-Image (the first is {})",
+        "no key names a module of {} (the first is {})",
+        Model::any(),
         Quoted::new(key)
     )
 }

@@ -54,6 +54,7 @@ impl Unread {
             Foreign::Bookkeeping
             | Foreign::BaseWeight
             | Foreign::TrainedBias
+            | Foreign::Unused
             | Foreign::PlainWeight => Self::Known(reason),
         })
     }
