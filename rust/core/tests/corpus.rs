@@ -1,4 +1,4 @@
-//! All 92 key layouts: every tensor's module and role, every module's rank and scale, every
+//! All 109 key layouts: every tensor's module and role, every module's rank and scale, every
 //! file's verdict, and a stack of each file on the whole model.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
@@ -84,7 +84,7 @@ fn document(name: &str, file: &Value) -> Value {
 
 #[test]
 fn every_file_is_there() {
-    assert_eq!(CORPUS.len(), 92);
+    assert_eq!(CORPUS.len(), 109);
 }
 
 #[test]
@@ -114,7 +114,7 @@ fn every_tensor_has_its_target_role_and_reason() {
             tensors += 1;
         }
     }
-    assert_eq!(tensors, 12_614);
+    assert_eq!(tensors, 13_675);
 }
 
 #[test]
@@ -151,11 +151,11 @@ fn every_module_has_its_adapter_rank_and_scale() {
             modules += 1;
         }
     }
-    assert_eq!(modules, 4834);
+    assert_eq!(modules, 5256);
 }
 
 /// Files of which this version applies nothing: (name, what the reason says).
-const REFUSED: [(&str, &str); 10] = [
+const REFUSED: [(&str, &str); 11] = [
     ("ai_toolkit_dora", "DoRA is not supported: "),
     ("diffusers_peft_dora", "DoRA is not supported: "),
     ("lycoris_boft", "BOFT is not supported: "),
@@ -166,6 +166,7 @@ const REFUSED: [(&str, &str); 10] = [
     ("onetrainer_diffusers_dora", "DoRA is not supported: "),
     ("onetrainer_lokr_dora", "DoRA is not supported: "),
     ("onetrainer_oft", "OFT is not supported: "),
+    ("z_image_dora", "DoRA is not supported: "),
 ];
 
 fn refusal(name: &str) -> Option<&'static str> {
