@@ -17,14 +17,18 @@ from qwenlora.errors import BlockFactorsError
 NUMBERS = st.floats(-3e38, 3e38) | st.sampled_from([0.0, -0.0, 1.0, 0.5, -1.0, 5e-324, 1e16])
 USUAL = NUMBERS.filter(lambda number: number == 0 or abs(number) > 1e-30)
 """Numbers of which no product of a few is too small for float64."""
-KNOWN = [
-    part for slot in json.loads(_core.known_slots()) for part in (slot["path"], *slot["parts"])
-]
-"""Paths of Qwen-Image's slots and modules."""
+KNOWN_BY_MODEL = {
+    model: [path for slot in slots for path in (slot["path"], *slot["parts"])]
+    for model, slots in json.loads(_core.known_slots()).items()
+}
+"""Paths of each model's slots and modules."""
+KNOWN = KNOWN_BY_MODEL["qwen-image"] + KNOWN_BY_MODEL["z-image"]
 
 
 def kinds_by_name(path):
-    """The kinds of one of Qwen-Image's layers, by what its name says."""
+    """The kinds of a layer, by what its name says."""
+    if path not in KNOWN_BY_MODEL["qwen-image"]:
+        return kinds_of_z_image(path)
     kinds = set() if path.startswith("transformer_blocks.") else {"rest"}
     kinds |= {"attn"} if ".attn." in path else set()
     kinds |= {"mlp"} if "_mlp." in path else set()
@@ -37,9 +41,19 @@ def kinds_by_name(path):
     return kinds
 
 
+def kinds_of_z_image(path):
+    group = path.partition(".")[0]
+    kinds = set() if group == "layers" else {"rest"}
+    kinds |= {"attn"} if ".attention." in path else set()
+    kinds |= {"mlp"} if ".feed_forward." in path else set()
+    kinds |= {"mod"} if path.endswith("adaLN_modulation.0") else set()
+    kinds |= {"img"} if group in ("noise_refiner", "all_x_embedder", "all_final_layer") else set()
+    return kinds | ({"txt"} if group in ("context_refiner", "cap_embedder") else set())
+
+
 def number_by_name(path):
     parts = path.split(".")
-    return int(parts[1]) if parts[0] == "transformer_blocks" else None
+    return int(parts[1]) if parts[0] in ("transformer_blocks", "layers") else None
 
 
 @st.composite
@@ -192,12 +206,13 @@ def test_forms_of_a_value():
             BlockFactors.build(**wrong)
 
 
-def test_every_layer_of_the_model_has_the_kinds_that_its_name_says():
+def test_every_layer_of_a_model_has_the_kinds_that_its_name_says():
     for path in KNOWN:
         number, kinds = _core.layer_kinds(path)
         assert (number, set(kinds)) == (number_by_name(path), kinds_by_name(path)), path
         assert set(kinds) <= KINDS.keys()
-    assert count_blocks(KNOWN) == 60
+    counts = {model: count_blocks(paths) for model, paths in KNOWN_BY_MODEL.items()}
+    assert counts == {"qwen-image": 60, "z-image": 30}
     assert count_blocks(["img_in", "no.such.layer"]) == 0
     assert _core.layer_kinds("transformer_blocks.60.attn.to_q") is None
     assert BlockFactors.parse("60:0; attn:0").factor("transformer_blocks.60.attn.to_q") == 1

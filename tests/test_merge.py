@@ -48,7 +48,7 @@ PREFIX = "diffusion_model."
 @pytest.fixture
 def tiny(make_model):
     """Makes a model the known one, by default that of `make_model`."""
-    real = known.known_slots()
+    real = known.known_slots("qwen-image")
 
     def swap(model=None):
         targets = find_targets(model or make_model(num_layers=2), {})
@@ -609,7 +609,7 @@ def test_values_are_written_where_asked_for(Draft, merged, model, make_model, pr
 
 def test_a_table_s_delta_is_written_where_asked_for(tiny, merged, tmp_path):
     """Layered's embedding, at its real size."""
-    tiny.slots = known.known_slots()
+    tiny.slots = known.known_slots("qwen-image")
     key = "time_text_embed.addition_t_embedding"
     halves = {"lora_embedding_A": torch.randn(4, 2), "lora_embedding_B": torch.randn(3072, 4)}
     tensors = {f"base_model.model.{key}.{name}": half for name, half in halves.items()}
@@ -889,9 +889,10 @@ def test_whatever_is_written_within_its_bounds_is_read_again(rows, tmp_path_fact
         assert all(torch.equal(file.get_tensor(name), t) for name, t in tensors.items())
 
 
-def test_every_tensor_of_the_real_model_is_aligned():
+@pytest.mark.parametrize("model", ["qwen-image", "z-image"])
+def test_every_tensor_of_the_real_model_is_aligned(model):
     """Offsets of pairs in two bytes leave the alphas, in four, where they can be viewed."""
-    for slot in known.known_slots().values():
+    for slot in known.known_slots(model).values():
         assert all(side % 2 == 0 for side in slot.sides if side != 1)
         assert sum(slot.sides) % 2 == 0 or min(slot.sides) == 1
 
@@ -899,7 +900,7 @@ def test_every_tensor_of_the_real_model_is_aligned():
 @pytest.mark.slow
 def test_the_real_table_is_the_real_model(tmp_path):
     """The published Lightning layout, through the real sizes."""
-    slots = known.known_slots()
+    slots = known.known_slots("qwen-image")
     assert sum(len(slot.parts) for slot in slots.values()) == 60 * 18 + 8
     assert slots["transformer_blocks.7.attn.to_qkv"].rows == {
         f"transformer_blocks.7.attn.{name}": (3072 * n, 3072 * (n + 1))

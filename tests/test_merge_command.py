@@ -25,6 +25,7 @@ PROGRAM = Path(sys.executable).with_name("qwenlora")
 def write_lora(path: Path, modules=("proj_out",), *, rank: int = 4, seed: int = 0, **extra) -> Path:
     """A LoRA of real sizes under keys of a trainer."""
     sizes = {"proj_out": (64, 3072), "img_in": (3072, 64), "txt_in": (3072, 3584)}
+    sizes |= {"x_embedder": (3840, 64), "t_embedder.mlp.0": (1024, 256)}
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name in modules:
@@ -494,6 +495,21 @@ def test_a_source_that_is_off_leaves_nothing_out(run, folder):
     assert run("a.safetensors", "empty:0", "-o", "n.safetensors")[0] == 0
     write_lora(folder / "c.safetensors", lora_te_x__lora_down__weight=torch.ones(4, 4))
     assert run("a.safetensors", "c.safetensors:0", "-o", "o.safetensors")[0] == 0
+
+
+def test_files_for_z_image_are_merged_apart_from_others(run, folder):
+    write_lora(folder / "z.safetensors", ("x_embedder",))
+    write_lora(folder / "y.safetensors", ("x_embedder", "t_embedder.mlp.0"), seed=3)
+    status, out, _ = run("z.safetensors", "y.safetensors:0.5", "-o", "zy.safetensors")
+    assert (status, out.splitlines()[0]) == (0, "MERGED       zy.safetensors")
+    found = run("z.safetensors", "a.safetensors", "-o", "za.safetensors")
+    assert found == (
+        2,
+        "",
+        "error: `a` is a LoRA for `qwen-image`, but `z` is one for `z-image`\n"
+        "hint: a merged file is for one model: merge the files of each by themselves\n",
+    )
+    assert "za.safetensors" not in listing(folder)
 
 
 def test_sources_that_give_nothing(run, folder):

@@ -94,7 +94,7 @@ def test_the_host_s_own_merge_gives_the_same_delta(kind, target, alpha, make_mod
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_host_reads_a_merged_file_as_its_sources(kind, target, make_model, tmp_path):
     """What ComfyUI makes of the sum is the sum of what it makes of the parts."""
-    real = known.known_slots()
+    real = known.known_slots("qwen-image")
     targets = find_targets(make_model(), {})
     slots = {p: known.KnownSlot(t.row, real[p].parts) for p, t in targets.items()}
     generator = torch.Generator().manual_seed(4)

@@ -1,7 +1,8 @@
 """`qwenlora merge`: several LoRA files, of any kind, to one plain LoRA file.
 
-Reached through `qwenlora.cli`. `arguments` parses, `planned` plans on the released model's slots,
-`job` goes through them, `combine` does the arithmetic, `writer` and `output` write, `screen` shows.
+Reached through `qwenlora.cli`. `arguments` parses, `plan` plans on the slots of the released model
+that the sources are for, `job` goes through them, `combine` does the arithmetic, `writer` and
+`output` write, `screen` shows.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
 __all__ = ["Exit", "main"]
 
 HELP = """\
-Adds LoRA files for Qwen-Image, each at its strength, and writes one plain LoRA
-that ComfyUI, diffusers and qwenlora read alike. Needs no GPU and no model.
+Adds LoRA files for Qwen-Image, or for Z-Image, each at its strength, and writes
+one plain LoRA that ComfyUI, diffusers and qwenlora read alike. Needs no GPU and
+no model.
 
 Usage: qwenlora merge FILE[:STRENGTH] [--blocks TEXT]... -o FILE [OPTIONS]
 
@@ -76,7 +78,8 @@ was there before. Memory stays near what one layer takes.
 Exit status:
    0  all that the sources train is in the file
    1  a part is left out, as a text encoder's; the report says what and why
-   2  nothing of a source can be merged, or it is another model's; no file
+   2  nothing of a source can be merged, it is for a model that is not known, or
+      for another one than the sources before it; no file
    3  a source cannot be read, is damaged, or too large for the dtype; no file
   64  the arguments make no sense
   74  the file, or the report, cannot be written

@@ -64,7 +64,8 @@ def merge_loras(
         options: How.
         progress: Called before each slot.
         note: Called with what is worth knowing before the work begins.
-        known: The model's slots by path; by default those of the released model.
+        known: The model's slots by path; by default those of the released model that the sources
+            are for.
 
     Returns:
         What was written.
@@ -72,7 +73,8 @@ def merge_loras(
     Raises:
         LoraReadError: A source cannot be read, or changed meanwhile.
         LoraFileError: A source is malformed.
-        OtherModelError: A source is for another model.
+        OtherModelError: A source is for a model that is not known, or for another one than the
+            sources before it.
         NothingToApplyError: Nothing of a source can be merged, or the sum is zero.
         NonFiniteError: A tensor would hold NaN or infinity.
         OutputError: The file must not, or cannot, be written.

@@ -1,4 +1,4 @@
-"""The slots of the released model: merging needs no model at hand."""
+"""The slots of the released models: merging needs no model at hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["KnownSlot", "known_slots"]
 
 @dataclass(frozen=True)
 class KnownSlot:
-    """A slot of Qwen-Image as Nunchaku quantizes it.
+    """A slot of a known model as Nunchaku quantizes it.
 
     Attributes:
         row: What planning needs to know of it.
@@ -36,10 +36,14 @@ class KnownSlot:
         return {part: (at * out, (at + 1) * out) for at, part in enumerate(self.parts)}
 
 
-def known_slots() -> dict[str, KnownSlot]:
-    """All slots by path, in model order."""
+def known_slots(model: str) -> dict[str, KnownSlot]:
+    """All slots of a model by path, in its order.
+
+    Args:
+        model: Its name as in a file's plan: `qwen-image` or `z-image`.
+    """
     slots = {}
-    for document in json.loads(_core.known_slots()):
+    for document in json.loads(_core.known_slots())[model]:
         parts = tuple(document.pop("parts"))
         row = SlotRow(**document)
         slots[row.path] = KnownSlot(row, parts)

@@ -1,4 +1,4 @@
-"""The plan of a merge: sources planned on the released model's slots; no tensor is read."""
+"""The plan of a merge: sources planned on the slots of their released model; no tensor is read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from qwenlora.blocks import count_blocks
 from qwenlora.console import size
-from qwenlora.errors import NothingToApplyError
+from qwenlora.errors import NothingToApplyError, OtherModelError
 from qwenlora.lora_set import LoraSet
 from qwenlora.merge.balanced import ALPHA_DTYPE
 from qwenlora.merge.diffs import is_value, value_keys
@@ -26,6 +26,7 @@ from qwenlora.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from typing import Any
 
     from qwenlora.merge.cut import Cut
     from qwenlora.merge.writer import TensorShape
@@ -36,6 +37,8 @@ __all__ = ["PREFIX", "MergeOptions", "MergePlan", "pair_shapes"]
 
 PREFIX = "diffusion_model."
 """The beginning of every key."""
+_ANY_MODEL = "qwen-image"
+"""On its slots files are planned that are for no known model, to be refused."""
 _DIFFS_REASON = "a delta of a bias, norm or table, which diffusers refuses in a file (`--diffs`)"
 
 
@@ -99,19 +102,23 @@ class MergePlan:
         Args:
             specs: The LoRAs.
             options: How to merge.
-            known: The model's slots by path; by default those of the released model.
+            known: The model's slots by path; by default those of the released model that the
+                sources are for.
 
         Raises:
             LoraReadError: A source cannot be read.
             LoraFileError: A source is malformed.
-            OtherModelError: A source is for another model.
+            OtherModelError: A source is for a model that is not known, or for another one than
+                the sources before it.
             NothingToApplyError: Nothing of a source can be merged.
         """
         settings = ComposeOptions(lokr_scale=options.lokr_scale)
         wanted = LoraSet.of(list(specs), options=settings)
         if not wanted.specs:
             raise NothingToApplyError("every strength is 0: there is nothing to merge")
-        known = known_slots() if known is None else known
+        documents = [json.loads(source.plan.to_json()) for source in wanted.sources]
+        model = _common_model(wanted.names, documents)
+        known = known_slots(model) if known is None else known
         items = [
             StackItem(name, source.plan, spec.strength, True, spec.factors.zeros(known))
             for name, spec, source in zip(wanted.names, wanted.specs, wanted.sources, strict=True)
@@ -132,8 +139,8 @@ class MergePlan:
             dtype=options.dtype or _narrowest_dtype(stack, diffs=options.diffs),
             inherited=inherit(
                 [
-                    (_metadata(source), spec.strength)
-                    for spec, source in zip(wanted.specs, wanted.sources, strict=True)
+                    (document["metadata"], spec.strength)
+                    for spec, document in zip(wanted.specs, documents, strict=True)
                 ]
             ),
         )
@@ -221,9 +228,21 @@ def pair_shapes(
     )
 
 
-def _metadata(source: LoraSource) -> dict[str, str]:
-    metadata: dict[str, str] = json.loads(source.plan.to_json())["metadata"]
-    return metadata
+def _common_model(names: Sequence[str], documents: Sequence[Mapping[str, Any]]) -> str:
+    """The name of the model that the sources are for; planning refuses those that are for none."""
+    first = ""
+    model = _ANY_MODEL
+    for name, document in zip(names, documents, strict=True):
+        own = document["model"]
+        if own is None:
+            continue
+        if first and own != model:
+            raise OtherModelError(
+                f"`{name}` is a LoRA for `{own}`, but `{first}` is one for `{model}`"
+                "\nhint: a merged file is for one model: merge the files of each by themselves"
+            )
+        first, model = first or name, own
+    return model
 
 
 def _skipped_values(stack: StackPlan) -> Iterator[Skip]:
