@@ -6,8 +6,10 @@ import functools
 import importlib.metadata
 import logging
 import os
+import re
 import sys
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import comfy.hooks
@@ -16,13 +18,14 @@ import comfy.model_patcher
 import comfy.utils
 import folder_paths
 import torch
-from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 
 from qwenlora import ComfyQwenImageWrapper, LoraSet
 from qwenlora.compose.structure import composed_bytes
 from qwenlora.errors import LoraNotFoundError, UnsupportedModelError
 from qwenlora.model.lock import lock_of
 from qwenlora.model.modules import inner_of
+from qwenlora.model.state import EMPTY, read_state
 from qwenlora.runtime import OPTIONS_KEY
 from qwenlora.words import counted
 
@@ -37,6 +40,7 @@ __all__ = [
     "file_identity",
     "lora_names",
     "lora_path",
+    "offloads_blocks",
     "patches_notice",
     "progress",
     "set_of",
@@ -51,12 +55,18 @@ _log = logging.getLogger("qwenlora")
 
 _KEY = "qwenlora"
 _LORAS = "loras"
-_LOADER = "Nunchaku Qwen Image DiT Loader"
-_OTHER_WRAPPER = "ComfyQwenImageWrapper"
-"""Class that other node packs put in the transformer's place, some with an ending to its name."""
+_LOADERS = "`Nunchaku Qwen Image DiT Loader` or `Nunchaku Z-Image DiT Loader`"
+_OTHER_WRAPPERS = ("ComfyQwenImageWrapper", "ComfyZImageTurboWrapper")
+"""Classes that other node packs put in the transformer's place, some with an ending to the name."""
 
-_BLOCKS = "transformer_blocks"
-"""In the name of every block's weight, whichever way a file spells it."""
+_MODELS = {
+    "transformer_blocks": ("img_mod", "txt_mod"),
+    "layers": ("attention", "feed_forward", "adaLN_modulation"),
+}
+"""Where a model has its blocks, and what each of them has, for every model that is known."""
+
+_IN_BLOCKS = re.compile(r"transformer_blocks|(?<!post)[._]attention[._]|feed_forward")
+"""In the name of every quantized weight of theirs, whichever way a file spells it."""
 
 _PACKED = ".qweight"
 _FIRST_WITH_GROUPS = (1, 57)
@@ -126,42 +136,57 @@ def transformer_of(model: ModelPatcher) -> nn.Module:
     """The transformer of a MODEL.
 
     Raises:
-        UnsupportedModelError: It is no Nunchaku Qwen-Image model, or another pack's wrapper is in
-            its place.
+        UnsupportedModelError: It is no Nunchaku model that is known, or another pack's wrapper is
+            in its place.
     """
     transformer = getattr(getattr(model, "model", None), "diffusion_model", None)
     kind = type(model if transformer is None else transformer)
-    if kind.__name__.startswith(_OTHER_WRAPPER):
+    if kind.__name__.startswith(_OTHER_WRAPPERS):
         raise UnsupportedModelError(
             f"this model was wrapped by another LoRA loader (`{kind.__module__}`), which undoes"
             " what others compose\nhint: take its nodes out of the workflow and load the model"
-            f" again with `{_LOADER}`"
+            f" again with {_LOADERS}"
         )
-    is_module = isinstance(transformer, torch.nn.Module)
-    inner = inner_of(transformer) if is_module else transformer
-    blocks = getattr(inner, "transformer_blocks", None)
-    first = inner_of(blocks[0]) if is_module and blocks else None
-    is_qwen = hasattr(first, "img_mod") and hasattr(first, "txt_mod")
-    is_packed = is_module and any(hasattr(module, "proj_down") for module in inner.modules())
-    if is_qwen and is_packed:
-        return inner  # type: ignore[no-any-return]
+    inner = inner_of(transformer) if isinstance(transformer, torch.nn.Module) else None
+    is_packed = inner is not None and any(hasattr(part, "proj_down") for part in inner.modules())
+    if is_packed and _is_known(inner):
+        return inner  # type: ignore[return-value]
     way_out = "use `Load LoRA` for models that are not Nunchaku's"
     if is_packed:
         way_out = "use the LoRA nodes that come with this model's own loader"
     raise UnsupportedModelError(
-        "this LoRA loader only works with Nunchaku Qwen Image models, but got"
-        f" {kind.__name__}\nhint: load the model with `{_LOADER}`, or {way_out}"
+        "this LoRA loader only works with Nunchaku Qwen-Image and Z-Image models, but got"
+        f" {kind.__name__}\nhint: load the model with {_LOADERS}, or {way_out}"
     )
+
+
+def _is_known(transformer: nn.Module) -> bool:
+    """Tell by its first block if a transformer is one of the models that LoRAs are composed on."""
+    for name, parts in _MODELS.items():
+        blocks = getattr(transformer, name, None)
+        if blocks and all(hasattr(inner_of(blocks[0]), part) for part in parts):
+            return True
+    return False
+
+
+def offloads_blocks(transformer: nn.Module) -> bool:
+    """Tell if a transformer has a block offload of its own; others are ComfyUI's to place."""
+    return hasattr(transformer, "set_offload")
 
 
 def patches_notice(model: ModelPatcher) -> str:
     """Say what becomes of the patches that ComfyUI's own nodes gave a model; empty without any.
 
-    The log gets it, too, once for each change of them.
+    The log gets it, too, once for each change of them, where they do not do what they should.
     """
     patches = getattr(model, "patches", None)
     if not patches:
         return ""
+    if _joins_patches(model):
+        return (
+            "this model also carries patches of ComfyUI's own LoRA loaders or merging nodes: its"
+            " loader joins them with the quantized layers, besides these LoRAs"
+        )
     reach = "have no effect on it"
     if type(model).load is comfy.model_patcher.ModelPatcher.load:
         reach = "reach its plain layers alone"
@@ -185,7 +210,7 @@ def _warn_of_hooks(
     for hook in registered.get_type(comfy.hooks.EnumHookType.Weight):
         # A keyframe's strength is that of the run before, and may be 0 where its own is not.
         is_off = hook.strength_model == 0 and hook.strength != 0
-        if is_off or not any(_BLOCKS in key for key in hook.weights or ()):
+        if is_off or not any(map(_IN_BLOCKS.search, hook.weights or ())):
             continue
         reached = model.hook_patches.get(hook.hook_ref, {})
         if any(key.endswith(_PACKED) for key in reached):
@@ -234,9 +259,48 @@ def with_set(
     wrappers.update({_KEY: [_reconcile], **others})
     clone.remove_callbacks_with_key(CallbacksMP.ON_REGISTER_ALL_HOOK_PATCHES, _KEY)
     clone.add_callback_with_key(CallbacksMP.ON_REGISTER_ALL_HOOK_PATCHES, _KEY, _warn_of_hooks)
+    if _joins_patches(clone):
+        _leave_between_runs(clone)
     # The hook serves the branches without a set, which have no wrapper.
     ComfyQwenImageWrapper.of(transformer)
     return clone
+
+
+def _joins_patches(model: ModelPatcher) -> bool:
+    """Tell if a patcher writes ComfyUI's patches into weights in a way of its own.
+
+    That of Nunchaku's Z-Image joins them with the packed factors when it loads the model, and keeps
+    the factors that were there to put them back.
+    """
+    host = comfy.model_patcher.ModelPatcher
+    return type(model).patch_weight_to_device is not host.patch_weight_to_device
+
+
+def _leave_between_runs(clone: ModelPatcher) -> None:
+    """Have what a clone composed taken out before the patcher of any clone writes to its factors.
+
+    Such a patcher takes what is in place for the base: what we had composed would stay for good.
+    Patches come and go when a model is loaded, unloaded or made room of. Between runs that may be
+    of a clone that is not ours, within a run it is of this one, which is ejected first.
+    """
+    clone.remove_callbacks_with_key(CallbacksMP.ON_CLEANUP, _KEY)
+    clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, _KEY, _leave)
+    clone.set_injections(_KEY, [PatcherInjection(inject=_keep, eject=_leave)])
+
+
+def _leave(model: ModelPatcher) -> None:
+    """Bring a model's transformer to its base, ComfyUI's patches in it included."""
+    transformer, wanted = inner_of(model.model.diffusion_model), set_of(model)
+    if wanted is None or read_state(transformer) is EMPTY:
+        return
+    options = replace(wanted.options, progress=None, offload=False)
+    bare = LoraSet.of(options=options)
+    ComfyQwenImageWrapper.of(transformer).reconcile({OPTIONS_KEY: bare})
+
+
+def _keep(model: ModelPatcher) -> None:
+    """What is to be composed, the next forward asks for."""
+    del model
 
 
 def _measure(model: ModelPatcher, transformer: nn.Module) -> None:

@@ -14,36 +14,43 @@ from qwenlora.errors import LoraNotFoundError
 from qwenlora.words import counted
 
 from . import host
-from .rows import MAX_STRENGTH, InputError, Row, as_flag, as_row, read_rows
-from .saved import OFFLOAD_MODES, ROWS, STACK, STACK_V1, STACK_V2, STACK_V3, Saved
+from .inputs import (
+    CLIP_TIP,
+    ENABLED_TIP,
+    NAME_TIP,
+    SLOT_TIP,
+    AnyInputs,
+    Inputs,
+    Schema,
+    clip_input,
+    flag_input,
+    model_input,
+    name_input,
+    saved_input,
+    strength_input,
+)
+from .rows import InputError, Row, as_flag, as_row, read_rows
+from .saved import (
+    ROWS,
+    STACK,
+    STACK_V1,
+    STACK_V2,
+    STACK_V3,
+    Z_IMAGE_STACK_V1,
+    Z_IMAGE_STACK_V2,
+    Z_IMAGE_STACK_V3,
+    Z_IMAGE_STACK_V4,
+    Saved,
+)
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 
-Inputs = Mapping[str, Any]
-Schema = dict[str, dict[str, Any]]
-
 _GROUP_ROWS = 20
 _CATEGORY = "qwenlora"
 _SAVED_CATEGORY = "Nunchaku"
-
-_MODEL_TIP = (
-    "The model that the LoRAs are applied to. Make sure the model is loaded by"
-    " `Nunchaku Qwen Image DiT Loader`."
-)
-_NAME_TIP = "The file name of the LoRA."
-_SLOT_TIP = "The file name of the LoRA. Select 'None' to skip this slot."
-_STRENGTH_TIP = "How strongly to modify the diffusion model. This value can be negative."
-_ENABLED_TIP = "Whether this LoRA is used."
-_AWQ_TIP = "Whether the modulation layers (img_mod, txt_mod) of this node's LoRAs are applied."
-_COUNT_TIP = "Number of LoRA slots in use."
-_OFFLOAD_TIP = (
-    "'auto' and 'disable' leave offload as the model loader set it; 'enable' turns it on if it is"
-    " off."
-)
-_SAVE_TIP = "Without effect: nothing needs to be saved for a LoRA to load fast."
 
 _PINNED_BYTES = 1 << 30
 """Most bytes of deltas that are kept in host memory, pinned where the model is on a GPU."""
@@ -120,7 +127,9 @@ def extend_model(model: ModelPatcher, request: Request) -> tuple[ModelPatcher, s
             for path, row in zip(request.find_files(), request.active, strict=True)
         ]
     )
-    if request.offload:
+    if request.offload and not host.offloads_blocks(transformer):
+        host.warn_once("`cpu_offload` is ignored: this model has no offload but ComfyUI's own")
+    elif request.offload:
         wanted = replace(wanted, options=replace(wanted.options, offload=True))
     report = plan_report(transformer, wanted)
     # Text is encoded and models are loaded before the first step asks for them.
@@ -130,59 +139,13 @@ def extend_model(model: ModelPatcher, request: Request) -> tuple[ModelPatcher, s
         name for name, spec in zip(wanted.names, wanted.specs, strict=True) if not spec.modulation
     ]
     if without:
-        text += (
-            "\n  modulation layers (img_mod, txt_mod) are switched off (apply_awq_mod) for: "
-            + ", ".join(without)
-        )
+        text += f"\n  modulation layers are switched off (apply_awq_mod) for: {', '.join(without)}"
     if notice := host.patches_notice(model):
         text += f"\n  {notice}"
     return host.with_set(model, wanted, transformer, report.added_bytes), text
 
 
-# ---- inputs ----
-
-
-class _Unconverted(str):
-    """A widget's type whose values the server passes on as they came.
-
-    Saved workflows bring values under their neighbours' names: the server would refuse a file's
-    name where it expects a number, before the node can put it back.
-    """
-
-    __slots__ = ()
-
-    def __eq__(self, other: object) -> bool:
-        return False
-
-    __hash__ = str.__hash__
-
-
-class _AnyInputs(dict[str, Any]):
-    """Optional inputs under any name besides those that are drawn."""
-
-    def __contains__(self, key: object) -> bool:
-        return True
-
-    def __missing__(self, key: str) -> tuple[str, dict[str, Any]]:
-        return ("*", {})
-
-
-def _strength(kind: str = "FLOAT") -> tuple[str, dict[str, Any]]:
-    limits = {"min": -MAX_STRENGTH, "max": MAX_STRENGTH, "step": 0.01}
-    return kind, {"default": 1.0, **limits, "tooltip": _STRENGTH_TIP}
-
-
-def _flag(default: bool, tooltip: str, kind: str = "BOOLEAN") -> tuple[str, dict[str, Any]]:
-    return kind, {"default": default, "tooltip": tooltip}
-
-
-def _name(tooltip: str, *, skippable: bool = False) -> tuple[list[str], dict[str, Any]]:
-    names = ["None"] if skippable else []
-    return names + host.lora_names(), {"tooltip": tooltip}
-
-
-def _model() -> dict[str, Any]:
-    return {"model": ("MODEL", {"tooltip": _MODEL_TIP, "lazy": True})}
+# ---- the base of all ----
 
 
 def _validate_name(lora_name: object) -> bool | str:
@@ -260,14 +223,14 @@ class _LoraNode:
 class QwenLoraLoader(_LoraNode):
     """One LoRA."""
 
-    DESCRIPTION = "Applies a LoRA to a Nunchaku Qwen-Image model. Chain it for more."
+    DESCRIPTION = "Applies a LoRA to a Nunchaku Qwen-Image or Z-Image model. Chain it for more."
 
     @classmethod
     def INPUT_TYPES(cls) -> Schema:
         """The inputs that the host draws."""
         return {
-            "required": {**_model(), "lora_name": _name(_NAME_TIP)},
-            "optional": {"strength": _strength()},
+            "required": {**model_input(), "lora_name": name_input(NAME_TIP)},
+            "optional": {"strength": strength_input()},
         }
 
     @classmethod
@@ -285,17 +248,17 @@ class QwenLoraStack(_LoraNode):
     """Several LoRAs."""
 
     DESCRIPTION = (
-        "Applies LoRAs to a Nunchaku Qwen-Image model. Rows without a file, switched off or of"
-        " strength 0 are skipped."
+        "Applies LoRAs to a Nunchaku Qwen-Image or Z-Image model. Rows without a file, switched"
+        " off or of strength 0 are skipped."
     )
 
     @classmethod
     def INPUT_TYPES(cls) -> Schema:
         """The inputs that the host draws: a growing group where it can, plain rows otherwise."""
         row = {
-            "lora_name": _name(_SLOT_TIP, skippable=True),
-            "strength": _strength(),
-            "enabled": _flag(True, _ENABLED_TIP),
+            "lora_name": name_input(SLOT_TIP, skippable=True),
+            "strength": strength_input(),
+            "enabled": flag_input(True, ENABLED_TIP),
         }
         if host.draws_groups():
             names, options = row["lora_name"]
@@ -310,7 +273,7 @@ class QwenLoraStack(_LoraNode):
         else:
             numbers = range(1, ROWS + 1)
             rows = {f"{field}_{i}": kind for i in numbers for field, kind in row.items()}
-        return {"required": _model(), "optional": _AnyInputs(rows)}
+        return {"required": model_input(), "optional": AnyInputs(rows)}
 
 
 class QwenLoraInspect:
@@ -326,7 +289,7 @@ class QwenLoraInspect:
     @classmethod
     def INPUT_TYPES(cls) -> Schema:
         """The inputs that the host draws."""
-        return {"required": {"lora_name": _name(_NAME_TIP)}}
+        return {"required": {"lora_name": name_input(NAME_TIP)}}
 
     @classmethod
     def VALIDATE_INPUTS(cls, lora_name: str | None = None) -> bool | str:
@@ -371,14 +334,16 @@ class _SavedStack(_LoraNode):
     CATEGORY = _SAVED_CATEGORY
     DEPRECATED = True
     FUNCTION = "load_lora_stack"
-    DESCRIPTION = "For saved workflows; `Qwen-Image LoRA Stack` is the new node."
+    DESCRIPTION = (
+        "For saved workflows; `LoRA Stack (Nunchaku Qwen-Image, Z-Image)` is the new node."
+    )
     saved: ClassVar[Saved]
 
     @classmethod
     def INPUT_TYPES(cls) -> Schema:
         """The inputs that the host draws."""
-        drawn = {name: _saved_input(name) for name in cls.saved.today.names}
-        return {"required": _model(), "optional": _AnyInputs(drawn)}
+        drawn = {name: saved_input(name) for name in cls.saved.today.names}
+        return {"required": model_input(), "optional": AnyInputs(drawn)}
 
     @classmethod
     def request(cls, inputs: Inputs) -> Request:
@@ -404,17 +369,17 @@ class NunchakuQwenImageLoraLoader(_SavedStack):
     """One LoRA."""
 
     FUNCTION = "load_lora"
-    DESCRIPTION = "For saved workflows; `Load Qwen-Image LoRA` is the new node."
+    DESCRIPTION = "For saved workflows; `Load LoRA (Nunchaku Qwen-Image, Z-Image)` is the new node."
 
     @classmethod
     def INPUT_TYPES(cls) -> Schema:
         """The inputs that the host draws."""
         names = ("lora_strength", "cpu_offload", "save_precompiled_lora")
         return {
-            "required": {**_model(), "lora_name": _name(_NAME_TIP)},
+            "required": {**model_input(), "lora_name": name_input(NAME_TIP)},
             "optional": {
-                **{name: _saved_input(name) for name in names},
-                "lora_strength": _strength(),
+                **{name: saved_input(name) for name in names},
+                "lora_strength": strength_input(),
             },
         }
 
@@ -460,21 +425,55 @@ class NunchakuQwenImageLoraStackV3(_SavedStack):
     saved = STACK_V3
 
 
-def _saved_input(name: str) -> tuple[Any, dict[str, Any]]:
-    """A widget of the old nodes, by its name."""
-    number, boolean = _Unconverted("FLOAT"), _Unconverted("BOOLEAN")
-    field = name.rstrip("0123456789").rstrip("_")
-    if field == "lora_count":
-        limits = {"min": 1, "max": ROWS}
-        return _Unconverted("INT"), {"default": 3, **limits, "tooltip": _COUNT_TIP}
-    if field == "cpu_offload":
-        return list(OFFLOAD_MODES), {"default": "disable", "tooltip": _OFFLOAD_TIP}
-    if field == "lora_name":
-        return _name(_SLOT_TIP, skippable=True)
-    if field == "lora_strength":
-        return _strength(number)
-    tips = {"apply_awq_mod": _AWQ_TIP, "save_precompiled_lora": _SAVE_TIP}
-    return _flag(field != "save_precompiled_lora", tips.get(field, _ENABLED_TIP), boolean)
+class _SavedStackWithClip(_SavedStack):
+    """A stack that also passes a text encoder on."""
+
+    RETURN_TYPES: ClassVar[tuple[str, ...]] = ("MODEL", "CLIP", "STRING")
+    RETURN_NAMES: ClassVar[tuple[str, ...]] = ("model", "clip", "report")
+    OUTPUT_TOOLTIPS: ClassVar[tuple[str, ...]] = (
+        _LoraNode.OUTPUT_TOOLTIPS[0],
+        CLIP_TIP,
+        _LoraNode.OUTPUT_TOOLTIPS[1],
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Schema:
+        """The inputs that the host draws."""
+        schema = super().INPUT_TYPES()
+        return {**schema, "optional": AnyInputs({**clip_input(), **schema["optional"]})}
+
+    def load(  # type: ignore[override]
+        self, model: ModelPatcher, clip: object = None, **inputs: Any
+    ) -> tuple[ModelPatcher, object, str]:
+        """Run the node."""
+        model, report = super().load(model, **inputs)
+        return model, clip, report
+
+    load_lora = load_lora_stack = load
+
+
+class NunchakuZImageTurboLoraStackV1(_SavedStackWithClip):
+    """Rows as dicts, which its own frontend drew; plain rows here."""
+
+    saved = Z_IMAGE_STACK_V1
+
+
+class NunchakuZImageTurboLoraStackV2(_SavedStack):
+    """Ten plain rows."""
+
+    saved = Z_IMAGE_STACK_V2
+
+
+class NunchakuZImageTurboLoraStackV3(_SavedStack):
+    """Ten plain rows that can be switched off."""
+
+    saved = Z_IMAGE_STACK_V3
+
+
+class NunchakuZImageTurboLoraStackV4(_SavedStackWithClip):
+    """Ten plain rows that can be switched off."""
+
+    saved = Z_IMAGE_STACK_V4
 
 
 def _warn_of_settings(inputs: Inputs) -> None:
@@ -491,15 +490,23 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "NunchakuQwenImageLoraStackV1": NunchakuQwenImageLoraStackV1,
     "NunchakuQwenImageLoraStackV2": NunchakuQwenImageLoraStackV2,
     "NunchakuQwenImageLoraStackV3": NunchakuQwenImageLoraStackV3,
+    "NunchakuZImageTurboLoraStackV1": NunchakuZImageTurboLoraStackV1,
+    "NunchakuZImageTurboLoraStackV2": NunchakuZImageTurboLoraStackV2,
+    "NunchakuZImageTurboLoraStackV3": NunchakuZImageTurboLoraStackV3,
+    "NunchakuZImageTurboLoraStackV4": NunchakuZImageTurboLoraStackV4,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
-    "QwenLoraLoader": "Load Qwen-Image LoRA (Nunchaku)",
-    "QwenLoraStack": "Qwen-Image LoRA Stack (Nunchaku)",
-    "QwenLoraInspect": "Inspect Qwen-Image LoRA",
+    "QwenLoraLoader": "Load LoRA (Nunchaku Qwen-Image, Z-Image)",
+    "QwenLoraStack": "LoRA Stack (Nunchaku Qwen-Image, Z-Image)",
+    "QwenLoraInspect": "Inspect LoRA (Nunchaku Qwen-Image, Z-Image)",
     "NunchakuQwenImageLoraLoader": "Nunchaku Qwen Image LoRA Loader",
     "NunchakuQwenImageLoraStack": "Nunchaku Qwen Image LoRA Stack (Legacy)",
     "NunchakuQwenImageLoraStackV1": "Nunchaku Qwen Image LoRA Stack V1",
     "NunchakuQwenImageLoraStackV2": "Nunchaku Qwen Image LoRA Stack V2",
     "NunchakuQwenImageLoraStackV3": "Nunchaku Qwen Image LoRA Stack V3",
+    "NunchakuZImageTurboLoraStackV1": "Nunchaku Z-Image-Turbo LoRA Stack V1",
+    "NunchakuZImageTurboLoraStackV2": "Nunchaku Z-Image-Turbo LoRA Stack V2",
+    "NunchakuZImageTurboLoraStackV3": "Nunchaku Z-Image-Turbo LoRA Stack V3",
+    "NunchakuZImageTurboLoraStackV4": "Nunchaku Z-Image-Turbo LoRA Stack V4",
 }

@@ -14,7 +14,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["OFFLOAD_MODES", "ROWS", "STACK", "STACK_V1", "STACK_V2", "STACK_V3", "Saved"]
+__all__ = [
+    "OFFLOAD_MODES",
+    "ROWS",
+    "STACK",
+    "STACK_V1",
+    "STACK_V2",
+    "STACK_V3",
+    "Z_IMAGE_STACK_V1",
+    "Z_IMAGE_STACK_V2",
+    "Z_IMAGE_STACK_V3",
+    "Z_IMAGE_STACK_V4",
+    "Saved",
+]
 
 ROWS = 10
 """Rows that each of the stacks has."""
@@ -126,4 +138,23 @@ STACK_V3 = Saved(
             ((_SAVE,), ()),
         )
     ),
+)
+Z_IMAGE_STACK_V1 = Saved(Layout(("stack_enabled",), _PAIR))
+Z_IMAGE_STACK_V2 = Saved(
+    Layout(("lora_count", "cpu_offload"), _PAIR),
+    (Layout((_COUNT_SHOWN, "lora_count", "cpu_offload"), _PAIR),),
+)
+Z_IMAGE_STACK_V3 = Saved(
+    Layout(("lora_count", "cpu_offload", "toggle_all"), _SWITCHED),
+    tuple(
+        Layout((*shown, "lora_count", *switches), _SWITCHED)
+        for shown, switches in product(
+            ((_COUNT_SHOWN,), ()),
+            (("cpu_offload", "toggle_all"), ("toggle_all", "cpu_offload")),
+        )
+    ),
+)
+Z_IMAGE_STACK_V4 = Saved(
+    Layout(("lora_count", "toggle_all"), _SWITCHED),
+    (Layout((_COUNT_SHOWN, "lora_count", "toggle_all"), _SWITCHED),),
 )

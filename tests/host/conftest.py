@@ -1,4 +1,4 @@
-"""A real ComfyUI for the tests in this folder, and small Qwen-Image models that it samples."""
+"""A real ComfyUI for the tests in this folder, and small models that it samples."""
 
 from __future__ import annotations
 
@@ -55,6 +55,18 @@ def qwen(host: ComfyHost) -> ModuleType:
 def nunchaku(host: ComfyHost) -> ModuleType:
     """The module `emulated_qwen`: `emulated_qwen` and the classes that imitate ComfyUI-nunchaku."""
     return importlib.import_module(".emulated_qwen", __package__)
+
+
+@pytest.fixture(scope="session")
+def z_image(host: ComfyHost) -> ModuleType:
+    """The module `small_z_image`: `small_z_image`, `conditioning`, `forward`, `ksample`."""
+    return importlib.import_module(".small_z_image", __package__)
+
+
+@pytest.fixture(scope="session")
+def nunchaku_z_image(host: ComfyHost) -> ModuleType:
+    """The module `emulated_z_image`: the same built as ComfyUI-nunchaku builds it."""
+    return importlib.import_module(".emulated_z_image", __package__)
 
 
 @pytest.fixture

@@ -25,6 +25,8 @@ PACK = REPOSITORY / "comfy" / "qwenlora_nodes"
 OURS = {"QwenLoraLoader", "QwenLoraStack", "QwenLoraInspect"}
 SAVED = {f"NunchakuQwenImageLora{kind}" for kind in ("Loader", "Stack")}
 SAVED |= {f"NunchakuQwenImageLoraStackV{number}" for number in (1, 2, 3)}
+SAVED |= {f"NunchakuZImageTurboLoraStackV{number}" for number in (1, 2, 3, 4)}
+WITH_CLIP = {f"NunchakuZImageTurboLoraStackV{number}" for number in (1, 4)}
 
 A, B, C = "a.safetensors", "b.safetensors", str(Path("folder", "c.safetensors"))
 SEEDS = {A: 1, B: 2, C: 3}
@@ -152,24 +154,32 @@ def test_ids_and_what_the_frontend_is_told(host, bench, pack):
 @pytest.mark.parametrize(
     ("node", "begin"),
     [
-        ("Loader", ["lora_strength", "cpu_offload", "save_precompiled_lora"]),
-        ("Stack", ["lora_count", "cpu_offload", "lora_name_1", "lora_strength_1"]),
-        ("StackV1", ["cpu_offload", "apply_awq_mod", "stack_enabled", "save_precompiled_lora"]),
+        ("QwenImageLoraLoader", ["lora_strength", "cpu_offload", "save_precompiled_lora"]),
+        ("QwenImageLoraStack", ["lora_count", "cpu_offload", "lora_name_1", "lora_strength_1"]),
         (
-            "StackV2",
+            "QwenImageLoraStackV1",
+            ["cpu_offload", "apply_awq_mod", "stack_enabled", "save_precompiled_lora"],
+        ),
+        (
+            "QwenImageLoraStackV2",
             ["lora_count", "cpu_offload", "apply_awq_mod", "save_precompiled_lora", "lora_name_1"],
         ),
         (
-            "StackV3",
+            "QwenImageLoraStackV3",
             ["lora_count", "cpu_offload", "toggle_all", "save_precompiled_lora", "enabled_1"],
         ),
+        ("ZImageTurboLoraStackV1", ["clip", "stack_enabled", "lora_name_1", "lora_strength_1"]),
+        ("ZImageTurboLoraStackV2", ["lora_count", "cpu_offload", "lora_name_1"]),
+        ("ZImageTurboLoraStackV3", ["lora_count", "cpu_offload", "toggle_all", "enabled_1"]),
+        ("ZImageTurboLoraStackV4", ["clip", "lora_count", "toggle_all", "enabled_1"]),
     ],
 )
 def test_widgets_of_saved_nodes_keep_their_order(host, bench, node, begin):
-    name = f"NunchakuQwenImageLora{node}"
+    name = f"Nunchaku{node}"
     _, info = host.request("GET", f"/object_info/{name}")
     assert info[name]["input_order"]["optional"][: len(begin)] == begin
-    assert info[name]["output"][0] == "MODEL"
+    outputs = ["MODEL", "CLIP", "STRING"] if name in WITH_CLIP else ["MODEL", "STRING"]
+    assert info[name]["output"] == outputs
 
 
 @pytest.mark.parametrize("grows", [True, False])
@@ -458,7 +468,7 @@ def holding(transformer):
 def test_a_wrong_model_is_named(bench, small_qwen):
     text = refused(bench, small_qwen)
     assert "QwenImageTransformer2DModel" in text
-    assert "hint: load the model with `Nunchaku Qwen Image DiT Loader`" in text
+    assert "hint: load the model with `Nunchaku Qwen Image DiT Loader` or" in text
     assert "use `Load LoRA`" in text
 
 
@@ -482,7 +492,10 @@ def test_a_transformer_that_is_no_module_is_named(bench):
     assert "got SimpleNamespace" in refused(bench, holding(SimpleNamespace()))
 
 
-@pytest.mark.parametrize("name", ["ComfyQwenImageWrapper", "ComfyQwenImageWrapperLM"])
+@pytest.mark.parametrize(
+    "name",
+    ["ComfyQwenImageWrapper", "ComfyQwenImageWrapperLM", "ComfyZImageTurboWrapper"],
+)
 def test_another_packs_wrapper_is_named(bench, name):
     foreign = type(name, (torch.nn.Module,), {"__module__": "wrappers.other"})
     assert "another LoRA loader (`wrappers.other`)" in refused(bench, holding(foreign()))
@@ -654,6 +667,8 @@ def test_a_missing_name_is_told_with_the_nearest(bench, graph, files, host, aske
         ("NunchakuQwenImageLoraStackV1", "lora_1"),
         ("NunchakuQwenImageLoraStackV2", "lora_name_1"),
         ("NunchakuQwenImageLoraStackV3", "lora_name_1"),
+        ("NunchakuZImageTurboLoraStackV1", "lora_1"),
+        ("NunchakuZImageTurboLoraStackV4", "lora_name_1"),
     ],
 )
 def test_every_node_tells_the_nearest(bench, graph, files, host, node, field):
@@ -814,9 +829,10 @@ def test_every_shape_of_rows(bench, monkeypatch, inputs, grows):
 
 def restored(node, values):
     """What a frontend without the old pack's script posts: values by position, then defaults."""
-    names = list(modules().nodes.NODE_CLASS_MAPPINGS[node].INPUT_TYPES()["optional"].items())
+    optional = modules().nodes.NODE_CLASS_MAPPINGS[node].INPUT_TYPES()["optional"]
+    widgets = [(name, drawn) for name, drawn in optional.items() if name != "clip"]
     inputs = {}
-    for index, (name, (kind, options)) in enumerate(names):
+    for index, (name, (kind, options)) in enumerate(widgets):
         first = kind[0] if isinstance(kind, list) else None
         inputs[name] = values[index] if index < len(values) else options.get("default", first)
     return inputs
@@ -828,49 +844,61 @@ TEN = ["None", 1.0] * 8
 @pytest.mark.parametrize(
     ("node", "values", "modulation"),
     [
-        pytest.param("Stack", [2, A, 0.7, B, 0.9, *TEN], True, id="before 1.63"),
-        pytest.param("Stack", [2, "disable", A, 0.7, B, 0.9, *TEN], True, id="1.63"),
-        pytest.param("Stack", [2, "disable", A, 0.7, B, 0.9, C, 1.0], True, id="hidden row"),
-        pytest.param("StackV2", [2, "disable", False, False, A, 0.7, B, 0.9], False, id="V2"),
-        pytest.param("StackV2", [2, "auto", True, A, 0.7, B, 0.9], True, id="V2 before 2.5.3"),
+        pytest.param("QwenImageLoraStack", [2, A, 0.7, B, 0.9, *TEN], True, id="before 1.63"),
+        pytest.param("QwenImageLoraStack", [2, "disable", A, 0.7, B, 0.9, *TEN], True, id="1.63"),
         pytest.param(
-            "StackV2", ["2", 2, "disable", False, False, A, 0.7, B, 0.9], False, id="V2 with count"
+            "QwenImageLoraStack", [2, "disable", A, 0.7, B, 0.9, C, 1.0], True, id="hidden row"
         ),
         pytest.param(
-            "StackV2",
+            "QwenImageLoraStackV2", [2, "disable", False, False, A, 0.7, B, 0.9], False, id="V2"
+        ),
+        pytest.param(
+            "QwenImageLoraStackV2", [2, "auto", True, A, 0.7, B, 0.9], True, id="V2 before 2.5.3"
+        ),
+        pytest.param(
+            "QwenImageLoraStackV2",
+            ["2", 2, "disable", False, False, A, 0.7, B, 0.9],
+            False,
+            id="V2 with count",
+        ),
+        pytest.param(
+            "QwenImageLoraStackV2",
             ["2", 2, "disable", False, A, 0.7, B, 0.9],
             False,
             id="V2 with count before 2.5.3",
         ),
         pytest.param(
-            "StackV3", [2, "disable", True, False, True, A, 0.7, True, B, 0.9], True, id="V3"
+            "QwenImageLoraStackV3",
+            [2, "disable", True, False, True, A, 0.7, True, B, 0.9],
+            True,
+            id="V3",
         ),
         pytest.param(
-            "StackV3",
+            "QwenImageLoraStackV3",
             ["3", 3, "disable", True, False, True, A, 0.7, True, B, 0.9, False, C, 1.0],
             True,
             id="V3 with count",
         ),
         pytest.param(
-            "StackV3",
+            "QwenImageLoraStackV3",
             ["2", 2, True, "disable", False, True, A, 0.7, True, B, 0.9],
             True,
             id="V3 swapped",
         ),
         pytest.param(
-            "StackV3",
+            "QwenImageLoraStackV3",
             ["2", 2, True, "disable", True, A, 0.7, True, B, 0.9],
             True,
             id="V3 swapped before 2.5.3",
         ),
         pytest.param(
-            "StackV3",
+            "QwenImageLoraStackV3",
             [2, "disable", True, True, A, 0.7, True, B, 0.9],
             True,
             id="V3 before 2.5.3",
         ),
         pytest.param(
-            "StackV1",
+            "QwenImageLoraStackV1",
             [
                 "disable",
                 False,
@@ -883,7 +911,7 @@ TEN = ["None", 1.0] * 8
             id="V1",
         ),
         pytest.param(
-            "StackV1",
+            "QwenImageLoraStackV1",
             [
                 "disable",
                 True,
@@ -895,10 +923,55 @@ TEN = ["None", 1.0] * 8
             True,
             id="V1 before 2.5.3",
         ),
+        pytest.param(
+            "ZImageTurboLoraStackV1",
+            [
+                True,
+                {"enabled": True, "lora_name": A, "lora_strength": 0.7},
+                {"enabled": False, "lora_name": C, "lora_strength": 1.0},
+                {"enabled": True, "lora_name": B, "lora_strength": 0.9},
+                None,
+            ],
+            True,
+            id="Z-Image V1",
+        ),
+        pytest.param(
+            "ZImageTurboLoraStackV2", [2, "disable", A, 0.7, B, 0.9], True, id="Z-Image V2"
+        ),
+        pytest.param(
+            "ZImageTurboLoraStackV2",
+            ["2", 2, "auto", A, 0.7, B, 0.9],
+            True,
+            id="Z-Image V2 with count",
+        ),
+        pytest.param(
+            "ZImageTurboLoraStackV3",
+            ["2", 2, True, "disable", True, A, 0.7, True, B, 0.9],
+            True,
+            id="Z-Image V3",
+        ),
+        pytest.param(
+            "ZImageTurboLoraStackV3",
+            [2, "disable", True, True, A, 0.7, True, B, 0.9],
+            True,
+            id="Z-Image V3 by position",
+        ),
+        pytest.param(
+            "ZImageTurboLoraStackV4",
+            ["3", 3, True, True, A, 0.7, True, B, 0.9, False, C, 1.0],
+            True,
+            id="Z-Image V4",
+        ),
+        pytest.param(
+            "ZImageTurboLoraStackV4",
+            [2, False, True, A, 0.7, True, B, 0.9],
+            True,
+            id="Z-Image V4 by position",
+        ),
     ],
 )
 def test_saved_widget_values(bench, node, values, modulation):
-    node = f"NunchakuQwenImageLora{node}"
+    node = f"Nunchaku{node}"
     (model,) = bench.models(one=[(node, restored(node, values))])
     assert wanted(model) == AB
     specs = model.model_options["transformer_options"][OPTIONS_KEY].specs
@@ -908,23 +981,50 @@ def test_saved_widget_values(bench, node, values, modulation):
 @pytest.mark.parametrize(
     ("node", "inputs", "loras"),
     [
-        ("Loader", {"lora_name": A, "lora_strength": 0.7}, AB[:1]),
-        ("Loader", {"lora_name": A}, [("a", 1.0)]),
-        ("Loader", {"lora_name": "folder\\c.safetensors"}, [("c", 1.0)]),
-        ("Loader", {"lora_name": "folder/c.safetensors"}, [("c", 1.0)]),
-        ("Loader", {"lora_name": A, "cpu_offload": "enable"}, [("a", 1.0)]),
-        ("Loader", {"lora_name": A, "save_precompiled_lora": True}, [("a", 1.0)]),
-        ("Stack", {"lora_count": 2, "cpu_offload": "disable", **V2_ROWS}, AB),
-        ("Stack", {**V2_ROWS, "lora_strength_1": "0.7"}, AB),
-        ("StackV1", {"lora_2": {"lora_name": B, "lora_strength": 0.9}}, AB[1:]),
-        ("StackV2", {"lora_count": 1, **V2_ROWS}, AB[:1]),
-        ("StackV3", {"toggle_all": False, "lora_count": 2, **V2_ROWS}, AB),
-        ("StackV3", {"lora_count": 2, **V2_ROWS, "enabled_1": False}, AB[1:]),
+        ("QwenImageLoraLoader", {"lora_name": A, "lora_strength": 0.7}, AB[:1]),
+        ("QwenImageLoraLoader", {"lora_name": A}, [("a", 1.0)]),
+        ("QwenImageLoraLoader", {"lora_name": "folder\\c.safetensors"}, [("c", 1.0)]),
+        ("QwenImageLoraLoader", {"lora_name": "folder/c.safetensors"}, [("c", 1.0)]),
+        ("QwenImageLoraLoader", {"lora_name": A, "cpu_offload": "enable"}, [("a", 1.0)]),
+        ("QwenImageLoraLoader", {"lora_name": A, "save_precompiled_lora": True}, [("a", 1.0)]),
+        ("QwenImageLoraStack", {"lora_count": 2, "cpu_offload": "disable", **V2_ROWS}, AB),
+        ("QwenImageLoraStack", {**V2_ROWS, "lora_strength_1": "0.7"}, AB),
+        ("QwenImageLoraStackV1", {"lora_2": {"lora_name": B, "lora_strength": 0.9}}, AB[1:]),
+        ("QwenImageLoraStackV2", {"lora_count": 1, **V2_ROWS}, AB[:1]),
+        ("QwenImageLoraStackV3", {"toggle_all": False, "lora_count": 2, **V2_ROWS}, AB),
+        ("QwenImageLoraStackV3", {"lora_count": 2, **V2_ROWS, "enabled_1": False}, AB[1:]),
+        (
+            "ZImageTurboLoraStackV1",
+            {"lora_1": {"enabled": True, "lora_name": A, "lora_strength": 0.7}},
+            AB[:1],
+        ),
+        ("ZImageTurboLoraStackV1", {"stack_enabled": False, "lora_1": {"lora": A}}, []),
+        ("ZImageTurboLoraStackV2", {"lora_count": 2, "cpu_offload": "disable", **V2_ROWS}, AB),
+        ("ZImageTurboLoraStackV3", {"lora_count": 1, "cpu_offload": "auto", **V2_ROWS}, AB[:1]),
+        ("ZImageTurboLoraStackV4", {"lora_count": 2, "toggle_all": False, **V2_ROWS}, AB),
+        ("ZImageTurboLoraStackV4", {"lora_count": 2, **V2_ROWS, "enabled_1": False}, AB[1:]),
     ],
 )
 def test_prompts_of_scripts(bench, node, inputs, loras):
-    (model,) = bench.models(one=[(f"NunchakuQwenImageLora{node}", inputs)])
+    (model,) = bench.models(one=[(f"Nunchaku{node}", inputs)])
     assert wanted(model) == loras
+
+
+@pytest.mark.parametrize("node", sorted(WITH_CLIP))
+@pytest.mark.parametrize("name", [A, "None"])
+def test_a_text_encoder_is_passed_on(bench, graph, node, name):
+    encoder = object()
+    prompt = bench.prompt(sample=False, one=[(node, {"lora_1": {"lora_name": name}})])
+    prompt["encoder"] = graph.source(encoder)
+    prompt["one 0"]["inputs"]["clip"] = ["encoder", 0]
+    prompt["clip"] = graph.sink("clip", ["one 0", 1])
+    prompt["report"] = graph.sink("report", ["one 0", 2])
+    done = graph.run(prompt)
+    assert done.success, done.error
+    assert done.values["clip"] is encoder
+    assert wanted(done.values["one model"]) == ([] if name == "None" else [("a", 1.0)])
+    assert "LoRA" in done.values["report"]
+    assert graph.run(prompt).executed == []
 
 
 def test_settings_without_effect_are_said(bench, caplog):

@@ -1,0 +1,118 @@
+"""Inputs of the nodes, as ComfyUI is told of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from . import host
+from .rows import MAX_STRENGTH
+from .saved import OFFLOAD_MODES, ROWS
+
+__all__ = [
+    "CLIP_TIP",
+    "ENABLED_TIP",
+    "NAME_TIP",
+    "SLOT_TIP",
+    "AnyInputs",
+    "Inputs",
+    "Schema",
+    "clip_input",
+    "flag_input",
+    "model_input",
+    "name_input",
+    "saved_input",
+    "strength_input",
+]
+
+Inputs = Mapping[str, Any]
+Schema = dict[str, dict[str, Any]]
+
+_MODEL_TIP = (
+    "The model that the LoRAs are applied to. Make sure the model is loaded by"
+    " `Nunchaku Qwen Image DiT Loader` or `Nunchaku Z-Image DiT Loader`."
+)
+CLIP_TIP = "The text encoder, passed on as it is."
+NAME_TIP = "The file name of the LoRA."
+SLOT_TIP = "The file name of the LoRA. Select 'None' to skip this slot."
+_STRENGTH_TIP = "How strongly to modify the diffusion model. This value can be negative."
+ENABLED_TIP = "Whether this LoRA is used."
+_AWQ_TIP = (
+    "Whether the modulation layers (Qwen-Image's img_mod and txt_mod) of this node's LoRAs are"
+    " applied."
+)
+_COUNT_TIP = "Number of LoRA slots in use."
+_OFFLOAD_TIP = (
+    "'auto' and 'disable' leave offload as the model loader set it; 'enable' turns it on if it is"
+    " off. Z-Image has none of its own: ComfyUI places it."
+)
+_SAVE_TIP = "Without effect: nothing needs to be saved for a LoRA to load fast."
+
+
+class _Unconverted(str):
+    """A widget's type whose values the server passes on as they came.
+
+    Saved workflows bring values under their neighbours' names: the server would refuse a file's
+    name where it expects a number, before the node can put it back.
+    """
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    __hash__ = str.__hash__
+
+
+class AnyInputs(dict[str, Any]):
+    """Optional inputs under any name besides those that are drawn."""
+
+    def __contains__(self, key: object) -> bool:
+        return True
+
+    def __missing__(self, key: str) -> tuple[str, dict[str, Any]]:
+        return ("*", {})
+
+
+def strength_input(kind: str = "FLOAT") -> tuple[str, dict[str, Any]]:
+    """A strength."""
+    limits = {"min": -MAX_STRENGTH, "max": MAX_STRENGTH, "step": 0.01}
+    return kind, {"default": 1.0, **limits, "tooltip": _STRENGTH_TIP}
+
+
+def flag_input(default: bool, tooltip: str, kind: str = "BOOLEAN") -> tuple[str, dict[str, Any]]:
+    """A switch."""
+    return kind, {"default": default, "tooltip": tooltip}
+
+
+def name_input(tooltip: str, *, skippable: bool = False) -> tuple[list[str], dict[str, Any]]:
+    """A file out of the host's list; `skippable` puts "None" before them."""
+    names = ["None"] if skippable else []
+    return names + host.lora_names(), {"tooltip": tooltip}
+
+
+def model_input() -> dict[str, Any]:
+    """The MODEL."""
+    return {"model": ("MODEL", {"tooltip": _MODEL_TIP, "lazy": True})}
+
+
+def clip_input() -> dict[str, Any]:
+    """The CLIP that a node passes on."""
+    return {"clip": ("CLIP", {"tooltip": CLIP_TIP})}
+
+
+def saved_input(name: str) -> tuple[Any, dict[str, Any]]:
+    """A widget of the old nodes, by its name."""
+    number, boolean = _Unconverted("FLOAT"), _Unconverted("BOOLEAN")
+    field = name.rstrip("0123456789").rstrip("_")
+    if field == "lora_count":
+        limits = {"min": 1, "max": ROWS}
+        return _Unconverted("INT"), {"default": 3, **limits, "tooltip": _COUNT_TIP}
+    if field == "cpu_offload":
+        return list(OFFLOAD_MODES), {"default": "disable", "tooltip": _OFFLOAD_TIP}
+    if field == "lora_name":
+        return name_input(SLOT_TIP, skippable=True)
+    if field == "lora_strength":
+        return strength_input(number)
+    tips = {"apply_awq_mod": _AWQ_TIP, "save_precompiled_lora": _SAVE_TIP}
+    return flag_input(field != "save_precompiled_lora", tips.get(field, ENABLED_TIP), boolean)
