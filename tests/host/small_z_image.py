@@ -64,14 +64,13 @@ def conditioning(seed: int, *, batch: int = 1, tokens: int = 5) -> Conditioning:
 
 
 def ksample(model: comfy.model_patcher.ModelPatcher, **job: Any) -> torch.Tensor:
-    """Do what the KSampler node does; see `small_qwen.ksample`.
+    """Do what the KSampler node does; see `small_qwen.ksample`. Few steps, of one condition.
 
     Returns:
         (B, 16, H, W) latents.
     """
-    return small_qwen.ksample(
-        model, positive=conditioning(1), negative=conditioning(2), **{"steps": 2, **job}
-    )
+    conditions = {"positive": conditioning(1), "negative": conditioning(2)}
+    return small_qwen.ksample(model, **{**conditions, "steps": 2, "cfg": 1.0, **job})
 
 
 def forward(model: comfy.model_patcher.ModelPatcher, *, batch: int = 1) -> torch.Tensor:
