@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qwenlora
-from qwenlora import ComposeOptions, Placement, errors
+from qwenlora import ComposeOptions, Placement, emulation, errors
 from qwenlora.slots.branch import BRANCH_DOWN
 
 if TYPE_CHECKING:
@@ -75,7 +75,11 @@ def _unusable(folder: Path, Draft):
             "plain text.*`Invalid username",
         ),
         "FLUX": (flux.tensors, errors.OtherModelError, "FLUX"),
-        "Z-Image": (z_image, errors.OtherModelError, "Z-Image"),
+        "Z-Image": (
+            z_image,
+            errors.OtherModelError,
+            "a Z-Image LoRA, and the model is Qwen-Image",
+        ),
         "other widths": (wide, errors.OtherModelError, "to_q"),
         "no module": (unknown, errors.OtherModelError, "something.else"),
         "no tensor": ({}, errors.OtherModelError, "no tensor"),
@@ -333,3 +337,25 @@ def test_unsupported_adapters_are_named_and_never_applied(
     assert skip.reason.startswith(f"{name} is not supported: ")
     assert [slot.path for slot in report.slots] == ["proj_out"]
     assert probe.delta(model, target.replace("to_q", "to_qkv")).norm() == 0
+
+
+def test_a_lora_of_the_other_model_is_refused_by_name(Draft):
+    z_image = emulation.z_image_transformer(
+        emulation.tiny_z_image(),
+        form=emulation.ZImageForm.FUSED,
+        rank=16,
+        precision=emulation.Precision.EXACT,
+        dtype=torch.float32,
+    )
+    before = {name: tensor.clone() for name, tensor in z_image.state_dict().items()}
+    real = {
+        "transformer_blocks.7.attn.to_q.lora_A.weight": torch.ones(4, 3072),
+        "transformer_blocks.7.attn.to_q.lora_B.weight": torch.ones(3072, 4),
+    }
+    tiny = Draft(1).add(f"{BLOCK}.attn.to_q", 4).tensors
+    with pytest.raises(errors.OtherModelError, match="a Qwen-Image LoRA, and the model is Z-Image"):
+        qwenlora.compose_loras(z_image, real)
+    with pytest.raises(errors.NothingToApplyError, match="the model has no such module"):
+        qwenlora.compose_loras(z_image, tiny)
+    after = z_image.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -1,4 +1,4 @@
-"""The LoRA engine for 4-bit (SVDQuant) Qwen-Image models.
+"""The LoRA engine for 4-bit (SVDQuant) Qwen-Image and Z-Image models.
 
 Names are loaded when they are first used, so that reading keys needs no torch.
 """

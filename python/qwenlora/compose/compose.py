@@ -36,7 +36,7 @@ def compose_loras(
     bit-identical to one never touched.
 
     Args:
-        model: A Nunchaku Qwen-Image transformer (or `qwenlora.emulation`'s).
+        model: A 4-bit Qwen-Image or Z-Image transformer (or `qwenlora.emulation`'s).
         loras: One item or a list; an item is a path, a state dict, (either, strength), or a
             `LoraSpec`.
         max_rank: Most ranks that the LoRAs may add to a slot; what exceeds it, or the kernels'

@@ -126,6 +126,6 @@ def require_known(model: nn.Module, wanted: LoraSet, structure: Structure) -> No
     raise UnsupportedModelError(
         f"`{path}` is a quantized layer of a model that is not known: nothing is composed on this"
         f" {type(model).__name__}"
-        "\nhint: known are Qwen-Image and the models of its family;"
+        "\nhint: known are Qwen-Image, Z-Image and the models of their families;"
         ' `ComposeOptions(unknown_model="partial")` applies what fits and lists the rest'
     )

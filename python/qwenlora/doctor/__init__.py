@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["Exit", "main"]
 
 HELP = """\
-Says what is installed of all that Qwen-Image LoRAs on Nunchaku models need,
-what of it cannot work together, and the exact command that mends it.
+Says what is installed of all that LoRAs on 4-bit (Nunchaku) models need, what
+of it cannot work together, and the exact command that mends it.
 
 Usage: qwenlora doctor [OPTIONS]
 

@@ -39,7 +39,8 @@ def attach(pipeline: PipelineT, *, eager: bool = False) -> PipelineT:
     adapters. Attaching again is no work.
 
     Args:
-        pipeline: A pipeline with a quantized Qwen-Image transformer as `pipeline.transformer`.
+        pipeline: A pipeline with a quantized Qwen-Image or Z-Image transformer as
+            `pipeline.transformer`.
         eager: Whether a change is composed at once, and its report returned, instead of at the next
             forward.
 

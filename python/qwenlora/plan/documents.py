@@ -323,7 +323,8 @@ def read_keys(path: str | os.PathLike[str]) -> dict[str, Any]:
         path: A safetensors file or a PEFT folder.
 
     Returns:
-        The FilePlan document, schema 1, as `qwenlora-keys --json` prints it.
+        The FilePlan document, schema 1, as `qwenlora-keys --json` prints it. Its `model` is the
+        name of the model that the file is for.
 
     Raises:
         LoraReadError: The file cannot be read.
