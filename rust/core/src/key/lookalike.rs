@@ -75,7 +75,7 @@ const FLUX_OR_SD3: &str = "FLUX, HunyuanVideo or Stable Diffusion 3";
 
 /// Its blocks have Z-Image's names but for these.
 const IDEOGRAM: &str = "Ideogram 4";
-/// Both share names and width. Neta-Lumina and NetaYume are Lumina-Image 2.0 with other weights.
+/// Both share names and width. Finetunes of Lumina-Image 2.0, such as Neta-Lumina, are of it, too.
 const LUMINA: &str = "Lumina-Image 2.0 or NewBie";
 /// Their blocks have the same names in diffusers.
 const LUMINA_IN_DIFFUSERS: &str = "Lumina-Image 2.0 or OmniGen2";
