@@ -25,7 +25,7 @@ from qwenlora.compose.structure import composed_bytes
 from qwenlora.errors import LoraNotFoundError, UnsupportedModelError
 from qwenlora.model.lock import lock_of
 from qwenlora.model.modules import inner_of
-from qwenlora.model.state import EMPTY, read_state
+from qwenlora.model.state import read_state
 from qwenlora.runtime import OPTIONS_KEY
 from qwenlora.words import counted
 
@@ -289,9 +289,10 @@ def _leave_between_runs(clone: ModelPatcher) -> None:
 
 
 def _leave(model: ModelPatcher) -> None:
-    """Bring a model's transformer to its base, ComfyUI's patches in it included."""
+    """Take out what this clone has composed; ComfyUI's patches stay."""
     transformer, wanted = inner_of(model.model.diffusion_model), set_of(model)
-    if wanted is None or read_state(transformer) is EMPTY:
+    # Clones that are let go are ejected, too, at any time: also while another one runs.
+    if wanted is None or read_state(transformer).stack not in (None, wanted.key):
         return
     options = replace(wanted.options, progress=None, offload=False)
     bare = LoraSet.of(options=options)

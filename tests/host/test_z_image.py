@@ -380,6 +380,44 @@ def test_nothing_stays_composed_between_runs(emulated, loads, two, z_image, monk
     assert torch.equal(z_image.ksample(emulated), base)
 
 
+def test_a_run_composes_once_whatever_its_steps(emulated, loads, two, z_image, composed):
+    model = loads.ours(emulated, A)
+    for steps in (1, 4):
+        composed.clear()
+        z_image.ksample(model, steps=steps, cfg=2.0)
+        assert [len(wanted.specs) for wanted in composed] == [1, 0]
+
+
+def test_a_run_is_left_by_its_end_alone(emulated, loads, two, z_image, monkeypatch):
+    """ComfyUI also ejects what it injected, for hooks that it takes out: that is its own matter."""
+    from comfy.model_patcher import ModelPatcher
+
+    monkeypatch.setattr(ModelPatcher, "clean_hooks", lambda self: None)
+    model = loads.ours(emulated, A)
+    z_image.ksample(model)
+    assert read_state(emulated.model.diffusion_model) is EMPTY
+    del model  # ComfyUI ejects what is let go
+
+
+def test_a_clone_that_is_let_go_leaves_the_run_of_another_alone(
+    emulated, loads, two, z_image, composed, monkeypatch
+):
+    expected = z_image.ksample(loads.ours(emulated, B))
+    other = loads.ours(emulated, A)
+    z_image.ksample(other)
+    # It says that it is injected, as what it is a clone of was: ComfyUI copies that.
+    held = [other.clone()]
+    model = loads.ours(emulated, B)
+    composed.clear()
+
+    def letting_go(*_, **__):
+        return lambda *_: held.clear()
+
+    monkeypatch.setattr("latent_preview.prepare_callback", letting_go)
+    assert torch.equal(z_image.ksample(model), expected)
+    assert len(composed) == 2
+
+
 def _stopping(*_, **__):
     def after_step(*_):
         raise KeyboardInterrupt
