@@ -23,8 +23,9 @@ from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 from qwenlora import ComfyQwenImageWrapper, LoraSet
 from qwenlora.compose.structure import composed_bytes
 from qwenlora.errors import LoraNotFoundError, UnsupportedModelError
+from qwenlora.model.families import FAMILIES
 from qwenlora.model.lock import lock_of
-from qwenlora.model.modules import inner_of
+from qwenlora.model.modules import inner_of, modules_of
 from qwenlora.model.state import read_state
 from qwenlora.runtime import OPTIONS_KEY
 from qwenlora.words import counted
@@ -59,14 +60,8 @@ _LOADERS = "`Nunchaku Qwen Image DiT Loader` or `Nunchaku Z-Image DiT Loader`"
 _OTHER_WRAPPERS = ("ComfyQwenImageWrapper", "ComfyZImageTurboWrapper")
 """Classes that other node packs put in the transformer's place, some with an ending to the name."""
 
-_MODELS = {
-    "transformer_blocks": ("img_mod", "txt_mod"),
-    "layers": ("attention", "feed_forward", "adaLN_modulation"),
-}
-"""Where a model has its blocks, and what each of them has, for every model that is known."""
-
 _IN_BLOCKS = re.compile(r"transformer_blocks|(?<!post)[._]attention[._]|feed_forward")
-"""In the name of every quantized weight of theirs, whichever way a file spells it."""
+"""In the name of every quantized layer's weight, whichever way a file spells it."""
 
 _PACKED = ".qweight"
 _FIRST_WITH_GROUPS = (1, 57)
@@ -161,12 +156,13 @@ def transformer_of(model: ModelPatcher) -> nn.Module:
 
 
 def _is_known(transformer: nn.Module) -> bool:
-    """Tell by its first block if a transformer is one of the models that LoRAs are composed on."""
-    for name, parts in _MODELS.items():
-        blocks = getattr(transformer, name, None)
-        if blocks and all(hasattr(inner_of(blocks[0]), part) for part in parts):
-            return True
-    return False
+    """Tell by its first blocks if a transformer is one of the models that LoRAs are composed on."""
+    paths = {path for path, _ in modules_of(transformer)}
+    lists = (own for family in FAMILIES for own in family.lists.items())
+    return any(
+        bool(names) and all(f"{blocks}.0.{name}" in paths for name in names)
+        for blocks, names in lists
+    )
 
 
 def offloads_blocks(transformer: nn.Module) -> bool:

@@ -460,6 +460,39 @@ def test_the_report_says_that_comfyuis_patches_are_there(emulated, loads, two, c
     assert not [record for record in caplog.records if record.name == "qwenlora"]
 
 
+def test_a_lora_hook_reaches_the_plain_layers_alone(emulated, loads, two, z_image, caplog):
+    import nodes
+
+    (hooks,) = nodes.NODE_CLASS_MAPPINGS["CreateHookLora"]().create_hook(A, 1.0, 1.0)
+    hooked = [[cond, {**options, "hooks": hooks}] for cond, options in z_image.conditioning(1)]
+    base = z_image.ksample(emulated)
+    model = loads.ours(emulated, B)
+    expected = z_image.ksample(model)
+    assert not torch.equal(z_image.ksample(model, positive=hooked, cfg=2.0), expected)
+    (text,) = [r.getMessage() for r in caplog.records if r.name == "qwenlora"]
+    # Three modulations and the six plain linears outside of blocks.
+    assert "reaches the plain layers alone (9 weights), not the quantized blocks" in text
+    assert torch.equal(z_image.ksample(model), expected)
+    assert torch.equal(z_image.ksample(emulated), base)
+
+
+def test_a_text_encoders_hook_is_not_warned_of(emulated, loads, two, z_image, caplog):
+    import nodes
+
+    stem = "text_encoders.qwen3_4b.transformer.model.layers.0."
+    names = [f"{stem}self_attn.q_proj.lora_{half}.weight" for half in "AB"]
+    loads.put("text.safetensors", {name: torch.ones(4, 4) for name in names})
+    hooks = nodes.NODE_CLASS_MAPPINGS["CreateHookLora"]().create_hook("text.safetensors", 1.0, 1.0)
+    hooked = [[cond, {"hooks": hooks[0]}] for cond, _ in z_image.conditioning(1)]
+    z_image.ksample(loads.ours(emulated, B), positive=hooked)
+    assert not [r for r in caplog.records if r.name == "qwenlora"]
+
+
+def test_a_dense_model_is_named(dense, loads, two):
+    with pytest.raises(qwenlora.QwenLoraError, match=r"got NextDiT\nhint: .*Z-Image DiT Loader"):
+        loads.ours(dense)
+
+
 def test_offload_that_the_model_has_not_is_said(emulated, loads, two, z_image, caplog):
     import nodes
 
