@@ -7,6 +7,7 @@ Here its classes run over those of Nunchaku's extension, built for the device.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +42,8 @@ SVDQ = [name for name in RANKS if "mod" not in name]
 AWQ = [name for name in RANKS if "mod" in name]
 
 
-def _operators(native: Any) -> SimpleNamespace:
+@functools.cache
+def operators(native: Any) -> SimpleNamespace:
     """Nunchaku's kernels as operators of PyTorch, as diffusers' package of kernels registers them.
 
     What a plain int4 layer does not use is left out.
@@ -108,7 +110,7 @@ def layers() -> Any:
         native = importlib.import_module("nunchaku._C").ops
     except ImportError as error:
         pytest.skip(f"needs Nunchaku's kernels (the PyPI package is another one): {error}")
-    return layers_over(_operators(native), name="nunchaku")
+    return layers_over(operators(native), name="nunchaku")
 
 
 @pytest.fixture(scope="module")

@@ -61,49 +61,52 @@ class Peer:
 
     Attributes:
         form: The form of the models that they build.
+        module: Where they are.
         kernels: What answers their compiled operations.
     """
 
-    def __init__(self, folder: Path, kernels: LiteKernels) -> None:
+    def __init__(self, folder: Path, kernels: Any) -> None:
         self.kernels = kernels
         self._is_lite = (folder / LITE).is_dir()
         if self._is_lite:
-            self._module = _imported(LITE, "adapters.z_image")
+            self.module = _imported(LITE, "adapters.z_image")
             self.form = ZImageForm.PASSED
             return
-        self._module = _imported("nunchaku", "models.transformers.transformer_zimage")
-        is_fused = hasattr(self._module, "NunchakuZImageFusedModule")
+        self.module = _imported("nunchaku", "models.transformers.transformer_zimage")
+        is_fused = hasattr(self.module, "NunchakuZImageFusedModule")
         self.form = ZImageForm.FUSED if is_fused else ZImageForm.CALLED
 
     def model(self, dense: Any, state: dict[str, Tensor], *, quantized_refiners: bool) -> Any:
-        """Build a model as it is loaded, of a checkpoint in float32."""
+        """Build a model as it is loaded, of a checkpoint in one dtype."""
         build = self._patched_by_lite if self._is_lite else self._patched
-        model = build(dense, skip_refiners=not quantized_refiners)
-        if self.kernels.precision is Precision.EXACT:
+        dtype = state["x_pad_token"].dtype
+        model = build(dense, dtype, skip_refiners=not quantized_refiners)
+        if getattr(self.kernels, "precision", None) is Precision.EXACT:
             _widen(model)
         model.load_state_dict(state)
         return model.eval().requires_grad_(False)
 
-    def _patched(self, dense: Any, *, skip_refiners: bool) -> Any:
+    def _patched(self, dense: Any, dtype: torch.dtype, *, skip_refiners: bool) -> Any:
         with torch.device("meta"):
-            model = self._module.NunchakuZImageTransformer2DModel.from_config(dense.config)
+            model = self.module.NunchakuZImageTransformer2DModel.from_config(dense.config)
+        model = nn.Module.to(model, dtype)
         model._patch_model(skip_refiners=skip_refiners, precision="int4", rank=RANK)
         return model.to_empty(device="cpu")
 
-    def _patched_by_lite(self, dense: Any, *, skip_refiners: bool) -> Any:
-        model = copy.deepcopy(dense)
-        options = SimpleNamespace(precision="int4", torch_dtype=torch.float32, adapter_options={})
+    def _patched_by_lite(self, dense: Any, dtype: torch.dtype, *, skip_refiners: bool) -> Any:
+        model = nn.Module.to(copy.deepcopy(dense), dtype)
+        options = SimpleNamespace(precision="int4", torch_dtype=None, adapter_options={})
         config = {"rank": RANK, "skip_refiners": skip_refiners}
-        self._module.ZImageAdapter().patch(model, {}, config, options)
+        self.module.ZImageAdapter().patch(model, {}, config, options)
         return model
 
     def run(self, model: Any, *args: Any) -> Tensor:
         """Call the model; the result's first sample."""
-        with torch.no_grad(), self._rotations(model):
+        with torch.no_grad(), self.rotations(model):
             return _forward_of(model)(*args, return_dict=False)[0][0]
 
     @contextmanager
-    def _rotations(self, model: Any) -> Iterator[None]:
+    def rotations(self, model: Any) -> Iterator[None]:
         """What the fused form's own forward does around diffusers'.
 
         That forward passes arguments by place, as diffusers took them before it had others.
@@ -111,7 +114,7 @@ class Peer:
         if self.form is not ZImageForm.FUSED:
             yield
             return
-        model.register_rope_hook(self._module.NunchakuZImageRopeHook())
+        model.register_rope_hook(self.module.NunchakuZImageRopeHook())
         try:
             yield
         finally:
@@ -139,7 +142,7 @@ def _widen(model: nn.Module) -> None:
 
 
 @contextmanager
-def sources(folder: Path, kernels: LiteKernels) -> Iterator[None]:
+def sources(folder: Path, kernels: object) -> Iterator[None]:
     """Make a folder's package importable, over these kernels."""
     package = LITE if (folder / LITE).is_dir() else "nunchaku"
     assert (folder / package).is_dir(), f"{folder} has no package `nunchaku` or `{LITE}`"
