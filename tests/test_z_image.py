@@ -38,6 +38,7 @@ FUSED_QKV = {
     ZImageForm.FUSED: "attention.fused_module.qkv",
     ZImageForm.PASSED: "attention.to_qkv",
     ZImageForm.COMFYUI: "attention.qkv",
+    ZImageForm.COMFYUI_CALLED: "attention.qkv",
 }
 """The slot of query, key and value in a block."""
 UNSEEN = (ZImageForm.FUSED, ZImageForm.PASSED, ZImageForm.COMFYUI)
@@ -413,7 +414,9 @@ def test_a_file_of_the_other_model_is_refused_by_name(made):
 
 def test_a_quantized_layer_of_another_model_is_refused(made, files):
     model = made(ZImageForm.CALLED)
-    del model.layers[0].adaLN_modulation
+    # As Lumina-Image has it: an activation before the linear.
+    modulation = model.layers[0].adaLN_modulation
+    modulation.insert(0, nn.SiLU())
     with pytest.raises(errors.UnsupportedModelError, match=r"layers\.0\."):
         qwenlora.compose_loras(model, files["out"].tensors)
 
@@ -481,6 +484,112 @@ def test_a_group_and_single_slots_leave_the_same_bits(form, made, dense, probe, 
     with apart():
         qwenlora.compose_loras(other, tmp_path / "lora.safetensors")
     assert probe.values(model) == probe.values(other)
+
+
+@pytest.mark.parametrize("form", [ZImageForm.FUSED, ZImageForm.STOCK])
+@pytest.mark.parametrize("offload", ["model", "group"])
+def test_offload_that_moves_what_is_there(offload, form, made, files, changes, run):
+    model = made(form)
+    base = run(model)
+    if offload == "model":
+        pytest.importorskip("accelerate").cpu_offload_with_hook(model, execution_device="cpu")
+    else:
+        from diffusers.hooks import apply_group_offloading
+
+        cpu = torch.device("cpu")
+        apply_group_offloading(
+            model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level"
+        )
+    for name in ("gate and value", "norms"):
+        qwenlora.compose_loras(model, files[name].tensors)
+        assert error_of(model, run, base, changes(files[name])) < DELTA_BOUND
+    qwenlora.reset_loras(model)
+    assert torch.equal(run(model), base)
+
+
+PIPELINED = [form for form in ZImageForm if not form.value.startswith("comfyui")]
+
+
+def pipeline_of(transformer):
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    vae = AutoencoderKL(
+        **blocks, block_out_channels=(8,), latent_channels=16, norm_num_groups=4, shift_factor=0.1
+    )
+    pipeline = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def picture(pipeline):
+    """The latent that two steps make."""
+    return pipeline(
+        prompt_embeds=[torch.randn(20, 128, generator=torch.Generator().manual_seed(0))],
+        num_inference_steps=2,
+        height=16,
+        width=16,
+        guidance_scale=0.0,
+        generator=torch.Generator().manual_seed(1),
+        output_type="latent",
+    ).images
+
+
+@pytest.fixture(scope="module")
+def pictures(dense):
+    """What PEFT makes of the same calls on the dense pipeline."""
+    return after_each_call(pipeline_of(copy.deepcopy(dense)), dense)
+
+
+def after_each_call(pipeline, dense):
+    first, second = File(6).every_linear(dense), File(7).every_linear(dense)
+    pipeline.load_lora_weights(dict(first.tensors), adapter_name="first")
+    pipeline.load_lora_weights(dict(second.tensors), adapter_name="second")
+    pipeline.set_adapters(["first", "second"], [0.7, -0.3])
+    made = [picture(pipeline)]
+    pipeline.disable_lora()
+    made.append(picture(pipeline))
+    pipeline.enable_lora()
+    pipeline.delete_adapters("first")
+    made.append(picture(pipeline))
+    pipeline.unload_lora_weights()
+    return [*made, picture(pipeline)]
+
+
+@pytest.mark.parametrize("form", PIPELINED)
+def test_the_pipelines_methods_do_what_peft_does(form, made, dense, pictures):
+    pipeline = pipeline_of(made(form))
+    qwenlora.attach(pipeline)
+    ours = after_each_call(pipeline, dense)
+    assert not torch.equal(pictures[0], pictures[1])
+    for own, theirs in zip(ours, pictures, strict=True):
+        assert float((own - theirs).norm() / theirs.norm()) < 1e-5
+    qwenlora.detach(pipeline)
+
+
+@pytest.mark.parametrize("form", [ZImageForm.FUSED, ZImageForm.STOCK])
+def test_a_step_cache_keeps_no_residual_of_other_loras(form, made, files, run):
+    hooks = pytest.importorskip("diffusers.hooks")
+    model, fresh = made(form), made(form)
+    for own in (model, fresh):
+        hooks.apply_first_block_cache(own, hooks.FirstBlockCacheConfig(threshold=100.0))
+    qwenlora.ComfyQwenImageWrapper.of(model)
+
+    def cached(own):
+        with own.cache_context("cond"):
+            return run(own)
+
+    base = cached(model)
+    assert torch.equal(cached(model), base)
+    qwenlora.compose_loras(model, files["gate and value"].tensors)
+    qwenlora.compose_loras(fresh, files["gate and value"].tensors)
+    assert torch.allclose(cached(model), cached(fresh), atol=1e-5)
 
 
 @pytest.mark.slow

@@ -28,8 +28,8 @@ class Family:
     """One family of models.
 
     Attributes:
-        lists: Paths of the lists of its blocks, each with the modules that all of those blocks
-            have, however they are built. A block that lacks one is another model's.
+        lists: Paths of the lists of its blocks, each with the slots that all of those blocks have,
+            however they are built. A block that lacks one is another model's.
         build: The build that the slots of one part of a block are of. Takes the block's path, the
             part's name in it, and the model's modules. What does not tell counts as Nunchaku's,
             whose layers carry least.

@@ -63,10 +63,8 @@ def unknown_layer(
         targets: The model's slots by path.
         modules: All its modules by path.
     """
-    modules = list(modules)
-    paths = {path for path, _ in modules}
     for path, target in targets.items():
-        if target.kind in QUANTIZED and not _is_known(path, target.row.pattern, paths):
+        if target.kind in QUANTIZED and not _is_known(path, target.row.pattern, targets):
             return path
     for path, module in modules:
         names = (*module._parameters, *module._buffers)
@@ -78,7 +76,7 @@ def unknown_layer(
     return None
 
 
-def _is_known(path: str, alike: str, paths: Container[str]) -> bool:
+def _is_known(path: str, alike: str, slots: Container[str]) -> bool:
     """Tell if a known model has the layer, in a block with all that that model's have."""
     if not _is_of_a_model(alike):
         return False
@@ -86,7 +84,7 @@ def _is_known(path: str, alike: str, paths: Container[str]) -> bool:
     if family is None:
         return True
     blocks, number, _ = path.split(".", 2)
-    return all(f"{blocks}.{number}.{name}" in paths for name in family.lists[blocks])
+    return all(f"{blocks}.{number}.{name}" in slots for name in family.lists[blocks])
 
 
 def _require_known_rank(path: str, module: nn.Module, place: LowRankPlace) -> None:
