@@ -21,12 +21,14 @@ import pytest
 import torch
 from torch import nn
 
+import qwenlora
 from qwenlora import emulation
 from qwenlora.emulation import Precision, ZImageForm
+from qwenlora.emulation.fused_qkv import EPSILON
 from qwenlora.emulation.lite_kernels import LiteKernels
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -40,6 +42,8 @@ pytestmark = [
     ),
     # Nunchaku's way to pad, of which PyTorch warns.
     pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning"),
+    # PEFT's, of every second adapter.
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),
 ]
 
 RANK = 32
@@ -50,6 +54,14 @@ EPSILON_BOUND = 1e-5
 
 ROUNDED_BOUND = 1e-3
 """The same in 4 bits; measured: 0."""
+
+COMPOSED_BOUND = 3e-6
+"""The same with LoRAs, against PEFT on the dense model; measured: 8.3e-7."""
+DELTA_BOUND = 1e-5
+"""Relative error of what LoRAs change in an output; measured: 2.2e-6."""
+RANKS = {"first": 4, "second": 20}
+STRENGTHS = (0.7, -0.4)
+LISTS = ("noise_refiner", "context_refiner", "layers")
 
 BARE = ("nunchaku", "nunchaku.models", "nunchaku.models.transformers", "nunchaku.models.unets")
 """Packages whose own file is not run: it imports models that need what is not installed."""
@@ -218,6 +230,75 @@ def test_it_rounds_as_the_emulated_one(peer, dense, arguments, monkeypatch):
     with torch.no_grad():
         expected = ours(*arguments, return_dict=False)[0][0]
     assert error(peer.run(theirs, *arguments), expected) < ROUNDED_BOUND
+
+
+@pytest.mark.parametrize("quantized_refiners", [True, False])
+def test_composed_as_by_peft(peer, dense, arguments, trained, quantized_refiners):
+    """LoRAs that PEFT made and diffusers saved, on every linear of the model."""
+    theirs = loaded(peer, dense, quantized_refiners=quantized_refiners)
+    lists = LISTS if quantized_refiners else ("layers",)
+    base, names = peer.run(theirs, *arguments), parameters(theirs)
+    with torch.no_grad():
+        expected = trained.output(peer.form, lists, arguments)
+        moved = expected - trained.output(peer.form, lists, arguments, strengths=(0.0, 0.0))
+        report = qwenlora.compose_loras(
+            theirs, list(zip(trained.files, STRENGTHS, strict=True)), strict=True
+        )
+        assert report.complete, report.summary()
+        found = peer.run(theirs, *arguments)
+        assert moved.norm() > 0.1 * base.norm()
+        assert error(found, expected) < COMPOSED_BOUND
+        assert error(found - base, moved) < DELTA_BOUND
+        qwenlora.reset_loras(theirs)
+    assert torch.equal(peer.run(theirs, *arguments), base)
+    assert parameters(theirs) == names
+
+
+class Trained:
+    """A dense model with adapters of PEFT's on all linears, and their files.
+
+    Attributes:
+        files: One for each adapter, as diffusers saves it.
+    """
+
+    def __init__(self, dense: Any, folder: Path) -> None:
+        from peft import LoraConfig
+
+        self._model = copy.deepcopy(dense)
+        linears = [n for n, module in dense.named_modules() if isinstance(module, nn.Linear)]
+        generator = torch.Generator().manual_seed(8)
+        self.files = []
+        for name, rank in RANKS.items():
+            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linears)
+            self._model.add_adapter(config, adapter_name=name)
+            for path, parameter in self._model.named_parameters():
+                if f".{name}." in path:
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.data = 0.3 * noise * parameter.shape[1] ** -0.5
+            self.files.append(folder / name / "pytorch_lora_weights.safetensors")
+            self._model.save_lora_adapter(folder / name, adapter_name=name)
+
+    def output(
+        self,
+        form: ZImageForm,
+        lists: Sequence[str],
+        arguments: tuple[Any, ...],
+        strengths: tuple[float, float] = STRENGTHS,
+    ) -> Tensor:
+        """The dense output, with the epsilon of the form's norms of query and key."""
+        for name in LISTS:
+            is_fused = form is not ZImageForm.CALLED and name in lists
+            for block in getattr(self._model, name):
+                norms = (block.attention.norm_q, block.attention.norm_k)
+                for norm in norms:
+                    norm.eps = EPSILON if is_fused else 1e-5
+        self._model.set_adapters(list(RANKS), list(strengths))
+        return self._model(*arguments, return_dict=False)[0][0]
+
+
+@pytest.fixture(scope="module")
+def trained(dense, tmp_path_factory) -> Trained:
+    return Trained(dense, tmp_path_factory.mktemp("adapters"))
 
 
 def loaded(peer: Peer, dense: Any, **options: bool) -> Any:
