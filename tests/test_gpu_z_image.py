@@ -26,7 +26,8 @@ from qwenlora.emulation.rope import unpack_rotations
 
 from .test_gpu import BOUND, Pair, record, relative, write
 from .test_gpu_lite import operators
-from .test_nunchaku_z_image import FOLDERS, RANK, Peer, sources
+from .nunchaku_sources import PACKAGES, RANK, sources
+from .test_nunchaku_z_image import Peer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -109,7 +110,7 @@ def native() -> Any:
         pytest.skip(f"needs Nunchaku's kernels (the PyPI package is another one): {error}")
 
 
-@pytest.fixture(scope="module", params=[None, *FOLDERS], ids=lambda path: path and path.name)
+@pytest.fixture(scope="module", params=[None, *PACKAGES], ids=lambda path: path and path.name)
 def host(request: pytest.FixtureRequest, native: Any) -> Iterator[Any]:
     if request.param is None:
         yield Stock(native)

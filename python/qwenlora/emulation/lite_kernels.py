@@ -167,12 +167,7 @@ class LiteKernels:
         norm_k: object,
         rotary: Tensor,
     ) -> Tensor:
-        norms = []
-        for name, norm in (("norm_q", norm_q), ("norm_k", norm_k)):
-            if not isinstance(norm, torch.Tensor):
-                raise KernelContractError(f"`{name}` must be there where rotations are")
-            check_tensor(name, norm, (HEAD_DIM,), out.dtype, out)
-            norms.append(norm)
+        weights = _norm_weight("norm_q", norm_q, out), _norm_weight("norm_k", norm_k, out)
         tokens = rotary.shape[:-1].numel()
         check_tensor("rotary_emb", rotary, (*rotary.shape[:2], HEAD_DIM), torch.float32, out)
         if tokens != rows_padded:
@@ -183,7 +178,7 @@ class LiteKernels:
             # The kernel's epilogue reads 16-bit values.
             product = product.to(out.dtype)
         rotation = unpack_rotations(rotary).flatten(0, 1)[: product.shape[0]]  # (M, 64)
-        return norm_and_rotate(product, *norms, rotation)
+        return norm_and_rotate(product, *weights, rotation)
 
     def gemv_awq(
         self,
@@ -219,6 +214,13 @@ class LiteKernels:
             return (x.float() @ qweight.T).to(x.dtype)
         weight = dequantize(pack.unpack_awq_qweight(qweight), wscales.T, wzeros.T)
         return (x.float() @ weight.T).to(x.dtype)
+
+
+def _norm_weight(name: str, weight: object, out: Tensor) -> Tensor:
+    if not isinstance(weight, torch.Tensor):
+        raise KernelContractError(f"`{name}` must be there where rotations are")
+    check_tensor(name, weight, (HEAD_DIM,), out.dtype, out)
+    return weight
 
 
 def _check_scales(scales: object, rank: int) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from qwenlora.emulation.fused_qkv import fused_qkv_norm_rotary
 from qwenlora.emulation.rope import rotate
-from qwenlora.emulation.z_image_layers import attend
+from qwenlora.emulation.z_image_layers import attend, split
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,7 +60,7 @@ class ComfyAttention(nn.Module):
     ) -> Tensor:
         """Attend over (B, S, C) under rotations (B, S, D/2)."""
         del transformer_options
-        query, key, value = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+        query, key, value = split(self.qkv(x), self.n_local_heads)
         query, key = rotate(self.q_norm(query), freqs_cis), rotate(self.k_norm(key), freqs_cis)
         projected: Tensor = self.out(attend(query, key, value, x_mask))
         return projected
@@ -79,9 +79,8 @@ class ComfyFusedAttention(ComfyAttention):
         """See `ComfyAttention.forward`."""
         del transformer_options
         qkv: Any = self.qkv
-        norms: Any = (self.q_norm, self.k_norm)
-        fused = fused_qkv_norm_rotary(x, qkv, *(norm.weight for norm in norms), freqs_cis)
-        query, key, value = fused.unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+        fused = fused_qkv_norm_rotary(x, qkv, self.q_norm.weight, self.k_norm.weight, freqs_cis)
+        query, key, value = split(fused, self.n_local_heads)
         projected: Tensor = self.out(attend(query, key, value, x_mask))
         return projected
 
@@ -153,7 +152,8 @@ class ComfyZImageBlock(nn.Module):
         )
         x = x + gates[0] * self.attention_norm2(attended)
         fed = self.feed_forward(self.ffn_norm1(x) * (1 + scales[1]))
-        return x + gates[1] * self.ffn_norm2(fed)
+        x = x + gates[1] * self.ffn_norm2(fed)
+        return x
 
 
 class ComfyZImageTransformer(nn.Module):
@@ -234,14 +234,15 @@ class ComfyZImageTransformer(nn.Module):
     def _patches(self, latents: Tensor) -> Tensor:
         side = self.patch_size
         # (B, c, rows, side, columns, side) => (B, rows, columns, side, side, c)
-        split = latents.unflatten(3, (-1, side)).unflatten(2, (-1, side))
-        return split.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        batch, channels, height, width = latents.shape
+        parts = latents.view(batch, channels, height // side, side, width // side, side)
+        return parts.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
     def _pixels(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
         side = self.patch_size
-        split = tokens.unflatten(2, (side, side, -1)).unflatten(1, (rows, columns))
+        parts = tokens.reshape(tokens.shape[0], rows, columns, side, side, -1)
         # (B, rows, columns, side, side, c) => (B, c, rows, side, columns, side)
-        turned = split.permute(0, 5, 1, 3, 2, 4)
+        turned = parts.permute(0, 5, 1, 3, 2, 4)
         return turned.flatten(4).flatten(2, 3).unsqueeze(2)  # (B, c, 1, height, width)
 
     def _rotations(self, image: Tensor, text: Tensor, rows: int, columns: int) -> Tensor:

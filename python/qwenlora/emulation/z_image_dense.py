@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -47,9 +48,8 @@ def tiny_z_image(
     Raises:
         ImportError: diffusers is not installed, or has no Z-Image.
     """
-    from diffusers import ZImageTransformer2DModel
-
-    model = ZImageTransformer2DModel(
+    diffusers: Any = importlib.import_module("diffusers")
+    model = diffusers.ZImageTransformer2DModel(
         dim=WIDTH,
         n_layers=layers,
         n_refiner_layers=refiners,
@@ -65,7 +65,8 @@ def tiny_z_image(
     with torch.no_grad():
         for token in (model.x_pad_token, model.cap_pad_token):
             token.normal_(generator=generator)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
 @torch.no_grad()

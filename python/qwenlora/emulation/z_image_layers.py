@@ -208,7 +208,7 @@ class ModulationLinear(nn.Linear):
 
 def split(fused: Tensor, heads: int) -> Sequence[Tensor]:
     """(B, S, 3C) => query, key and value, (B, S, H, D) each."""
-    return [part.unflatten(-1, (heads, -1)) for part in fused.chunk(3, dim=-1)]
+    return fused.view(*fused.shape[:-1], 3, heads, -1).unbind(-3)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -226,8 +226,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     if mask is not None and mask.ndim == 2:
         mask = mask[:, None, None, :]  # (B, 1, 1, S)
     # (B, S, H, D) => (B, H, S, D)
-    turned = (part.transpose(1, 2) for part in (query, key, value))
-    attended: Tensor = F.scaled_dot_product_attention(*turned, attn_mask=mask)
+    attended: Tensor = F.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
+    )
     return attended.transpose(1, 2).flatten(2)
 
 

@@ -230,7 +230,7 @@ def _comfy_dense(path: str, block: Any, quantizer: _Quantizer) -> ComfyZImageBlo
     return ComfyZImageBlock(block, attention, ComfyFeedForward(*linears))
 
 
-def _cast_by_comfy(layer: SVDQW4A4Linear) -> None:
+def _cast_by_comfy(layer: Any) -> None:
     """Give a layer what ComfyUI asks of one that it moves by itself, as the pack does since 1.2."""
     layer.comfy_cast_weights = False
     layer.weight = None
