@@ -13,14 +13,14 @@ class ZImageForm(enum.Enum):
     """
 
     CALLED = "called"
-    """Nunchaku 1.0: `attention.to_qkv` is called as a module, norms and rotation follow it.
+    """Nunchaku 1.1: `attention.to_qkv` is called as a module, norms and rotation follow it.
 
     The MLP is `feed_forward.net.0.proj`, with the rows of `w3` before those of `w1`, and
     `feed_forward.net.2`.
     """
 
     FUSED = "fused"
-    """Nunchaku since 1.1: `attention.fused_module` holds the tensors of `to_qkv` and both norms.
+    """Nunchaku since 1.2: `attention.fused_module` holds the tensors of `to_qkv` and both norms.
 
     It has no layer inside. The MLP is as in `CALLED`.
     """
