@@ -24,9 +24,9 @@ from qwenlora.emulation.fused_qkv import EPSILON, HEAD_DIM
 from qwenlora.emulation.lite_layers import layers_over
 from qwenlora.emulation.rope import unpack_rotations
 
+from .nunchaku_sources import PACKAGES, RANK, sources
 from .test_gpu import BOUND, Pair, record, relative, write
 from .test_gpu_lite import operators
-from .nunchaku_sources import PACKAGES, RANK, sources
 from .test_nunchaku_z_image import Peer
 
 if TYPE_CHECKING:
