@@ -105,8 +105,11 @@ def calls_its_layers(*code: object) -> bool:
         code: Modules, whose forwards are looked at, and other objects that are called.
     """
     for own in code:
-        is_module = isinstance(own, torch.nn.Module)
-        names = names_of_module(own) if is_module else names_of_class(type(own))
+        if isinstance(own, torch.nn.Module):
+            names = names_of_module(own)
+        else:
+            kind: type = type(own)
+            names = names_of_class(kind)
         if names is None or not names.all.isdisjoint(_OF_A_LAYER):
             return False
     return True
