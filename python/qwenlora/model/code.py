@@ -92,10 +92,12 @@ def own_forward(module: nn.Module) -> object | None:
     None where it has none, or where it is only one around its class's, as hosts' hooks are.
     """
     forward = module.__dict__.get("forward")
+    if forward is None:
+        return None
     function = _function_of(forward)
     kind: type = type(module)
     is_class_s = any(_function_of(own.called) is function for own in _defined(kind, "forward"))
-    return None if forward is None or is_class_s else forward
+    return None if is_class_s else forward
 
 
 def calls_its_layers(*code: object) -> bool:
