@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import qwenlora
 from qwenlora.delta.slot_deltas import SlotDeltas
 from qwenlora.model.target import LowRankPlace
 from qwenlora.plan.documents import SlotKind
@@ -104,3 +105,57 @@ def bare_layer(target):
     layer = nn.Module()
     layer.proj_down, layer.proj_up = target.owner.low_down, target.owner.low_up
     return layer
+
+
+class CastLinear(nn.Linear):
+    """A linear that a host keeps in host memory, and brings to each input."""
+
+    def forward(self, input):
+        return nn.functional.linear(input, self.weight.to(input.device), self.bias.to(input.device))
+
+
+CAST = ("img_in", "txt_in", "proj_out", "norm_out.linear")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("adapter", ["lora", "lokr", "full"])
+def test_a_branch_is_brought_to_the_input_as_its_layer_is(adapter, make_model, probe):
+    """As ComfyUI loads a model that does not fit: in part."""
+    generator = torch.Generator().manual_seed(7)
+    model, whole = make_model(), make_model()
+    tensors = {}
+    for path in CAST:
+        linear = model.get_submodule(path)
+        cast = CastLinear(linear.in_features, linear.out_features)
+        cast.load_state_dict(linear.state_dict())
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, cast)
+        out, inputs = linear.weight.shape
+        shapes = {
+            "lora": {"lora_A.weight": (4, inputs), "lora_B.weight": (out, 4)},
+            "lokr": {"lokr_w1": (4, 4), "lokr_w2": (out // 4, inputs // 4)},
+            "full": {"diff": (out, inputs)},
+        }
+        for role, shape in shapes[adapter].items():
+            key = f"transformer.{path}.{role}"
+            tensors[key] = 0.1 * torch.randn(shape, generator=generator)
+    model.to("cuda")
+    for path in CAST:
+        model.get_submodule(path).to("cpu")
+    whole.to("cuda")
+    expected = []
+    for own in (model, whole):
+        qwenlora.compose_loras(own, tensors)
+        expected.append(probe.output(own, call=_on_the_device(own)).cpu())
+    assert torch.allclose(*expected, atol=1e-4)
+
+
+def _on_the_device(model):
+    def call(**inputs):
+        moved = {
+            name: value.cuda() if isinstance(value, torch.Tensor) else value
+            for name, value in inputs.items()
+        }
+        return model(**moved)
+
+    return call

@@ -222,7 +222,11 @@ def low_rank_branch(target: Target, factors: Sequence[Tensor]) -> Branch:
 def add_side_branch(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> Tensor:
-    """Forward hook: adds every part of the branch to the output, in the branch's dtype."""
+    """Forward hook: adds every part of the branch to the output, in the branch's dtype.
+
+    A branch is where its layer's weights are. A host that keeps those in host memory brings them to
+    the input for each forward, and so is the branch brought there.
+    """
     buffers = module._buffers
     layout: BranchLayout | None = module.__dict__.get(_LAYOUT)
     if layout is None:
@@ -230,16 +234,20 @@ def add_side_branch(
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     down, up = buffers.get(BRANCH_DOWN), buffers.get(BRANCH_UP)
     if down is not None and up is not None:
-        output = _add_low_rank(x.to(down.dtype), down, up, output)
+        output = _add_low_rank(x.to(down.dtype), _at(x, down), _at(x, up), output)
     dense = buffers.get(BRANCH_DENSE)
     if dense is not None:
-        product = torch.nn.functional.linear(x.to(dense.dtype), dense)
+        product = torch.nn.functional.linear(x.to(dense.dtype), _at(x, dense))
         if layout.dense_exponent:
             product = product * 2.0**-layout.dense_exponent
         output = output + product.to(output.dtype)
     if layout.krons:
         output = _add_krons(x, buffers, layout, output)
     return output
+
+
+def _at(x: Tensor, tensor: Tensor) -> Tensor:
+    return tensor if tensor.device == x.device else tensor.to(x.device, non_blocking=True)
 
 
 def _add_low_rank(x: Tensor, down: Tensor, up: Tensor, output: Tensor) -> Tensor:
@@ -258,7 +266,7 @@ def _add_krons(
         w1, w2 = (buffers[name] for name in kron_names(index))
         if w1 is None or w2 is None:
             continue
-        product = kron_product(x.to(w1.dtype), w1, w2)
+        product = kron_product(x.to(w1.dtype), _at(x, w1), _at(x, w2))
         if layout.row_order is RowOrder.INTERLEAVED:
             product = interleave_modulation(product, dim=-1)
         # The layer's own output, which nobody else holds yet.
