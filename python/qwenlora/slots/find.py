@@ -129,31 +129,31 @@ def _found(
         tensors = _tensors(module) if plain else _asked_tensors(module)
         if not tensors:
             continue
-        for own in _layers(path, module, tensors):
-            found = own._replace(base_rank=base_ranks.get(own.path), in_flight=in_flight)
+        for own, name, prefix in _layers(path, tensors):
+            found = Found(name, module, own, base_ranks.get(name), in_flight, prefix)
             known = _facts(found)
             if known is not None:
-                offloaded = layout is not None and layout.holds(found.path)
-                yield _target(found, *known, builds.of(found.path), offloaded=offloaded)
+                offloaded = layout is not None and layout.holds(name)
+                yield _target(found, *known, builds.of(name), offloaded=offloaded)
 
 
-def _layers(path: str, module: nn.Module, tensors: Mapping[str, object]) -> Iterable[Found]:
-    """The layers that a module may be: itself, or those whose tensors a fused module holds.
+def _layers(
+    path: str, tensors: Mapping[str, object]
+) -> Iterable[tuple[Mapping[str, object], str, str]]:
+    """The layers that a module may be: their tensors, paths, and what their names begin with.
 
-    Such a module names a layer's tensors `qkv_proj_down`, `norm_q_weight`.
+    A module is one itself, or a fused one that holds the tensors of several, under names such as
+    `qkv_proj_down` and `norm_q_weight`.
     """
-    packed = [name for name in tensors if name.endswith(_FUSED)]
-    if not packed:
-        return (Found(path, module, tensors, None, in_flight=False),)
+    is_itself = "weight" in tensors or "qweight" in tensors
+    if is_itself or not any(name.endswith(_FUSED) for name in tensors):
+        return ((tensors, path, ""),)
     held: dict[str, dict[str, object]] = {}
     for name, tensor in tensors.items():
         for own in _OF_FUSED:
             if name.endswith(f"_{own}"):
                 held.setdefault(name.removesuffix(own), {})[own] = tensor
-    return [
-        Found(f"{path}.{prefix[:-1]}", module, own, None, in_flight=False, prefix=prefix)
-        for prefix, own in held.items()
-    ]
+    return [(own, f"{path}.{prefix[:-1]}", prefix) for prefix, own in held.items()]
 
 
 def _without_weights(path: str, module: nn.Module) -> QwenLoraError:
