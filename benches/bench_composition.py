@@ -36,6 +36,7 @@ from composition.options import BOUNDED
 from composition.scaling import Sweeps, measure_scaling
 from composition.screen import print_actions, print_floors, print_scaling
 from composition.table import Files, measure_table
+from composition.z_image import FORMS, LAYERS, build_z_image, write_z_image_lora
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -44,6 +45,22 @@ Row = dict[str, Any]
 SUITES = ("table", "offload", "fresh", "scaling")
 OTHER_FORM = "diffusers"
 """The suite of the model as diffusers builds it, which needs diffusers: asked for by name."""
+Z_IMAGE = "z_image"
+"""The suite of Z-Image in two forms, which needs diffusers: asked for by name."""
+Z_IMAGE_RANK = 32
+Z_IMAGE_ACTIONS = (
+    "first",
+    "first, page cache cold",
+    "strength",
+    "strength, pieces in host memory",
+    "strength, pieces on the device",
+    "switch to a set used before",
+    "switch, pieces on the device",
+    "reset",
+    "same stack again",
+    "forward, nothing changed",
+)
+"""Those of the table that need no file but the two of this suite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +207,23 @@ class Run:
         print_actions(rows, f"diffusers' own layers, base rank {base_rank}")
         self._free(model)
 
+    def z_image(self) -> Iterator[Row]:
+        """What users do, on Z-Image as Nunchaku builds it and as diffusers does."""
+        layers = min(LAYERS, self._size.blocks)
+        paths = [self._folder / f"z_image_{seed}.safetensors" for seed in range(2)]
+        for seed, path in enumerate(paths):
+            write_z_image_lora(path, layers, Z_IMAGE_RANK, seed=seed)
+        first, other = paths
+        files = replace(self._files, first=first, other=other)
+        for form in FORMS:
+            model = build_z_image(form, layers, self._size.base_ranks[0], self._device)
+            rows = []
+            for row in measure_table(model, files, [], self._meter, only=Z_IMAGE_ACTIONS):
+                rows.append(row | {"suite": Z_IMAGE, "form": form.value})
+                yield self._told(rows[-1])
+            print_actions(rows, f"Z-Image, {form.value}, rank {Z_IMAGE_RANK}")
+            self._free(model)
+
     def offload(self) -> Iterator[Row]:
         """One block resident."""
         found = []
@@ -275,7 +309,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, help="full on a GPU, small on the CPU")
     parser.add_argument("--blocks", type=int, help="blocks of the model, 60 unless tiny")
     parser.add_argument(
-        "--only", choices=(*SUITES, OTHER_FORM), nargs="+", default=SUITES, metavar="SUITE"
+        "--only", choices=(*SUITES, OTHER_FORM, Z_IMAGE), nargs="+", default=SUITES, metavar="SUITE"
     )
     parser.add_argument("--peer", type=Path, metavar="DIR", help="sources of the existing loader")
     parser.add_argument(

@@ -47,9 +47,9 @@ TOKENS = 320
 """No whole number of the kernel's rows."""
 STRENGTH = 0.7
 SHARE_BOUND = 0.1
-"""How far the share of a change that arrives is from 1 in one MLP (measured: ?)."""
+"""How far the share of a change that arrives is from 1 in one MLP (measured: 0.023)."""
 NOISE_BOUND = 1.5
-"""Difference to an oracle, relative to that of two oracles which round differently (measured: ?).
+"""Difference to an oracle, relative to that of two oracles which round otherwise (measured: 1.03).
 
 A layer rounds what it gets to 4 bits. So the last bit of one output moves whole steps of the next.
 """
@@ -225,21 +225,6 @@ def test_each_layer_gains_its_delta(
     assert max(errors.values()) < BOUND
 
 
-def test_a_part_of_query_key_and_value(host: Any, model: Any, tmp_path: Path) -> None:
-    """Rows of what a file does not train stay."""
-    block = "layers.1"
-    pairs = {f"{block}.{name}": delta(WIDTH, WIDTH, 20, 5) for name in (QKV[0], QKV[2])}
-    project = projections(host, model)[block]
-    x, freqs = random(1, TOKENS, WIDTH), rotations(TOKENS)
-    base = project.turned(x, freqs).clone()
-    qwenlora.compose_loras(model, save(tmp_path / "qv.safetensors", pairs))
-    found = project.turned(x, freqs)
-    query, key, value = (found.double() - base.double()).chunk(3, dim=-1)
-    assert torch.equal(key, torch.zeros_like(key))
-    assert relative(value, pairs[f"{block}.{QKV[2]}"].apply(x)) < BOUND
-    assert float(query.norm()) > 0
-
-
 # ---- query, key and value as attention gets them ----
 
 
@@ -341,6 +326,15 @@ def reference(plain: Tensor, norms: tuple[Tensor, Tensor], freqs: Tensor) -> Ten
     return torch.stack([*turned, value], dim=2).flatten(2)
 
 
+def split(qkv: Tensor) -> dict[str, Tensor]:
+    return dict(zip(("query", "key", "value"), qkv.chunk(3, dim=-1), strict=True))
+
+
+def still(found: Tensor, base: Tensor) -> bool:
+    """Tell if rows that nothing trains stayed: the base's low ranks add up in any order."""
+    return float(found.norm()) < 1e-3 * float(base.norm())
+
+
 def test_query_key_and_value_gain_their_deltas(
     host: Any, model: Any, pairs: dict[str, Pair], file: Path
 ) -> None:
@@ -355,36 +349,43 @@ def test_query_key_and_value_gain_their_deltas(
         before = reference(plain[block], norms, freqs)
         of_base = max(of_base, relative(base[block], before))
         after = reference(plain[block] + terms(pairs, block, QKV, x) * STRENGTH, norms, freqs)
-        found = own.turned(x, freqs).double() - base[block].double()
-        for name, *parts in zip(
-            ("query", "key", "value"),
-            *(part.chunk(3, dim=-1) for part in (found, after - before)),
-            strict=True,
-        ):
-            errors[name] = max(relative(*parts), errors.get(name, 0))
+        found = split(own.turned(x, freqs).double() - base[block].double())
+        for name, expected in split(after - before).items():
+            errors[name] = max(relative(found[name], expected), errors.get(name, 0))
     record(f"Z-Image, {host.form.value}, normed and rotated", **errors, base_output=of_base)
     assert of_base < BOUND
     assert max(errors.values()) < BOUND
 
 
+def test_a_file_without_a_key(host: Any, model: Any, tmp_path: Path) -> None:
+    block, freqs, x = "layers.1", rotations(TOKENS), random(1, TOKENS, WIDTH)
+    pairs = {f"{block}.{name}": delta(WIDTH, WIDTH, 20, 5) for name in (QKV[0], QKV[2])}
+    own = projections(host, model)[block]
+    plain, base = own.plain(x).double(), own.turned(x, freqs).double()
+    qwenlora.compose_loras(model, save(tmp_path / "qv.safetensors", pairs))
+    after = reference(plain + terms(pairs, block, QKV, x), own.norms(), freqs)
+    expected = split(after - reference(plain, own.norms(), freqs))
+    found = split(own.turned(x, freqs).double() - base)
+    assert still(found.pop("key"), split(base)["key"])
+    assert all(relative(found[name], expected[name]) < BOUND for name in found)
+
+
 def test_norms_gain_what_a_file_stores(host: Any, model: Any, tmp_path: Path) -> None:
-    block = "layers.0"
+    block, freqs, x = "layers.0", rotations(TOKENS), random(1, TOKENS, WIDTH)
     generator = torch.Generator().manual_seed(9)
     stored = {name: torch.randn(HEAD_DIM, generator=generator) for name in ("norm_q", "norm_k")}
     path = tmp_path / "norms.safetensors"
     save_file({f"diffusion_model.{block}.attention.{n}.diff": t for n, t in stored.items()}, path)
     own = projections(host, model)[block]
-    x, freqs = random(1, TOKENS, WIDTH), rotations(TOKENS)
-    plain, base = own.plain(x), own.turned(x, freqs).clone()
-    weights = [weight.clone() for weight in own.norms()]
+    plain, base = own.plain(x), own.turned(x, freqs).double()
+    weights = tuple(weight.clone() for weight in own.norms())
     assert qwenlora.compose_loras(model, (path, STRENGTH)).complete
-    pairs = zip(weights, stored.values(), strict=True)
-    wanted = tuple(w.double() + STRENGTH * t.to(w.device).double() for w, t in pairs)
-    expected = reference(plain, wanted, freqs) - reference(plain, tuple(weights), freqs)
-    found = own.turned(x, freqs).double() - base.double()
-    query, key, value = zip(found.chunk(3, dim=-1), expected.chunk(3, dim=-1), strict=True)
-    assert torch.equal(*value)
-    errors = {"query": relative(*query), "key": relative(*key)}
+    both = zip(weights, stored.values(), strict=True)
+    wanted = tuple(w.double() + STRENGTH * t.to(w.device).double() for w, t in both)
+    expected = split(reference(plain, wanted, freqs) - reference(plain, weights, freqs))
+    found = split(own.turned(x, freqs).double() - base)
+    assert still(found.pop("value"), split(base)["value"])
+    errors = {name: relative(found[name], expected[name]) for name in found}
     record(f"Z-Image, {host.form.value}, norm_q.diff and norm_k.diff", **errors)
     assert max(errors.values()) < BOUND
 
@@ -420,7 +421,7 @@ def test_a_whole_lokr_beside_the_layers(host: Any, model: Any, tmp_path: Path) -
 
 
 def layer_error(host: Any, model: Any, pairs: dict[str, Pair], base: Tensor, by: float) -> float:
-    """Of the value's rows of one block, which no norm changes."""
+    """Of one block's query, key and value before any norm, relative to the wanted delta."""
     block, x = "layers.0", random(1, TOKENS, WIDTH)
     found = projections(host, model)[block].plain(x).double() - base.double()
     return relative(found, terms(pairs, block, QKV, x) * by)
@@ -439,7 +440,7 @@ def test_a_strength_changes_in_place(
     assert len(rescalings) == 2
     assert places == {name: own.data_ptr() for name, own in model.named_parameters()}
     record(f"Z-Image, {host.form.value}, strengths in place", worst=max(errors))
-    assert max(errors) < 2 * BOUND  # a delta of 0.3 is small beside the output's rounding
+    assert max(errors) < BOUND
 
 
 def test_a_kept_set_comes_back(host: Any, model: Any, file: Path, tmp_path: Path) -> None:

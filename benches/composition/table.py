@@ -14,7 +14,7 @@ from composition.options import UnavailableError, options
 from qwenlora.source import read_ahead
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterator, Sequence
     from pathlib import Path
 
     from torch import nn
@@ -191,10 +191,17 @@ def their_actions(engine: Engine, model: nn.Module, files: Files) -> Iterator[tu
 
 
 def measure_table(
-    model: nn.Module, files: Files, others: Sequence[Engine], meter: Meter
+    model: nn.Module,
+    files: Files,
+    others: Sequence[Engine],
+    meter: Meter,
+    *,
+    only: Container[str] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the table; a row that cannot be measured says why."""
+    """Rows of the table, or some of its actions; a row that cannot be measured says why."""
     for action, make in OurActions(model, files).all():
+        if only is not None and action not in only:
+            continue
         row = {"suite": SUITE, "engine": "qwenlora", "action": action}
         try:
             yield row | meter.measure(make())
