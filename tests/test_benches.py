@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qwenlora
+from qwenlora import emulation
 
 BENCHES = Path(__file__).parents[1] / "benches"
 TINY = (sys.executable, BENCHES / "bench_composition.py", "--size", "tiny", "--device", "cpu")
@@ -129,6 +130,79 @@ class TestFiles:
             ranks = {slot.path.rpartition(".")[2]: slot.rank_added for slot in report.slots}
             assert ranks["to_qkv"] == ranks["add_qkv_proj"] == rank
             assert ranks["to_add_out"] == 16
+
+
+class TestZImage:
+    """Its model and its file, of the released width."""
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("form", ["fused", "stock"])
+    def test_the_file_applies_wholly(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+    ) -> None:
+        pytest.importorskip("diffusers.quantizers.nunchaku")
+        monkeypatch.syspath_prepend(str(BENCHES))
+        from composition.z_image import blocks, build_z_image, write_z_image_lora
+
+        path = write_z_image_lora(tmp_path / "lora.safetensors", 1, 2)
+        linears = [name for _, names in blocks(1) for name in names]
+        plan = qwenlora.read_keys(path)
+        assert plan["verdict"] == "apply"
+        assert len(plan["modules"]) == len(linears) == 8 + 8 + 7
+        model = build_z_image(emulation.ZImageForm(form), 1, 16, "cpu")
+        report = qwenlora.compose_loras(model, path)
+        assert report.complete
+        assert len(report.slots) == (len(linears) if form == "stock" else 5 + 5 + 4)
+
+
+class TestKernels:
+    """What the bench of the kernels knows without them."""
+
+    @pytest.fixture(autouse=True)
+    def _importable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.syspath_prepend(str(BENCHES))
+
+    def test_slices_join_to_the_layout_of_the_whole(self) -> None:
+        from kernels import layouts
+
+        generator = torch.Generator().manual_seed(0)
+        values = torch.randint(0, 16, (512, 256), generator=generator)
+        scales, act = torch.rand(512, 4, generator=generator), torch.rand(512, 64)
+        parts = [layouts.pack_activation(part) for part in values.split(128, dim=1)]
+        assert torch.equal(layouts.join_columns(parts), layouts.pack_activation(values))
+        parts = [layouts.pack_scales(part) for part in scales.split(2, dim=1)]
+        assert torch.equal(layouts.join_scales(parts), layouts.pack_scales(scales))
+        parts = [layouts.pack_low_rank(part) for part in act.split(32, dim=1)]
+        assert torch.equal(layouts.join_columns(parts), layouts.pack_low_rank(act))
+        assert torch.equal(layouts.unpack_low_rank(layouts.pack_low_rank(act)), act)
+
+    def test_rows_of_a_layer_are_a_layer(self) -> None:
+        from kernels.layer import Layer
+
+        weight = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+        layer = Layer.of(weight, torch.zeros(256), rank=16)
+        dense = layer.dense()[0]
+        parts = [layer.rows(begin, begin + 128).dense()[0] for begin in (0, 128)]
+        assert torch.equal(torch.cat(parts), dense)
+        assert float((dense - weight).norm() / weight.norm()) < 0.2
+
+    @pytest.mark.parametrize(
+        ("factor", "shapes", "most"),
+        [
+            (4, ((4, 4), (3072, 768)), 1),
+            (8, ((8, 8), (1536, 384)), 2),
+            (16, ((16, 16), (768, 192)), 4),
+            (-1, ((96, 48), (128, 64)), 12),
+        ],
+    )
+    def test_slices_take_the_ranks_that_the_kernels_take(
+        self, factor: int, shapes: Any, most: int
+    ) -> None:
+        from bench_kernels import most_rows, random_kron
+
+        kron = random_kron(12288, 3072, factor, "cpu")
+        assert (kron.w1.shape, kron.w2.shape) == shapes
+        assert most_rows(kron, 32) == most
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from qwenlora.emulation.fused_qkv import EPSILON, HEAD_DIM
 from qwenlora.emulation.lite_layers import layers_over
 from qwenlora.emulation.rope import unpack_rotations
 
-from .nunchaku_sources import PACKAGES, RANK, sources
+from .nunchaku_sources import PACKAGES, RANK, WARNINGS, sources
 from .test_gpu import BOUND, Pair, record, relative, write
 from .test_gpu_lite import operators
 from .test_nunchaku_z_image import Peer
@@ -33,11 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-pytestmark = [
-    pytest.mark.gpu,
-    # Nunchaku's way to pad, of which PyTorch warns.
-    pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning"),
-]
+pytestmark = [pytest.mark.gpu, *WARNINGS]
 pytest.importorskip("diffusers.quantizers.nunchaku", reason="needs diffusers 0.40")
 
 DEVICE = "cuda"
