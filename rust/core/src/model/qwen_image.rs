@@ -2,7 +2,7 @@
 //!
 //! All variants share every shape; Layered alone has the one embedding.
 
-use super::rows::{Alias, BlockRows, LinearRow, ModelRows, TopRow};
+use super::rows::{Alias, BlockRows, LinearRow, ModelRows, TopRow, top};
 use super::slot::RowOrder;
 use super::{Layer, ModuleKind, Section, Stream};
 
@@ -141,17 +141,4 @@ const fn modulation(path: &'static str, stream: Stream) -> LinearRow {
             row_order: RowOrder::Interleaved,
         }),
     }
-}
-
-const fn top(
-    path: &'static str,
-    stream: Option<Stream>,
-    out_features: u64,
-    in_features: u64,
-) -> TopRow {
-    let kind = ModuleKind::Linear {
-        out_features,
-        in_features,
-    };
-    (path, kind, stream)
 }

@@ -61,6 +61,20 @@ pub(super) struct LinearRow {
 /// A module outside of blocks, which no model quantizes: path, kind and stream.
 pub(super) type TopRow = (&'static str, ModuleKind, Option<Stream>);
 
+/// A linear outside of blocks.
+pub(super) const fn top(
+    path: &'static str,
+    stream: Option<Stream>,
+    out_features: u64,
+    in_features: u64,
+) -> TopRow {
+    let kind = ModuleKind::Linear {
+        out_features,
+        in_features,
+    };
+    (path, kind, stream)
+}
+
 /// Builds the table of all models: their blocks first, then what stands around them.
 pub(super) fn build() -> ModelTable {
     let mut table = ModelTable {

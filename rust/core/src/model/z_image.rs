@@ -3,7 +3,7 @@
 //! Paths are those of diffusers' dense model. Hosts build it under other names: Nunchaku fuses the
 //! projections of the attention and of the MLP, ComfyUI has names of its own.
 
-use super::rows::{Alias, BlockRows, LinearRow, ModelRows, TopRow};
+use super::rows::{Alias, BlockRows, LinearRow, ModelRows, TopRow, top};
 use super::{Layer, ModuleKind, Section, Stream};
 
 /// Planes of a modulation layer: scale and gate, twice.
@@ -174,17 +174,4 @@ const fn linear(
         in_features,
         layer: Some(Layer::Svdq),
     }
-}
-
-const fn top(
-    path: &'static str,
-    stream: Option<Stream>,
-    out_features: u64,
-    in_features: u64,
-) -> TopRow {
-    let kind = ModuleKind::Linear {
-        out_features,
-        in_features,
-    };
-    (path, kind, stream)
 }
