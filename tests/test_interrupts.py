@@ -573,6 +573,12 @@ def test_a_model_after_two_interruptions(written):
     assert counts[2] > 50
 
 
+def change_of(layer, *, new, base):
+    """A change of a layer's bias, and the base's that is kept; None where `new` is that."""
+    kept = {} if base is None else {"bias": base}
+    return value._ValueChange(layer, value.PARAMETERS, new={"bias": new}, kept=kept)
+
+
 @pytest.mark.parametrize(
     ("begins_with", "ends_with"),
     [
@@ -593,11 +599,10 @@ def test_base_values_are_known_after_any_two_interruptions(begins_with, ends_wit
             layer = torch.nn.Linear(4, 4)
             layer.bias.data = base
             if begins_with == "other values":
-                value._ValueChange(layer, new={"bias": torch.ones(4)}, kept={"bias": base}).make()
-            change = (
-                value._ValueChange(layer, new={"bias": base}, kept={})
-                if ends_with == "base"
-                else value._ValueChange(layer, new={"bias": other}, kept={"bias": base})
+                change_of(layer, new=torch.ones(4), base=base).make()
+            is_base = ends_with == "base"
+            change = change_of(
+                layer, new=base if is_base else other, base=None if is_base else base
             )
             with Interruption(codes, at, KeyboardInterrupt, again=again) as interruption:
                 with contextlib.suppress(KeyboardInterrupt):

@@ -995,7 +995,12 @@ def test_threads_change_and_run_one_transformer(make_pipeline, eager):
         for done in changes:
             done.result()
         found = [picture for done in runs for picture in done.result()]
-    assert all(any(torch.equal(one, other) for other in expected) for one in found)
+    # In another thread memory lies otherwise, and some CPUs then add in another order.
+    assert all(min(relative_error(one, own) for own in expected) < OUTPUT_BOUND for one in found)
+    apart = [
+        relative_error(one, other) for one in expected for other in expected if one is not other
+    ]
+    assert min(apart) > 100 * OUTPUT_BOUND
 
 
 def test_a_callback_between_steps_may_change_them(pipeline):
