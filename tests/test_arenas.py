@@ -392,6 +392,7 @@ def allocations(monkeypatch):
     return alive
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True])
 def test_no_arena_outlives_its_views(cached, model, stack, allocations, tmp_path, Draft):
     """Nor does a change of strengths or of the stack keep the arenas of before."""

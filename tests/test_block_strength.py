@@ -262,6 +262,7 @@ def test_products_beside_a_layer_are_scaled_bit_for_bit(Draft, probe):
     assert differing(model, expected, probe) == SAME
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
 def test_a_whole_diffusers_model_answers_as_the_dense_one(text, kind):
@@ -319,7 +320,9 @@ CHANGES = [
     ("device", "resident"),
     [("cpu", None), ("cpu", 1), pytest.param("cuda", None, marks=pytest.mark.gpu)],
 )
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype", [DTYPES[0], *(pytest.param(own, marks=pytest.mark.slow) for own in DTYPES[1:])]
+)
 def test_factors_are_written_in_place(
     dtype, device, resident, file, Draft, bases, probe, rescalings, tmp_path
 ):

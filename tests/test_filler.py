@@ -204,6 +204,7 @@ def test_views_of_one_array_may_be_filled_together(fillers):
     assert not whole.any()
 
 
+@pytest.mark.slow
 def test_memory_is_kept_while_it_is_used(fillers):
     tiles = (8 << 20) // TILE_BYTES
     for value in range(20):

@@ -28,10 +28,16 @@ MLP = 1024
 DELTA_BOUND = 2e-5
 """Relative error of a delta taken as a difference of float32 outputs; measured: 7.1e-6."""
 LISTS = ("noise_refiner.0", "context_refiner.0", "layers.0", "layers.1")
+QUICK = (ZImageForm.FUSED, ZImageForm.STOCK)
 MODELS = [
-    *((form, True) for form in ZImageForm),
-    (ZImageForm.FUSED, False),
-    (ZImageForm.COMFYUI, False),
+    *((form, True) for form in QUICK),
+    *(
+        pytest.param((form, True), marks=pytest.mark.slow)
+        for form in ZImageForm
+        if form not in QUICK
+    ),
+    pytest.param((ZImageForm.FUSED, False), marks=pytest.mark.slow),
+    pytest.param((ZImageForm.COMFYUI, False), marks=pytest.mark.slow),
 ]
 """Each form with its refiners quantized; dense, they are diffusers' or ComfyUI's."""
 QKV = ("to_q", "to_k", "to_v")
@@ -198,6 +204,7 @@ def test_every_linear_as_peft_does_it(model, made, dense, run):
     assert error_of(model, run, base, run(theirs) - run(dense)) < DELTA_BOUND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ZImageForm)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_slots_hold_the_delta_of_the_file(form, dtype, dense):

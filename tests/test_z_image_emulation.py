@@ -18,6 +18,8 @@ from qwenlora.packing.layout import LowRankSide
 
 pytest.importorskip("diffusers.models.transformers.transformer_z_image")
 
+pytestmark = pytest.mark.slow
+
 RANK = 16
 EXACT_BOUND = 2e-6
 """Relative error of an output in float32 against the dense model; measured: 7.6e-7."""
