@@ -589,6 +589,41 @@ def test_the_pipelines_methods_do_what_peft_does(form, made, dense, pictures):
     qwenlora.detach(pipeline)
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"context_refiner": 0.5},
+        {"noise_refiner": 0.0},
+        {"layers.0.feed_forward": 0.0},
+        {"layers.1": 2.0, "refiner": -1.0},
+        {"attention": 0.25},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_weights_by_layers_names_are_exact_or_refused(whole, weights, made, dense, run):
+    """Factors by block and kind cannot tell all layers apart; what they cannot is an error."""
+    file, model = File(1), made(ZImageForm.STOCK)
+    for path, module in dense.named_modules():
+        if isinstance(module, nn.Linear) and (whole or path.startswith(LISTS)):
+            file.pair(path, module.out_features, module.in_features)
+    pipeline, base = pipeline_of(model), run(model)
+    qwenlora.attach(pipeline)
+    pipeline.load_lora_weights(dict(file.tensors), adapter_name="one")
+    weighted = copy.deepcopy(dense)
+    for path, delta in file.deltas.items():
+        factor = next((own for name, own in weights.items() if name in path), 1.0)
+        weighted.get_submodule(path).weight += factor * delta
+    try:
+        pipeline.set_adapters("one", {"transformer": weights})
+        found = run(model)
+    except errors.AdapterWeightError:
+        assert whole or weights == {"attention": 0.25}
+        return
+    change = run(weighted) - run(dense)
+    assert float((found - base - change).norm() / change.norm()) < DELTA_BOUND
+
+
 @pytest.mark.parametrize("form", [ZImageForm.FUSED, ZImageForm.COMFYUI])
 def test_a_step_cache_keeps_no_residual_of_other_loras(form, made, files, run, monkeypatch):
     monkeypatch.setenv("CACHE_DIT_LOG_LEVEL", "error")

@@ -9,6 +9,7 @@ one of them alone, so this costs no rank.
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,8 @@ Table: TypeAlias = "Mapping[Cell, tuple[float, str]]"
 _LAYERS = ("attn", "mlp", "mod")
 _STREAMS = ("img", "txt")
 _OUTSIDE = "rest"
+_ROUNDING = 1e-12
+"""Relative error of a product of factors."""
 
 
 def parts_of(name: str, by_name: Sequence[tuple[str, float]], paths: Iterable[str]) -> list[Part]:
@@ -51,7 +54,12 @@ def parts_of(name: str, by_name: Sequence[tuple[str, float]], paths: Iterable[st
         AdapterWeightError: Two layers that no factors tell apart would get different weights.
     """
     table = _table(name, by_name, list(paths))
-    return _as_one(table) or list(_as_several(name, table))
+    parts = _as_one(table) or list(_as_several(name, table))
+    for weight, path in table.values():
+        given = [own for own in (strength * by.factor(path) for strength, by in parts) if own != 0]
+        if len(given) > 1 or not math.isclose(sum(given), weight, rel_tol=_ROUNDING):
+            raise _not_apart(name, weight, path, sum(given), "others")
+    return parts
 
 
 def _table(name: str, by_name: Sequence[tuple[str, float]], paths: Collection[str]) -> Table:
@@ -64,12 +72,16 @@ def _table(name: str, by_name: Sequence[tuple[str, float]], paths: Collection[st
         cell = (facts[0], frozenset(facts[1]))
         other, of = cells.setdefault(cell, (weight, path))
         if other != weight:
-            raise AdapterWeightError(
-                f"`{name}` would get {other} at `{of}` and {weight} at `{path}`: weights can differ"
-                " by block, and between attn, mlp, mod, img, txt and what is outside of blocks"
-            )
+            raise _not_apart(name, other, of, weight, f"`{path}`")
     _warn(name, by_name, paths)
     return cells
+
+
+def _not_apart(name: str, one: float, path: str, two: float, other: str) -> AdapterWeightError:
+    return AdapterWeightError(
+        f"`{name}` would get {one} at `{path}` and {two} at {other}: weights can differ"
+        " by block, and between attn, mlp, mod, img, txt and what is outside of blocks"
+    )
 
 
 def _warn(name: str, by_name: Sequence[tuple[str, float]], paths: Collection[str]) -> None:
@@ -130,12 +142,10 @@ def _as_several(name: str, table: Table) -> Iterator[Part]:
         alike[frozenset(rows[number].items())].append(number)
     for row, group in alike.items():
         only = {number: 0.0 for number in numbers if number not in group}
-        if len({weight for _, weight in row}) == 1:
-            cells = [(frozenset[str](), next(iter(row))[1])]
-        else:
-            cells = sorted(row, key=lambda cell: sorted(cell[0]))
-        for kinds, weight in cells:
-            none_of = {} if not kinds else _without(kinds)
+        is_one = len({weight for _, weight in row}) == 1
+        cells = sorted(row, key=lambda cell: sorted(cell[0]))
+        for kinds, weight in cells[:1] if is_one else cells:
+            none_of = {} if is_one else _without(kinds)
             if weight != 0:
                 yield weight, BlockFactors.build(blocks=only, kinds={**none_of, _OUTSIDE: 0.0})
 
@@ -149,8 +159,8 @@ def _outside(
     name: str, row: Mapping[frozenset[str], float], no_block: Mapping[int, float]
 ) -> Iterator[Part]:
     """The layers outside of blocks: of the image, of the text, and of neither."""
-    by_stream = {stream: row.get(frozenset({stream, _OUTSIDE})) for stream in _STREAMS}
-    neither = row.get(frozenset({_OUTSIDE}))
+    by_stream = {stream: _only(name, row, {stream}) for stream in _STREAMS}
+    neither = _only(name, row, set())
     if neither is None:
         for stream, weight in by_stream.items():
             if weight:
@@ -164,3 +174,15 @@ def _outside(
             f"`{name}`: layers outside of blocks cannot be on for one stream while those of neither"
             " stream are off"
         )
+
+
+def _only(name: str, row: Mapping[frozenset[str], float], streams: set[str]) -> float | None:
+    """The weight of all layers outside of blocks that are of these streams; None without any."""
+    own = {kinds: weight for kinds, weight in row.items() if kinds & {*_STREAMS} == streams}
+    weights = sorted(set(own.values()))
+    if len(weights) > 1:
+        raise AdapterWeightError(
+            f"`{name}`: layers outside of blocks would get {weights[0]} and {weights[-1]}: their"
+            " weights can differ between those of the image, of the text, and of neither"
+        )
+    return weights[0] if weights else None
