@@ -108,3 +108,18 @@ def test_every_module_is_applied_where_diffusers_passes_over_one_spelling(
 
 def _lora_layers(transformer: nn.Module) -> int:
     return sum(isinstance(module, LoraLayer) for module in transformer.modules())
+
+
+@pytest.mark.parametrize("is_alike", [True, False])
+@pytest.mark.parametrize("kind", ["file", "state dict"])
+def test_a_second_version_of_a_module_is_told_from_the_same_twice(kind, is_alike, dense, tmp_path):
+    twice = tensors(3, paths=("attn.to_out.0",), blocks=1)
+    for key, tensor in list(twice.items()):
+        twice[key.replace("to_out.0", "to_out")] = tensor.clone() if is_alike else -tensor
+    source = twice
+    if kind == "file":
+        source = tmp_path / "lora.safetensors"
+        save_file(twice, source)
+    report = qwenlora.compose_loras(emulated(dense), source)
+    assert report.complete is is_alike
+    assert ("unlike the first" in report.text()) is not is_alike

@@ -15,7 +15,8 @@ from torch import nn
 
 import qwenlora
 from qwenlora import emulation, errors
-from qwenlora.emulation import Precision, ZImageForm
+from qwenlora.emulation import Precision, ZImageForm, fused_qkv
+from qwenlora.emulation.z_image_layers import PassedProcessor, ZImageProcessor, split
 from qwenlora.packing import pack
 from qwenlora.packing.layout import LowRankSide
 
@@ -296,6 +297,65 @@ def test_no_side_branch_where_no_hook_sees_it(form, made, files):
     assert not [name for name in layer._buffers if name.startswith("qwenlora")]
 
 
+class Around:
+    """A processor around another."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+class ByModule(ZImageProcessor):
+    """One that reaches the kernel through its module."""
+
+    def project(self, attn, x, freqs_cis):
+        norms = (attn.norm_q.weight, attn.norm_k.weight)
+        return split(fused_qkv.fused_qkv_norm_rotary(x, attn.to_qkv, *norms, freqs_cis), attn.heads)
+
+
+AROUND = {
+    "object": Around,
+    "closure": lambda inner: lambda *args, **kwargs: inner(*args, **kwargs),
+    "bound method": lambda inner: inner.__call__,
+    "module's function": lambda inner: ByModule(),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_a_processor_that_does_not_tell_carries_ranks_alone(around, made, files, changes, run):
+    model = made(ZImageForm.PASSED)
+    for block in (*model.noise_refiner, *model.context_refiner, *model.layers):
+        block.attention.processor = AROUND[around](block.attention.processor)
+    base = run(model)
+    file = files["lokr of the attention"]
+    report = qwenlora.compose_loras(model, file.tensors)
+    assert not any(slot.krons for slot in report.slots if slot.path.endswith("to_qkv"))
+    assert error_of(model, run, base, changes(file)) < 10 * DELTA_BOUND
+
+
+def test_a_processor_in_the_place_of_another_is_noticed(made, files, changes, run):
+    model, file = made(ZImageForm.CALLED), files["lokr of the attention"]
+    qwenlora.compose_loras(model, file.tensors)
+    qwenlora.reset_loras(model)
+    for block in (*model.noise_refiner, *model.context_refiner, *model.layers):
+        block.attention.processor = PassedProcessor()
+    base = run(model)
+    qwenlora.compose_loras(model, file.tensors)
+    assert error_of(model, run, base, changes(file)) < DELTA_BOUND
+
+
+def test_a_forward_in_the_place_of_another_is_noticed(made, files):
+    model, file = made(ZImageForm.COMFYUI), files["gate alone"]
+    qwenlora.compose_loras(model, file.tensors)
+    qwenlora.reset_loras(model)
+    mlp = model.layers[0].feed_forward
+    mlp.forward = MethodType(GateFirst.forward, mlp)
+    with pytest.raises(errors.UnsupportedModelError, match=r"layers\.0\.feed_forward"):
+        qwenlora.compose_loras(model, file.tensors)
+
+
 # ---- the order of the rows ----
 
 
@@ -309,6 +369,42 @@ class GateFirst(nn.Module):
     def forward(self, x):
         gate, value = self.w13(x).chunk(2, dim=-1)
         return self.w2(nn.functional.silu(gate) * value)
+
+
+class Told(GateFirst):
+    """One whose order an attribute says."""
+
+    def __init__(self, mlp, *, gate_first):
+        super().__init__(mlp)
+        self.gate_first = gate_first
+
+    def forward(self, x):
+        first, second = self.w13(x).chunk(2, dim=-1)
+        silu = nn.functional.silu
+        return self.w2(silu(first) * second if self.gate_first else first * silu(second))
+
+
+def test_one_class_of_mlp_may_have_both_orders(made, files, changes, run):
+    known, odd = made(ZImageForm.COMFYUI), made(ZImageForm.COMFYUI)
+    for model, gate_first in ((known, False), (odd, True)):
+        block = model.layers[0]
+        block.feed_forward = Told(block.feed_forward, gate_first=gate_first)
+    base = run(known)
+    qwenlora.compose_loras(known, files["gate alone"].tensors)
+    assert error_of(known, run, base, changes(files["gate alone"])) < DELTA_BOUND
+    with pytest.raises(errors.UnsupportedModelError, match=r"layers\.0\.feed_forward"):
+        qwenlora.compose_loras(odd, files["gate alone"].tensors)
+
+
+def test_an_mlp_that_is_refused_leaves_others_of_its_class(made, files):
+    odd = made(ZImageForm.CALLED)
+    odd.layers[0].feed_forward.net[0].activation = nn.GELU()
+    for model, is_known in ((odd, False), (made(ZImageForm.CALLED), True), (odd, False)):
+        if is_known:
+            assert qwenlora.compose_loras(model, files["gate alone"].tensors).complete
+            continue
+        with pytest.raises(errors.UnsupportedModelError, match=r"layers\.0\.feed_forward"):
+            qwenlora.compose_loras(model, files["gate alone"].tensors)
 
 
 class ValueFirst(GateFirst):
@@ -358,8 +454,8 @@ def test_an_mlp_with_a_forward_of_its_own_is_run_as_it_is(made, files, changes, 
 
 def test_the_order_is_found_without_running_anybodys_hooks(made, files):
     model, seen = made(ZImageForm.CALLED), []
-    for name in ("layers.0.feed_forward", "layers.0.feed_forward.net.0"):
-        module = model.get_submodule(name)
+    mlp = model.layers[0].feed_forward
+    for module in (mlp, mlp.net[0], mlp.net[0].activation, mlp.net[1]):
         module.register_forward_hook(lambda *_: seen.append("after"))
         module.register_forward_pre_hook(lambda *_: seen.append("before"))
     qwenlora.compose_loras(model, files["gate alone"].tensors)
@@ -414,6 +510,16 @@ def test_a_norm_that_overflows_leaves_its_neighbour(dense, probe):
 
 
 # ---- whose file ----
+
+
+@pytest.mark.parametrize("name", ["x_pad_token", "cap_pad_token"])
+def test_a_parameter_that_takes_no_delta_is_named(name, made, files):
+    tensors = {**files["out"].tensors, f"transformer.{name}.diff": torch.ones(1, WIDTH)}
+    report = qwenlora.compose_loras(made(ZImageForm.FUSED), tensors)
+    assert not report.complete
+    assert name in report.text()
+    with pytest.raises(errors.UnsupportedAdapterError, match=name):
+        qwenlora.compose_loras(made(ZImageForm.FUSED), tensors, strict=True)
 
 
 def qwen_image_file():

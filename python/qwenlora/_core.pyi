@@ -1,7 +1,7 @@
 """Rust core of qwenlora."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeAlias, final
 
 import numpy as np
@@ -83,6 +83,7 @@ class FilePlan:
         *,
         scalars: Sequence[float | None],
         metadata: Sequence[tuple[str, str]],
+        same: Callable[[int, int], bool],
     ) -> FilePlan: ...
     def to_json(self) -> str: ...
     @property

@@ -189,6 +189,9 @@ class ComfyQwenImageWrapper:
     ) -> LoraSet | Unmakeable:
         if transformer_options is not None and OPTIONS_KEY in transformer_options:
             wanted = transformer_options[OPTIONS_KEY]
+            if wanted is not None and not isinstance(wanted, (LoraSet, Unmakeable)):
+                kind = type(wanted).__name__
+                raise TypeError(f"`{OPTIONS_KEY}` in the options is a LoraSet, not {kind}")
             return NO_LORAS if wanted is None else wanted
         asked = (*self.loras, self.max_rank, self.options)
         same = len(asked) == len(self._asked) and all(

@@ -215,7 +215,12 @@ def _as_spec(value: object) -> LoraSpec | None:
     if isinstance(value, (str, os.PathLike, Mapping)):
         return LoraSpec(value)
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], numbers.Real):
-        return LoraSpec(value[0], float(value[1]))
+        try:
+            strength = float(value[1])
+        except OverflowError:
+            # More than any number holds: refused as infinity is.
+            strength = math.inf
+        return LoraSpec(value[0], strength)
     return None
 
 

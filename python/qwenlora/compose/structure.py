@@ -10,11 +10,14 @@ from collections import defaultdict
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from torch import nn
+
 from qwenlora import _core
 from qwenlora.blocks import count_blocks
 from qwenlora.errors import ModelStateError
 from qwenlora.group.group import Group
 from qwenlora.group.sets import KeptSets
+from qwenlora.model.families import family_of
 from qwenlora.model.forwards import unknown_layer
 from qwenlora.model.modules import modules_of
 from qwenlora.model.offload import offload_of
@@ -29,7 +32,7 @@ from qwenlora.slots.whole import slot_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from qwenlora.compose.rescale import PlacedStack
     from qwenlora.model.offload import OffloadLayout
@@ -70,6 +73,12 @@ class Structure:
             model, state.base_ranks, modules=modules, in_flight=state.in_flight
         )
         self.unknown = unknown_layer(self.targets, modules)
+        self._coded = [
+            module
+            for path, module in modules
+            if module._modules and type(module) not in _WITHOUT_CODE and family_of(path) is not None
+        ]
+        self._code = [_code_of(module) for module in self._coded]
         self._offload = _offload_state(model)
         own = self.targets.values()
         telling = list(_telling(own))
@@ -156,9 +165,19 @@ class Structure:
         """Tell if every module, and every tensor of every slot, is where it was.
 
         The tensors are not kept alive: whoever moves a model replaces its buffers. Compares tensor
-        identities, data pointers and buffer counts.
+        identities, data pointers and buffer counts. Who calls a layer, and in which order rows are
+        taken, is in the code of the blocks: a forward or a processor that was put in the place of
+        another counts as a change.
         """
-        return self._offload == _offload_state(model) and self._watch.is_unchanged()
+        return (
+            self._offload == _offload_state(model)
+            and self._watch.is_unchanged()
+            and all(
+                own is known
+                for module, before in zip(self._coded, self._code, strict=True)
+                for own, known in zip(_code_of(module), before, strict=True)
+            )
+        )
 
     def require_unwritten(self, state: AppliedState) -> None:
         """Check that nobody wrote over a composed model, as `load_state_dict` does.
@@ -189,6 +208,17 @@ class Structure:
         while len(self._results) > _MAX_REMEMBERED:
             del self._results[next(iter(self._results))]
         return result
+
+
+_WITHOUT_CODE = (nn.ModuleList, nn.Sequential)
+"""Containers whose own code tells nothing of who is called."""
+
+
+def _code_of(module: nn.Module) -> tuple[object, ...]:
+    """What runs in a part of a block: its class and its forward, an own one, and a processor."""
+    own = module.__dict__
+    kind: type = type(module)
+    return (kind, kind.forward, own.get("forward"), own.get("processor"))
 
 
 class _Telling(NamedTuple):

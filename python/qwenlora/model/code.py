@@ -8,8 +8,9 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import sys
 from functools import lru_cache
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -65,25 +66,30 @@ class _Called(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def names_of_class(kind: type) -> NamesRead | None:
+def names_of_class(kind: type, *, through_modules: bool = False) -> NamesRead | None:
     """All attributes that the forward of a class looks up, also in what it calls.
 
     Looks at the code of every `forward` and `__call__` of the class and its bases, of methods and
     functions whose names that code holds, and so on. PyTorch's own code is left out.
 
+    Args:
+        kind: The class.
+        through_modules: Whether functions count that code reaches as attributes of Python modules.
+
     Returns:
         Their names; None where some code cannot be looked at.
     """
-    return _names_read([], kind)
+    return _names_read([], kind, through_modules=through_modules)
 
 
-def names_of_module(module: nn.Module) -> NamesRead | None:
+def names_of_module(module: nn.Module, *, through_modules: bool = False) -> NamesRead | None:
     """The same of one module, which may have its own forward, or one around its class's."""
     kind: type = type(module)
     forward = own_forward(module)
     if forward is None:
-        return names_of_class(kind)
-    return _names_read([_Called(forward, isinstance(forward, MethodType))], kind)
+        return names_of_class(kind, through_modules=through_modules)
+    begin = [_Called(forward, isinstance(forward, MethodType))]
+    return _names_read(begin, kind, through_modules=through_modules)
 
 
 def own_forward(module: nn.Module) -> object | None:
@@ -100,24 +106,28 @@ def own_forward(module: nn.Module) -> object | None:
     return None if is_class_s else forward
 
 
-def calls_its_layers(*code: object) -> bool:
+def calls_its_layers(*code: object, layers: Iterable[str] = ()) -> bool:
     """Tell if code calls the layers that it computes, as far as the names in it tell.
 
     Args:
         code: Modules, whose forwards are looked at, and other objects that are called.
+        layers: Names of which the code must hold one: that of code around the real one does not.
     """
+    found: set[str] = set()
     for own in code:
         if isinstance(own, torch.nn.Module):
-            names = names_of_module(own)
+            names = names_of_module(own, through_modules=True)
         else:
             kind: type = type(own)
-            names = names_of_class(kind)
+            names = names_of_class(kind, through_modules=True)
         if names is None or not names.all.isdisjoint(_OF_A_LAYER):
             return False
-    return True
+        found |= names.all
+    wanted = frozenset(layers)
+    return not wanted or not wanted.isdisjoint(found)
 
 
-def _names_read(begin: Sequence[_Called], kind: type) -> NamesRead | None:
+def _names_read(begin: Sequence[_Called], kind: type, *, through_modules: bool) -> NamesRead | None:
     waiting = [*begin, *_defined(kind, "forward"), *_defined(kind, "__call__")]
     seen: set[tuple[CodeType, bool]] = set()
     own: set[str] = set()
@@ -138,6 +148,7 @@ def _names_read(begin: Sequence[_Called], kind: type) -> NamesRead | None:
         for name in attributes | free:
             waiting += _defined(kind, name)
             waiting += _of_globals(function, name, attributes)
+            waiting += _of_module(function, name, attributes) if through_modules else ()
     return NamesRead(frozenset(own), frozenset(others))
 
 
@@ -161,6 +172,17 @@ def _of_globals(function: FunctionType, name: str, attributes: Iterable[str]) ->
         defined = [own for attribute in attributes for own in _defined(found, attribute)]
         return [_Called(own.called, is_method=False) for own in defined]
     return []
+
+
+def _of_module(function: FunctionType, name: str, attributes: Iterable[str]) -> list[_Called]:
+    """Functions of a Python module that code names, of which it names them."""
+    found = function.__globals__.get(name)
+    if not isinstance(found, ModuleType) or _is_torchs(found.__name__):
+        return []
+    if found.__name__.partition(".")[0] in sys.stdlib_module_names:
+        return []
+    own = (vars(found).get(attribute) for attribute in attributes)
+    return [_Called(one, is_method=False) for one in own if isinstance(one, FunctionType)]
 
 
 def _is_torchs(module: str | None) -> bool:

@@ -21,6 +21,8 @@ _MODULATION = "adaLN_modulation.0"
 _ATTENTION = "attention"
 _PROCESSOR = "processor"
 """Attribute of an attention of diffusers' that computes it."""
+_PROJECTIONS = ("to_q", "to_qkv", "qkv")
+"""Names of a layer that projects, in the code of an attention that calls it."""
 _FUSED_ATTENTION = "fused_module"
 """The module of Nunchaku's that projects, norms and rotates in one kernel."""
 _FUSED_MLPS = (
@@ -42,7 +44,8 @@ def _build(block: str, part: str, modules: Modules) -> BlockBuild:
     attention = modules[path]
     processor = getattr(attention, _PROCESSOR, None)
     code = [attention] if processor is None else [attention, processor]
-    return BlockBuild.STOCK if calls_its_layers(*code) else BlockBuild.NUNCHAKU
+    is_called = calls_its_layers(*code, layers=_PROJECTIONS)
+    return BlockBuild.STOCK if is_called else BlockBuild.NUNCHAKU
 
 
 def _require_order(path: str, target: Target, modules: Modules) -> None:
@@ -54,7 +57,7 @@ def _require_order(path: str, target: Target, modules: Modules) -> None:
         if outer != path and rows_of(modules[outer], mlp) is not RowsOfGated.VALUE_FIRST:
             raise UnsupportedModelError(
                 f"the order in which `{outer}` takes the rows of `{path}` is not known: it is a"
-                f" {class_name(modules[outer])}, which does not call its layers, or not as"
+                f" {class_name(modules[outer])} whose forward does not call its layers, or not as"
                 " diffusers' and ComfyUI's do"
                 "\nhint: load the model with Nunchaku's own loader, or with diffusers' quantizer"
             )

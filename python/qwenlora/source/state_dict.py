@@ -37,7 +37,14 @@ class StateDictSource:
             dtype = _checked_dtype(key, tensor)
             rows.append((key, dtype, list(tensor.shape), tensor.nbytes))
             scalars.append(_scalar(tensor) if tensor.numel() == 1 else None)
-        self._plan = _core.FilePlan.from_tensors(name, rows, scalars=scalars, metadata=[])
+        own = list(self._tensors.values())
+        self._plan = _core.FilePlan.from_tensors(
+            name,
+            rows,
+            scalars=scalars,
+            metadata=[],
+            same=lambda one, other: _are_equal(own[one], own[other]),
+        )
 
     @property
     def plan(self) -> _core.FilePlan:
@@ -55,6 +62,14 @@ class StateDictSource:
     def open(self) -> TensorFetcher:
         """Begin fetching."""
         return _StateDictFetcher(self._tensors)
+
+
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compare the bytes of two tensors of one dtype and shape."""
+    if one is other:
+        return True
+    values = (own.detach().cpu().contiguous().reshape(-1) for own in (one, other))
+    return torch.equal(*(own.view(torch.uint8) for own in values))
 
 
 class _Read:

@@ -67,15 +67,17 @@ impl FilePlan {
         core.map(Self::from).map_err(|e| error::from_plan(py, &e))
     }
 
-    /// Plans tensors in memory.
+    /// Plans tensors in memory. `same` tells if two of one dtype and shape, by their indices, are
+    /// equal.
     #[staticmethod]
-    #[pyo3(signature = (origin, tensors, *, scalars, metadata))]
+    #[pyo3(signature = (origin, tensors, *, scalars, metadata, same))]
     fn from_tensors(
         py: Python<'_>,
         origin: &str,
         tensors: Vec<TensorTuple>,
         scalars: Vec<Option<f64>>,
         metadata: Vec<(String, String)>,
+        same: &Bound<'_, PyAny>,
     ) -> PyResult<Self> {
         let raw = tensors
             .into_iter()
@@ -92,8 +94,19 @@ impl FilePlan {
                 })
             })
             .collect::<PyResult<Vec<_>>>()?;
-        let core = CorePlan::from_tensors(origin, raw, &scalars, metadata);
-        core.map(Self::from).map_err(|e| error::from_plan(py, &e))
+        let mut failure = None;
+        let compare = |index: usize, original: usize| {
+            let answer = same.call1((index, original)).and_then(|own| own.extract());
+            answer.unwrap_or_else(|error| {
+                failure.get_or_insert(error);
+                false
+            })
+        };
+        let core = CorePlan::from_compared_tensors(origin, raw, &scalars, metadata, compare);
+        match failure {
+            Some(error) => Err(error),
+            None => core.map(Self::from).map_err(|e| error::from_plan(py, &e)),
+        }
     }
 
     /// The plan as one line of JSON.

@@ -60,6 +60,8 @@ pub enum Foreign {
     UnknownForm,
     /// A module that a host's class of the model has, and never calls.
     Unused,
+    /// A parameter of the model that is no module's.
+    Parameter,
     /// Anything else.
     NotAModule,
 }
@@ -78,6 +80,7 @@ impl Foreign {
             Self::BlockOutOfRange => "block index out of range",
             Self::UnknownForm => "unknown kind of tensor",
             Self::Unused => "a module that the model never uses",
+            Self::Parameter => "a parameter of the model that takes no delta",
             Self::NotAModule => "not a transformer module",
         }
     }
@@ -263,8 +266,10 @@ fn foreign(key: &str) -> (Foreign, Option<ModuleId>) {
         Foreign::Bookkeeping
     } else if key.strip_suffix(".bias").and_then(resolve).is_some() {
         Foreign::PlainWeight
-    } else if is_unused(bare) {
+    } else if names(bare, |path| model::table().is_unused(path)) {
         Foreign::Unused
+    } else if names(bare, |path| model::table().is_parameter(path)) {
+        Foreign::Parameter
     } else if block_out_of_range(bare).is_some() {
         Foreign::BlockOutOfRange
     } else if let Some((module, _)) = named_module(key) {
@@ -281,8 +286,8 @@ fn foreign(key: &str) -> (Foreign, Option<ModuleId>) {
     (reason, None)
 }
 
-fn is_unused(key: &str) -> bool {
-    let find = |path: &str| model::table().is_unused(path).then_some(());
+fn names(key: &str, is_one: impl Fn(&str) -> bool) -> bool {
+    let find = |path: &str| is_one(path).then_some(());
     suffix::cut(key).is_some_and(|cut| search(cut.stem, &mut Vec::new(), &find).is_some())
 }
 

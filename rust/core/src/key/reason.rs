@@ -62,7 +62,10 @@ impl Reason {
             Self::Foreign(foreign) => {
                 matches!(
                     foreign,
-                    Foreign::UnknownForm | Foreign::PlainWeight | Foreign::TrainedBias
+                    Foreign::UnknownForm
+                        | Foreign::PlainWeight
+                        | Foreign::TrainedBias
+                        | Foreign::Parameter
                 )
             }
             Self::DuplicateOf(_) | Self::SplitPreferred | Self::NoBias => false,

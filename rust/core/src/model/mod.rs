@@ -234,6 +234,8 @@ pub struct ModelTable {
     built_top: Vec<(String, ModuleId)>,
     /// Flattened paths of modules that a host's class has, and that no forward calls.
     unused: Vec<String>,
+    /// Flattened paths of parameters that are no module's.
+    parameters: Vec<String>,
 }
 
 /// The blocks of one kind: each has the same modules, one block's after another's.
@@ -275,6 +277,11 @@ impl ModelTable {
     /// Whether a path is that of a module which a host's class of a model has, and never calls.
     pub fn is_unused(&self, path: &str) -> bool {
         self.unused.iter().any(|own| is_flat_of(own, path))
+    }
+
+    /// Whether a path is that of a parameter that is no module's: no delta is applied to one.
+    pub fn is_parameter(&self, path: &str) -> bool {
+        self.parameters.iter().any(|own| is_flat_of(own, path))
     }
 
     /// The module that a model at hand has at this path: its canonical one, or the one that a

@@ -38,6 +38,7 @@ pub(super) const ROWS: ModelRows = ModelRows {
     top: &TOP,
     top_aliases: &[],
     unused: &[],
+    parameters: &[],
 };
 
 const LINEARS: [LinearRow; 14] = [

@@ -20,6 +20,8 @@ pub(super) struct ModelRows {
     pub(super) top_aliases: &'static [Alias],
     /// Modules that a host's class of it has, and that its forward never calls.
     pub(super) unused: &'static [&'static str],
+    /// Its parameters that are no module's.
+    pub(super) parameters: &'static [&'static str],
 }
 
 /// Blocks of one kind: each has the same modules.
@@ -83,6 +85,7 @@ pub(super) fn build() -> ModelTable {
         top: Vec::new(),
         built_top: Vec::new(),
         unused: Vec::new(),
+        parameters: Vec::new(),
     };
     for model in Model::ALL {
         for (at, rows) in model.rows().blocks.iter().enumerate() {
@@ -99,6 +102,10 @@ pub(super) fn build() -> ModelTable {
             .iter()
             .map(|path| path.replace('.', "_"));
         table.unused.extend(flat);
+        let parameters = model.rows().parameters.iter();
+        table
+            .parameters
+            .extend(parameters.map(|path| path.replace('.', "_")));
         for &(path, kind, stream) in model.rows().top {
             let aliases = model.rows().top_aliases.iter();
             let id = table.modules.len();

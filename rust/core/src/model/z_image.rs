@@ -36,6 +36,7 @@ pub(super) const ROWS: ModelRows = ModelRows {
     top: &TOP,
     top_aliases: &TOP_ALIASES,
     unused: &UNUSED,
+    parameters: &PARAMETERS,
 };
 
 const MODULATED: [LinearRow; 8] = [
@@ -130,6 +131,8 @@ const TOP_ALIASES: [Alias; 3] = [
     ),
 ];
 
+/// Tokens that pad an image and a text.
+const PARAMETERS: [&str; 2] = ["x_pad_token", "cap_pad_token"];
 /// ComfyUI's class has it, checkpoints do not.
 const UNUSED: [&str; 1] = ["norm_final"];
 

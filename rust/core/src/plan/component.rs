@@ -80,6 +80,7 @@ fn is_component(foreign: Foreign) -> bool {
         | Foreign::TrainedBias
         | Foreign::PlainWeight
         | Foreign::Unused
+        | Foreign::Parameter
         | Foreign::BlockOutOfRange
         | Foreign::UnknownForm => false,
     }

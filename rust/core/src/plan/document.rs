@@ -216,6 +216,7 @@ fn is_told(entry: &Entry) -> bool {
             | Foreign::Embedding
             | Foreign::UnknownForm
             | Foreign::PlainWeight
+            | Foreign::Parameter
             | Foreign::BlockOutOfRange => true,
             Foreign::Bookkeeping
             | Foreign::BaseWeight

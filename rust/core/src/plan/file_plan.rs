@@ -91,12 +91,26 @@ impl FilePlan {
     /// Plans tensors that are in memory already.
     ///
     /// `scalars[i]` is the value of tensor `i` where it has exactly one element. Names and their
-    /// number are bound by the limits of a file's header.
+    /// number are bound by the limits of a file's header. Two tensors of more elements, dtype and
+    /// shape alike, count as equal.
     pub fn from_tensors(
         name: &str,
         tensors: Vec<RawTensor>,
         scalars: &[Option<f64>],
         metadata: Vec<(String, String)>,
+    ) -> Result<Self, PlanError> {
+        let value = |index: usize| scalars.get(index).copied().flatten();
+        let same = |index, original| value(index) == value(original);
+        Self::from_compared_tensors(name, tensors, scalars, metadata, same)
+    }
+
+    /// The same; `same` tells if two tensors of one dtype and shape, by their indices, are equal.
+    pub fn from_compared_tensors(
+        name: &str,
+        tensors: Vec<RawTensor>,
+        scalars: &[Option<f64>],
+        metadata: Vec<(String, String)>,
+        mut same: impl FnMut(usize, usize) -> bool,
     ) -> Result<Self, PlanError> {
         let origin = Quoted::new(name);
         check_names(&origin, &tensors)?;
@@ -117,9 +131,8 @@ impl FilePlan {
                 table.set_value(index, *value);
             }
         }
-        let value = |index: usize| scalars.get(index).copied().flatten();
         let Ok(()) = table.settle_duplicates(|(index, _), (original, _)| {
-            Ok::<_, Infallible>(value(index) == value(original))
+            Ok::<_, Infallible>(same(index, original))
         });
         let mut plan = Self::build(&origin, table, metadata, config.as_ref())?;
         plan.size_bytes = size_bytes;

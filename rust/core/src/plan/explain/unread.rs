@@ -55,6 +55,7 @@ impl Unread {
             | Foreign::BaseWeight
             | Foreign::TrainedBias
             | Foreign::Unused
+            | Foreign::Parameter
             | Foreign::PlainWeight => Self::Known(reason),
         })
     }
