@@ -73,12 +73,11 @@ class Structure:
             model, state.base_ranks, modules=modules, in_flight=state.in_flight
         )
         self.unknown = unknown_layer(self.targets, modules)
-        self._coded = [
+        self._code = _Code(
             module
             for path, module in modules
             if module._modules and type(module) not in _WITHOUT_CODE and family_of(path) is not None
-        ]
-        self._code = [_code_of(module) for module in self._coded]
+        )
         self._offload = _offload_state(model)
         own = self.targets.values()
         telling = list(_telling(own))
@@ -172,11 +171,7 @@ class Structure:
         return (
             self._offload == _offload_state(model)
             and self._watch.is_unchanged()
-            and all(
-                own is known
-                for module, before in zip(self._coded, self._code, strict=True)
-                for own, known in zip(_code_of(module), before, strict=True)
-            )
+            and self._code.is_unchanged()
         )
 
     def require_unwritten(self, state: AppliedState) -> None:
@@ -214,11 +209,27 @@ _WITHOUT_CODE = (nn.ModuleList, nn.Sequential)
 """Containers whose own code tells nothing of who is called."""
 
 
-def _code_of(module: nn.Module) -> tuple[object, ...]:
-    """What runs in a part of a block: its class and its forward, an own one, and a processor."""
-    own = module.__dict__
-    kind: type = type(module)
-    return (kind, kind.forward, own.get("forward"), own.get("processor"))
+class _Code:
+    """What ran in the parts of a model's blocks: their classes, own forwards and processors."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._parts = [
+            (module, own, type(module), own.get("forward"), own.get("processor"))
+            for module, own in ((module, module.__dict__) for module in modules)
+        ]
+        kinds: set[type[nn.Module]] = {type(module) for module, *_ in self._parts}
+        self._forwards = [(kind, kind.forward) for kind in kinds]
+
+    def is_unchanged(self) -> bool:
+        """Tell if the same runs now."""
+        for module, own, kind, forward, processor in self._parts:
+            if (
+                type(module) is not kind
+                or own.get("forward") is not forward
+                or own.get("processor") is not processor
+            ):
+                return False
+        return all(kind.forward is forward for kind, forward in self._forwards)
 
 
 class _Telling(NamedTuple):

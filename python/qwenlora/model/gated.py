@@ -93,7 +93,7 @@ def _signature(module: nn.Module, path: str, layers: GatedMlp) -> Hashable | Non
         if inner is not None and own is None:
             return None
         children.append((name, own))
-    kind: type = type(module)
+    kind: type[nn.Module] = type(module)
     return (kind, kind.forward, tuple(sorted(settings.items())), tuple(children))
 
 
