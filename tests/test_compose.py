@@ -485,7 +485,9 @@ def test_offloaded_slots_are_planned_in_groups(make_model, Draft):
     draft.add("proj_out", 3)
     rows = [t.row for t in _offloaded(find_targets)(model, {}).values()]
     tensors = [(k, "F32", list(t.shape), t.nbytes) for k, t in draft.tensors.items()]
-    plan = _core.FilePlan.from_tensors("x", tensors, scalars=[None] * len(tensors), metadata=[])
+    plan = _core.FilePlan.from_tensors(
+        "x", tensors, scalars=[None] * len(tensors), metadata=[], same=lambda *_: True
+    )
     options = {"max_rank": None, "strict": False, "truncated_rank": 256}
     options["lokr_scale"] = "standard"
     core = _core.plan_stack([("x", plan, 1.0, True, [])], _core.SlotMap(rows), json.dumps(options))
