@@ -407,6 +407,26 @@ def test_an_mlp_that_is_refused_leaves_others_of_its_class(made, files):
             qwenlora.compose_loras(model, files["gate alone"].tensors)
 
 
+class Unseen(nn.Module):
+    """An MLP of linears apart that reads one's tensors."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.w1, self.w2, self.w3 = mlp.w1, mlp.w2, mlp.w3
+
+    def forward(self, x):
+        assert self.w1.qweight is not None
+        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
+
+
+def test_an_mlp_of_linears_apart_must_call_them(made, files):
+    model = made(ZImageForm.STOCK)
+    block = model.layers[1]
+    block.feed_forward = Unseen(block.feed_forward)
+    with pytest.raises(errors.UnsupportedModelError, match=r"layers\.1\.feed_forward.*call"):
+        qwenlora.compose_loras(model, files["lokr"].tensors)
+
+
 class ValueFirst(GateFirst):
     """The same with the value first."""
 
@@ -539,6 +559,15 @@ def test_a_quantized_layer_of_another_model_is_refused(made, files):
     modulation.insert(0, nn.SiLU())
     with pytest.raises(errors.UnsupportedModelError, match=r"layers\.0\."):
         qwenlora.compose_loras(model, files["out"].tensors)
+
+
+def test_what_is_no_number_and_no_set_is_told(made, files, run):
+    model = made(ZImageForm.COMFYUI)
+    with pytest.raises(ValueError, match="inf"):
+        qwenlora.compose_loras(model, (files["out"].tensors, 10**400))
+    qwenlora.ComfyQwenImageWrapper.of(model)
+    with pytest.raises(TypeError, match="LoraSet"):
+        model([], torch.ones(1), [], transformer_options={"qwenlora": "style"})
 
 
 # ---- all that Qwen-Image has ----

@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qwenlora.errors import UnsupportedModelError
-from qwenlora.model.code import calls_its_layers, class_name, names_of_module
-from qwenlora.model.family import Family
+from qwenlora.model.code import calls_its_layers, class_name
+from qwenlora.model.family import Family, require_rows_as_they_come
 from qwenlora.plan.documents import BlockBuild, SlotKind
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from qwenlora.model.family import Modules
     from qwenlora.model.target import Target
 
@@ -27,10 +25,6 @@ _FUSED_ATTENTION = "attn.to_qkv"
 """The linear of query, key and value in a block of Nunchaku's."""
 _QUERY = "attn.to_q"
 """The linear of the query alone in a block of diffusers'."""
-_REORDERING = frozenset(
-    ("movedim", "permute", "rearrange", "swapaxes", "swapdims", "transpose", "unflatten", "view")
-)
-"""What code calls that takes the rows of a modulation in another order than they come."""
 _QUANTIZED = (SlotKind.SVDQ, SlotKind.AWQ)
 
 
@@ -64,27 +58,14 @@ def _require_order(path: str, target: Target, modules: Modules) -> None:
             f" Nunchaku's `{_FUSED_ATTENTION}` alone, nor diffusers' `{_QUERY}` alone"
             "\nhint: load the model with Nunchaku's own loader, or with diffusers' quantizer"
         )
-    if build is BlockBuild.STOCK and target.kind in _QUANTIZED and _reorders(modules[block]):
-        raise UnsupportedModelError(
-            f"the order in which `{block}` takes the rows of `{path}` is not known: it is a"
-            f" {class_name(modules[block])}, whose code may reorder them"
-            "\nhint: load the model with diffusers' own classes"
-        )
+    if build is BlockBuild.STOCK and target.kind in _QUANTIZED:
+        require_rows_as_they_come(block, path, modules)
     if target.kind is SlotKind.LINEAR and build is BlockBuild.NUNCHAKU:
         raise UnsupportedModelError(
             f"`{path}` is a {class_name(target.module)} in a block of Nunchaku's: the order in"
             " which the block takes the rows of one that is not quantized is not known"
             "\nhint: load a checkpoint whose modulation is quantized, as Nunchaku's are"
         )
-
-
-def _reorders(block: nn.Module) -> bool:
-    """Tell if a block's code may take the rows of its modulations in another order.
-
-    The code of its forward is looked at. Code that cannot be counts as reordering.
-    """
-    names = names_of_module(block)
-    return names is None or not names.all.isdisjoint(_REORDERING)
 
 
 QWEN_IMAGE = Family(lists={_BLOCKS: _MODULATIONS}, build=_build, require_order=_require_order)

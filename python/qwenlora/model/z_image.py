@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qwenlora.errors import UnsupportedModelError
-from qwenlora.model.code import calls_its_layers, class_name, names_of_module
-from qwenlora.model.family import Family
+from qwenlora.model.code import calls_its_layers, class_name
+from qwenlora.model.family import Family, require_rows_as_they_come
 from qwenlora.model.gated import GatedMlp, RowsOfGated, rows_of
 from qwenlora.plan.documents import BlockBuild, SlotKind
 
@@ -30,8 +30,9 @@ _FUSED_MLPS = (
     GatedMlp(fused="w13", down="w2"),
 )
 """MLPs whose value and gate are one linear: of diffusers' `FeedForward`, and of ComfyUI's pack."""
-_REORDERING = frozenset(("movedim", "permute", "rearrange", "swapaxes", "swapdims", "transpose"))
-"""What code calls that takes the rows of a modulation in another order than they come."""
+
+_APART = ("w1", "w3")
+"""Value and gate where they are linears of their own."""
 
 
 def _build(block: str, part: str, modules: Modules) -> BlockBuild:
@@ -49,9 +50,21 @@ def _build(block: str, part: str, modules: Modules) -> BlockBuild:
 
 
 def _require_order(path: str, target: Target, modules: Modules) -> None:
-    """The rows of value and gate lie in an order that only the MLP's forward tells."""
-    if path.endswith(f".{_MODULATION}"):
-        _require_modulation(path, target, modules)
+    """The rows of value and gate lie in an order that only the MLP's forward tells.
+
+    An MLP that has them apart must call them, or nothing could run beside them.
+    """
+    block = path.removesuffix(f".{_MODULATION}")
+    if block != path and target.kind is SlotKind.AWQ:
+        require_rows_as_they_come(block, path, modules)
+    outer, _, name = path.rpartition(".")
+    is_apart = name in _APART and target.kind is SlotKind.SVDQ
+    if is_apart and not calls_its_layers(modules[outer]):
+        raise UnsupportedModelError(
+            f"`{outer}` is a {class_name(modules[outer])} whose forward does not call its layers,"
+            " as far as its code tells"
+            "\nhint: load the model with diffusers' own classes"
+        )
     for mlp in _FUSED_MLPS:
         outer = path.removesuffix(f".{mlp.fused}")
         if outer != path and rows_of(modules[outer], mlp) is not RowsOfGated.VALUE_FIRST:
@@ -61,19 +74,6 @@ def _require_order(path: str, target: Target, modules: Modules) -> None:
                 " diffusers' and ComfyUI's do"
                 "\nhint: load the model with Nunchaku's own loader, or with diffusers' quantizer"
             )
-
-
-def _require_modulation(path: str, target: Target, modules: Modules) -> None:
-    block = path.removesuffix(f".{_MODULATION}")
-    if target.kind is not SlotKind.AWQ:
-        return
-    names = names_of_module(modules[block])
-    if names is None or not names.all.isdisjoint(_REORDERING):
-        raise UnsupportedModelError(
-            f"the order in which `{block}` takes the rows of `{path}` is not known: it is a"
-            f" {class_name(modules[block])}, whose code may reorder them"
-            "\nhint: load the model with diffusers' own classes"
-        )
 
 
 Z_IMAGE = Family(

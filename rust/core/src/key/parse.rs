@@ -286,6 +286,7 @@ fn foreign(key: &str) -> (Foreign, Option<ModuleId>) {
     (reason, None)
 }
 
+/// Whether a key names, behind any prefix, a path of which this is true.
 fn names(key: &str, is_one: impl Fn(&str) -> bool) -> bool {
     let find = |path: &str| is_one(path).then_some(());
     suffix::cut(key).is_some_and(|cut| search(cut.stem, &mut Vec::new(), &find).is_some())
@@ -411,6 +412,9 @@ mod tests {
         assert_eq!(reason("diffusion_model.norm_final.diff"), Foreign::Unused);
         assert_eq!(reason("lora_unet_norm_final.w_norm"), Foreign::Unused);
         assert_eq!(reason("x_norm_final.diff"), Foreign::NotAModule);
+        assert_eq!(reason("x_pad_token.diff"), Foreign::Parameter);
+        assert_eq!(reason("lora_unet_cap_pad_token.diff"), Foreign::Parameter);
+        assert_eq!(reason("x_x_pad_token.diff"), Foreign::NotAModule);
         assert_eq!(reason("final_layer.norm_final.diff"), Foreign::NotAModule);
     }
 

@@ -96,16 +96,11 @@ pub(super) fn build() -> ModelTable {
         }
     }
     for model in Model::ALL {
-        let flat = model
-            .rows()
-            .unused
-            .iter()
-            .map(|path| path.replace('.', "_"));
-        table.unused.extend(flat);
-        let parameters = model.rows().parameters.iter();
-        table
-            .parameters
-            .extend(parameters.map(|path| path.replace('.', "_")));
+        let flat = |paths: &[&str]| -> Vec<String> {
+            paths.iter().map(|path| path.replace('.', "_")).collect()
+        };
+        table.unused.extend(flat(model.rows().unused));
+        table.parameters.extend(flat(model.rows().parameters));
         for &(path, kind, stream) in model.rows().top {
             let aliases = model.rows().top_aliases.iter();
             let id = table.modules.len();
