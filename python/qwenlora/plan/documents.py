@@ -25,9 +25,13 @@ __all__ = [
     "AlikeMember",
     "AlikeSlots",
     "BlockBuild",
+    "Cayley",
     "Piece",
     "PieceKind",
     "RankGroup",
+    "RotationRule",
+    "Route",
+    "Side",
     "Skip",
     "SlotKind",
     "SlotPlan",
@@ -75,8 +79,35 @@ class BlockBuild(enum.Enum):
     """diffusers' own block: every linear is a module that is called, all rows are planar."""
 
 
+class Side(enum.Enum):
+    """The side of a weight (out, in) that a diagonal or a rotation is multiplied to."""
+
+    OUT = "out"
+    IN = "in"
+
+
+class Route(enum.Enum):
+    """The way in which a slot carries its low-rank deltas."""
+
+    INSIDE = "inside"
+    """Behind the base branch of a packed layer; beside a layer that has none."""
+    BESIDE = "beside"
+    """Beside the layer, whose own output is then the base's alone."""
+
+
+class Cayley(enum.Enum):
+    """The way from a skew-symmetric block Q to a rotation."""
+
+    EXACT = "exact"
+    """(I + Q)(I - Q)^-1: LyCORIS."""
+    NEUMANN = "neumann"
+    """I + 2Q + 2Q^2 + 2Q^3 + Q^4: PEFT's default, and OneTrainer."""
+    SOLVE = "solve"
+    """(I - Q)(I + Q)^-1: PEFT with `use_cayley_neumann=False`."""
+
+
 class PieceKind(enum.Enum):
-    """The form in which a delta is executed. `DIAGONAL` and `ROTATION` are reserved."""
+    """The form in which a delta is executed."""
 
     LOW_RANK = "LowRank"
     KRON = "Kron"
@@ -103,6 +134,24 @@ class TensorRef:
 
 
 @dataclass(frozen=True)
+class RotationRule:
+    """The way from stored blocks to rotations.
+
+    Attributes:
+        cayley: From a skew-symmetric block to a rotation.
+        constraint: LyCORIS' alpha as it is stored: times the rows, the most that the norm of all
+            blocks may be; 0 where there is none.
+        scaled: Whether Q is divided by 2 sqrt(b - 1), as OneTrainer's marker says.
+        shared: Whether one block stands for all.
+    """
+
+    cayley: Cayley
+    constraint: float = 0.0
+    scaled: bool = False
+    shared: bool = False
+
+
+@dataclass(frozen=True)
 class Piece:
     """One delta that a slot carries.
 
@@ -110,7 +159,9 @@ class Piece:
     `row_begin + row_count` of the slot's logical output change. `rank_bound` is the rank of the
     exact pair that the stored delta equals, or the most that its shape allows; `rank_budget` the
     rank that a delta of higher rank is cut to. `parameter` names the tensor that a vector is added
-    to.
+    to. `side` is a diagonal's or a rotation's, `rotation` how its blocks become rotations;
+    `scales_bias` says that a diagonal of rows applies to the layer's bias, too. `exactness` is
+    "exact", "norms" (the norms of the 16-bit weight are estimated) or "truncated".
     """
 
     kind: PieceKind
@@ -125,6 +176,10 @@ class Piece:
     row_count: int
     parameter: str | None
     tensors: Mapping[str, TensorRef]
+    side: Side | None = None
+    rotation: RotationRule | None = None
+    scales_bias: bool = False
+    exactness: str = "exact"
 
 
 @dataclass(frozen=True)
