@@ -1,8 +1,8 @@
 """Parts of what runs beside a layer, ready to be written: strength and scale are in them.
 
-Notation: the layer computes y = W x + b on its raw input x (..., K); rows are in the order of files;
-t is the strength. Every part is neutral where its tensors are zero, so a room that a block of an
-offloaded model does not use holds zeros.
+Notation: the layer computes y = W x + b on its raw input x (..., K). Rows are in files' order,
+and t is the strength. Every part is neutral where its tensors are zero, so a room that a block of
+an offloaded model does not use holds zeros.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class PartKind(enum.IntEnum):
 
     KRON = 0
     """Adds rows * kron(w1, w2) (x * columns). Sizes: ol, im, ok, il, whether it has `rows`, whether
-    it has `columns` (0 or 1). Tensors: `w1` (ol, im), `w2` (ok, il), `rows` (ol ok), `columns` (K)."""
+    it has `columns` (0 or 1). Tensors: `w1` (ol, im), `w2` (ok, il), `rows` (ol ok), `columns`
+    (K)."""
     DENSE = 1
     """Adds unscale * values x. Sizes: K. Tensors: `values` (rows, K), `unscale` () float32."""
     FACTOR = 2
