@@ -24,6 +24,7 @@ __all__ = [
     "QwenLoraError",
     "RankError",
     "ShapeMismatchError",
+    "UnknownWeightError",
     "UnsupportedAdapterError",
     "UnsupportedModelError",
 ]
@@ -114,6 +115,10 @@ class OutputError(QwenLoraError, OSError):
 
 class UnsupportedModelError(QwenLoraError, TypeError):
     """The model has no layers that LoRAs can be composed into, or is in a state that forbids it."""
+
+
+class UnknownWeightError(QwenLoraError, TypeError):
+    """A layer stores its weight in a form that is not known, and an adapter needs to know it."""
 
 
 class ModelStateError(QwenLoraError, RuntimeError):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qwenlora.delta.finite import is_finite, non_finite_in
+from qwenlora.model.values import BASE_VALUES
 from qwenlora.slots.point import point, point_back
 from qwenlora.slots.slot import NoChange
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["BASE_VALUES", "PARAMETERS", "ValueSlot"]
 
 
-BASE_VALUES = "_qwenlora_base"
-"""Attribute of a layer that keeps the base's tensors whose parameters point elsewhere, by name."""
 PARAMETERS = ("weight", "bias")
 """Stored parameters that deltas may change."""
 

@@ -1,0 +1,1 @@
+"""The weight that a slot's layer computes with, and its norms."""

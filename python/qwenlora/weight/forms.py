@@ -1,0 +1,137 @@
+"""The form in which a slot's layer stores its weight, told by names, dtypes and shapes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from qwenlora.errors import UnknownWeightError
+from qwenlora.model.values import base_value
+from qwenlora.packing.layout import MODULATION_PLANES, RowOrder
+from qwenlora.packing.pack import deinterleave_modulation, unpack_vector
+from qwenlora.plan.documents import SlotKind
+from qwenlora.weight.awq import AwqWeight
+from qwenlora.weight.int4 import INT4_GROUP, Int4Weight
+from qwenlora.weight.plain import PlainWeight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qwenlora.model.target import Target
+    from qwenlora.weight.stored import StoredWeight
+
+__all__ = ["stored_weight"]
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_FP8_SCALE = "scale_weight"
+"""The factor that ComfyUI keeps on a linear whose weight it stores in 8 bits."""
+
+
+def stored_weight(target: Target, device: torch.device) -> StoredWeight:
+    """The weight of a slot's layer without its low-rank branch.
+
+    Args:
+        target: The slot.
+        device: Where rows are given.
+
+    Raises:
+        UnknownWeightError: It is stored in a form that is not known.
+    """
+    if target.kind is SlotKind.SVDQ:
+        return _svdq(target, device)
+    if target.kind is SlotKind.AWQ:
+        return _awq(target, device)
+    if target.kind is SlotKind.LINEAR:
+        return _linear(target, device)
+    raise UnknownWeightError(f"`{target.path}` multiplies its input with no matrix")
+
+
+def _svdq(target: Target, device: torch.device) -> StoredWeight:
+    rows, columns = target.row.out_features, target.row.in_features
+    qweight, wscales = _tensor(target, "qweight"), _tensor(target, "wscales")
+    smooth = _vector(target, "smooth_factor", columns, device)
+    if _is(qweight, (rows, columns), torch.float32):
+        return PlainWeight(qweight, device, smooth=smooth)
+    is_int4 = _is(qweight, (rows, columns // 2), torch.int8) and _is(
+        wscales, (columns // INT4_GROUP, rows), *_FLOATS
+    )
+    if is_int4:
+        scales = None
+        if _has(target, "wcscales"):
+            scales = _vector(target, "wcscales", rows, device)
+        return Int4Weight(qweight, wscales, smooth, device, channel_scales=scales)
+    raise _unknown(target, qweight=qweight, wscales=wscales)
+
+
+def _awq(target: Target, device: torch.device) -> StoredWeight:
+    rows, columns = target.row.out_features, target.row.in_features
+    qweight = _tensor(target, "qweight")
+    order = torch.arange(rows)
+    if target.row_order is RowOrder.INTERLEAVED:
+        if rows % MODULATION_PLANES:
+            raise _unknown(target, qweight=qweight)
+        order = deinterleave_modulation(order)
+    if _is(qweight, (rows, columns), torch.float32):
+        return PlainWeight(qweight, device, stored_rows=order)
+    wscales, wzeros = _tensor(target, "wscales"), _tensor(target, "wzeros")
+    by_group = (columns // INT4_GROUP, rows)
+    is_awq = (
+        _is(qweight, (rows // 4, columns // 2), torch.int32)
+        and _is(wscales, by_group, *_FLOATS)
+        and _is(wzeros, by_group, *_FLOATS)
+    )
+    if is_awq:
+        return AwqWeight(qweight, wscales, wzeros, device, stored_rows=order)
+    raise _unknown(target, qweight=qweight, wscales=wscales, wzeros=wzeros)
+
+
+def _linear(target: Target, device: torch.device) -> StoredWeight:
+    shape = (target.row.out_features, target.row.in_features)
+    weight = base_value(target.module, f"{target.prefix}weight")
+    if not isinstance(weight, torch.Tensor):
+        raise UnknownWeightError(f"`{target.path}` has no tensor `weight`")
+    if type(weight) not in (torch.Tensor, torch.nn.Parameter):
+        raise UnknownWeightError(
+            f"the weight of `{target.path}` is a {type(weight).__name__}, whose values are its"
+            " class's own affair"
+        )
+    if not _is(weight, shape, *_FLOATS, *_FP8):
+        raise _unknown(target, weight=weight)
+    factor = getattr(target.module, _FP8_SCALE, None) if weight.dtype in _FP8 else None
+    if isinstance(factor, torch.Tensor) and factor.numel() != 1:
+        raise _unknown(target, weight=weight, scale_weight=factor)
+    return PlainWeight(weight, device, factor=factor)
+
+
+def _vector(target: Target, name: str, length: int, device: torch.device) -> Tensor:
+    """(length,) float32 of a vector that is stored packed."""
+    vector = _tensor(target, name)
+    if not _is(vector, (length,), *_FLOATS):
+        raise _unknown(target, **{name: vector})
+    return unpack_vector(vector.detach().to(device)).float()
+
+
+def _has(target: Target, name: str) -> bool:
+    return getattr(target.module, target.prefix + name, None) is not None
+
+
+def _tensor(target: Target, name: str) -> Tensor:
+    tensor = getattr(target.module, target.prefix + name, None)
+    if not isinstance(tensor, torch.Tensor):
+        raise UnknownWeightError(f"`{target.path}` has no tensor `{target.prefix}{name}`")
+    return tensor
+
+
+def _is(tensor: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> bool:
+    """Tell if a tensor is of this shape and of one of these dtypes, one value after the other."""
+    return tuple(tensor.shape) == shape and tensor.dtype in dtypes and tensor.is_contiguous()
+
+
+def _unknown(target: Target, **tensors: Tensor) -> UnknownWeightError:
+    shown = [f"{name} is {tuple(own.shape)} {own.dtype}" for name, own in tensors.items()]
+    return UnknownWeightError(
+        f"the weight of `{target.path}` is stored in a form that is not known:"
+        f" {', '.join(shown)}, for {target.row.out_features} x {target.row.in_features}"
+    )
