@@ -231,3 +231,135 @@ def fused_delta(parts: list[LowRankPart], out_features: int) -> torch.Tensor:
             update = lora_delta(part.down, part.up[row : row + 1], part.scale)  # (1, in)
             delta[part.row_begin + row] += update[0]
     return delta
+
+
+# ---- weights under adapters that need the base weight ----
+#
+# Each returns the whole adapted weight W' (out, in) in float64, of the base weight W and of what an
+# adapter stores. At strength t the layer computes W + t (W' - W).
+
+
+def dora_weight(weight: torch.Tensor, delta: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """Scale the rows of V = W + delta to lengths m (out, 1) or (out,), or its columns to (1, in).
+
+    `delta` has its scale in it.
+    """
+    adapted = weight.to(torch.float64) + delta.to(torch.float64)
+    if magnitude.ndim == 2 and magnitude.shape[0] == 1 and weight.shape[0] != 1:
+        for column in range(adapted.shape[1]):
+            adapted[:, column] *= magnitude[0, column].item() / adapted[:, column].norm()
+    else:
+        for row in range(adapted.shape[0]):
+            adapted[row] *= magnitude.flatten()[row].item() / adapted[row].norm()
+    return adapted
+
+
+def ia3_weight(weight: torch.Tensor, factors: torch.Tensor, axis: int) -> torch.Tensor:
+    """Multiply rows (axis 0) or columns (axis 1) by factors 1 + l."""
+    adapted = weight.to(torch.float64).clone()
+    for index in range(weight.shape[axis]):
+        adapted.select(axis, index).mul_(factors[index].item())
+    return adapted
+
+
+def glora_weight(
+    weight: torch.Tensor,
+    a: tuple[torch.Tensor, torch.Tensor],
+    b: tuple[torch.Tensor, torch.Tensor],
+    scale: float,
+) -> torch.Tensor:
+    """Return W + scale (b1 b2 + W a1 a2) of a1 (in, r), a2 (r, in), b1 (out, r), b2 (r, in)."""
+    base = weight.to(torch.float64)
+    own = b[0].to(torch.float64) @ b[1].to(torch.float64)
+    turned = base @ a[0].to(torch.float64) @ a[1].to(torch.float64)
+    return base + scale * (own + turned)
+
+
+def hra_weight(weight: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """Reflect the columns' space along each direction of (in, r), the first one first."""
+    adapted = weight.to(torch.float64)
+    for direction in directions.to(torch.float64).unbind(1):
+        unit = (direction / direction.norm()).unsqueeze(1)  # (in, 1)
+        adapted = adapted @ (torch.eye(len(unit), dtype=torch.float64) - 2 * unit @ unit.T)
+    return adapted
+
+
+def cayley(skew: torch.Tensor) -> torch.Tensor:
+    """Return (I + Q)(I - Q)^-1 of one block (b, b)."""
+    eye = torch.eye(len(skew), dtype=torch.float64)
+    return (eye + skew) @ torch.linalg.inv(eye - skew)
+
+
+def cayley_series(skew: torch.Tensor) -> torch.Tensor:
+    """Return I + 2Q + 2Q^2 + 2Q^3 + Q^4 of one block (b, b)."""
+    result = torch.eye(len(skew), dtype=torch.float64)
+    power = torch.eye(len(skew), dtype=torch.float64)
+    for factor in (2, 2, 2, 1):
+        power = power @ skew
+        result = result + factor * power
+    return result
+
+
+def skew_of_triangle(triangle: torch.Tensor, size: int) -> torch.Tensor:
+    """Return the skew-symmetric block (b, b) of its upper triangle, which is stored by rows."""
+    skew = torch.zeros(size, size, dtype=torch.float64)
+    stored = iter(triangle.tolist())
+    for row in range(size):
+        for column in range(row + 1, size):
+            skew[row, column] = next(stored)
+            skew[column, row] = -skew[row, column]
+    return skew
+
+
+def constrained_skews(blocks: torch.Tensor, most: float) -> torch.Tensor:
+    """Return Q = B - B^T of all blocks (..., b, b), their common norm at most `most`; 0: any."""
+    skew = blocks.to(torch.float64) - blocks.to(torch.float64).transpose(-1, -2)
+    norm = float(skew.square().sum().sqrt()) + 1e-8
+    return skew.mul(most / norm) if 0 < most < norm else skew
+
+
+def block_diagonal(blocks: torch.Tensor) -> torch.Tensor:
+    """Return the matrix (n b, n b) of blocks (n, b, b) on its diagonal."""
+    count, size, _ = blocks.shape
+    matrix = torch.zeros(count * size, count * size, dtype=torch.float64)
+    for index in range(count):
+        begin = index * size
+        matrix[begin : begin + size, begin : begin + size] = blocks[index]
+    return matrix
+
+
+def diag_oft_weight(
+    weight: torch.Tensor, rotations: torch.Tensor, rescale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Multiply each block of rows by R^T, then each row by its factor."""
+    adapted = block_diagonal(rotations).T @ weight.to(torch.float64)
+    return adapted if rescale is None else ia3_weight(adapted, rescale.flatten(), 0)
+
+
+def butterfly_row(place: int, size: int, stage: int) -> int:
+    """Return which row stands at a place of a stage's permuted rows, in blocks of `size`."""
+    stride = (1 << stage) * size // 2
+    pair, within = divmod(place, 2 * stride)
+    return pair * 2 * stride + (within % 2) * stride + within // 2
+
+
+def boft_weight(
+    weight: torch.Tensor, rotations: torch.Tensor, rescale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Put rows through m stages of blocks (m, n, b, b), then multiply each row by its factor."""
+    adapted = weight.to(torch.float64)
+    rows, size = len(weight), rotations.shape[-1]
+    for stage, blocks in enumerate(rotations):
+        permutation = torch.zeros(rows, rows, dtype=torch.float64)
+        for place in range(rows):
+            permutation[place, butterfly_row(place, size, stage)] = 1
+        adapted = permutation.T @ block_diagonal(blocks) @ permutation @ adapted
+    return adapted if rescale is None else ia3_weight(adapted, rescale.flatten(), 0)
+
+
+def input_oft_weight(
+    weight: torch.Tensor, rotations: torch.Tensor, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the weight of a layer that sees x R per block, and whose rows are scaled."""
+    adapted = weight.to(torch.float64) @ block_diagonal(rotations).T
+    return adapted if scale is None else ia3_weight(adapted, scale.flatten(), 0)

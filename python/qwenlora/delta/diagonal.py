@@ -1,0 +1,85 @@
+"""A diagonal on a weight: every row, or every column, times a number of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from qwenlora.delta.parts import PartKind, PartShape, ScaledPart
+from qwenlora.delta.scale import factor_at
+from qwenlora.plan.documents import Side
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["DiagonalDelta", "bias_rows"]
+
+
+@dataclass(frozen=True)
+class DiagonalDelta:
+    """W' - W of a diagonal D, without strength: (D - 1) W on rows, W (D - 1) on columns.
+
+    Attributes:
+        side: Whether it multiplies rows (OUT) or columns (IN).
+        row_begin: First of the layer's logical rows that it changes.
+        row_count: How many.
+        values: D - 1 in float32: (row_count,) on rows, (K,) on columns.
+        scales_bias: Whether D multiplies the layer's bias, too; on rows alone.
+    """
+
+    side: Side
+    row_begin: int
+    row_count: int
+    values: Tensor
+    scales_bias: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.values.nbytes
+
+    @property
+    def zero(self) -> bool:
+        """True where it changes nothing."""
+        return not bool(self.values.any())
+
+    def scaled_parts(
+        self,
+        strength: float,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        bias: Tensor | None = None,
+    ) -> tuple[ScaledPart, ...]:
+        """The part that adds strength times this delta to what the layer computes.
+
+        Args:
+            strength: Factor on the whole delta.
+            dtype: The slot's dtype; the product with the strength is formed in float32.
+            device: The slot's device.
+            bias: (N,) what the layer adds at x = 0, logical rows; None where it adds nothing.
+
+        Returns:
+            One FACTOR with t (D - 1), or one INPUT_FACTOR with it.
+        """
+        factor = (self.values * factor_at(1.0, strength)).to(device, dtype)
+        if self.side is Side.IN:
+            kind, sizes = PartKind.INPUT_FACTOR, (len(factor),)
+        else:
+            kind, sizes = PartKind.FACTOR, (int(self.scales_bias),)
+        tensors = {"factor": factor}
+        shape = PartShape(kind, self.row_begin, self.row_count, sizes)
+        if "bias" in shape.tensors:
+            tensors["bias"] = bias_rows(bias, self.row_begin, self.row_count, dtype, device)
+        return (ScaledPart(shape, tensors),)
+
+
+def bias_rows(
+    bias: Tensor | None, begin: int, count: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Some rows (count,) of a layer's bias (N,); zeros where it has none."""
+    if bias is None:
+        return torch.zeros(count, dtype=dtype, device=device)
+    return bias[begin : begin + count].to(device, dtype)
