@@ -14,10 +14,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qwenlora.delta.adapters.based import based_delta, is_based
 from qwenlora.delta.adapters.lokr import kron_factors
 from qwenlora.delta.adapters.table import adapter_named
 from qwenlora.delta.adapters.vector import value_of
 from qwenlora.delta.finite import are_finite, damaged, is_finite
+from qwenlora.delta.replaced import (
+    is_replacement,
+    is_stored_value,
+    replaced_rows,
+    replaced_value,
+)
 from qwenlora.errors import NonFiniteError
 from qwenlora.packing.layout import RowOrder
 from qwenlora.packing.pack import interleave_modulation
@@ -29,8 +36,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from qwenlora.delta.adapters.based import Base, Based
     from qwenlora.delta.adapters.vector import ValueDelta
+    from qwenlora.delta.diagonal import DiagonalDelta
     from qwenlora.delta.factors import Factors
+    from qwenlora.delta.rotation import RotationDelta
     from qwenlora.model.target import Target
     from qwenlora.plan.documents import Piece
     from qwenlora.source.source import TensorFetcher
@@ -89,12 +99,22 @@ class KronPair:
         w2: (ok, il): the layer has im il columns, and ol ok of its rows change.
         scale: Factor on the product.
         row_begin: First logical row that it changes.
+        rows: (ol ok) float32, factors on its rows; None where they are 1.
+        columns: (im il) float32, factors on its columns; None where they are 1.
     """
 
     w1: Tensor
     w2: Tensor
     scale: float
     row_begin: int
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        own = (self.w1, self.w2, self.rows, self.columns)
+        return sum(tensor.nbytes for tensor in own if tensor is not None)
 
 
 @dataclass(frozen=True)
@@ -154,6 +174,8 @@ class LoraPieces:
         values: What is added to stored values.
         refused: Modules left out for what they would lose.
         cuts: What was cut to become rank.
+        diagonals: Factors on the layer's rows or columns.
+        rotations: Rotations of its rows or columns.
         rows: Which rows the deltas of the layer's weight write: of each the first, and how many.
     """
 
@@ -163,15 +185,17 @@ class LoraPieces:
     values: tuple[ValueDelta, ...] = ()
     refused: tuple[Refusal, ...] = ()
     cuts: tuple[CutPiece, ...] = ()
+    diagonals: tuple[DiagonalDelta, ...] = ()
+    rotations: tuple[RotationDelta, ...] = ()
     rows: tuple[tuple[int, int], ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        own = [kron.w1 for kron in self.krons] + [kron.w2 for kron in self.krons]
-        own += [value.delta for value in self.values]
+        own = [value.delta for value in self.values]
         own += [] if self.dense is None else [self.dense]
-        held = sum(t.nbytes for t in own) + sum(cut.nbytes for cut in self.cuts)
+        others = (*self.krons, *self.cuts, *self.diagonals, *self.rotations)
+        held = sum(tensor.nbytes for tensor in own) + sum(other.nbytes for other in others)
         return held + (0 if self.pair is None else self.pair.nbytes)
 
     @property
@@ -183,6 +207,7 @@ class LoraPieces:
             and not any(_has_value(k.w1) and _has_value(k.w2) for k in self.krons)
             and (self.dense is None or not _has_value(self.dense))
             and not any(_has_value(value.delta) for value in self.values)
+            and all(own.zero for own in (*self.diagonals, *self.rotations))
         )
 
 
@@ -191,6 +216,7 @@ def fetch_pieces(
     target: Target,
     fetcher: TensorFetcher,
     *,
+    base: Base,
     max_energy_lost: float,
 ) -> LoraPieces:
     """Read one LoRA's pieces of a slot and bring them to the forms that the slot carries.
@@ -199,6 +225,7 @@ def fetch_pieces(
         pieces: All pieces of one LoRA in this slot.
         target: The slot.
         fetcher: Reads the tensors.
+        base: The weight that the layer computes with.
         max_energy_lost: Largest share of its energy that a full delta may lose.
 
     Returns:
@@ -209,40 +236,64 @@ def fetch_pieces(
     """
     read = read_pieces(pieces, fetcher)
     rows = target.row.out_features
-    if target.only_values:
-        return LoraPieces(values=tuple(value_of(p, tensors, rows) for p, tensors in read))
-    ranks, refused = _rank_members(read, target, max_energy_lost)
-    carried = [(p, t) for p, t in read if p.kind is not PieceKind.VECTOR and not _is_in(refused, p)]
-    dense = [(p, t["diff"]) for p, t in read if _is_matrix(p)]
-    vectors = [(p, t) for p, t in read if p.kind is PieceKind.VECTOR]
-    krons = [
-        KronPair(*_kept(kron_factors(tensors)), piece.scale, piece.row_begin)
-        for piece, tensors in read
-        if piece.kind is PieceKind.KRON
+    values = [
+        replaced_value(p, t, target) if is_replacement(p) else value_of(p, t, rows)
+        for p, t in read
+        if _is_value(p, target)
     ]
+    if target.only_values:
+        return LoraPieces(values=tuple(values))
+    based = {id(p): based_delta(p, tensors, base) for p, tensors in read if is_based(p)}
+    ranks, refused = _rank_members(read, based, target, max_energy_lost)
+    carried = [(p, t) for p, t in read if not (_is_value(p, target) or _is_in(refused, p))]
+    dense = [(p, _matrix_of(p, t, base)) for p, t in carried if _is_matrix(p, target)]
+    own = tuple(based.values())
     return LoraPieces(
         pair=_fuse(ranks, target) if ranks else None,
-        krons=tuple(krons),
+        krons=tuple(_krons(read, based)),
         dense=_dense_sum(dense, target) if dense else None,
-        values=tuple(value_of(p, tensors, rows) for p, tensors in vectors),
+        values=tuple(values),
         refused=tuple(refused),
         cuts=tuple(_cut_pieces(ranks, carried)),
+        diagonals=tuple(made.diagonal for made in own if made.diagonal is not None),
+        rotations=tuple(made.rotation for made in own if made.rotation is not None),
         rows=tuple(_rows_of(piece) for piece, _ in carried),
     )
+
+
+def _krons(
+    read: Sequence[tuple[Piece, Mapping[str, Tensor]]], based: Mapping[int, Based]
+) -> Iterator[KronPair]:
+    """The products that run beside the layer as they are."""
+    for piece, tensors in read:
+        if piece.kind is PieceKind.KRON:
+            yield KronPair(*_kept(kron_factors(tensors)), piece.scale, piece.row_begin)
+            continue
+        made = based.get(id(piece))
+        if made is not None and made.kron is not None:
+            w1, w2, rows, columns = made.kron
+            own = _kept((w1, w2))
+            yield KronPair(*own, piece.scale, piece.row_begin, rows=rows, columns=columns)
 
 
 def read_pieces(
     pieces: Sequence[Piece], fetcher: TensorFetcher
 ) -> list[tuple[Piece, dict[str, Tensor]]]:
-    """Read pieces' tensors with one call, as matrices and vectors, by role."""
+    """Read pieces' tensors with one call, by role: matrices, vectors, and blocks as they are."""
     refs = [ref for piece in pieces for ref in piece.tensors.values()]
     stored = iter(fetcher.fetch(refs))
-    return [(piece, {role: _matrix(next(stored)) for role in piece.tensors}) for piece in pieces]
+    return [
+        (piece, {role: _shaped(role, next(stored)) for role in piece.tensors}) for piece in pieces
+    ]
 
 
-def _matrix(tensor: Tensor) -> Tensor:
+_BLOCKS = ("oft_blocks", "boft_r")
+"""Roles of tensors with more than two axes of their own."""
+
+
+def _shaped(role: str, tensor: Tensor) -> Tensor:
     """Flatten to a matrix, as tools store one as a 1x1 convolution; vectors stay vectors."""
-    return tensor.flatten(1) if tensor.ndim > 2 else tensor
+    return tensor.flatten(1) if tensor.ndim > 2 and role not in _BLOCKS else tensor
 
 
 def _kept(tensors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -250,9 +301,24 @@ def _kept(tensors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return tensors[0].clone(), tensors[1].clone()
 
 
-def _is_matrix(piece: Piece) -> bool:
-    """Tell if a full delta runs as it is: on quantized layers it becomes rank, by a budget."""
-    return piece.kind is PieceKind.DENSE and piece.rank_budget is None
+def _is_value(piece: Piece, target: Target) -> bool:
+    """Tell if a piece changes a parameter that the layer stores as it is."""
+    if target.only_values or piece.kind is PieceKind.VECTOR:
+        return True
+    return is_replacement(piece) and is_stored_value(target)
+
+
+def _is_matrix(piece: Piece, target: Target) -> bool:
+    """Tell if a full delta runs as it is, not as rank by a budget."""
+    is_full = piece.kind is PieceKind.DENSE and piece.rank_budget is None
+    return is_full and not _is_value(piece, target)
+
+
+def _matrix_of(piece: Piece, tensors: Mapping[str, Tensor], base: Base) -> Tensor:
+    """(rows, in): a full delta."""
+    if is_replacement(piece):
+        return replaced_rows(piece, tensors, base.weight)
+    return tensors["diff"]
 
 
 def _dense_sum(dense: Sequence[tuple[Piece, Tensor]], target: Target) -> Tensor:
@@ -267,15 +333,18 @@ def _dense_sum(dense: Sequence[tuple[Piece, Tensor]], target: Target) -> Tensor:
 
 def _rank_members(
     read: Sequence[tuple[Piece, Mapping[str, Tensor]]],
+    based: Mapping[int, Based],
     target: Target,
     max_energy_lost: float,
 ) -> tuple[list[tuple[Piece, Factors]], list[Refusal]]:
     """The pieces that are executed as rank, and those that would lose too much by it."""
     members, refused = [], []
     for piece, tensors in read:
-        if piece.kind is not PieceKind.LOW_RANK and not (
-            piece.kind is PieceKind.DENSE and not _is_matrix(piece)
-        ):
+        made = based.get(id(piece))
+        if made is not None:
+            members += [] if made.pair is None else [(piece, made.pair)]
+            continue
+        if piece.kind is not PieceKind.LOW_RANK and piece.rank_budget is None:
             continue
         adapter = adapter_named(piece.adapter)
         try:
@@ -352,7 +421,7 @@ def _cut_pieces(
         )
         if any(cut.overlaps(_rows_of(other)) for other, _ in carried if other is not piece):
             yield replace(cut, lone=False)
-        elif piece.kind is PieceKind.DENSE:
+        elif piece.kind is PieceKind.DENSE or is_based(piece):
             yield cut
         else:
             tensors = tensors_of[id(piece)]

@@ -18,6 +18,10 @@ class Weight(Protocol):
     Results lie where the weight does its arithmetic.
     """
 
+    @property
+    def columns(self) -> int:
+        """K."""
+
     def panels(self, begin: int, count: int) -> Iterator[tuple[int, Tensor]]:
         """These rows in order, some at a time: the first of them, and (n, K) float32."""
 

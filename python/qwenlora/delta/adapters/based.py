@@ -1,0 +1,193 @@
+"""Adapters whose delta is made of the base weight: W' - W of a slot's rows, without strength."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from qwenlora.delta.adapters import dora
+from qwenlora.delta.adapters.adapter import unknown_adapter
+from qwenlora.delta.adapters.glora import glora
+from qwenlora.delta.adapters.hra import hra
+from qwenlora.delta.adapters.ia3 import ia3
+from qwenlora.delta.adapters.rotation import boft_of_inputs, oft_of_inputs, rotation_of_rows
+from qwenlora.plan.documents import PieceKind, Side
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+    from qwenlora.delta.adapters.dora import KronFactors
+    from qwenlora.delta.adapters.weight import Weight
+    from qwenlora.delta.diagonal import DiagonalDelta
+    from qwenlora.delta.factors import Factors
+    from qwenlora.delta.rotation import RotationDelta
+    from qwenlora.plan.documents import Piece, RotationRule
+
+__all__ = ["Base", "Based", "based_delta", "is_based", "is_beside"]
+
+
+class Base(Protocol):
+    """What is known of the weight that a slot's layer computes with."""
+
+    @property
+    def weight(self) -> Weight:
+        """The weight; made when it is first asked for."""
+
+    def norms(self, module: str, side: Side) -> Tensor | None:
+        """Exact squared norms (rows or columns) float64 of a module; None where none are known."""
+
+
+@dataclass(frozen=True)
+class Based:
+    """The parts of one delta; what it has not is None.
+
+    Attributes:
+        pair: A low-rank pair, without the piece's scale.
+        kron: A Kronecker product, likewise.
+        diagonal: Factors on rows or columns.
+        rotation: A rotation of rows or columns.
+    """
+
+    pair: Factors | None = None
+    kron: KronFactors | None = None
+    diagonal: DiagonalDelta | None = None
+    rotation: RotationDelta | None = None
+
+
+def is_based(piece: Piece) -> bool:
+    """Tell if a piece's delta is made here."""
+    return piece.adapter in _ADAPTERS and piece.kind in _KINDS
+
+
+def is_beside(piece: Piece) -> bool:
+    """Tell if a piece acts on what the layer itself computes: it is no sum of products of x."""
+    return piece.kind in (PieceKind.DIAGONAL, PieceKind.ROTATION)
+
+
+def based_delta(piece: Piece, tensors: Mapping[str, Tensor], base: Base) -> Based:
+    """Make the delta of a piece for which `is_based` is true.
+
+    Args:
+        piece: What is planned.
+        tensors: Its tensors by role.
+        base: The weight that its slot's layer computes with.
+
+    Raises:
+        NonFiniteError: A value is NaN or infinite, or a norm to divide by is zero.
+        UnsupportedAdapterError: Nothing makes it: the plan is of another version.
+    """
+    return _ADAPTERS[piece.adapter](piece, tensors, base)
+
+
+def _dora(piece: Piece, tensors: Mapping[str, Tensor], base: Base) -> Based:
+    place = dora.Place(piece.target, _side(piece), piece.row_begin, piece.row_count)
+    norms = base.norms(piece.target, place.side)
+    is_product = piece.rank == 0
+    if is_product:
+        made = dora.as_kron(tensors, base.weight, place, scale=piece.scale, norms=norms)
+    else:
+        made = dora.as_pair(
+            tensors,
+            base.weight,
+            place,
+            scale=piece.scale,
+            norms=norms,
+            budget=piece.rank_budget,
+        )
+    return Based(pair=made.pair, kron=made.kron, diagonal=made.diagonal)
+
+
+def _ia3(piece: Piece, tensors: Mapping[str, Tensor], _base: Base) -> Based:
+    diagonal = ia3(
+        tensors,
+        module=piece.target,
+        side=_side(piece),
+        row_begin=piece.row_begin,
+        row_count=piece.row_count,
+    )
+    return Based(diagonal=diagonal)
+
+
+def _glora(piece: Piece, tensors: Mapping[str, Tensor], base: Base) -> Based:
+    pair = glora(
+        tensors,
+        base.weight,
+        module=piece.target,
+        row_begin=piece.row_begin,
+        row_count=piece.row_count,
+    )
+    return Based(pair=pair)
+
+
+def _hra(piece: Piece, tensors: Mapping[str, Tensor], base: Base) -> Based:
+    pair = hra(
+        tensors,
+        base.weight,
+        module=piece.target,
+        row_begin=piece.row_begin,
+        row_count=piece.row_count,
+    )
+    return Based(pair=pair)
+
+
+def _oft(piece: Piece, tensors: Mapping[str, Tensor], base: Base) -> Based:
+    rule = _rule(piece)
+    if _side(piece) is Side.OUT:
+        return Based(rotation=_of_rows(piece, tensors, rule))
+    rotation = oft_of_inputs(
+        tensors,
+        rule,
+        module=piece.target,
+        columns=base.weight.columns,
+        row_begin=piece.row_begin,
+        row_count=piece.row_count,
+    )
+    return Based(rotation=rotation)
+
+
+def _boft(piece: Piece, tensors: Mapping[str, Tensor], base: Base) -> Based:
+    if "boft_r" not in tensors:
+        return Based(rotation=_of_rows(piece, tensors, _rule(piece)))
+    rotation = boft_of_inputs(
+        tensors,
+        module=piece.target,
+        columns=base.weight.columns,
+        row_begin=piece.row_begin,
+        row_count=piece.row_count,
+    )
+    return Based(rotation=rotation)
+
+
+def _of_rows(piece: Piece, tensors: Mapping[str, Tensor], rule: RotationRule) -> RotationDelta:
+    return rotation_of_rows(
+        tensors,
+        rule,
+        module=piece.target,
+        row_begin=piece.row_begin,
+        row_count=piece.row_count,
+    )
+
+
+def _side(piece: Piece) -> Side:
+    if piece.side is None:
+        raise unknown_adapter(piece.adapter, "a weight without a side")
+    return piece.side
+
+
+def _rule(piece: Piece) -> RotationRule:
+    if piece.rotation is None:
+        raise unknown_adapter(piece.adapter, "blocks without a rule")
+    return piece.rotation
+
+
+_ADAPTERS: Mapping[str, Callable[[Piece, Mapping[str, Tensor], Base], Based]] = {
+    "dora": _dora,
+    "ia3": _ia3,
+    "glora": _glora,
+    "hra": _hra,
+    "oft": _oft,
+    "boft": _boft,
+}
+_KINDS = (PieceKind.LOW_RANK, PieceKind.DIAGONAL, PieceKind.ROTATION)

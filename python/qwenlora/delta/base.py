@@ -1,0 +1,61 @@
+"""What deltas need to know of the layer that carries them: its weight, norms and bias."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from qwenlora.plan.documents import Side
+from qwenlora.weight.base_weight import BaseWeight
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from torch import Tensor
+
+    from qwenlora.model.target import Target
+    from qwenlora.weight.norms_file import NormsFile
+
+__all__ = ["SlotBase"]
+
+
+class SlotBase:
+    """One slot's base; what is asked for is made once, and no earlier."""
+
+    def __init__(
+        self, target: Target, *, device: torch.device | None = None, exact: NormsFile | None = None
+    ) -> None:
+        """Take what tells the base.
+
+        Args:
+            target: The slot.
+            device: Where to compute with tensors that are in host memory; None for the CPU.
+            exact: Norms of the weight before it was quantized.
+        """
+        self._target = target
+        self._device = device
+        self._exact = exact
+
+    @cached_property
+    def weight(self) -> BaseWeight:
+        """The weight that the layer computes with."""
+        return BaseWeight.of(self._target, device=self._device)
+
+    def norms(self, module: str, side: Side) -> Tensor | None:
+        """Exact squared norms (rows or columns) float64 of a module; None where none are known."""
+        if self._exact is None:
+            return None
+        of_side = self._exact.row_norms if side is Side.OUT else self._exact.column_norms
+        return of_side(module)
+
+    def bias(self, values: Mapping[str, Tensor]) -> Tensor | None:
+        """(N,) float32: what the layer puts out at x = 0, logical rows; None where it has no bias.
+
+        Args:
+            values: What is added to stored values, by name, in float64.
+        """
+        bias = self.weight.true_bias()
+        if bias is None or "bias" not in values:
+            return bias
+        return (bias.double() + values["bias"].to(bias.device)).float()
