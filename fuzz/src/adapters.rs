@@ -9,7 +9,7 @@ use arbitrary::{Result, Unstructured};
 use qwenlora_core::dtype::Dtype;
 use qwenlora_core::key::role::Role;
 use qwenlora_core::key::suffix;
-use qwenlora_core::model::slot::BlockBuild;
+use qwenlora_core::model::slot::{BlockBuild, MlpPath};
 use qwenlora_core::model::{self, KnownModule, ModuleKind};
 use qwenlora_core::stack::{LokrScale, StackOptions};
 
@@ -42,7 +42,7 @@ const VALUES: [f64; 12] = [
     f64::MAX,
     18_446_744_073_709_551_615.0,
 ];
-const METADATA: [(&str, &str); 9] = [
+const METADATA: [(&str, &str); 10] = [
     ("ss_network_alpha", "1"),
     ("ss_network_dim", "32"),
     ("ss_base_model_version", "mageflow"),
@@ -65,6 +65,10 @@ const METADATA: [(&str, &str); 9] = [
     (
         "lora_adapter_metadata",
         r#"{"transformer.lora_alpha": 8, "transformer.init_lora_weights": "pissa_niter_4"}"#,
+    ),
+    (
+        "lora_adapter_metadata",
+        r#"{"peft_type": "OFT", "use_cayley_neumann": false, "apply_GS": true}"#,
     ),
     ("lora_adapter_metadata", "{"),
 ];
@@ -108,6 +112,8 @@ fn draft(choice: &mut Unstructured) -> Result<(Listing, Listing, Stack)> {
             strict: rarely(choice, 8)?,
             truncated_rank: *choice.choose(&[128, 1, 16, u64::MAX])?,
             lokr_scale: *choice.choose(&[LokrScale::Standard, LokrScale::Network])?,
+            mlp: *choice.choose(&[MlpPath::Exact, MlpPath::Rank])?,
+            dense_budget: *choice.choose(&[1 << 30, 0, 1 << 26, u64::MAX])?,
         },
     };
     Ok((lora(choice)?, lora(choice)?, stack))
@@ -192,7 +198,10 @@ fn shape(kind: ModuleKind, role: Option<Role>, ranks: [u64; 2], cut: u64) -> Vec
         Some(Role::Diff | Role::SetWeight) => kind.weight_shape(),
         Some(Role::OftBlocks) => vec![out_rest, out_small, out_small],
         Some(Role::OftR) => vec![in_rest, in_small * in_small.saturating_sub(1) / 2],
-        Some(Role::DoraScale | Role::OftRescale) => vec![out, 1],
+        Some(Role::BoftR) => vec![1, in_rest, in_small, in_small],
+        Some(Role::HraU) => vec![inp, rank],
+        Some(Role::Ia3L) => vec![1, inp],
+        Some(Role::DoraScale | Role::OftRescale | Role::BoftS) => vec![out, 1],
         Some(Role::UpBias | Role::DiffB | Role::BNorm | Role::WNorm | Role::Ia3) => vec![out],
         Some(Role::Reshape) => vec![2],
         _ => Vec::new(),

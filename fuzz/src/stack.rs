@@ -5,9 +5,9 @@ use std::sync::LazyLock;
 
 use qwenlora_core::key::table::Entry;
 use qwenlora_core::model::slot::{BlockBuild, MAX_RANK, RANK_MULTIPLE, Slot, SlotKind};
-use qwenlora_core::model::{self, Model, ModuleKind};
+use qwenlora_core::model::{self, Layer, Model, ModuleKind};
 use qwenlora_core::plan::FilePlan;
-use qwenlora_core::stack::{SlotPlan, StackItem, StackOptions, StackPlan, TensorRef};
+use qwenlora_core::stack::{Route, SlotPlan, StackItem, StackOptions, StackPlan, TensorRef};
 use serde_json::Value;
 
 use crate::assert_speakable;
@@ -71,6 +71,7 @@ fn released_slots(build: BlockBuild) -> Vec<Slot> {
                 pattern: number.map_or(module.path.clone(), |n| module.path.replacen(&n, ".*.", 1)),
                 has_bias: matches!(module.kind, ModuleKind::Linear { .. }),
                 build,
+                opens: build == BlockBuild::Nunchaku && module.layer == Some(Layer::SvdqInKernel),
             }
         })
         .collect()
@@ -131,6 +132,7 @@ fn assert_plan(plan: &StackPlan, items: &[StackItem], slots: &[Slot], options: S
             .iter()
             .filter(|slot| group.slots.contains(&slot.path));
         assert!(ranks.clone().all(|slot| slot.rank <= group.rank));
+        assert!(ranks.clone().all(|slot| slot.route == group.route));
         assert!(ranks.clone().any(|slot| slot.rank == group.rank));
     }
     for (lora, item) in items.iter().enumerate() {
@@ -147,7 +149,7 @@ fn assert_slot(plan: &SlotPlan, slot: &Slot, items: &[StackItem], options: Stack
     let path = &plan.path;
     assert!(!plan.pieces.is_empty(), "{path}");
     assert_eq!(plan.kind, slot.kind, "{path}");
-    if slot.kind == SlotKind::Svdq {
+    if slot.kind == SlotKind::Svdq && plan.route == Route::Inside {
         // A base that is too large by itself is left alone.
         assert!(
             plan.rank == 0 || plan.rank + plan.base_rank <= MAX_RANK,

@@ -19,7 +19,7 @@ pub const PREFIXES: [&str; 14] = [
 ];
 
 /// One suffix per role at least, and every spelling that a rule treats by itself.
-pub const SUFFIXES: [&str; 72] = [
+pub const SUFFIXES: [&str; 74] = [
     ".lora_down.weight",
     ".lora_up.weight",
     ".lora_down",
@@ -75,7 +75,9 @@ pub const SUFFIXES: [&str; 72] = [
     ".oft_R.weight",
     ".oft_R.scaled_oft",
     ".boft_R",
+    ".boft_s",
     ".ia3_l",
+    ".hra_u",
     ".lora_E",
     ".vera_lambda_b",
     ".weight",
@@ -95,7 +97,7 @@ pub const SUFFIXES: [&str; 72] = [
 ];
 
 /// What one adapter is made of, by family.
-pub const FAMILIES: [&[&str]; 19] = [
+pub const FAMILIES: [&[&str]; 25] = [
     &[".lora_down.weight", ".lora_up.weight", ".alpha"],
     &[".lora_A.weight", ".lora_B.weight"],
     &[
@@ -138,8 +140,14 @@ pub const FAMILIES: [&[&str]; 19] = [
     &[".w_norm", ".b_norm"],
     &[".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"],
     &[".oft_blocks", ".rescale", ".alpha"],
+    &[".lokr_w1", ".lokr_w2", ".dora_scale", ".alpha"],
+    &[".oft_R.weight", ".oft_R.scaled_oft"],
+    &[".boft_R", ".boft_s"],
+    &[".ia3_l"],
+    &[".hra_u"],
     &[".weight", ".on_input"],
     &[".set_weight", ".reshape_weight"],
+    &[".set_weight"],
 ];
 
 #[cfg(test)]

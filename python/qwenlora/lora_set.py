@@ -58,6 +58,8 @@ class LoraSet:
             options.truncated_rank,
             options.max_energy_lost,
             options.lokr_scale,
+            options.mlp,
+            options.dense_budget,
         )
         key = (loras, self.max_rank, settings) if loras else ()
         object.__setattr__(self, "key", key)

@@ -143,11 +143,16 @@ class ComposeOptions:
         modulation: Whether deltas of the modulation layers (`img_mod.1`, `txt_mod.1`) are applied;
             `LoraSpec.modulation` turns off one LoRA's.
         truncated_rank: Ranks that a delta is cut to, optimally, where its layer can carry nothing
-            but rank and the delta has more than fits: LoKr of whole factors in the fused MLP, a
-            full delta on a quantized layer.
+            but rank and the delta has more than fits: a LoKr of whole factors inside a kernel, a
+            full delta on a quantized layer past `dense_budget`.
         max_energy_lost: Largest share of its energy that a full delta on a quantized layer may lose
             by that; beyond it the module is left out and named. 1 allows everything.
         lokr_scale: The factor of a LoKr whose factors are both stored whole.
+        mlp: How Nunchaku's fused MLPs are computed where a delta is more than rank. "exact" runs
+            them as their two layers, which takes longer. "rank" keeps the kernel, which takes ranks
+            alone: a LoKr is cut to `truncated_rank`, and what stretches or turns is left out.
+        dense_budget: Bytes that full deltas may take beside quantized layers, all together, where
+            they are exact. Beyond them they are cut to `truncated_rank`.
         placement: How the new stack takes the old one's place.
         cache_bytes: Most bytes of deltas kept in host memory between compositions, so that a change
             of strength reads no file, and of base branches of composed slots in host memory, so
@@ -175,6 +180,8 @@ class ComposeOptions:
     truncated_rank: int = 256
     max_energy_lost: float = 0.1
     lokr_scale: LokrScale = LokrScale.STANDARD
+    mlp: Literal["exact", "rank"] = "exact"
+    dense_budget: int = 1 << 30
     placement: Placement = Placement.AUTO
     cache_bytes: int = 5 << 29
     device_cache_bytes: int | None = None
@@ -190,6 +197,10 @@ class ComposeOptions:
             raise ValueError(
                 f"unknown_model is {self.unknown_model!r}: it is 'refuse' or 'partial'"
             )
+        if self.mlp not in ("exact", "rank"):
+            raise ValueError(f"mlp is {self.mlp!r}: it is 'exact' or 'rank'")
+        if self.dense_budget < 0:
+            raise ValueError(f"dense_budget is {self.dense_budget}: it must be at least 0")
 
 
 def as_specs(loras: Item | Sequence[Item]) -> tuple[LoraSpec, ...]:

@@ -114,7 +114,15 @@ def planned_for(wanted: LoraSet, structure: Structure, *, strict: bool) -> Parti
 
     # Strengths change no plan. File plans are compared as objects: the key keeps them alive.
     what = tuple((own.name, own.plan, own.modulation, tuple(own.off)) for own in items)
-    settings = (options.truncated_rank, options.lokr_scale, wanted.max_rank, strict, division)
+    settings = (
+        options.truncated_rank,
+        options.lokr_scale,
+        options.mlp,
+        options.dense_budget,
+        wanted.max_rank,
+        strict,
+        division,
+    )
     return structure.remember((what, settings), plan)
 
 

@@ -46,7 +46,10 @@ __all__ = [
 
 
 class SlotRow(NamedTuple):
-    """A slot's facts for planning; plain data, which Rust takes by these names."""
+    """A slot's facts for planning; plain data, which Rust takes by these names.
+
+    `opens` says that the layer lies in a fused MLP that can be run as its two layers.
+    """
 
     path: str
     kind: str
@@ -58,6 +61,7 @@ class SlotRow(NamedTuple):
     pattern: str
     has_bias: bool
     build: str
+    opens: bool = False
 
 
 class SlotKind(enum.Enum):
@@ -186,12 +190,14 @@ class Piece:
 class SlotPlan:
     """One slot's pieces; `rank` bounds the ranks added, `rank_limit` is the most allowed.
 
-    `branch_bytes` bounds what its pieces that are no rank take.
+    `route` is the way in which it carries ranks, `branch_bytes` bounds what its pieces that are no
+    rank take.
     """
 
     path: str
     kind: SlotKind
     row_order: RowOrder
+    route: Route
     base_rank: int
     rank: int
     rank_limit: int | None
@@ -302,7 +308,8 @@ class StackPlan:
 def _slot_plan(row: dict[str, Any]) -> SlotPlan:
     pieces = tuple(_piece(piece) for piece in row.pop("pieces"))
     kind, row_order = SlotKind(row.pop("kind")), RowOrder(row.pop("row_order"))
-    return SlotPlan(kind=kind, row_order=row_order, pieces=pieces, **row)
+    route = Route(row.pop("route"))
+    return SlotPlan(kind=kind, row_order=row_order, route=route, pieces=pieces, **row)
 
 
 def _piece(row: dict[str, Any]) -> Piece:
@@ -310,7 +317,18 @@ def _piece(row: dict[str, Any]) -> Piece:
         role: TensorRef(**{**ref, "shape": tuple(ref["shape"])})
         for role, ref in row.pop("tensors").items()
     }
-    return Piece(kind=PieceKind(row.pop("kind")), tensors=tensors, **row)
+    kind, side, rotation = PieceKind(row.pop("kind")), row.pop("side"), row.pop("rotation")
+    return Piece(
+        kind=kind,
+        tensors=tensors,
+        side=None if side is None else Side(side),
+        rotation=None if rotation is None else _rotation_rule(rotation),
+        **row,
+    )
+
+
+def _rotation_rule(row: dict[str, Any]) -> RotationRule:
+    return RotationRule(cayley=Cayley(row.pop("cayley")), **row)
 
 
 class StackItem(NamedTuple):
@@ -367,6 +385,8 @@ def plan_stack(
         "strict": strict,
         "truncated_rank": options.truncated_rank,
         "lokr_scale": options.lokr_scale.value,
+        "mlp": options.mlp,
+        "dense_budget": options.dense_budget,
     }
     return StackPlan(_core.plan_stack(list(items), slots, json.dumps(wanted)))
 

@@ -41,6 +41,7 @@ fn slot(path: &str, kind: SlotKind, out_features: u64) -> Slot {
         pattern: path.replacen(".0.", ".*.", 1),
         has_bias: true,
         build: BlockBuild::Nunchaku,
+        opens: false,
     }
 }
 

@@ -78,6 +78,7 @@ fn slots(offloaded: usize, base_rank: u64) -> Vec<Slot> {
                 pattern: format!("transformer_blocks.*.{name}"),
                 has_bias: true,
                 build: BlockBuild::Nunchaku,
+                opens: false,
             })
     };
     (0..BLOCKS).flat_map(of_block).collect()

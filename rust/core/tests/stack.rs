@@ -11,7 +11,7 @@ use qwenlora_core::dtype::Dtype;
 use qwenlora_core::model::slot::{BlockBuild, Slot, SlotKind};
 use qwenlora_core::plan::{FilePlan, Verdict};
 use qwenlora_core::stack::{
-    LokrScale, MAX_KRON_RANK, Piece, Skip, SkipKind, StackError, StackItem, StackOptions,
+    LokrScale, MAX_KRON_RANK, PartForm, Piece, Skip, SkipKind, StackError, StackItem, StackOptions,
     StackPlan, TRUNCATED_RANK,
 };
 use state_dict::{TO_Q, Tensors};
@@ -34,6 +34,7 @@ fn slot(path: &str, kind: SlotKind, out_features: u64, in_features: u64) -> Slot
         pattern: path.replacen(".0.", ".*.", 1).replacen(".1.", ".*.", 1),
         has_bias: true,
         build: BlockBuild::Nunchaku,
+        opens: path.contains("_mlp."),
     }
 }
 
@@ -895,9 +896,12 @@ fn side_branches_are_uniform_over_offloaded_blocks() {
     assert_eq!((stack.uniform.len(), group.slots.len()), (1, 3));
     assert_eq!((group.rank, group.branch_bytes), (0, each));
     let counts: Vec<_> = group
-        .krons
+        .room
         .iter()
-        .map(|k| (k.shape.row_begin, k.shape.w1_rows, k.count))
+        .map(|room| match room.shape.form {
+            PartForm::Kron { w1_rows, .. } => (room.shape.row_begin, w1_rows, room.count),
+            other => panic!("{other:?}"),
+        })
         .collect();
     assert_eq!(counts, [(0, 16, 2), (0, 48, 1), (3072, 16, 1)]);
     let bytes: Vec<_> = stack
@@ -917,9 +921,10 @@ fn side_branches_are_uniform_over_offloaded_blocks() {
     assert_eq!(stack.added_bytes, 3 * each + 9216 * 2 + 2 * wide);
     let json: serde_json::Value = serde_json::from_str(&stack.to_json()).unwrap();
     assert_eq!(
-        json["groups"][0]["krons"][1],
+        json["groups"][0]["room"][1],
         serde_json::json!({
-            "row_begin": 0, "row_count": 3072,
+            "kind": "kron", "row_begin": 0, "row_count": 3072,
+            "has_rows": false, "has_columns": false,
             "w1_rows": 48, "w1_columns": 48, "w2_rows": 64, "w2_columns": 64,
             "count": 1,
         })

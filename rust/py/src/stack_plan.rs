@@ -46,6 +46,7 @@ struct Row {
     pattern: String,
     has_bias: bool,
     build: String,
+    opens: bool,
 }
 
 impl Row {
@@ -63,6 +64,7 @@ impl Row {
             pattern: self.pattern,
             has_bias: self.has_bias,
             build: build.map_err(|e| error::from_json(py, "the build of a block", &e))?,
+            opens: self.opens,
         })
     }
 }

@@ -9,7 +9,7 @@ use crate::key::role::Role;
 use crate::model::ModuleKind;
 
 /// Any of these makes a module one.
-pub(super) const ROLES: [Role; 4] = [Role::Diff, Role::DiffB, Role::WNorm, Role::SetWeight];
+pub(super) const ROLES: [Role; 3] = [Role::Diff, Role::DiffB, Role::WNorm];
 
 pub(super) fn form(parts: &Parts<'_>) -> Result<Form, Fault> {
     if parts.has(Role::Diff) {

@@ -2,26 +2,36 @@
 //!
 //! A question is one match here: a new kind makes the compiler list all that must be answered.
 
+mod boft;
 pub mod delta;
+mod dora;
+pub mod exactness;
 mod full;
+mod glora;
+mod hra;
+mod ia3;
 mod loha;
 mod lokr;
 mod lora;
 pub mod module;
 mod norm;
+mod oft;
 mod parts;
 pub mod peft;
 mod refused;
+pub mod rotation;
 mod rows;
+pub(crate) mod set_weight;
 
 use serde::{Serialize, Serializer};
 
 use crate::key::peft_method::{self, PeftMethod};
 use crate::key::role::Role;
 use crate::model::ModuleKind;
-use delta::Form;
+use delta::{Form, Magnitude};
 use module::Fault;
 use parts::Parts;
+use peft::AdapterConfig;
 
 /// How a module's tensors change its weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -32,7 +42,7 @@ pub enum Adapter {
     Lokr,
     /// Hadamard product of two low-rank pairs.
     Loha,
-    /// Low-rank pair with a magnitude per channel.
+    /// Low-rank pair, or another product, with a magnitude per channel.
     Dora,
     /// Generalised LoRA.
     Glora,
@@ -42,10 +52,14 @@ pub enum Adapter {
     Boft,
     /// Diagonal on the input or output.
     Ia3,
+    /// Reflections of the input.
+    Hra,
     /// Full weight (or bias) delta.
     Full,
     /// Delta of a norm's weight.
     Norm,
+    /// A value that replaces the weight.
+    Set,
     /// A kind that only PEFT knows.
     Peft(&'static PeftMethod),
 }
@@ -62,8 +76,10 @@ impl Adapter {
             Self::Oft => "oft",
             Self::Boft => "boft",
             Self::Ia3 => "ia3",
+            Self::Hra => "hra",
             Self::Full => "full",
             Self::Norm => "norm",
+            Self::Set => "set",
             Self::Peft(method) => method.name,
         }
     }
@@ -79,8 +95,10 @@ impl Adapter {
             Self::Oft => "OFT",
             Self::Boft => "BOFT",
             Self::Ia3 => "IA3",
+            Self::Hra => "HRA",
             Self::Full => "full delta",
             Self::Norm => "norm delta",
+            Self::Set => "set_weight",
             Self::Peft(method) => method.title,
         }
     }
@@ -93,27 +111,37 @@ impl Adapter {
     /// For a kind that is not applied: why its tensors say nothing without what is missing.
     pub fn loss(self) -> Option<&'static str> {
         match self {
-            Self::Lora | Self::Lokr | Self::Loha | Self::Full | Self::Norm => None,
-            Self::Dora => Some("without its magnitudes the pair would be another LoRA"),
-            Self::Glora => {
-                Some("a part of its delta is a product with the base weight, which is quantized")
-            }
-            Self::Oft | Self::Boft => {
-                Some("it turns the base weight by rotations, which no low-rank pair can do")
-            }
-            Self::Ia3 => {
-                Some("it stretches the base weight's channels, which no low-rank pair can do")
-            }
+            Self::Lora
+            | Self::Lokr
+            | Self::Loha
+            | Self::Dora
+            | Self::Glora
+            | Self::Oft
+            | Self::Boft
+            | Self::Ia3
+            | Self::Hra
+            | Self::Full
+            | Self::Norm
+            | Self::Set => None,
             Self::Peft(_) => Some("only PEFT knows what its tensors make up"),
         }
+    }
+
+    /// Why a layer inside a kernel that takes ranks alone carries nothing of it, and what does.
+    pub fn in_kernel(self) -> String {
+        let title = self.title();
+        format!(
+            "{title} is more than rank, and Nunchaku computes this layer inside a kernel that takes \
+             ranks alone: a model that calls the layer by itself takes it"
+        )
     }
 
     /// The kind of piece that it is executed as.
     pub fn piece(self) -> PieceKind {
         match self {
-            Self::Lora | Self::Loha | Self::Glora => PieceKind::LowRank,
+            Self::Lora | Self::Loha | Self::Glora | Self::Hra => PieceKind::LowRank,
             Self::Lokr => PieceKind::Kron,
-            Self::Full | Self::Peft(_) => PieceKind::Dense,
+            Self::Full | Self::Set | Self::Peft(_) => PieceKind::Dense,
             Self::Norm => PieceKind::Vector,
             Self::Dora | Self::Ia3 => PieceKind::Diagonal,
             Self::Oft | Self::Boft => PieceKind::Rotation,
@@ -124,27 +152,30 @@ impl Adapter {
     /// tensors comes first: a pair with a magnitude is DoRA, never a LoRA.
     fn of(parts: &Parts<'_>) -> Option<Self> {
         let is_norm = matches!(parts.kind(), ModuleKind::Norm { .. });
-        let blocks = parts.find(Role::OftBlocks);
-        let dimensions = blocks.map_or(0, |(_, entry)| entry.tensor.shape.len());
-        let is_oft = parts.has_any(&refused::OFT_OR_BOFT) && dimensions != refused::BOFT_DIMENSIONS;
+        let dimensions = parts.dimensions(Role::OftBlocks).len();
+        let has_blocks = parts.has_any(&oft::BLOCKS);
         if let Some(method) = peft_method(parts) {
             Some(Self::Peft(method))
-        } else if parts.has_any(&refused::DORA) {
+        } else if parts.has_any(&dora::ROLES) {
             Some(Self::Dora)
         } else if parts.has_any(&lokr::ROLES) {
             Some(Self::Lokr)
         } else if parts.has_any(&loha::ROLES) {
             Some(Self::Loha)
-        } else if parts.has_any(&refused::GLORA) {
+        } else if parts.has_any(&glora::ROLES) {
             Some(Self::Glora)
-        } else if parts.has_any(&refused::OFT) || is_oft {
+        } else if parts.has_any(&oft::ROLES) || (has_blocks && dimensions != boft::DIMENSIONS) {
             Some(Self::Oft)
-        } else if parts.has_any(&refused::OFT_OR_BOFT) || parts.has_any(&refused::BOFT) {
+        } else if has_blocks || parts.has_any(&boft::ROLES) {
             Some(Self::Boft)
-        } else if parts.has_any(&refused::IA3) {
+        } else if parts.has_any(&ia3::ROLES) {
             Some(Self::Ia3)
+        } else if parts.has_any(&hra::ROLES) {
+            Some(Self::Hra)
         } else if parts.has_any(&lora::ROLES) {
             Some(Self::Lora)
+        } else if parts.has_any(&set_weight::ROLES) {
+            Some(Self::Set)
         } else if is_norm && parts.has_any(&norm::ROLES) {
             Some(Self::Norm)
         } else if parts.has_any(&full::ROLES) {
@@ -154,28 +185,41 @@ impl Adapter {
         }
     }
 
-    /// The kind of delta that a DoRA's magnitudes stretch: trainers know a DoRA of LoKr and LoHa, too.
-    fn under_magnitudes(parts: &Parts<'_>) -> Self {
-        if parts.has_any(&lokr::ROLES) {
-            Self::Lokr
-        } else if parts.has_any(&loha::ROLES) {
-            Self::Loha
-        } else {
-            Self::Lora
-        }
-    }
-
     /// How a module's tensors make up the delta of its weight.
-    fn form(self, parts: &Parts<'_>) -> Result<Form, Fault> {
+    fn form(self, parts: &Parts<'_>, config: Option<&AdapterConfig>) -> Result<Form, Fault> {
         match self {
             Self::Lora => lora::form(parts),
             Self::Lokr => lokr::form(parts),
             Self::Loha => loha::form(parts),
+            Self::Dora => dora::form(parts),
+            Self::Glora => glora::form(parts),
+            Self::Oft => oft::form(parts, config),
+            Self::Boft => boft::form(parts),
+            Self::Ia3 => ia3::form(parts),
+            Self::Hra => hra::form(parts, config),
             Self::Full => full::form(parts),
             Self::Norm => norm::form(parts),
-            Self::Dora | Self::Glora | Self::Oft | Self::Boft | Self::Ia3 | Self::Peft(_) => {
-                refused::form(self)
-            }
+            Self::Set => set_weight::form(parts),
+            Self::Peft(_) => refused::form(self),
+        }
+    }
+
+    /// What the weight with its delta is normed and stretched by.
+    fn magnitude(self, parts: &Parts<'_>, form: &Form) -> Result<Option<Magnitude>, Fault> {
+        match self {
+            Self::Dora => dora::magnitude(parts, form).map(Some),
+            Self::Lora
+            | Self::Lokr
+            | Self::Loha
+            | Self::Glora
+            | Self::Oft
+            | Self::Boft
+            | Self::Ia3
+            | Self::Hra
+            | Self::Full
+            | Self::Norm
+            | Self::Set
+            | Self::Peft(_) => Ok(None),
         }
     }
 
@@ -185,38 +229,51 @@ impl Adapter {
         let bounded = |rank: Option<u64>| Some(rank?.min(full?));
         match self {
             Self::Lora => lora::rank(parts),
-            Self::Dora => Self::under_magnitudes(parts).rank(parts),
+            Self::Dora => dora::inner(parts)?.rank(parts),
             Self::Lokr => bounded(lokr::rank(parts)),
             Self::Loha => bounded(loha::rank(parts)),
-            Self::Glora => bounded(refused::glora_rank(parts).map(|r| r.saturating_mul(2))),
+            Self::Glora => bounded(glora::divisor(parts).map(|r| r.saturating_mul(2))),
+            Self::Hra => bounded(hra::rank(parts)),
             Self::Oft | Self::Boft | Self::Ia3 => full,
             Self::Full => full::rank(parts),
+            Self::Set => matches!(parts.kind(), ModuleKind::Linear { .. })
+                .then_some(full)
+                .flatten(),
             Self::Norm | Self::Peft(_) => None,
         }
     }
 
-    /// The divisor of a stored alpha; none where the kind has no alpha.
+    /// The divisor of a stored alpha; none where the kind has no alpha that scales.
     fn divisor(self, parts: &Parts<'_>) -> Option<u64> {
         match self {
             Self::Lora => lora::divisor(parts),
-            Self::Dora => Self::under_magnitudes(parts).divisor(parts),
+            Self::Dora => dora::inner(parts)?.divisor(parts),
             Self::Lokr => lokr::divisor(parts),
             Self::Loha => loha::divisor(parts),
-            Self::Glora => refused::glora_rank(parts),
-            Self::Oft | Self::Boft | Self::Ia3 | Self::Full | Self::Norm | Self::Peft(_) => None,
+            Self::Glora => glora::divisor(parts),
+            Self::Oft
+            | Self::Boft
+            | Self::Ia3
+            | Self::Hra
+            | Self::Full
+            | Self::Norm
+            | Self::Set
+            | Self::Peft(_) => None,
         }
     }
 
-    /// (out, in) of the weight's delta, as far as tensors tell.
+    /// (out, in) of the weight's delta, where tensors tell both.
     fn shape(self, parts: &Parts<'_>) -> Option<(u64, u64)> {
         match self {
             Self::Lora => lora::shape(parts),
-            Self::Dora => Self::under_magnitudes(parts).shape(parts),
+            Self::Dora => dora::inner(parts)?.shape(parts),
             Self::Lokr => lokr::shape(parts),
             Self::Loha => loha::shape(parts),
+            Self::Glora => glora::shape(parts),
             Self::Full => full::shape(parts),
             Self::Norm => norm::shape(parts),
-            Self::Glora | Self::Oft | Self::Boft | Self::Ia3 | Self::Peft(_) => None,
+            Self::Set => set_weight::shape(parts),
+            Self::Oft | Self::Boft | Self::Ia3 | Self::Hra | Self::Peft(_) => None,
         }
     }
 }
@@ -242,9 +299,9 @@ pub enum PieceKind {
     Dense,
     /// One value per channel, added to a bias or a norm.
     Vector,
-    /// One factor per channel (reserved).
+    /// One factor per channel.
     Diagonal,
-    /// Orthogonal blocks (reserved).
+    /// Orthogonal blocks.
     Rotation,
 }
 

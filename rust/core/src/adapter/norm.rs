@@ -7,7 +7,7 @@ use crate::key::role::Role;
 use crate::key::table::Entry;
 
 /// On a norm, any of these makes a module one.
-pub(super) const ROLES: [Role; 3] = [Role::Diff, Role::WNorm, Role::SetWeight];
+pub(super) const ROLES: [Role; 2] = [Role::Diff, Role::WNorm];
 
 pub(super) fn form(parts: &Parts<'_>) -> Result<Form, Fault> {
     let (index, entry) = weight(parts).ok_or_else(not_a_norm)?;

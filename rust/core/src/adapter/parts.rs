@@ -94,6 +94,55 @@ impl Parts<'_> {
         self.factor(role)?.ok_or_else(lacks)
     }
 
+    /// One value per channel, fit to be multiplied, and how they lie.
+    pub(super) fn channels(&self, role: Role) -> Result<Option<(Factor, Laid)>, Fault> {
+        let Some((index, entry)) = self.find(role) else {
+            return Ok(None);
+        };
+        check_tensor(entry)?;
+        let (rows, columns, laid) = match (entry.tensor.shape.as_slice(), entry.matrix()) {
+            ([len], _) => (*len, 1, Laid::Flat),
+            (_, Some((rows, 1))) => (rows, 1, Laid::Column),
+            (_, Some((1, columns))) => (1, columns, Laid::Row),
+            (other, _) => {
+                let name = role.name();
+                let text = format!("{name} is not one value per channel: {other:?}");
+                return Err(Fault::Broken(text));
+            }
+        };
+        let factor = Factor {
+            index,
+            first_row: 0,
+            rows,
+            columns,
+        };
+        Ok(Some((factor, laid)))
+    }
+
+    /// The value of a stored scalar.
+    pub(super) fn number(&self, role: Role) -> Result<Option<f64>, Fault> {
+        let Some((_, entry)) = self.find(role) else {
+            return Ok(None);
+        };
+        let name = role.name();
+        match entry.value {
+            Some(value) if value.is_finite() => Ok(Some(value)),
+            Some(value) => Err(Fault::Broken(format!(
+                "{name} is {value}: it must be finite"
+            ))),
+            None => Err(Fault::Broken(format!(
+                "{name} has {} values where one is needed",
+                entry.elements()
+            ))),
+        }
+    }
+
+    /// The dimensions that a tensor of a role is stored with.
+    pub(super) fn dimensions(&self, role: Role) -> &[u64] {
+        self.find(role)
+            .map_or(&[], |(_, entry)| &entry.tensor.shape)
+    }
+
     /// The tensor of a role, fit to be multiplied.
     pub(super) fn factor(&self, role: Role) -> Result<Option<Factor>, Fault> {
         let Some((index, entry)) = self.find(role) else {
@@ -114,6 +163,17 @@ impl Parts<'_> {
             columns,
         }))
     }
+}
+
+/// How one value per channel lies in its tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Laid {
+    /// (n).
+    Flat,
+    /// (n, 1).
+    Column,
+    /// (1, n).
+    Row,
 }
 
 /// A tensor of one value per channel, fit to be added to a parameter.

@@ -5,7 +5,8 @@
 
 use std::ops::Range;
 
-use super::delta::{Delta, Factor, Form, KronFactor, WeightOrder};
+use super::delta::{Delta, Factor, Form, GloraLayout, KronFactor, Magnitude, Side, WeightOrder};
+use super::rotation::{Rotation, StoredRotation};
 
 /// Rows of a packed factor that lie together.
 const PACKED_ROWS: u64 = 16;
@@ -29,6 +30,51 @@ impl KronFactor {
                 left: left.part(rows),
                 right,
             },
+        }
+    }
+}
+
+impl Magnitude {
+    /// A row's norm is its own. A column's is of all rows.
+    fn part(self, rows: &Range<u64>) -> Option<Self> {
+        match self.side {
+            Side::Out => Some(Self {
+                values: self.values.part(rows),
+                ..self
+            }),
+            Side::In => None,
+        }
+    }
+}
+
+impl Rotation {
+    /// Blocks of outputs are cut between them, and only where no norm of all of them is bounded.
+    fn part(self, rows: &Range<u64>) -> Option<Self> {
+        match self.stored {
+            StoredRotation::Triangles { .. } => Some(self),
+            StoredRotation::InputBlocks { blocks, factor } => Some(Self {
+                stored: StoredRotation::InputBlocks {
+                    blocks,
+                    factor: factor.part(rows),
+                },
+                ..self
+            }),
+            StoredRotation::Blocks { blocks, rescale } => {
+                let is_whole = |row: u64| row.is_multiple_of(self.size);
+                if self.rule.constraint > 0.0 || !is_whole(rows.start) || !is_whole(rows.end) {
+                    return None;
+                }
+                let own = rows.start / self.size..rows.end / self.size;
+                Some(Self {
+                    count: own.end - own.start,
+                    stored: StoredRotation::Blocks {
+                        blocks: blocks.part(&own),
+                        rescale: rescale.map(|all| all.part(rows)),
+                    },
+                    ..self
+                })
+            }
+            StoredRotation::Butterfly { .. } => None,
         }
     }
 }
@@ -106,9 +152,49 @@ impl Delta {
                 values: values.part(rows),
                 parameter,
             },
+            Form::Glora {
+                a1,
+                a2,
+                b1,
+                b2,
+                layout,
+            } => {
+                // The weight's own product has the rows of the weight at hand.
+                let (b1, b2) = match layout {
+                    GloraLayout::Current => (b1.part(rows), b2),
+                    GloraLayout::Old => (b1, b2.part(rows)),
+                };
+                Form::Glora {
+                    a1,
+                    a2,
+                    b1,
+                    b2,
+                    layout,
+                }
+            }
+            // What changes the inputs is the same for all rows.
+            form @ (Form::Householder { .. } | Form::Diagonal { side: Side::In, .. }) => form,
+            Form::Diagonal {
+                values,
+                side,
+                stored,
+            } => Form::Diagonal {
+                values: values.part(rows),
+                side,
+                stored,
+            },
+            Form::Rotation(rotation) => Form::Rotation(rotation.part(rows)?),
             Form::Pair { .. } | Form::Full { .. } => return None,
         };
-        Some(Self { form, ..*self })
+        let magnitude = match self.magnitude {
+            Some(magnitude) => Some(magnitude.part(rows)?),
+            None => None,
+        };
+        Some(Self {
+            form,
+            magnitude,
+            ..*self
+        })
     }
 }
 
@@ -151,6 +237,7 @@ mod tests {
             },
             adapter: Adapter::Lokr,
             scale: 1.0,
+            magnitude: None,
         }
     }
 
@@ -198,6 +285,7 @@ mod tests {
             },
             adapter: Adapter::Lora,
             scale: 1.0,
+            magnitude: None,
         };
         assert!(delta.part(&(32..64)).is_some());
         assert!(delta.part(&(30..64)).is_none());
@@ -214,9 +302,10 @@ mod tests {
             },
             adapter: Adapter::Lora,
             scale: 0.5,
+            magnitude: None,
         };
         let once = pair.part(&(3..9)).unwrap();
         assert_eq!(once.part(&(1..4)), pair.part(&(4..7)));
-        assert_eq!(once.shape(), Some((6, Some(8))));
+        assert_eq!(once.shape(), Some((Some(6), Some(8))));
     }
 }

@@ -23,7 +23,7 @@ const fn method(segment: &'static str, name: &'static str, title: &'static str) 
 ///
 /// `lora_E` and `lora_diag` stand beside a pair `lora_A`, `lora_B`, which without them would be
 /// another LoRA.
-const METHODS: [PeftMethod; 32] = [
+const METHODS: [PeftMethod; 31] = [
     method("lora_E", "adalora", "AdaLoRA"),
     method("lora_diag", "kasa", "KaSA"),
     method("adamss_", "adamss", "AdaMSS"),
@@ -36,7 +36,6 @@ const METHODS: [PeftMethod; 32] = [
     method("glora_", "glora", "GLoRA"),
     method("gralora_", "gralora", "GraLoRA"),
     method("hira_", "hira", "HiRA"),
-    method("hra_u", "hra", "HRA"),
     method("lily_", "lily", "Lily"),
     method("ln_tuning_layers", "ln_tuning", "LN tuning"),
     method("miss_block", "miss", "MiSS"),

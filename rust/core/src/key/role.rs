@@ -89,6 +89,8 @@ roles! {
     BoftR => "boft_r",
     /// BOFT's scale per channel as PEFT stores it.
     BoftS => "boft_s",
+    /// HRA's reflections: (in, rank).
+    HraU => "hra_u",
     /// A tensor of a kind of adapter that only PEFT knows.
     PeftOnly => "peft_only",
     /// A full weight delta.

@@ -189,6 +189,7 @@ fn named_segment(segment: &str) -> Option<(Role, Storage)> {
         "boft_R" => parameter(Role::BoftR),
         "boft_s" => parameter(Role::BoftS),
         "ia3_l" => parameter(Role::Ia3L),
+        "hra_u" => parameter(Role::HraU),
         _ => return None,
     })
 }

@@ -47,6 +47,17 @@ pub enum BlockBuild {
     Stock,
 }
 
+/// The way in which Nunchaku's fused MLPs are computed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MlpPath {
+    /// As two layers where a delta is more than rank, so that it is exact.
+    #[default]
+    Exact,
+    /// In one kernel, which takes ranks alone.
+    Rank,
+}
+
 /// One slot of the model at hand.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Slot {
@@ -72,6 +83,9 @@ pub struct Slot {
     /// The build of its block; of no weight for a slot outside of blocks.
     #[serde(default)]
     pub build: BlockBuild,
+    /// Whether the kernel that it runs in is one of a fused MLP, which can be run as its two layers.
+    #[serde(default)]
+    pub opens: bool,
 }
 
 /// Every linear of the released models has one.
@@ -96,15 +110,20 @@ impl Slot {
         matches!(self.kind, SlotKind::Svdq | SlotKind::Awq)
     }
 
-    /// Whether an exact side branch can be computed beside it.
-    pub fn carries_branch(&self) -> bool {
+    /// Whether anything but ranks can be computed beside it.
+    pub fn carries_branch(&self, mlp: MlpPath) -> bool {
         match self.kind {
-            SlotKind::Svdq => match self.build {
-                BlockBuild::Nunchaku => self.layer() != Some(Layer::SvdqInKernel),
-                BlockBuild::Stock => true,
-            },
+            SlotKind::Svdq => !self.is_in_kernel() || (self.opens && mlp == MlpPath::Exact),
             SlotKind::Awq | SlotKind::Linear => true,
             SlotKind::Norm | SlotKind::Embedding => false,
+        }
+    }
+
+    /// Whether it runs inside a kernel that computes more than this layer.
+    pub fn is_in_kernel(&self) -> bool {
+        match (self.kind, self.build) {
+            (SlotKind::Svdq, BlockBuild::Nunchaku) => self.layer() == Some(Layer::SvdqInKernel),
+            _ => false,
         }
     }
 
@@ -154,6 +173,7 @@ mod tests {
             pattern: "proj_out".to_owned(),
             has_bias: true,
             build: BlockBuild::Nunchaku,
+            opens: false,
         };
         assert_eq!(slot(SlotKind::Svdq, 40).free_rank(), Some(976));
         assert_eq!(slot(SlotKind::Svdq, 2000).free_rank(), Some(0));

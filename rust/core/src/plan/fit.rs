@@ -1,7 +1,9 @@
 //! Modules against the shapes of the released models.
 
-use crate::adapter::delta::Delta;
+use crate::adapter::Adapter;
+use crate::adapter::delta::{Delta, Form, Parameter, Sides};
 use crate::adapter::module::Module;
+use crate::adapter::set_weight;
 use crate::model::{self, Model, ModuleKind};
 
 /// How a module's shapes compare with the released model.
@@ -19,17 +21,29 @@ pub enum Fit {
 pub fn fit(module: &Module) -> Fit {
     let known = model::table().module(module.id);
     let sides = out_in(known.kind);
+    let owner = known.model.name();
     let found = match (module.shape, module.deltas.first()) {
-        (Some((out, inp)), _) => Some((out, Some(inp))),
-        (None, Some(delta)) => delta.shape(),
+        (Some((out, inp)), _) => misfit(Some((Some(out), Some(inp))), sides, owner),
+        (None, Some(delta)) => misfit_of(delta, sides, owner),
         (None, None) => return Fit::Unknown,
     };
-    match misfit(found, sides, known.model.name()) {
+    // A bias alone is no witness: many modules have as many outputs.
+    let is_bias = |delta: &Delta| {
+        let parameter = Parameter::Bias;
+        matches!(delta.form, Form::Vector { parameter: own, .. } if own == parameter)
+    };
+    match found {
         Some(text) => Fit::Differs(text),
-        None if module.shape.is_some() => Fit::Fits,
-        // A bias alone is no witness: many modules have as many outputs.
+        None if module.shape.is_some() || !module.deltas.first().is_some_and(is_bias) => Fit::Fits,
         None => Fit::Unknown,
     }
+}
+
+/// Why a released model takes no such adapter at this module, although its shapes fit.
+pub fn refusal(module: &Module) -> Option<String> {
+    let layer = model::table().module(module.id).layer?;
+    let is_refused = module.adapter == Adapter::Set && layer.is_quantized();
+    is_refused.then(|| set_weight::OF_QUANTIZED.to_owned())
 }
 
 /// Deltas beside the weight's that do not fit the released model: (tensor, how).
@@ -47,26 +61,33 @@ pub fn misfits_beside(module: &Module) -> Vec<(usize, String)> {
 
 /// How a delta differs from a module of (out, in), where it does; `owner` has the module.
 pub fn misfit_of(delta: &Delta, sides: (u64, u64), owner: &str) -> Option<String> {
-    misfit(delta.shape(), sides, owner)
+    misfit(delta.shape(), sides, owner).or_else(|| uneven_blocks(delta, sides.1, owner))
 }
 
-fn misfit(
-    found: Option<(u64, Option<u64>)>,
-    (out, inp): (u64, u64),
-    owner: &str,
-) -> Option<String> {
+fn misfit(found: Option<Sides>, (out, inp): (u64, u64), owner: &str) -> Option<String> {
+    let differs = |own: Option<u64>, other: u64| own.is_some_and(|own| own != other);
     match found {
-        Some((rows, None)) if rows == out => None,
-        Some((rows, Some(columns))) if (rows, columns) == (out, inp) => None,
-        Some((rows, None)) => Some(format!("has {rows} values where {owner} has {out}")),
-        Some((rows, Some(1))) if inp == 1 => {
-            Some(format!("has {rows} values where {owner} has {out}"))
-        }
-        Some((rows, Some(columns))) => {
+        Some((rows, columns)) if !differs(rows, out) && !differs(columns, inp) => None,
+        Some((Some(rows), Some(columns))) if (columns, inp) != (1, 1) => {
             Some(format!("is {rows}x{columns} where {owner} has {out}x{inp}"))
+        }
+        Some((Some(rows), _)) => Some(format!("has {rows} values where {owner} has {out}")),
+        Some((None, columns)) => {
+            let columns = columns.unwrap_or(inp);
+            Some(format!("is of {columns} inputs where {owner} has {inp}"))
         }
         None => Some(format!("is beyond any size where {owner} has {out}x{inp}")),
     }
+}
+
+/// One block that stands for all turns whole blocks of the inputs.
+fn uneven_blocks(delta: &Delta, inp: u64, owner: &str) -> Option<String> {
+    let Form::Rotation(rotation) = delta.form else {
+        return None;
+    };
+    let is_uneven = rotation.rule.shared && !inp.is_multiple_of(rotation.size);
+    let size = rotation.size;
+    is_uneven.then(|| format!("has a block of {size} inputs where {owner} has {inp}"))
 }
 
 /// (out, in) of a module; a norm has one input.

@@ -1,9 +1,9 @@
 //! Slots that are alike: one path over all blocks, with the same `LoRAs` of the same ranks and
 //! scales in each. They are composed together, so they are told together.
 
-use super::SlotPlan;
 use super::index::SlotIndex;
 use super::placed::{Placed, PlacedSlot, PlacedStack};
+use super::{Route, SlotPlan};
 use crate::adapter::delta::{Factor, Form, WeightOrder};
 use crate::adapter::{Adapter, PieceKind};
 use crate::dtype::Dtype;
@@ -71,7 +71,7 @@ pub struct Grouped {
     /// Groups, in the order of their first slots.
     pub groups: Vec<Group>,
     /// Index in the slot map and plan of each slot that is in none: another adapter than plain
-    /// LoRA, or ranks that may exceed the limit.
+    /// LoRA, ranks that run beside the layer, or ranks that may exceed the limit.
     pub single: Vec<(usize, SlotPlan)>,
 }
 
@@ -89,7 +89,7 @@ impl Pair<'_> {
     fn is_like(&self, other: &Self) -> bool {
         let (own, its) = (&self.placed, &other.placed);
         own.lora == its.lora
-            && own.rank == its.rank
+            && own.execution.rank == its.execution.rank
             && own.scale.to_bits() == its.scale.to_bits()
             && own.rows == its.rows
             && self.dtype == other.dtype
@@ -192,6 +192,9 @@ fn find_pairs<'p>(
     into: &mut Vec<Pair<'p>>,
 ) -> bool {
     into.clear();
+    if placed.route == Route::Beside {
+        return false;
+    }
     into.extend(
         own.iter()
             .map_while(|own| pair_of(own, placed, plans, slot)),
@@ -217,7 +220,7 @@ fn pair_of<'p>(
         down: entry(down)?,
         up: entry(up)?,
     };
-    let is_plain = own.kind == PieceKind::LowRank
+    let is_plain = own.execution.kind == PieceKind::LowRank
         && delta.adapter == Adapter::Lora
         && order == WeightOrder::OutIn
         && own.scale.is_finite()
@@ -228,8 +231,8 @@ fn pair_of<'p>(
     let is_whole = own.rows.1 == slot.out_features;
     let fits = pair.up.1.tensor.dtype == pair.dtype
         && DTYPES.contains(&pair.dtype)
-        && (down.rows, down.columns) == (own.rank, slot.in_features)
-        && (up.rows, up.columns) == (own.rows.1, own.rank)
+        && (down.rows, down.columns) == (own.execution.rank, slot.in_features)
+        && (up.rows, up.columns) == (own.rows.1, own.execution.rank)
         && (placed.row_order == RowOrder::Planar || is_whole);
     (is_plain && !is_fused && fits).then_some(pair)
 }
@@ -241,7 +244,7 @@ fn has_room(placed: &PlacedSlot, own: &[Placed]) -> bool {
     };
     let ranks = own
         .chunk_by(|a, b| a.lora == b.lora)
-        .map(|own| own.iter().map(|placed| placed.rank).sum::<u64>());
+        .map(|own| own.iter().map(|own| own.execution.rank).sum::<u64>());
     let (exact, padded) = ranks.fold((0, 0), |(exact, padded), rank: u64| {
         (exact + rank, padded + pad_rank(rank))
     });
@@ -270,7 +273,7 @@ fn member(pair: &Pair<'_>) -> Member {
         indices: Vec::new(),
     };
     Member {
-        rank: pair.placed.rank,
+        rank: pair.placed.execution.rank,
         scale: pair.placed.scale,
         row_begin: pair.placed.rows.0,
         row_count: pair.placed.rows.1,

@@ -3,27 +3,32 @@
 //! Everything is validated here, before a tensor is read or the model is touched.
 
 mod branch;
+mod dense;
 mod group;
 mod index;
 mod piece;
 mod placed;
 mod planner;
+mod route;
 mod uniform;
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::delta::Parameter;
+use crate::adapter::delta::{Parameter, Side};
+use crate::adapter::exactness::Exactness;
+use crate::adapter::rotation::RotationRule;
 use crate::adapter::{Adapter, PieceKind};
-use crate::model::slot::{self, RowOrder, Slot, SlotKind};
+use crate::model::slot::{self, MlpPath, RowOrder, Slot, SlotKind};
 use crate::plan::FilePlan;
-pub use branch::{KronBuffer, KronShape};
+pub use branch::{PartForm, PartRoom, PartShape};
 pub use group::{Group, Grouped, Located, Member, Share};
 pub use index::SlotIndex;
 pub use piece::MAX_KRON_RANK;
 pub use placed::PlacedStack;
 use planner::Planner;
+pub use route::Route;
 
 /// One LoRA of a stack.
 #[derive(Debug, Clone, Copy)]
@@ -55,6 +60,9 @@ pub enum LokrScale {
 /// Ranks that a delta is cut to where nothing else is asked for.
 pub const TRUNCATED_RANK: u64 = 256;
 
+/// Bytes of full deltas beside quantized layers where nothing else is asked for.
+pub const DENSE_BUDGET: u64 = 1 << 30;
+
 /// The caller's options.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 pub struct StackOptions {
@@ -67,6 +75,17 @@ pub struct StackOptions {
     pub truncated_rank: u64,
     /// The scale of a LoKr without low-rank factors.
     pub lokr_scale: LokrScale,
+    /// How Nunchaku's fused MLPs are computed where a delta is more than rank.
+    #[serde(default)]
+    pub mlp: MlpPath,
+    /// Bytes that full deltas may take beside quantized layers, all together; beyond them they are
+    /// cut.
+    #[serde(default = "default_dense_budget")]
+    pub dense_budget: u64,
+}
+
+fn default_dense_budget() -> u64 {
+    DENSE_BUDGET
 }
 
 impl Default for StackOptions {
@@ -76,6 +95,8 @@ impl Default for StackOptions {
             strict: false,
             truncated_rank: TRUNCATED_RANK,
             lokr_scale: LokrScale::Standard,
+            mlp: MlpPath::Exact,
+            dense_budget: DENSE_BUDGET,
         }
     }
 }
@@ -165,6 +186,14 @@ pub struct Piece {
     pub row_count: u64,
     /// For a vector, what it is added to.
     pub parameter: Option<Parameter>,
+    /// For a diagonal or a rotation, the side of the weight that it is multiplied to.
+    pub side: Option<Side>,
+    /// For a rotation, how its blocks become rotations.
+    pub rotation: Option<RotationRule>,
+    /// Whether the layer's bias is stretched with its rows.
+    pub scales_bias: bool,
+    /// How exact it is.
+    pub exactness: Exactness,
     /// Its tensors, by role.
     pub tensors: BTreeMap<&'static str, TensorRef>,
 }
@@ -180,7 +209,9 @@ pub struct SlotPlan {
     pub row_order: RowOrder,
     /// Rank of the base branch.
     pub base_rank: u64,
-    /// Upper bound of the ranks added, each LoRA padded to 16, after the limit.
+    /// The way in which it carries ranks.
+    pub route: Route,
+    /// Upper bound of the ranks added, after the limit; inside, each LoRA is padded to 16.
     pub rank: u64,
     /// Most ranks that may be added; `None`: no limit.
     pub rank_limit: Option<u64>,
@@ -201,11 +232,13 @@ pub struct UniformSlots {
     pub pattern: String,
     /// All of them, those without a piece included.
     pub slots: Vec<String>,
+    /// The way in which each carries ranks.
+    pub route: Route,
     /// Upper bound of the rank that each gets.
     pub rank: u64,
-    /// The Kronecker products that each has room for.
-    pub krons: Vec<KronBuffer>,
-    /// Bytes of those, in each.
+    /// The parts beside the layer that each has room for.
+    pub room: Vec<PartRoom>,
+    /// Upper bound of the bytes of those, in each.
     pub branch_bytes: u64,
 }
 

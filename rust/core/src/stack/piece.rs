@@ -1,9 +1,10 @@
 //! How a delta is executed in a slot.
 
 use super::placed::{Placed, Takes};
-use super::{SkipKind, StackOptions};
-use crate::adapter::PieceKind;
+use super::{Route, SkipKind, StackOptions};
 use crate::adapter::delta::{Delta, Form, Parameter};
+use crate::adapter::exactness::Exactness;
+use crate::adapter::{Adapter, PieceKind, set_weight};
 use crate::model::slot::{Slot, SlotKind, pad_rank};
 
 /// A Kronecker product of at most this rank is executed as rank: up to there, ranks in a branch
@@ -17,11 +18,13 @@ pub const MAX_KRON_RANK: u64 = 128;
 const HADAMARD_SHARE: u64 = 2;
 
 /// How a delta is executed, with the ranks that it takes.
-struct Execution {
-    kind: PieceKind,
-    rank: u64,
-    rank_budget: Option<u64>,
-    takes: Takes,
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Execution {
+    pub(super) kind: PieceKind,
+    pub(super) rank: u64,
+    pub(super) rank_budget: Option<u64>,
+    pub(super) takes: Takes,
+    pub(super) exactness: Exactness,
 }
 
 /// The destination of a delta.
@@ -54,6 +57,7 @@ pub(super) fn place(
     options: StackOptions,
 ) -> Result<Placed, (SkipKind, String)> {
     check_kind(delta, place)?;
+    check_more_than_rank(delta, place.slot, options)?;
     let execution = execution(delta, place, options);
     Ok(Placed {
         slot: place.at,
@@ -61,13 +65,33 @@ pub(super) fn place(
         module: origin.module,
         delta: origin.delta,
         part: origin.part,
-        kind: execution.kind,
-        rank: execution.rank,
-        rank_budget: execution.rank_budget,
+        execution,
         scale: delta.scale,
         rows: place.rows,
-        takes: execution.takes,
     })
+}
+
+/// Refuses what is more than rank inside a kernel that takes ranks alone.
+fn check_more_than_rank(
+    delta: &Delta,
+    slot: &Slot,
+    options: StackOptions,
+) -> Result<(), (SkipKind, String)> {
+    let kind = delta.piece_kind();
+    let is_more = matches!(kind, PieceKind::Diagonal | PieceKind::Rotation);
+    if !is_more || slot.carries_branch(options.mlp) {
+        return Ok(());
+    }
+    let title = delta.adapter.title();
+    let text = if slot.opens {
+        format!(
+            "{title} is more than rank, and `mlp=\"rank\"` keeps Nunchaku's fused MLP, which takes \
+             ranks alone: `mlp=\"exact\"` applies it"
+        )
+    } else {
+        delta.adapter.in_kernel()
+    };
+    Err((SkipKind::Unsupported, text))
 }
 
 /// Refuses a delta that a kind of slot cannot carry at all.
@@ -88,11 +112,20 @@ fn check_kind(delta: &Delta, place: &Place<'_>) -> Result<(), (SkipKind, String)
             (Parameter::Weight, _) => unsupported("a norm's delta for a layer that is no norm"),
         },
         (_, SlotKind::Norm) => unsupported("a norm of this model takes a vector alone"),
+        (Form::Full { .. }, SlotKind::Svdq | SlotKind::Awq) if delta.adapter == Adapter::Set => {
+            unsupported(set_weight::OF_QUANTIZED)
+        }
         (Form::Packed { .. }, kind) if kind != SlotKind::Svdq || !is_whole => {
             unsupported("a Nunchaku-packed pair fits a whole SVDQuant layer, which this is not")
         }
         (
-            Form::Tucker { .. } | Form::Hadamard { .. } | Form::Kronecker { .. },
+            Form::Tucker { .. }
+            | Form::Hadamard { .. }
+            | Form::Kronecker { .. }
+            | Form::Glora { .. }
+            | Form::Householder { .. }
+            | Form::Diagonal { .. }
+            | Form::Rotation(_),
             SlotKind::Embedding,
         ) => unsupported("an embedding of this model takes a LoRA or a full delta alone"),
         (
@@ -101,13 +134,52 @@ fn check_kind(delta: &Delta, place: &Place<'_>) -> Result<(), (SkipKind, String)
             | Form::Packed { .. }
             | Form::Hadamard { .. }
             | Form::Kronecker { .. }
+            | Form::Glora { .. }
+            | Form::Householder { .. }
+            | Form::Diagonal { .. }
+            | Form::Rotation(_)
             | Form::Full { .. },
             SlotKind::Svdq | SlotKind::Awq | SlotKind::Linear | SlotKind::Embedding,
         ) => Ok(()),
     }
 }
 
-fn execution(delta: &Delta, place: &Place<'_>, options: StackOptions) -> Execution {
+/// How a delta that its slot can carry is executed there.
+pub(super) fn execution(delta: &Delta, place: &Place<'_>, options: StackOptions) -> Execution {
+    let own = plain_execution(delta, place, options);
+    let limit = place.rank_limit.unwrap_or(u64::MAX);
+    let bound = delta.rank_bound();
+    // A matrix may be wider than its rank is.
+    let is_cut = match own.takes {
+        Takes::Ranks | Takes::Both => {
+            bound > limit || (own.rank_budget.is_some() && own.rank < bound)
+        }
+        Takes::Branch => false,
+    };
+    let exactness = if is_cut {
+        Exactness::Truncated
+    } else if delta.magnitude.is_some() {
+        Exactness::Norms
+    } else {
+        Exactness::Exact
+    };
+    if delta.magnitude.is_none() {
+        return Execution { exactness, ..own };
+    }
+    let takes = match own.takes {
+        Takes::Ranks | Takes::Both => Takes::Both,
+        Takes::Branch => Takes::Branch,
+    };
+    Execution {
+        kind: PieceKind::Diagonal,
+        takes,
+        exactness,
+        ..own
+    }
+}
+
+/// The same, magnitudes aside.
+fn plain_execution(delta: &Delta, place: &Place<'_>, options: StackOptions) -> Execution {
     let slot = place.slot;
     let bound = delta.rank_bound();
     let limit = place.rank_limit.unwrap_or(u64::MAX);
@@ -117,15 +189,14 @@ fn execution(delta: &Delta, place: &Place<'_>, options: StackOptions) -> Executi
         rank,
         rank_budget,
         takes: Takes::Ranks,
-    };
-    let beside = |kind| Execution {
-        kind,
-        rank: 0,
-        rank_budget: None,
-        takes: Takes::Branch,
+        exactness: Exactness::Exact,
     };
     match delta.form {
-        Form::Pair { .. } | Form::Tucker { .. } | Form::Packed { .. } => of_rank(bound, None),
+        Form::Pair { .. }
+        | Form::Tucker { .. }
+        | Form::Packed { .. }
+        | Form::Glora { .. }
+        | Form::Householder { .. } => of_rank(bound, None),
         Form::Hadamard { w1_b, w2_b, .. } => {
             let columns = w1_b.rows.saturating_mul(w2_b.rows);
             let side = place.rows.1.min(slot.in_features);
@@ -139,7 +210,7 @@ fn execution(delta: &Delta, place: &Place<'_>, options: StackOptions) -> Executi
             }
         }
         Form::Kronecker { .. } if bound <= MAX_KRON_RANK => of_rank(bound, None),
-        Form::Kronecker { .. } if slot.carries_branch() => beside(PieceKind::Kron),
+        Form::Kronecker { .. } if slot.carries_branch(options.mlp) => beside(PieceKind::Kron),
         // Exact where the kernels take it: a low-rank LoKr is worth its ranks.
         Form::Kronecker { .. } if bound <= limit => of_rank(bound, None),
         Form::Kronecker { .. } => of_rank(budget, Some(budget)),
@@ -148,14 +219,29 @@ fn execution(delta: &Delta, place: &Place<'_>, options: StackOptions) -> Executi
             ..of_rank(bound.min(budget), Some(budget))
         },
         Form::Full { .. } => beside(PieceKind::Dense),
+        Form::Diagonal { .. } => beside(PieceKind::Diagonal),
+        Form::Rotation(_) => beside(PieceKind::Rotation),
         Form::Vector { .. } => beside(PieceKind::Vector),
     }
 }
 
-/// Ranks of one LoRA's pieces in a slot, padded as the kernels need it.
-pub(super) fn padded_rank(own: &[Placed]) -> u64 {
-    pad_rank(
-        own.iter()
-            .fold(0, |sum, placed| sum.saturating_add(placed.rank)),
-    )
+/// Whole, and no rank.
+pub(super) fn beside(kind: PieceKind) -> Execution {
+    Execution {
+        kind,
+        rank: 0,
+        rank_budget: None,
+        takes: Takes::Branch,
+        exactness: Exactness::Exact,
+    }
+}
+
+/// Ranks of one LoRA's pieces in a slot, padded as the kernels need it where they run inside.
+pub(super) fn padded_rank(own: &[Placed], route: Route) -> u64 {
+    let ranks = own.iter().map(|placed| placed.execution.rank);
+    let sum = ranks.fold(0, u64::saturating_add);
+    match route {
+        Route::Inside => pad_rank(sum),
+        Route::Beside => sum,
+    }
 }

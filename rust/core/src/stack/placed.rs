@@ -6,9 +6,9 @@
 use std::ops::Range;
 
 use super::branch::Branch;
+use super::piece::Execution;
 use super::uniform::PlacedUniform;
-use super::{LoraRow, Piece, Skip, SlotPlan, StackPlan, TensorRef};
-use crate::adapter::PieceKind;
+use super::{LoraRow, Piece, Route, Skip, SlotPlan, StackPlan, TensorRef};
 use crate::adapter::delta::{Delta, Factor, Form};
 use crate::adapter::module::Module;
 use crate::key::table::Entry;
@@ -31,13 +31,11 @@ pub(super) struct Placed {
     /// The first of that delta's rows that it has, and the first that it has not; none where it
     /// has all.
     pub(super) part: Option<(u64, u64)>,
-    pub(super) kind: PieceKind,
-    pub(super) rank: u64,
-    pub(super) rank_budget: Option<u64>,
+    /// How it is executed there.
+    pub(super) execution: Execution,
     pub(super) scale: f64,
     /// First of the slot's rows that it changes, and how many.
     pub(super) rows: (u64, u64),
-    pub(super) takes: Takes,
 }
 
 /// The kind of room that a delta takes in its slot.
@@ -47,6 +45,8 @@ pub(super) enum Takes {
     Ranks,
     /// Something beside them.
     Branch,
+    /// Ranks, and something beside them.
+    Both,
 }
 
 impl Placed {
@@ -57,19 +57,26 @@ impl Placed {
     }
 
     /// What is placed of the delta.
-    fn placed_part(&self, delta: &Delta) -> Option<Delta> {
+    pub(super) fn placed_part(&self, delta: &Delta) -> Option<Delta> {
         match self.part {
             Some((begin, end)) => delta.part(&(begin..end)),
             None => Some(*delta),
         }
     }
 
-    /// The room that it takes besides ranks.
-    pub(super) fn branch(&self, plans: &[&FilePlan]) -> Branch {
-        let part = || self.placed_part(self.origin(plans)?.1);
-        match self.takes {
-            Takes::Branch => part().map_or(Branch::None, |own| Branch::of(&own, self.rows)),
-            Takes::Ranks => Branch::None,
+    /// What is placed of its delta in its file's plan.
+    pub(super) fn placed_delta(&self, plans: &[&FilePlan]) -> Option<Delta> {
+        self.placed_part(self.origin(plans)?.1)
+    }
+
+    /// Adds the room that it takes besides ranks.
+    pub(super) fn add_room(&self, branch: &mut Branch, plans: &[&FilePlan], slot: &Slot) {
+        // Of nearly all deltas.
+        if self.execution.takes == Takes::Ranks {
+            return;
+        }
+        if let Some(delta) = self.placed_delta(plans) {
+            branch.add(self, &delta, slot);
         }
     }
 
@@ -91,6 +98,7 @@ pub(super) struct PlacedSlot {
     /// Its place in the map.
     pub(super) slot: usize,
     pub(super) row_order: RowOrder,
+    pub(super) route: Route,
     pub(super) rank: u64,
     pub(super) rank_limit: Option<u64>,
     pub(super) branch_bytes: u64,
@@ -165,6 +173,7 @@ impl PlacedStack {
             kind: slot.kind,
             row_order: placed.row_order,
             base_rank: slot.base_rank,
+            route: placed.route,
             rank: placed.rank,
             rank_limit: placed.rank_limit,
             branch_bytes: placed.branch_bytes,
@@ -189,18 +198,23 @@ fn piece(placed: &Placed, module: &Module, whole: &Delta, entries: &[Entry]) -> 
         Form::Vector { parameter, .. } => Some(parameter),
         _ => None,
     };
+    let execution = placed.execution;
     Some(Piece {
-        kind: placed.kind,
+        kind: execution.kind,
         adapter: delta.adapter,
         lora: placed.lora,
         module: model::table().module(module.id).path.clone(),
-        rank: placed.rank,
+        rank: execution.rank,
         rank_bound: delta.rank_bound(),
-        rank_budget: placed.rank_budget,
+        rank_budget: execution.rank_budget,
         scale: placed.scale,
         row_begin: placed.rows.0,
         row_count: placed.rows.1,
         parameter,
+        side: delta.side(),
+        rotation: delta.rotation(),
+        scales_bias: delta.scales_bias(),
+        exactness: execution.exactness,
         tensors: tensors.collect(),
     })
 }
@@ -240,7 +254,7 @@ pub(super) fn sort(placed: &mut [Placed], plans: &[&FilePlan]) {
     // By rows, not by the order of keys: the same LoRA gives the same tensors from a file and from
     // a state dict.
     placed.sort_by(|a, b| {
-        let numbers = |own: &Placed| (own.slot, own.lora, own.rows.0, own.kind);
+        let numbers = |own: &Placed| (own.slot, own.lora, own.rows.0, own.execution.kind);
         let keys = || a.first_key(plans).cmp(&b.first_key(plans));
         numbers(a).cmp(&numbers(b)).then_with(keys)
     });

@@ -3,8 +3,11 @@
 use super::index::SlotIndex;
 use super::piece::{self, Origin, Place};
 use super::placed::{self, Placed, PlacedStack};
+use super::route::Routes;
 use super::uniform::{self, Summed};
-use super::{LokrScale, LoraRow, Skip, SkipKind, StackError, StackItem, StackOptions};
+use super::{
+    LokrScale, LoraRow, Route, Skip, SkipKind, StackError, StackItem, StackOptions, dense,
+};
 use crate::adapter::PieceKind;
 use crate::adapter::delta::Delta;
 use crate::adapter::module::{Fault, Module, ScaleSource};
@@ -171,7 +174,7 @@ impl<'s> Planner<'s> {
                 at,
                 slot,
                 rows: self.rows_in(known, at),
-                rank_limit: uniform::rank_limit(slot, self.options.max_rank),
+                rank_limit: uniform::rank_limit(slot, self.options.max_rank, Route::Inside),
             })
         };
         if let Some(at) = self.index.slot_of(module.id) {
@@ -298,6 +301,25 @@ impl<'s> Planner<'s> {
         }
     }
 
+    /// Executes anew what runs beside its layer, where no kernel limits it.
+    fn execute_beside(&mut self, routes: &Routes, plans: &[&FilePlan]) {
+        for placed in &mut self.placed {
+            let route = routes.of_slot(placed.slot);
+            let (Route::Beside, Some(slot)) = (route, self.slots.get(placed.slot)) else {
+                continue;
+            };
+            if let Some(delta) = placed.placed_delta(plans) {
+                let place = Place {
+                    at: placed.slot,
+                    slot,
+                    rows: placed.rows,
+                    rank_limit: uniform::rank_limit(slot, self.options.max_rank, route),
+                };
+                placed.execution = piece::execution(&delta, &place, self.options);
+            }
+        }
+    }
+
     /// The placed stack, slot by slot.
     pub(super) fn finish(
         mut self,
@@ -306,6 +328,15 @@ impl<'s> Planner<'s> {
     ) -> Result<PlacedStack, StackError> {
         let plans: Vec<&FilePlan> = items.iter().map(|item| item.plan).collect();
         placed::sort(&mut self.placed, &plans);
+        let routes = Routes::of(&self.placed, self.slots, self.index);
+        self.execute_beside(&routes, &plans);
+        dense::keep_whole(
+            &mut self.placed,
+            &plans,
+            self.slots,
+            self.index,
+            self.options,
+        );
         let mut slots = Vec::new();
         let mut begin = 0;
         for own in self.placed.chunk_by(|a, b| a.slot == b.slot) {
@@ -316,6 +347,8 @@ impl<'s> Planner<'s> {
                 begin..end,
                 &plans,
                 self.options,
+                own.first()
+                    .map_or(Route::Inside, |own| routes.of_slot(own.slot)),
             )?);
             begin = end;
         }

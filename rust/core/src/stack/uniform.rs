@@ -1,19 +1,22 @@
 //! A slot's sums, and the slots that offload wants uniform.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 
-use super::branch::{self, KronBuffer, KronShape};
+use super::branch::{self, Branch, PartRoom, Rooms};
 use super::index::SlotIndex;
 use super::piece;
 use super::placed::{Placed, PlacedSlot, Takes};
-use super::{StackError, StackOptions, UniformSlots};
+use super::{Route, StackError, StackOptions, UniformSlots};
 use crate::model::slot::{self, RowOrder, Slot};
 use crate::plan::FilePlan;
 
-/// Most ranks that may be added to a slot.
-pub(super) fn rank_limit(slot: &Slot, max_rank: Option<u64>) -> Option<u64> {
-    match (slot.free_rank(), max_rank) {
+/// Most ranks that may be added to a slot: beside the layer no kernel limits them.
+pub(super) fn rank_limit(slot: &Slot, max_rank: Option<u64>, route: Route) -> Option<u64> {
+    let free = match route {
+        Route::Inside => slot.free_rank(),
+        Route::Beside => None,
+    };
+    match (free, max_rank) {
         (Some(free), Some(max)) => Some(free.min(max)),
         (limit, None) | (None, limit) => limit,
     }
@@ -22,7 +25,7 @@ pub(super) fn rank_limit(slot: &Slot, max_rank: Option<u64>) -> Option<u64> {
 /// A slot with the sums of its deltas while uniform are being formed.
 pub(super) struct Summed {
     pub(super) slot: PlacedSlot,
-    krons: BTreeMap<KronShape, usize>,
+    rooms: Rooms,
 }
 
 impl Summed {
@@ -33,36 +36,44 @@ impl Summed {
         range: Range<usize>,
         plans: &[&FilePlan],
         options: StackOptions,
+        route: Route,
     ) -> Result<Self, StackError> {
         let at = own.first().map_or(0, |placed| placed.slot);
         // Deltas are placed in slots of the map alone.
         let slot = &slots[at];
-        if slot.free_rank() == Some(0) && own.iter().any(|p| p.takes == Takes::Ranks) {
+        let has_ranks = || own.iter().any(|own| own.execution.takes != Takes::Branch);
+        if route == Route::Inside && slot.free_rank() == Some(0) && has_ranks() {
             return Err(StackError::SlotFull {
                 slot: slot.path.clone(),
                 base_rank: slot.base_rank,
             });
         }
-        let branches = || own.iter().map(|placed| placed.branch(plans));
-        let krons = branch::count_krons(branches());
-        let branch_bytes = branch::kron_bytes(&krons, slot.element_bytes)
-            .saturating_add(branch::other_bytes(slot, branches()));
-        let limit = rank_limit(slot, options.max_rank);
+        let mut branch = Branch::default();
+        for placed in own {
+            placed.add_room(&mut branch, plans, slot);
+        }
+        let limit = rank_limit(slot, options.max_rank, route);
+        let most = limit.map(|limit| match route {
+            Route::Inside => slot::pad_rank(limit),
+            Route::Beside => limit,
+        });
         let exact = own
             .chunk_by(|a, b| a.lora == b.lora)
-            .map(piece::padded_rank)
+            .map(|own| piece::padded_rank(own, route))
             .fold(0u64, u64::saturating_add);
         let slot = PlacedSlot {
             slot: at,
             // A slot whose rows have no known order carries nothing.
             row_order: slot.row_order().unwrap_or(RowOrder::Planar),
-            rank: limit.map_or(exact, |limit| exact.min(slot::pad_rank(limit))),
+            route,
+            rank: most.map_or(exact, |most| exact.min(most)),
             rank_limit: limit,
-            branch_bytes,
+            branch_bytes: branch.bytes(slot),
             uniform: None,
             own: range,
         };
-        Ok(Self { slot, krons })
+        let rooms = branch.rooms;
+        Ok(Self { slot, rooms })
     }
 }
 
@@ -71,8 +82,9 @@ impl Summed {
 pub(super) struct PlacedUniform {
     /// All of them by their places in the map, those without a delta included.
     members: Vec<usize>,
+    route: Route,
     rank: u64,
-    krons: BTreeMap<KronShape, usize>,
+    rooms: Rooms,
     branch_bytes: u64,
 }
 
@@ -80,23 +92,24 @@ impl PlacedUniform {
     /// The slots with their names.
     pub(super) fn told(&self, slots: &[Slot]) -> Option<UniformSlots> {
         let members = || self.members.iter().filter_map(|&at| slots.get(at));
-        let krons = self
-            .krons
+        let room = self
+            .rooms
             .iter()
-            .map(|(&shape, &count)| KronBuffer { shape, count });
+            .map(|(&shape, &count)| PartRoom { shape, count });
         Some(UniformSlots {
             pattern: members().next()?.pattern.clone(),
             slots: members().map(|slot| slot.path.clone()).collect(),
+            route: self.route,
             rank: self.rank,
-            krons: krons.collect(),
+            room: room.collect(),
             branch_bytes: self.branch_bytes,
         })
     }
 }
 
-/// Collects the offloaded slots of one path over all blocks, where any of them has a rank or a
-/// Kronecker branch. Each of them has room for the most that any of them has, shape by
-/// shape; parameters that are swapped are there on every block.
+/// Collects the offloaded slots of one path over all blocks, where any of them has a rank or a part
+/// beside its layer. Each of them has room for the most that any of them has, shape by shape;
+/// parameters that are swapped are there on every block.
 pub(super) fn form(all: &[Slot], index: &SlotIndex, summed: &mut [Summed]) -> Vec<PlacedUniform> {
     let mut uniform: Vec<PlacedUniform> = Vec::new();
     let mut by_pattern: Vec<Option<usize>> = vec![None; index.pattern_count()];
@@ -106,7 +119,7 @@ pub(super) fn form(all: &[Slot], index: &SlotIndex, summed: &mut [Summed]) -> Ve
     };
     for own in summed
         .iter()
-        .filter(|own| own.slot.rank > 0 || !own.krons.is_empty())
+        .filter(|own| own.slot.rank > 0 || !own.rooms.is_empty())
     {
         let Some(pattern) = offloaded(own) else {
             continue;
@@ -117,16 +130,17 @@ pub(super) fn form(all: &[Slot], index: &SlotIndex, summed: &mut [Summed]) -> Ve
         let at = *at.get_or_insert_with(|| {
             uniform.push(PlacedUniform {
                 members: Vec::new(),
+                route: own.slot.route,
                 rank: 0,
-                krons: BTreeMap::new(),
+                rooms: Rooms::new(),
                 branch_bytes: 0,
             });
             uniform.len() - 1
         });
         if let Some(alike) = uniform.get_mut(at) {
             alike.rank = alike.rank.max(own.slot.rank);
-            for (shape, count) in &own.krons {
-                let most = alike.krons.entry(*shape).or_default();
+            for (shape, count) in &own.rooms {
+                let most = alike.rooms.entry(*shape).or_default();
                 *most = (*most).max(*count);
             }
         }
@@ -145,8 +159,8 @@ pub(super) fn form(all: &[Slot], index: &SlotIndex, summed: &mut [Summed]) -> Ve
             continue;
         };
         let element_bytes = all.get(own.slot.slot).map_or(0, |slot| slot.element_bytes);
-        alike.branch_bytes = branch::kron_bytes(&alike.krons, element_bytes);
-        let bytes = branch::kron_bytes(&own.krons, element_bytes);
+        alike.branch_bytes = branch::room_bytes(&alike.rooms, element_bytes);
+        let bytes = branch::room_bytes(&own.rooms, element_bytes);
         let others = own.slot.branch_bytes.saturating_sub(bytes);
         own.slot.branch_bytes = others.saturating_add(alike.branch_bytes);
         own.slot.uniform = Some(at);

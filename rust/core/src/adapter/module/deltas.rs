@@ -1,10 +1,11 @@
 //! The deltas that a module's tensors make up, checked against each other.
 
-use super::{Fault, ModuleError};
+use super::{Fault, ModuleError, is_scalar_role};
 use crate::adapter::Adapter;
 use crate::adapter::delta::{Delta, Form, Parameter};
 use crate::adapter::full;
 use crate::adapter::parts::{self, Parts};
+use crate::adapter::peft::AdapterConfig;
 use crate::key::role::Role;
 use crate::key::table::Entry;
 use crate::model::ModuleKind;
@@ -14,22 +15,30 @@ type Built = Result<(Vec<Delta>, Vec<(usize, String)>), Fault>;
 
 impl Parts<'_> {
     /// Builds the weight's delta and those beside it; `raw` is the scale without float8's.
-    pub(super) fn deltas(&self, adapter: Adapter, raw: f64) -> Result<Built, ModuleError> {
-        let form = match adapter.form(self) {
-            Ok(form) => form,
+    pub(super) fn deltas(
+        &self,
+        adapter: Adapter,
+        raw: f64,
+        config: Option<&AdapterConfig>,
+    ) -> Result<Built, ModuleError> {
+        let made = adapter.form(self, config);
+        let made = made.and_then(|form| Ok((form, adapter.magnitude(self, &form)?)));
+        let (form, magnitude) = match made {
+            Ok(made) => made,
             Err(fault) => return Ok(Err(fault)),
         };
         let mut deltas = vec![Delta {
             form,
             adapter,
             scale: self.whole_scale(adapter, raw)?,
+            magnitude,
         }];
         let mut left_out = Vec::new();
         for &index in &self.tensors {
             let Some(entry) = self.entries.get(index) else {
                 continue;
             };
-            if is_scale(entry.role) || deltas.iter().any(|delta| delta.holds(index)) {
+            if is_rule_of(entry.role, adapter) || deltas.iter().any(|delta| delta.holds(index)) {
                 continue;
             }
             match self.beside(index, entry, form, raw)? {
@@ -83,12 +92,17 @@ impl Parts<'_> {
                 form,
                 adapter: Adapter::Full,
                 scale,
+                magnitude: None,
             })
             .map_err(|fault| Some(fault.text().to_owned())))
     }
 }
 
-/// Scalars that are multiplied in, not applied by themselves.
-fn is_scale(role: Role) -> bool {
-    matches!(role, Role::Alpha | Role::Scale | Role::Fp8Scale)
+/// Whether a scalar says how the others of this kind of adapter are applied.
+fn is_rule_of(role: Role, adapter: Adapter) -> bool {
+    match role {
+        Role::Ia3OnInput => adapter == Adapter::Ia3,
+        Role::OftScaled => adapter == Adapter::Oft,
+        role => is_scalar_role(role),
+    }
 }

@@ -149,7 +149,7 @@ impl Parts<'_> {
             .or_else(|| lost_magnitude(adapter, config))
         {
             Some(fault) => Err(fault),
-            None => self.deltas(adapter, raw.value)?,
+            None => self.deltas(adapter, raw.value, config)?,
         };
         let (deltas, left_out, fault) = match built {
             Ok((deltas, left_out)) => (deltas, left_out, None),
@@ -180,7 +180,7 @@ impl Parts<'_> {
             .map(|e| e.role.name())
             .collect();
         let broken = || Fault::Broken(format!("has {} but no pair", names.join(", ")));
-        let fault = self.replacement().unwrap_or_else(broken);
+        let fault = self.reshaped().unwrap_or_else(broken);
         Module {
             id: self.id,
             adapter: Adapter::Lora,
@@ -222,5 +222,8 @@ fn lost_magnitude(adapter: Adapter, config: Option<&AdapterConfig>) -> Option<Fa
 
 /// Roles whose single value the plan needs.
 pub fn is_scalar_role(role: Role) -> bool {
-    matches!(role, Role::Alpha | Role::Scale | Role::Fp8Scale)
+    matches!(
+        role,
+        Role::Alpha | Role::Scale | Role::Fp8Scale | Role::Ia3OnInput | Role::OftScaled
+    )
 }

@@ -23,7 +23,8 @@ impl Parts<'_> {
         if let Some(loss) = adapter.loss() {
             return unsupported(format!("{} is not supported: {loss}", adapter.title()));
         }
-        self.replacement()
+        self.reshaped()
+            .or_else(|| self.mixed(adapter))
             .or_else(|| self.convolution())
             .or_else(|| self.wrong_layer(adapter))
             .or_else(|| {
@@ -39,16 +40,22 @@ impl Parts<'_> {
             })
     }
 
-    /// A LoRA that does not add to the weight but changes what it is.
-    pub(super) fn replacement(&self) -> Option<Fault> {
-        let text = if self.has(Role::Reshape) {
-            "`reshape_weight` is not supported: it asks for a module of another size"
-        } else if self.has(Role::SetWeight) {
-            "`set_weight` is not supported: it replaces the base weight"
-        } else {
-            return None;
+    /// A LoRA that changes the size of its module.
+    pub(super) fn reshaped(&self) -> Option<Fault> {
+        let text = "`reshape_weight` is not supported: it asks for a module of another size";
+        let has = self.has(Role::Reshape);
+        has.then(|| Fault::Unsupported(text.to_owned()))
+    }
+
+    /// A replacement beside a delta of what it replaces.
+    fn mixed(&self, adapter: Adapter) -> Option<Fault> {
+        let is_beside = match adapter {
+            Adapter::Set => self.has_any(&[Role::Diff, Role::WNorm]),
+            _ => self.has(Role::SetWeight),
         };
-        Some(Fault::Unsupported(text.to_owned()))
+        let text = "`set_weight` beside a delta of the same weight is not supported: which of them \
+                    comes first is not known";
+        is_beside.then(|| Fault::Unsupported(text.to_owned()))
     }
 
     /// The cores of convolutions: the model has none.
@@ -66,10 +73,10 @@ impl Parts<'_> {
     fn wrong_layer(&self, adapter: Adapter) -> Option<Fault> {
         let (layer, fits) = match self.kind() {
             ModuleKind::Linear { .. } => return None,
-            ModuleKind::Norm { .. } => ("norm", adapter == Adapter::Norm),
+            ModuleKind::Norm { .. } => ("norm", matches!(adapter, Adapter::Norm | Adapter::Set)),
             ModuleKind::Embedding { .. } => (
                 "embedding",
-                matches!(adapter, Adapter::Lora | Adapter::Full)
+                matches!(adapter, Adapter::Lora | Adapter::Full | Adapter::Set)
                     && !self.has_any(&[Role::Mid, Role::PackedDown, Role::WNorm]),
             ),
         };

@@ -14,7 +14,8 @@ use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use crate::adapter::Adapter;
+use crate::adapter::rotation::Cayley;
+use crate::adapter::{Adapter, oft};
 use crate::header::Quoted;
 
 pub use error::ConfigError;
@@ -68,7 +69,7 @@ impl ConfiguredKind {
 const BASE_CHANGING: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
 
 /// A PEFT configuration: its scale, and the rest that tensors do not tell.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct AdapterConfig {
     kind: ConfiguredKind,
     lora_alpha: Option<f64>,
@@ -82,6 +83,10 @@ pub struct AdapterConfig {
     changed_base: Option<String>,
     trains_biases: bool,
     use_dora: bool,
+    /// Terms of the Cayley-Neumann series of an OFT; none where it solves instead.
+    neumann_terms: Option<u64>,
+    /// Whether an HRA makes its vectors orthogonal first.
+    apply_gs: bool,
     /// The fields about the scale that are not used.
     unused: Option<String>,
 }
@@ -123,6 +128,10 @@ impl AdapterConfig {
             let lower = init.to_lowercase();
             BASE_CHANGING.iter().any(|name| lower.starts_with(name))
         };
+        let flag = |name: &str, default| {
+            let value = fields.typed(name, "true or false", Value::as_bool)?;
+            Ok::<_, ConfigError>(value.unwrap_or(default))
+        };
         let bias = fields.value("bias")?.as_ref().and_then(text);
         Ok(Self {
             kind,
@@ -134,14 +143,18 @@ impl AdapterConfig {
             )?,
             rank: fields.value("r")?.and_then(|value| value.as_u64()),
             rank_pattern,
-            use_rslora: fields
-                .typed("use_rslora", "true or false", Value::as_bool)?
-                .unwrap_or(false),
+            use_rslora: flag("use_rslora", false)?,
             changed_base: init.filter(changes_base),
             trains_biases: matches!(bias.as_deref(), Some("all" | "lora_only")),
-            use_dora: fields
-                .typed("use_dora", "true or false", Value::as_bool)?
-                .unwrap_or(false),
+            use_dora: flag("use_dora", false)?,
+            neumann_terms: if flag("use_cayley_neumann", true)? {
+                let terms = "num_cayley_neumann_terms";
+                let terms = fields.typed(terms, "a whole number", Value::as_u64)?;
+                Some(terms.unwrap_or(oft::NEUMANN_TERMS))
+            } else {
+                None
+            },
+            apply_gs: flag("apply_GS", false)?,
             unused: unused(kind, name.as_deref(), &fields),
         })
     }
@@ -166,6 +179,21 @@ impl AdapterConfig {
     /// another LoRA.
     pub fn use_dora(&self) -> bool {
         self.use_dora
+    }
+
+    /// How an OFT's blocks become rotations; of a series of other terms than PEFT's default, how many
+    /// those are.
+    pub(crate) fn cayley(&self) -> Result<Cayley, u64> {
+        match self.neumann_terms {
+            Some(oft::NEUMANN_TERMS) => Ok(Cayley::Neumann),
+            Some(terms) => Err(terms),
+            None => Ok(Cayley::Solve),
+        }
+    }
+
+    /// Whether an HRA makes its vectors orthogonal before it reflects by them.
+    pub(crate) fn orthogonalises_hra(&self) -> bool {
+        self.apply_gs
     }
 
     /// The unused fields about the scale, in words.

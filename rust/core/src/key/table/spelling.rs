@@ -67,6 +67,7 @@ fn makes_an_adapter(role: Role) -> bool {
         | Role::Ia3
         | Role::Ia3L
         | Role::BoftR
+        | Role::HraU
         | Role::PeftOnly
         | Role::Diff
         | Role::WNorm

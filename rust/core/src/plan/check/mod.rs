@@ -77,6 +77,9 @@ pub(crate) fn check_model(modules: &mut [Module], table: &KeyTable) -> ModelChec
             Fit::Unknown => {}
         }
         if module.misfit.is_none() {
+            module.misfit = fit::refusal(module);
+        }
+        if module.misfit.is_none() {
             module.left_out.extend(fit::misfits_beside(module));
         }
     }
