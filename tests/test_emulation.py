@@ -20,8 +20,10 @@ from qwenlora.emulation import (
     RowOrder,
     SVDQW4A4Linear,
     fused_gelu_mlp,
+    nvfp4,
     random_transformer,
 )
+from qwenlora.emulation.leaf import frozen
 from qwenlora.emulation.lowrank import low_rank_factors
 from qwenlora.emulation.quantize import IntegerRange, quantize_activation
 from qwenlora.packing import pack
@@ -408,6 +410,58 @@ def test_an_appended_lora_sees_the_raw_activation(precision):
     assert relative_error(layer(x) - before, x @ down.T @ up.T) < 1e-5
 
 
+# ---- channel scales ----
+
+
+def test_channel_scales_apply_before_bias_and_low_rank_branch():
+    weight, bias = dense_layer(128, 128)
+    options = {"rank": 16, "precision": Precision.W4A4, "dtype": torch.float32}
+    layer = SVDQW4A4Linear.from_dense(weight, bias, smooth=smooth_factors(128), **options)
+    x, factors = randn(6, 128), 1 + randn(128, seed=9) / 8
+    assert layer.wcscales is None
+    before = layer(x)
+    down = pack.unpack_lowrank(layer.proj_down, LowRankSide.DOWN)
+    up = pack.unpack_lowrank(layer.proj_up, LowRankSide.UP)
+    others = x @ down.T @ up.T + pack.unpack_vector(layer.bias)
+    layer.wcscales = frozen(pack.pack_vector(factors))
+    expected = (before - others) * factors + others
+    assert relative_error(layer(x), expected) < 1e-6
+
+
+# ---- nvfp4 ----
+
+E2M1_MIDDLES = {0.25: 0.0, 0.75: 1.0, 1.25: 1.0, 1.75: 2.0, 2.5: 2.0, 3.5: 4.0, 5.0: 4.0}
+
+
+def test_nvfp4_rounds_to_nearest_and_of_two_to_the_even_one():
+    x = torch.zeros(1, 16)
+    x[0, :7] = torch.tensor(list(E2M1_MIDDLES))
+    x[0, 7:14] = -x[0, :7]
+    # The group's scale is 1.
+    x[0, 14], x[0, 15] = 6.0, 2.4
+    rounded = nvfp4.rounded_activation(x)[0].tolist()
+    values = list(E2M1_MIDDLES.values())
+    assert rounded == [*values, *(-value for value in values), 6.0, 2.0]
+
+
+def test_nvfp4_weight_is_near_the_dense_one():
+    weight, _ = dense_layer(256, 192)
+    packed = nvfp4.packed_weight(weight, torch.bfloat16)
+    assert packed.wscales.dtype == torch.float8_e4m3fn
+    assert packed.wscales.shape == (12, 256)
+    values = nvfp4.unpacked_weight(packed.qweight, packed.wscales, packed.wtscale)
+    values *= pack.unpack_vector(packed.wcscales).float()[:, None]
+    # Half a step of e2m1 is an eighth of a value at most, of the largest ones a sixth.
+    assert 0.05 < relative_error(values, weight) < 0.11
+    peaks = weight.view(256, 12, 16).abs().amax(dim=-1, keepdim=True)
+    assert ((values - weight).view(256, 12, 16).abs() <= 0.2 * peaks).all()
+
+
+def test_nvfp4_takes_no_unsigned_activations():
+    with pytest.raises(ValueError, match="nvfp4 has no activations without a sign"):
+        SVDQW4A4Linear(128, 128, 16, precision=Precision.NVFP4, act_unsigned=True)
+
+
 # ---- fused MLP ----
 
 
@@ -415,8 +469,9 @@ def mlp(precision, dtype=torch.float32):
     options = {"rank": 16, "precision": precision, "dtype": dtype}
     dense = [*dense_layer(256, 128), *dense_layer(128, 256, seed=60)]
     fc1 = SVDQW4A4Linear.from_dense(*dense[:2], smooth=smooth_factors(128), **options)
+    unsigned = precision is not Precision.NVFP4
     fc2 = SVDQW4A4Linear.from_dense(
-        *dense[2:], smooth=smooth_factors(256), act_unsigned=True, **options
+        *dense[2:], smooth=smooth_factors(256), act_unsigned=unsigned, **options
     )
     return dense, fc1, fc2
 
@@ -426,7 +481,12 @@ def dense_mlp(x, weight1, bias1, weight2, bias2):
 
 
 @pytest.mark.parametrize(
-    ("precision", "least", "greatest"), [(Precision.EXACT, 0.0, 2e-6), (Precision.W4A4, 0.02, 0.3)]
+    ("precision", "least", "greatest"),
+    [
+        (Precision.EXACT, 0.0, 2e-6),
+        (Precision.W4A4, 0.02, 0.3),
+        (Precision.NVFP4, 0.02, 0.2),
+    ],
 )
 def test_fused_mlp_is_the_dense_mlp(precision, least, greatest):
     dense, fc1, fc2 = mlp(precision)
@@ -612,6 +672,10 @@ def test_deep_copy_and_state_dict_keep_the_output(dense_model, inputs, precision
     twin = copy.deepcopy(model)
     restored = EmulatedQwenImageTransformer(model.config)
     restored.load_state_dict(model.state_dict())
+    for own, other in zip(restored.modules(), model.modules(), strict=True):
+        if isinstance(own, SVDQW4A4Linear):
+            # As in Nunchaku, no parameter.
+            own.wtscale = other.wtscale
     for parameter in model.parameters():
         parameter.zero_()
     assert torch.equal(twin(**inputs).sample, expected)

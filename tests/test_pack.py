@@ -86,6 +86,14 @@ def test_svdq_weight_and_scales_equal_reference():
     assert torch.equal(bits(_reference.unpack_svdq_wscales(packed_scales)), bits(scales))
 
 
+def test_micro_scales_equal_reference():
+    scales = pattern(256, 12)
+    packed = pack.pack_svdq_micro_scales(scales)
+    assert packed.shape == (12, 256)
+    assert torch.equal(bits(packed), bits(_reference.pack_svdq_micro_scales(scales)))
+    assert torch.equal(bits(pack.unpack_svdq_micro_scales(packed)), bits(scales))
+
+
 def test_awq_weight_equals_reference():
     values = nibbles(12, 128).to(torch.uint8)
     packed = pack.pack_awq_qweight(values)
@@ -120,6 +128,8 @@ def test_vector_and_scales_equal_nunchaku():
     assert torch.equal(bits(pack.pack_vector(pattern(256))), expected["vector_256"])
     wscales = pack.pack_svdq_wscales(pattern(256, 3))
     assert torch.equal(bits(wscales), expected["wscales_256x3"])
+    magnitudes = (torch.arange(256 * 8) % 127).to(torch.uint8).view(256, 8)
+    assert torch.equal(pack.pack_svdq_micro_scales(magnitudes), expected["micro_scales_256x8"])
 
 
 def test_quantized_weights_equal_nunchaku():

@@ -157,6 +157,22 @@ def unpack_svdq_wscales(packed: torch.Tensor) -> torch.Tensor:
     return scales
 
 
+def svdq_micro_scales_position(n: int, group: int, groups: int) -> int:
+    """Return the packed position of the scale of channel `n` and group `group` of 16 inputs."""
+    lane = (((n // 128) * (groups // 4) + group // 4) * 8 + n % 8) * 4 + (n % 32) // 8
+    return (lane * 4 + (n % 128) // 32) * 4 + group % 4
+
+
+def pack_svdq_micro_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Pack (N, K/16) into the nominal shape (K/16, N)."""
+    rows, groups = scales.shape
+    flat = torch.zeros(rows * groups, dtype=scales.dtype)
+    for n in range(rows):
+        for group in range(groups):
+            flat[svdq_micro_scales_position(n, group, groups)] = scales[n, group]
+    return flat.view(groups, rows)
+
+
 # ---- AWQ weight ----
 
 

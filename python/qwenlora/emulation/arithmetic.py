@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qwenlora.emulation import nvfp4
 from qwenlora.emulation.contract import check_activation, check_low_rank, check_tensor
 from qwenlora.emulation.precision import Precision
 from qwenlora.emulation.quantize import (
@@ -37,12 +38,17 @@ class SVDQArithmetic:
         smooth_factor: (K,) in packed vector order.
         proj_down: (K, R) packed.
         proj_up: (N, R) packed.
+        wcscales: (N,) in packed vector order, or None: factors on the product before bias and
+            low-rank branch.
+        wtscale: One factor on an nvfp4 weight, or None for 1.
     """
 
     in_features: int
     out_features: int
     precision: Precision
     act_unsigned: bool
+    wcscales: Tensor | None
+    wtscale: float | None
     qweight: Tensor
     bias: Tensor | None
     wscales: Tensor
@@ -62,9 +68,11 @@ class SVDQArithmetic:
         return torch.float32 if self._exact else torch.int8
 
     def residual(self) -> Tensor:
-        """Return the residual weight times the smooth factor, (N, K) float32."""
+        """Return the residual times the smooth factor, without `wcscales`: (N, K) float32."""
         if self._exact:
             return self.qweight
+        if self._fp4:
+            return nvfp4.unpacked_weight(self.qweight, self.wscales, self.wtscale)
         values = pack.unpack_svdq_qweight(self.qweight)  # (N, K)
         return dequantize(values, pack.unpack_svdq_wscales(self.wscales))
 
@@ -81,7 +89,10 @@ class SVDQArithmetic:
         check_tensor("qweight", self.qweight, self.qweight_shape, self.qweight_dtype, x)
         if self.bias is not None:
             check_tensor("bias", self.bias, (outputs,), x.dtype, x)
-        check_tensor("wscales", self.wscales, (inputs // GROUP_SIZE, outputs), x.dtype, x)
+        group, scale_dtype = (nvfp4.GROUP, nvfp4.SCALE) if self._fp4 else (GROUP_SIZE, x.dtype)
+        check_tensor("wscales", self.wscales, (inputs // group, outputs), scale_dtype, x)
+        if self.wcscales is not None:
+            check_tensor("wcscales", self.wcscales, (outputs,), x.dtype, x)
         check_tensor("smooth_factor", self.smooth_factor, (inputs,), x.dtype, x)
         check_tensor("proj_down", self.proj_down, (inputs, rank), x.dtype, x)
         check_tensor("proj_up", self.proj_up, (outputs, rank), x.dtype, x)
@@ -103,6 +114,8 @@ class SVDQArithmetic:
         if self._exact:
             shifted = x.float() + UNSIGNED_SHIFT if self.act_unsigned else x.float()
             return shifted / smooth.float(), lora_act
+        if self._fp4:
+            return nvfp4.rounded_activation(x / smooth), lora_act
         # Shift and division round to the activation's dtype, as the kernels do.
         shifted = x + UNSIGNED_SHIFT if self.act_unsigned else x
         integer_range = IntegerRange.UNSIGNED if self.act_unsigned else IntegerRange.SIGNED
@@ -120,6 +133,8 @@ class SVDQArithmetic:
             (M, N) float32.
         """
         output = activation @ self.residual().T  # (M, N)
+        if self.wcscales is not None:
+            output = output * pack.unpack_vector(self.wcscales).float()
         if self.bias is not None:
             output = output + pack.unpack_vector(self.bias).float()
         up = pack.unpack_lowrank(self.proj_up, LowRankSide.UP)  # (N, R)
@@ -131,6 +146,10 @@ class SVDQArithmetic:
     @property
     def _exact(self) -> bool:
         return self.precision is Precision.EXACT
+
+    @property
+    def _fp4(self) -> bool:
+        return self.precision is Precision.NVFP4
 
 
 @dataclass(frozen=True)
@@ -147,3 +166,5 @@ class SVDQTensors(SVDQArithmetic):
     proj_down: Tensor
     proj_up: Tensor
     act_unsigned: bool = False
+    wcscales: Tensor | None = None
+    wtscale: float | None = None

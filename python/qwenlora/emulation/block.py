@@ -11,6 +11,7 @@ from qwenlora.emulation.attention import NORM_EPSILON, EmulatedAttention
 from qwenlora.emulation.awq import AWQW4A16Linear
 from qwenlora.emulation.linear import SVDQW4A4Linear
 from qwenlora.emulation.mlp import fused_gelu_mlp
+from qwenlora.emulation.precision import Precision
 from qwenlora.packing.layout import MODULATION_PLANES
 
 if TYPE_CHECKING:
@@ -39,10 +40,12 @@ class EmulatedFeedForward(nn.Module):
                 torch_dtype=config.dtype,
             )
 
+        # Floats of 4 bits have a sign of their own: nothing is gained by a shift.
+        is_int = config.precision is not Precision.NVFP4
         projection = nn.Module()
         projection.proj = linear(channels, hidden, act_unsigned=False)
         self.net = nn.ModuleList(
-            [projection, nn.Dropout(0.0), linear(hidden, channels, act_unsigned=True)]
+            [projection, nn.Dropout(0.0), linear(hidden, channels, act_unsigned=is_int)]
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ class QuantizedLeaf(nn.Module):
     """A layer whose `qweight` is packed integers, or a float32 matrix in `EXACT` precision.
 
     A cast of the module leaves that float32 matrix unchanged: it stands for integers, which a cast
-    does not touch either. Moves between devices move it, too.
+    does not touch either. So it does with 8-bit scales. Moves between devices move both, too.
     """
 
     _weight_name: ClassVar[str] = "qweight"
@@ -24,11 +24,16 @@ class QuantizedLeaf(nn.Module):
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> QuantizedLeaf:
-        before: torch.Tensor = getattr(self, self._weight_name).detach()
+        before = {
+            name: own.detach()
+            for name, own in self.named_parameters(recurse=False)
+            if name == self._weight_name or own.itemsize == 1
+        }
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        after: nn.Parameter = getattr(self, self._weight_name)
-        if before.is_floating_point() and after.dtype != before.dtype:
-            after.data = before.to(after.device)
+        for name, own in before.items():
+            after: nn.Parameter = getattr(self, name)
+            if after.dtype != own.dtype:
+                after.data = own.to(after.device)
         return self
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from qwenlora.emulation import nvfp4
 from qwenlora.emulation.arithmetic import SVDQArithmetic
 from qwenlora.emulation.contract import KernelContractError, check_rank
 from qwenlora.emulation.leaf import QuantizedLeaf, frozen
@@ -21,8 +22,8 @@ class SVDQW4A4Linear(SVDQArithmetic, QuantizedLeaf):
     Names, order, shapes and dtypes of the parameters are Nunchaku's; so is which of them take
     gradients. The low-rank branch sees the raw activation.
 
-    `in_features` is a multiple of 64; `out_features` of 16 in `EXACT` and of 128 in `W4A4`
-    precision, which has to fill whole weight tiles. Unlike the kernels, both precisions also take
+    `in_features` is a multiple of 64; `out_features` of 16 in `EXACT` and of 128 in other
+    precisions, which have to fill whole weight tiles. Unlike the kernels, all precisions also take
     float32 activations.
 
     Attributes:
@@ -32,16 +33,18 @@ class SVDQW4A4Linear(SVDQArithmetic, QuantizedLeaf):
         act_unsigned: The layer behind GELU: its input is shifted and quantized without a sign, and
             its bias makes up for the shift.
         precision: See `Precision`.
-        group_size: Input channels per scale, 64.
+        group_size: Input channels per scale: 64, in `NVFP4` 16.
         torch_dtype: Dtype of the activations and of every parameter but `qweight`.
-        qweight: `W4A4`: (N, K/2) int8 packed. `EXACT`: (N, K) float32 row-major. Both hold the
-            residual times the smooth factor.
+        qweight: (N, K/2) int8 packed. `EXACT`: (N, K) float32 row-major. It holds the residual
+            times the smooth factor.
         bias: (N,) in packed vector order, or None.
-        wscales: (K/64, N) packed; ones in `EXACT`.
+        wscales: (K/64, N) packed; ones in `EXACT`. `NVFP4`: (K/16, N) float8_e4m3fn packed.
         smooth_factor: (K,) in packed vector order.
         smooth_factor_orig: (K,) as `smooth_factor`; no kernel reads it.
         proj_down: (K, R) packed.
         proj_up: (N, R) packed.
+        wcscales: `NVFP4`: (N,) in packed vector order. Else None, unless somebody sets it.
+        wtscale: `NVFP4`: a float. Else None.
     """
 
     qweight: nn.Parameter
@@ -51,6 +54,8 @@ class SVDQW4A4Linear(SVDQArithmetic, QuantizedLeaf):
     smooth_factor_orig: nn.Parameter
     proj_down: nn.Parameter
     proj_up: nn.Parameter
+    wcscales: torch.Tensor | None
+    wtscale: float | None
 
     def __init__(
         self,
@@ -72,12 +77,15 @@ class SVDQW4A4Linear(SVDQArithmetic, QuantizedLeaf):
                 f"`in_features` must be a multiple of {GROUP_SIZE} and `out_features` of {rows}, "
                 f"got: {in_features} and {out_features}"
             )
+        is_fp4 = precision is Precision.NVFP4
+        if is_fp4 and act_unsigned:
+            raise ValueError("nvfp4 has no activations without a sign")
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
         self.act_unsigned = act_unsigned
         self.precision = precision
-        self.group_size = GROUP_SIZE
+        self.group_size = nvfp4.GROUP if is_fp4 else GROUP_SIZE
         self.torch_dtype = torch_dtype
 
         def zeros(*shape: int, dtype: torch.dtype = torch_dtype) -> torch.Tensor:
@@ -85,11 +93,14 @@ class SVDQW4A4Linear(SVDQArithmetic, QuantizedLeaf):
 
         self.qweight = frozen(zeros(*self.qweight_shape, dtype=self.qweight_dtype))
         self.bias = nn.Parameter(zeros(out_features)) if bias else None
-        self.wscales = frozen(zeros(in_features // GROUP_SIZE, out_features) + 1)
+        scales = zeros(in_features // self.group_size, out_features) + 1
+        self.wscales = frozen(scales.to(nvfp4.SCALE) if is_fp4 else scales)
         self.smooth_factor = frozen(zeros(in_features) + 1)
         self.smooth_factor_orig = frozen(zeros(in_features) + 1)
         self.proj_down = nn.Parameter(zeros(in_features, rank))
         self.proj_up = nn.Parameter(zeros(out_features, rank))
+        self.wcscales = frozen(zeros(out_features) + 1) if is_fp4 else None
+        self.wtscale = 1.0 if is_fp4 else None
 
     @classmethod
     def from_dense(
@@ -204,6 +215,13 @@ class SVDQW4A4Linear(SVDQArithmetic, QuantizedLeaf):
     def _store_residual(self, residual: torch.Tensor) -> None:
         if self._exact:
             self.qweight.copy_(residual)
+            return
+        if self._fp4 and self.wcscales is not None:
+            packed = nvfp4.packed_weight(residual, self.wcscales.dtype)
+            self.qweight.copy_(packed.qweight)
+            self.wscales.copy_(packed.wscales)
+            self.wcscales.copy_(packed.wcscales)
+            self.wtscale = packed.wtscale
             return
         values, scales = quantize_weight(residual, self.wscales.dtype)
         self.qweight.copy_(pack.pack_svdq_qweight(values))

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlora.emulation.lite_kernels import LiteKernels
+from qwenlora.emulation.precision import Precision
 
 if TYPE_CHECKING:
     from types import ModuleType
-
-    from qwenlora.emulation.precision import Precision
 
 __all__ = ["layers_over", "lite_layers"]
 
@@ -32,7 +31,13 @@ _KERNELS = "ops"
 
 @cache
 def lite_layers(precision: Precision) -> ModuleType:
-    """The module of diffusers' layers, with kernels of this precision; see `layers_over`."""
+    """The module of diffusers' layers, with kernels of this precision; see `layers_over`.
+
+    Raises:
+        ValueError: The precision is `NVFP4`.
+    """
+    if precision is Precision.NVFP4:
+        raise ValueError("diffusers' layers are emulated with integers alone, not as nvfp4")
     return layers_over(LiteKernels(precision), name=precision.value)
 
 

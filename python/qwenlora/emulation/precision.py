@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 
 
-class Precision(enum.Enum):
+class Precision(str, enum.Enum):
     """Arithmetic of the emulated quantized layers."""
 
     EXACT = "exact"
@@ -21,3 +21,7 @@ class Precision(enum.Enum):
     SVDQ layers hold int4 weights and quantize their activations as the kernels do; AWQ layers hold
     uint4 weights and take 16-bit activations (W4A16).
     """
+
+    NVFP4 = "nvfp4"
+    """The same with 4-bit floats in SVDQ layers, in groups of 16 with 8-bit scales, for weights and
+    activations. AWQ layers are those of `W4A4`."""

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from qwenlora.emulation.arithmetic import SVDQTensors
 from qwenlora.emulation.fused_qkv import fused_qkv_norm_rotary
-from qwenlora.emulation.leaf import QuantizedLeaf
+from qwenlora.emulation.leaf import QuantizedLeaf, frozen
 from qwenlora.emulation.rope import rotate
 
 if TYPE_CHECKING:
@@ -152,6 +152,7 @@ class FusedQkv(QuantizedLeaf):
 
     Attributes:
         qkv_precision: `precision` of the layer that the tensors are from.
+        qkv_wcscales: As in `SVDQW4A4Linear`, with its `wtscale`: the kernel is given none.
         qkv_out_features: Rows of query, key and value.
         qkv_qweight: As in `SVDQW4A4Linear`; so are `qkv_wscales`, `qkv_smooth_factor`,
             `qkv_smooth_factor_orig`, `qkv_proj_down` and `qkv_proj_up`.
@@ -170,6 +171,8 @@ class FusedQkv(QuantizedLeaf):
         super().__init__()
         for name, parameter in qkv.named_parameters():
             self.register_parameter(f"qkv_{name}", parameter)
+        if qkv.wcscales is not None and qkv.wtscale is not None:
+            self.qkv_wcscales = frozen(qkv.wcscales * qkv.wtscale)
         self.qkv_precision = qkv.precision
         self.qkv_out_features = qkv.out_features
         self.norm_q_weight: nn.Parameter = norm_q.weight  # type: ignore[assignment]
@@ -187,6 +190,7 @@ class FusedQkv(QuantizedLeaf):
             smooth_factor=self.qkv_smooth_factor,
             proj_down=self.qkv_proj_down,
             proj_up=self.qkv_proj_up,
+            wcscales=getattr(self, "qkv_wcscales", None),
         )
         return fused_qkv_norm_rotary(x, qkv, self.norm_q_weight, self.norm_k_weight, freqs_cis)
 

@@ -6,6 +6,7 @@ import enum
 
 __all__ = [
     "CHANNEL_MULTIPLE",
+    "E2M1",
     "FRAGMENT",
     "MAX_RANK",
     "MODULATION_PLANES",
@@ -33,6 +34,8 @@ a larger rank reads past that array and yields garbage without any error.
 """
 MODULATION_PLANES = 6
 """Planes of a modulation layer's output: shift, scale and gate, for attention and for the MLP."""
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitudes of a 4-bit float by the three low bits of its code; the highest bit is the sign."""
 
 
 class LowRankSide(enum.Enum):

@@ -19,11 +19,13 @@ __all__ = [
     "interleave_modulation",
     "pack_awq_qweight",
     "pack_lowrank",
+    "pack_svdq_micro_scales",
     "pack_svdq_qweight",
     "pack_svdq_wscales",
     "pack_vector",
     "unpack_awq_qweight",
     "unpack_lowrank",
+    "unpack_svdq_micro_scales",
     "unpack_svdq_qweight",
     "unpack_svdq_wscales",
     "unpack_vector",
@@ -33,6 +35,8 @@ __all__ = [
 _SVDQ_ROWS = 128
 _GROUP = 64
 _AWQ_ROWS = 4
+_MICRO_GROUPS = 4
+"""Groups of 16 channels whose scales are neighbours."""
 
 
 def pack_lowrank(logical: torch.Tensor, side: LowRankSide) -> torch.Tensor:
@@ -215,6 +219,49 @@ def unpack_svdq_wscales(packed: torch.Tensor) -> torch.Tensor:
     tiles = packed.reshape(rows // _SVDQ_ROWS, groups, 8, 4, 2, 2)
     # (N/128, K/64, n16, n4, n2, n_pair) => (N/128, n16, n2, n4, n_pair, K/64)
     return _copied(tiles.permute(0, 2, 4, 3, 5, 1)).view(rows, groups)
+
+
+def pack_svdq_micro_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Pack the group scales of an SVDQ layer's 4-bit floats.
+
+    Args:
+        scales: (N, K/16) of 1 byte each: output channel, then group; N a multiple of 128 and K/16
+            of 4.
+
+    Returns:
+        (K/16, N). The shape is nominal: memory is (N/128, K/64, 512).
+
+    Raises:
+        ValueError: The tensor is not 2-D or a size does not fit.
+    """
+    _require_axes("scales", scales, 2)
+    rows, groups = scales.shape
+    _require_multiple("rows", rows, _SVDQ_ROWS, scales)
+    _require_multiple("groups", groups, _MICRO_GROUPS, scales)
+    split = scales.reshape(rows // _SVDQ_ROWS, 4, 4, 8, groups // _MICRO_GROUPS, _MICRO_GROUPS)
+    # (N/128, n32, n4, n8, K/64, g4) => (N/128, K/64, n8, n4, n32, g4)
+    return _copied(split.permute(0, 4, 3, 2, 1, 5)).view(groups, rows)
+
+
+def unpack_svdq_micro_scales(packed: torch.Tensor) -> torch.Tensor:
+    """Undo `pack_svdq_micro_scales`.
+
+    Args:
+        packed: (K/16, N); N a multiple of 128 and K/16 of 4.
+
+    Returns:
+        (N, K/16).
+
+    Raises:
+        ValueError: The tensor is not 2-D or a size does not fit.
+    """
+    _require_axes("packed", packed, 2)
+    groups, rows = packed.shape
+    _require_multiple("rows", rows, _SVDQ_ROWS, packed)
+    _require_multiple("groups", groups, _MICRO_GROUPS, packed)
+    tiles = packed.reshape(rows // _SVDQ_ROWS, groups // _MICRO_GROUPS, 8, 4, 4, _MICRO_GROUPS)
+    # (N/128, K/64, n8, n4, n32, g4) => (N/128, n32, n4, n8, K/64, g4)
+    return _copied(tiles.permute(0, 4, 3, 2, 1, 5)).view(rows, groups)
 
 
 def pack_awq_qweight(values: torch.Tensor) -> torch.Tensor:
