@@ -303,7 +303,8 @@ def hra_weight(weight: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
 def cayley(skew: torch.Tensor) -> torch.Tensor:
     """Return (I + Q)(I - Q)^-1 of one block (b, b)."""
     eye = torch.eye(len(skew), dtype=torch.float64)
-    return (eye + skew) @ torch.linalg.inv(eye - skew)
+    inverse: torch.Tensor = torch.linalg.inv(eye - skew)
+    return (eye + skew) @ inverse
 
 
 def cayley_series(skew: torch.Tensor) -> torch.Tensor:
@@ -331,7 +332,7 @@ def constrained_skews(blocks: torch.Tensor, most: float) -> torch.Tensor:
     """Return Q = B - B^T of all blocks (..., b, b), their common norm at most `most`; 0: any."""
     skew = blocks.to(torch.float64) - blocks.to(torch.float64).transpose(-1, -2)
     norm = float(skew.square().sum().sqrt()) + 1e-8
-    return skew.mul(most / norm) if 0 < most < norm else skew
+    return skew * (most / norm) if 0 < most < norm else skew
 
 
 def block_diagonal(blocks: torch.Tensor) -> torch.Tensor:
