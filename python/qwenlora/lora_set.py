@@ -60,6 +60,7 @@ class LoraSet:
             options.lokr_scale,
             options.mlp,
             options.dense_budget,
+            options.norms_key,
         )
         key = (loras, self.max_rank, settings) if loras else ()
         object.__setattr__(self, "key", key)

@@ -145,6 +145,8 @@ class ComposeOptions:
         truncated_rank: Ranks that a delta is cut to, optimally, where its layer can carry nothing
             but rank and the delta has more than fits: a LoKr of whole factors inside a kernel, a
             full delta on a quantized layer past `dense_budget`.
+        norms: File that `qwenlora norms` wrote of the 16-bit checkpoint behind the model: DoRA then
+            divides by exact norms. None estimates them from the quantized weights.
         max_energy_lost: Largest share of its energy that a full delta on a quantized layer may lose
             by that; beyond it the module is left out and named. 1 allows everything.
         lokr_scale: The factor of a LoKr whose factors are both stored whole.
@@ -181,6 +183,7 @@ class ComposeOptions:
     max_energy_lost: float = 0.1
     lokr_scale: LokrScale = LokrScale.STANDARD
     mlp: Literal["exact", "rank"] = "exact"
+    norms: PathLike | None = None
     dense_budget: int = 1 << 30
     placement: Placement = Placement.AUTO
     cache_bytes: int = 5 << 29
@@ -201,6 +204,11 @@ class ComposeOptions:
             raise ValueError(f"mlp is {self.mlp!r}: it is 'exact' or 'rank'")
         if self.dense_budget < 0:
             raise ValueError(f"dense_budget is {self.dense_budget}: it must be at least 0")
+
+    @property
+    def norms_key(self) -> str | None:
+        """The path of the norms as text, which tells settings apart."""
+        return None if self.norms is None else os.fspath(self.norms)
 
 
 def as_specs(loras: Item | Sequence[Item]) -> tuple[LoraSpec, ...]:

@@ -32,6 +32,7 @@ from qwenlora.slots.whole import slot_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
+    import torch
     from torch import Tensor
 
     from qwenlora.compose.rescale import PlacedStack
@@ -139,6 +140,14 @@ class Structure:
         if layout is None:
             return []
         return [twin for own in self.offloaded.values() for twin in layout.twins(own[0])]
+
+    @cached_property
+    def accelerator(self) -> torch.device | None:
+        """The device that the model computes on, where that is not the CPU."""
+        for target in self.with_twins():
+            if target.device.type != "cpu":
+                return target.device
+        return None
 
     @cached_property
     def bare_records(self) -> Mapping[str, SlotRecord]:
