@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from qwenlora.slots.branch import kron_product
+from qwenlora.slots.parts.product import kron_product
 
 WIDTH = 3072
 FACTORS = (4, 8, 16, 48)

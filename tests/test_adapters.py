@@ -483,7 +483,7 @@ def test_a_kronecker_branch_that_something_else_took_away(part, Draft):
     layer = model.get_submodule(slot_of(target))
     names = {"first factor": ["w1"], "second factor": ["w2"], "both": ["w1", "w2"], "hook": []}
     for name in names[part]:
-        del layer._buffers[f"qwenlora_kron0_{name}"]
+        del layer._buffers[f"qwenlora_0_{name}"]
     if part == "hook":
         layer._forward_hooks.clear()
         # What is known of the layers is looked at again only where a tensor has changed.

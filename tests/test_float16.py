@@ -10,9 +10,10 @@ import torch
 import qwenlora
 from qwenlora import ComposeOptions, Placement
 from qwenlora.delta.pieces import KronPair
-from qwenlora.delta.scale import ScaledKron
+from qwenlora.delta.scale import scaled_kron
 from qwenlora.group.partition import apart
-from qwenlora.slots.branch import BRANCH_DENSE, BRANCH_DOWN, BRANCH_UP
+from qwenlora.slots.branch import BRANCH_DOWN, BRANCH_UP
+from qwenlora.slots.branch_layout import part_name
 from qwenlora.slots.find import find_targets
 
 BLOCKS = 2
@@ -151,11 +152,12 @@ def test_compressed_sums(max_rank, model, Draft, probe):
 def test_products(model):
     generator = torch.Generator().manual_seed(0)
     w1, w2 = torch.randn(8, 8, generator=generator), torch.randn(16, 16, generator=generator)
-    target = find_targets(model, {})["transformer_blocks.0.attn.to_out.0"]
-    kron = ScaledKron.of(KronPair(w1=w1, w2=0.01 * w2, scale=1e-3, row_begin=0), 0.02, target)
-    assert kron.w1.dtype is kron.w2.dtype is torch.float16
     wanted = 2e-5 * 0.01 * torch.kron(w1.double(), w2.double())
-    product = torch.kron(kron.w1.double(), kron.w2.double())
+    target = find_targets(model, {})["transformer_blocks.0.attn.to_out.0"]
+    kron = scaled_kron(KronPair(w1=w1, w2=0.01 * w2, scale=1e-3, row_begin=0), 0.02, target)
+    w1, w2 = kron.tensors.values()
+    assert w1.dtype is w2.dtype is torch.float16
+    product = torch.kron(w1.double(), w2.double())
     assert float((product - wanted).norm() / wanted.norm()) < 1e-3
 
 
@@ -166,7 +168,7 @@ def test_dense_deltas(model):
     qwenlora.compose_loras(model, {"diffusion_model.txt_in.diff": tiny * tiny * dense})
     # What the layer adds, in float64: its own weights are out of the way.
     layer = model.txt_in
-    assert layer._buffers[BRANCH_DENSE].dtype is torch.float16
+    assert layer._buffers[part_name(0, "values")].dtype is torch.float16
     with torch.no_grad():
         layer.weight.zero_()
         layer.bias.zero_()

@@ -23,7 +23,7 @@ from kernels.layouts import (
 from qwenlora.emulation.quantize import UNSIGNED_SHIFT
 from qwenlora.packing import pack
 from qwenlora.packing.layout import LowRankSide
-from qwenlora.slots.branch import kron_product
+from qwenlora.slots.parts.product import kron_product
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -124,7 +124,7 @@ class Checker:
         require(report.base_rank == base, f"{path}: a base of {report.base_rank}")
         if isinstance(max_rank, int):
             require(added <= -(-max_rank // 16) * 16, f"{path}: {added} ranks of {max_rank}")
-        dense = "qwenlora_dense" in module._buffers
+        dense = any(oracle.DENSE.fullmatch(name) for name in module._buffers)
         require(report.dense == dense, f"{path}: dense said {report.dense}")
         krons = sum(bool(oracle.KRON.fullmatch(name)) for name in module._buffers)
         require(report.krons <= krons, f"{path}: {report.krons} products said, {krons} held")

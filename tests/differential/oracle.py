@@ -14,7 +14,8 @@ import torch
 from qwenlora import _reference
 from qwenlora.packing.layout import LowRankSide
 
-KRON = re.compile(r"qwenlora_kron(\d+)_w1")
+KRON = re.compile(r"qwenlora_(\d+)_w1")
+DENSE = re.compile(r"qwenlora_(\d+)_values")
 
 
 @functools.cache
@@ -62,13 +63,16 @@ def kept(model: torch.nn.Module, path: str, base_rank: int) -> torch.Tensor:
     beside = torch.zeros_like(delta)
     if "qwenlora_down" in buffers:
         beside += buffers["qwenlora_up"] @ buffers["qwenlora_down"]
-    beside += buffers.get("qwenlora_dense", 0)
+    for name in buffers:
+        found = DENSE.fullmatch(name)
+        if found:
+            beside += buffers[name] * buffers[f"qwenlora_{found[1]}_unscale"]
     if is_modulation(path):
         beside = beside[modulation_positions(len(beside))]
     for name in buffers:
         found = KRON.fullmatch(name)
         if found:
-            first = module._qwenlora_branch.krons[int(found[1])]
+            first = module._qwenlora_branch.parts[int(found[1])].row_begin
             product = torch.kron(buffers[name], buffers[name[:-1] + "2"])
             beside[first : first + len(product)] += product
     return delta + beside

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qwenlora.delta.slot_deltas import BuiltSlot, require_finite, uniform
+from qwenlora.plan.documents import Route
 from qwenlora.slots.whole import prepare_group, slot_of
 
 if TYPE_CHECKING:
@@ -130,8 +131,8 @@ class Placer:
         members = [(target, plans.get(target.path)) for target in differing]
         alone = self._build_alone([*members, *([] if filled else unit.rest)])
         rank = max((deltas.rank_added for deltas in together), default=0)
-        if unit.twins and any(own.deltas.rank_added > rank for own in alone) and together:
-            # A slot that shares no ranks where the others do: all of them get more.
+        if unit.twins and together and any(_needs_more(own, rank) for own in alone):
+            # A slot that shares no ranks where the others do, or holds parts: all get the same.
             plans = self._plan.some(target.path for target in unit.targets)
             return [], self._build_alone([(t, plans.get(t.path)) for t in unit.targets])
         return together, alone
@@ -162,3 +163,9 @@ class Placer:
     def _tell(self, phase: str, done: int) -> None:
         if self._progress is not None:
             self._progress(phase, done, self._total)
+
+
+def _needs_more(built: BuiltSlot, rank: int) -> bool:
+    """Tell if a slot holds what slots that were built together, of so many ranks, do not."""
+    deltas = built.deltas
+    return deltas.rank_added > rank or bool(deltas.room) or deltas.route is Route.BESIDE

@@ -11,9 +11,9 @@ from qwenlora.delta.loss import LoraShare, WholeDelta
 from qwenlora.delta.outcome import SlotOutcome
 from qwenlora.delta.pieces import LoraPieces, fetch_pieces
 from qwenlora.delta.scale import (
-    ScaledDense,
-    ScaledKron,
     scaled,
+    scaled_dense,
+    scaled_kron,
     scaled_matrix,
     scaled_values,
 )
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qwenlora.delta.limit import Fitted
+    from qwenlora.delta.parts import ScaledPart
     from qwenlora.delta.pieces import Refusal
     from qwenlora.delta.scale import ScaledPair
     from qwenlora.model.target import Target
@@ -115,7 +116,7 @@ class _SlotSum:
         self._target = target
         self._pairs: list[ScaledPair] = []
         self._supports: list[Tensor] = []
-        self._krons: list[ScaledKron] = []
+        self._krons: list[ScaledPart] = []
         self._dense: Tensor | None = None
         self._values: dict[str, Tensor] = {}
         self._shares: list[LoraShare] = []
@@ -140,7 +141,7 @@ class _SlotSum:
             self._shares.append(LoraShare(lora, strength, pair, own.cuts))
         if own.krons or own.dense is not None or not (own.pair is None or own.pair.zero):
             self._rows += [(lora, rows) for rows in own.rows]
-        self._krons += [ScaledKron.of(kron, strength, target) for kron in own.krons]
+        self._krons += [scaled_kron(kron, strength, target) for kron in own.krons]
         if own.dense is not None:
             dense = scaled_matrix(own.dense.to(target.device), strength)
             self._dense = dense if self._dense is None else self._dense + dense
@@ -173,14 +174,14 @@ class _SlotSum:
     def finish(self, fitted: Fitted) -> BuiltSlot:
         """The slot's deltas, the low-rank ones as they came back, and their outcome."""
         # Equal shapes in one order: a slot of another block is copied into the same buffers.
-        krons = tuple(sorted(self._krons, key=lambda kron: kron.shape))
+        dense = [] if self._dense is None else [scaled_dense(self._dense, self._target)]
+        parts = tuple(sorted(self._krons + dense, key=lambda part: part.shape))
         deltas = SlotDeltas(
             target=self._target,
             pairs=fitted.pairs,
             rank_added=sum(rank_taken(pair, self._target) for pair in fitted.pairs),
-            krons=krons,
-            kron_room=tuple(kron.shape for kron in krons),
-            dense=None if self._dense is None else ScaledDense.of(self._dense, self._target),
+            parts=parts,
+            room=tuple(part.shape for part in parts),
             values=self._values,
         )
         return BuiltSlot(deltas, self._outcome(deltas, fitted))
@@ -191,9 +192,9 @@ class _SlotSum:
             rank=sum(pair.rank for pair in deltas.pairs),
             rank_added=deltas.rank_added,
             rank_exact=fitted.rank_exact,
-            krons=len(deltas.krons),
-            kron_room=deltas.kron_room,
-            dense=deltas.dense is not None,
+            krons=len(self._krons),
+            dense=self._dense is not None,
+            room=deltas.room,
             values=tuple(deltas.values),
             energy_lost=fitted.energy_lost,
             energy=fitted.energy,

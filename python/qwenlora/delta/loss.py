@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from qwenlora.delta.parts import ScaledPart
     from qwenlora.delta.pieces import CutPiece
-    from qwenlora.delta.scale import ScaledKron, ScaledPair
+    from qwenlora.delta.scale import ScaledPair
     from qwenlora.model.target import Target
 
 __all__ = ["LoraShare", "Loss", "WholeDelta"]
@@ -87,7 +88,7 @@ class WholeDelta:
 
     target: Target
     shares: tuple[LoraShare, ...]
-    krons: tuple[ScaledKron, ...] = ()
+    krons: tuple[ScaledPart, ...] = ()
     dense: Tensor | None = None
     shared: frozenset[tuple[int, int]] = frozenset()
 
@@ -186,9 +187,9 @@ class _Measure:
             whole += own
             self._own = self._own + _energy(own)
         for kron in self._whole.krons:
-            count = kron.w1.shape[0] * kron.w2.shape[0]
-            within = (logical >= kron.row_begin) & (logical < kron.row_begin + count)
-            own = kron_rows(kron.w1, kron.w2, logical[within] - kron.row_begin)
+            begin, count = kron.shape.row_begin, kron.shape.row_count
+            within = (logical >= begin) & (logical < begin + count)
+            own = kron_rows(kron.tensors["w1"], kron.tensors["w2"], logical[within] - begin)
             whole[within] += own
             self._own = self._own + _energy(own)
         return whole

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qwenlora.delta.parts import PartShape
     from qwenlora.delta.pieces import Refusal
-    from qwenlora.delta.scale import KronShape
     from qwenlora.model.target import Target
 
 __all__ = ["SlotOutcome"]
@@ -23,9 +23,9 @@ class SlotOutcome:
         rank_added: Ranks that each slot holds beyond its base.
         rank_exact: Ranks that it would hold for the exact sum.
         krons: How many Kronecker products the LoRAs brought.
-        kron_room: Shapes of those that the layer holds; more where offload wants every block to
-            hold the same.
-        dense: Whether the layer holds a matrix beside it.
+        dense: Whether the LoRAs brought a matrix that runs beside the layer.
+        room: Shapes of the parts that the layer holds beside it; more than the LoRAs brought where
+            offload wants every block to hold the same.
         values: Names of the parameters whose values differ from the base's.
         energy_lost: Share of the whole delta's energy that truncation dropped; None where there was
             none.
@@ -41,8 +41,8 @@ class SlotOutcome:
     rank_added: int
     rank_exact: int
     krons: int = 0
-    kron_room: tuple[KronShape, ...] = ()
     dense: bool = False
+    room: tuple[PartShape, ...] = ()
     values: tuple[str, ...] = ()
     energy_lost: float | None = None
     energy: float | None = None
@@ -54,16 +54,14 @@ class SlotOutcome:
     @property
     def composed(self) -> bool:
         """True where the slots differ from their bases."""
-        return bool(self.rank_added or self.kron_room or self.dense or self.values)
+        return bool(self.rank_added or self.room or self.values)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the slots' tensors grow by; swapped values take the old ones' place."""
         row = self.targets[0].row
-        elements = sum(shape.elements for shape in self.kron_room)
-        elements += row.in_features * row.out_features if self.dense else 0
-        beside = elements * row.element_bytes * len(self.targets)
-        return beside + self._rank_bytes * self.rank_added
+        beside = sum(shape.nbytes(row.element_bytes) for shape in self.room)
+        return beside * len(self.targets) + self._rank_bytes * self.rank_added
 
     @property
     def saved_bytes(self) -> int:

@@ -8,6 +8,7 @@ an offloaded model does not use holds zeros.
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -78,16 +79,10 @@ class PartShape(NamedTuple):
         """Shapes of its tensors by name, in the order in which they are kept."""
         return _TENSORS[self.kind](self)
 
-    @property
-    def elements(self) -> int:
-        """Values in all of its tensors."""
-        total = 0
-        for shape in self.tensors.values():
-            count = 1
-            for size in shape:
-                count *= size
-            total += count
-        return total
+    def nbytes(self, element_bytes: int) -> int:
+        """Bytes of its tensors in a dtype of so many bytes; scalars are float32."""
+        shapes = self.tensors.values()
+        return sum(element_bytes * math.prod(shape) if shape else 4 for shape in shapes)
 
 
 def _kron(shape: PartShape) -> Mapping[str, tuple[int, ...]]:

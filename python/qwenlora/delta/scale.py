@@ -8,11 +8,12 @@ are float64 until they join the base's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 from qwenlora.delta.balance import balanced, exponent_of, is_narrow, loses_small_values
+from qwenlora.delta.parts import PartKind, PartShape, ScaledPart
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,14 +22,13 @@ if TYPE_CHECKING:
     from qwenlora.model.target import Target
 
 __all__ = [
-    "KronShape",
-    "ScaledDense",
-    "ScaledKron",
     "ScaledPair",
     "factor_at",
     "factors_at",
     "scaled",
+    "scaled_dense",
     "scaled_energy",
+    "scaled_kron",
     "scaled_matrix",
     "scaled_values",
 ]
@@ -119,63 +119,30 @@ def scaled(
     return ScaledPair(down=down.to(dtype), up=values.to(dtype))
 
 
-class KronShape(NamedTuple):
-    """A Kronecker product's first row in a layer and its factors' sizes; ordered."""
+def scaled_kron(kron: KronPair, strength: float, target: Target) -> ScaledPart:
+    """One Kronecker product ready to be written: strength and scale in `w1`.
 
-    row_begin: int
-    w1_rows: int
-    w1_columns: int
-    w2_rows: int
-    w2_columns: int
-
-    @property
-    def elements(self) -> int:
-        """Values in both factors."""
-        return self.w1_rows * self.w1_columns + self.w2_rows * self.w2_columns
-
-
-@dataclass(frozen=True)
-class ScaledKron:
-    """One Kronecker product ready to be written: strength and scale in `w1`."""
-
-    w1: Tensor
-    w2: Tensor
-    row_begin: int
-
-    @classmethod
-    def of(cls, kron: KronPair, strength: float, target: Target) -> ScaledKron:
-        """Scale in float32 and cast to the slot's dtype, on its device."""
-        w1 = kron.w1.to(torch.float32) * factor_at(kron.scale, strength)
-        w2 = kron.w2.to(torch.float32)
-        # Of the two as of a pair of one rank: a power of two of one is a power of two of the other.
-        down, up = balanced(w2.reshape(1, -1), w1.reshape(-1, 1), target.dtype)
-        w1, w2 = (
-            half.view(whole.shape).to(target.device) for half, whole in ((up, w1), (down, w2))
-        )
-        return cls(w1, w2, kron.row_begin)
-
-    @property
-    def shape(self) -> KronShape:
-        """Its place and sizes."""
-        return KronShape(self.row_begin, *self.w1.shape, *self.w2.shape)
-
-
-@dataclass(frozen=True)
-class ScaledDense:
-    """A dense delta ready to be written.
-
-    Attributes:
-        values: (out, in) in the slot's dtype: the delta times a power of two.
-        exponent: Of that power; 0 where the dtype loses no small values.
+    It is scaled in float32, then cast to the slot's dtype.
     """
+    w1 = kron.w1.to(torch.float32) * factor_at(kron.scale, strength)
+    w2 = kron.w2.to(torch.float32)
+    # Of the two as of a pair of one rank: a power of two of one is a power of two of the other.
+    down, up = balanced(w2.reshape(1, -1), w1.reshape(-1, 1), target.dtype)
+    factors = {"w1": up.view(w1.shape), "w2": down.view(w2.shape)}
+    count = w1.shape[0] * w2.shape[0]
+    shape = PartShape(PartKind.KRON, kron.row_begin, count, (*w1.shape, *w2.shape, 0, 0))
+    return ScaledPart(shape, {name: own.to(target.device) for name, own in factors.items()})
 
-    values: Tensor
-    exponent: int
 
-    @classmethod
-    def of(cls, delta: Tensor, target: Target) -> ScaledDense:
-        """Round a delta (out, in) to the slot's dtype."""
-        exponent = 0
-        if loses_small_values(delta, target.dtype):
-            exponent = exponent_of(float(delta.abs().max()), target.dtype)
-        return cls((delta * 2.0**exponent).to(target.dtype), exponent)
+def scaled_dense(delta: Tensor, target: Target, *, row_begin: int = 0) -> ScaledPart:
+    """A matrix ready to be written: a delta (rows, in) rounded to the slot's dtype.
+
+    `values` are the delta times a power of two, which is 1 where the dtype loses no small values.
+    """
+    exponent = 0
+    if loses_small_values(delta, target.dtype):
+        exponent = exponent_of(float(delta.abs().max()), target.dtype)
+    values = (delta * 2.0**exponent).to(target.dtype)
+    unscale = torch.full((), 2.0**-exponent, dtype=torch.float32, device=target.device)
+    shape = PartShape(PartKind.DENSE, row_begin, delta.shape[0], (delta.shape[1],))
+    return ScaledPart(shape, {"values": values, "unscale": unscale})

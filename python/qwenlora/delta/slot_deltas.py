@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 from qwenlora.delta.finite import are_finite, non_finite
 from qwenlora.delta.outcome import SlotOutcome
+from qwenlora.plan.documents import Route
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from qwenlora.delta.scale import KronShape, ScaledDense, ScaledKron, ScaledPair
+    from qwenlora.delta.parts import PartShape, ScaledPart
+    from qwenlora.delta.scale import ScaledPair
     from qwenlora.model.target import Target
 
 __all__ = ["BuiltSlot", "SlotDeltas", "require_finite", "uniform"]
@@ -28,26 +30,25 @@ class SlotDeltas:
         target: The slot.
         pairs: Low-rank deltas in stack order, in the slot's dtype, on its device.
         rank_added: Ranks that the slot will hold beyond its base; what exceeds the pairs is zero.
-        krons: Kronecker products that run beside the layer, in the slot's dtype.
-        kron_room: Shapes of those that the layer holds; what exceeds `krons` is zero.
-        dense: A matrix that runs beside a plain linear.
+        parts: What else runs beside the layer, in the order of its shapes.
+        room: Shapes of the parts that the layer holds, in order; what exceeds `parts` is zero.
+        route: Where the pairs go in a layer that has a packed branch.
         values: Sums for stored parameters, by name: float64, rows as in files.
     """
 
     target: Target
     pairs: tuple[ScaledPair, ...] = ()
     rank_added: int = 0
-    krons: tuple[ScaledKron, ...] = ()
-    kron_room: tuple[KronShape, ...] = ()
-    dense: ScaledDense | None = None
+    parts: tuple[ScaledPart, ...] = ()
+    room: tuple[PartShape, ...] = ()
+    route: Route = Route.INSIDE
     values: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> list[Tensor]:
         """All tensors that will be written, the base aside."""
         pairs = [half for pair in self.pairs for half in (pair.down, pair.up)]
-        factors = [factor for kron in self.krons for factor in (kron.w1, kron.w2)]
-        dense = [] if self.dense is None else [self.dense.values]
-        return pairs + factors + dense + list(self.values.values())
+        parts = [tensor for part in self.parts for tensor in part.tensors.values()]
+        return pairs + parts + list(self.values.values())
 
 
 @dataclass(frozen=True)
@@ -63,28 +64,36 @@ class BuiltSlot:
         outcome = SlotOutcome(targets=(target,), rank=0, rank_added=rank, rank_exact=0)
         return cls(SlotDeltas(target, rank_added=rank), outcome)
 
-    def with_room(self, rank: int, krons: tuple[KronShape, ...], *, exact: int) -> BuiltSlot:
-        """The same in a slot that holds so many ranks, and products of these shapes.
+    def with_room(
+        self, rank: int, room: tuple[PartShape, ...], *, exact: int, route: Route
+    ) -> BuiltSlot:
+        """The same in a slot that holds so many ranks, and parts of these shapes.
 
         Args:
             rank: Ranks beyond the base.
-            krons: Shapes of the products, in order.
+            room: Shapes of the parts, in order.
             exact: Ranks that exact sums would need.
+            route: Where the ranks are.
         """
-        deltas = replace(self.deltas, rank_added=rank, kron_room=krons)
-        outcome = replace(self.outcome, rank_added=rank, rank_exact=exact, kron_room=krons)
+        deltas = replace(self.deltas, rank_added=rank, room=room, route=route)
+        outcome = replace(self.outcome, rank_added=rank, rank_exact=exact, room=room)
         return BuiltSlot(deltas, outcome)
 
 
 def uniform(built: Sequence[BuiltSlot]) -> list[BuiltSlot]:
-    """Give slots of one offload buffer the same tensors; what a slot lacks is zero."""
+    """Give slots of one offload buffer the same tensors; what a slot lacks is zero.
+
+    Where one carries its ranks beside the layer, all do.
+    """
     rank = max(own.deltas.rank_added for own in built)
-    room: Counter[KronShape] = Counter()
+    is_beside = any(own.deltas.route is Route.BESIDE for own in built)
+    room: Counter[PartShape] = Counter()
     for own in built:
-        room |= Counter(own.deltas.kron_room)
+        room |= Counter(own.deltas.room)
     shapes = tuple(sorted(room.elements()))
     exact = max(own.outcome.rank_exact for own in built)
-    return [own.with_room(rank, shapes, exact=exact) for own in built]
+    route = Route.BESIDE if is_beside else Route.INSIDE
+    return [own.with_room(rank, shapes, exact=exact, route=route) for own in built]
 
 
 def require_finite(built: Sequence[SlotDeltas]) -> None:

@@ -10,6 +10,7 @@ import torch
 from qwenlora.model.target import LowRankPlace, factors_of
 from qwenlora.packing.factor import join_factors
 from qwenlora.packing.layout import FRAGMENT, TILE, LowRankSide
+from qwenlora.plan.documents import Route
 from qwenlora.slots.point import point, point_all, point_back
 from qwenlora.slots.slot import NoChange
 from qwenlora.work.pending import Pending
@@ -51,10 +52,12 @@ class PackedSlot:
         return self.rank_added()
 
     def prepare(self, deltas: SlotDeltas) -> Change:
-        """Allocate and fill both factors."""
-        if deltas.rank_added == 0 and self.is_base():
+        """Allocate and fill both factors; where ranks run beside the layer, it holds its base."""
+        is_inside = deltas.route is Route.INSIDE
+        pairs, rank_added = (deltas.pairs, deltas.rank_added) if is_inside else ((), 0)
+        if rank_added == 0 and self.is_base():
             return NoChange()
-        return self._change(deltas.pairs, deltas.rank_added)
+        return self._change(pairs, rank_added)
 
     def _change(self, pairs: Sequence[ScaledPair], rank_added: int) -> PackedChange:
         downs, ups = [pair.down for pair in pairs], [pair.up for pair in pairs]

@@ -37,8 +37,9 @@ class Slot(Protocol):
     def prepare(self, deltas: SlotDeltas) -> Change:
         """Allocate and fill new tensors that hold the base and these deltas.
 
-        `deltas.rank_added` is at least the pairs' padded ranks, and `kron_room` at least their
-        products; what exceeds them is zero. With nothing in `deltas` the change restores the base.
+        `deltas.rank_added` is at least the pairs' padded ranks, and `room` at least the
+        parts' shapes; what exceeds them is zero. With nothing in `deltas` the change restores the
+        base.
         """
 
     def rank_added(self) -> int:

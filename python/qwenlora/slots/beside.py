@@ -1,0 +1,206 @@
+"""What a side branch does when its layer runs.
+
+All of it is read from the layer that is given. `add_side_branch` is a forward hook: it adds what
+takes the layer's raw input, or its output on that. Where a part changes what the layer itself
+computes with, the layer runs on such inputs: `run_layer` is its forward then.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from qwenlora.packing.layout import RowOrder
+from qwenlora.packing.pack import deinterleave_modulation, interleave_modulation
+from qwenlora.slots.branch_layout import BRANCH_DOWN, BRANCH_UP, LAYOUT, part_name
+from qwenlora.slots.parts.part import Held, at
+from qwenlora.slots.parts.rotation import pass_factor
+from qwenlora.slots.parts.table import OF_INPUT, OF_OUTPUT, ON_INPUT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+    from torch import Tensor, nn
+
+    from qwenlora.delta.parts import PartShape
+    from qwenlora.slots.branch_layout import BranchLayout
+
+__all__ = ["add_side_branch", "layer_output", "run_layer"]
+
+
+def add_side_branch(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> Tensor:
+    """Forward hook: adds every part of the branch to the output, in the branch's dtype.
+
+    A branch is where its layer's weights are. A host that keeps those in host memory brings them to
+    the input for each forward, and so is the branch brought there.
+    """
+    layout: BranchLayout | None = module.__dict__.get(LAYOUT)
+    if layout is None:
+        return output
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    # Where the layer runs on other inputs, its forward has added what reads its output.
+    readers = () if layout.runs_layer else layout.readers
+    own = _logical(output, layout) if readers else output
+    changes = [_of_output(part, own) for part in _held(module, layout, readers)]
+    down, up = module._buffers.get(BRANCH_DOWN), module._buffers.get(BRANCH_UP)
+    if down is not None and up is not None:
+        output = _add_low_rank(x.to(down.dtype), at(x, down), at(x, up), output)
+    if not (changes or layout.adders):
+        return output
+    total = _logical(output, layout)
+    for shape, change in changes:
+        _add_rows(total, shape, change)
+    for part in _held(module, layout, layout.adders):
+        _add_rows(total, part.shape, OF_INPUT[part.shape.kind](part, x))
+    return _stored(total, layout)
+
+
+def run_layer(
+    module: nn.Module,
+    plain: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Forward of a layer whose input parts of its branch change; see `layer_output`.
+
+    Without such parts it is the class's own: a host may have kept it.
+    """
+    layout: BranchLayout | None = module.__dict__.get(LAYOUT)
+    if layout is None or not layout.runs_layer:
+        return plain(module, *args, **kwargs)
+    name = None if args else next(iter(kwargs))
+    x: Tensor = args[0] if name is None else kwargs[name]
+
+    def layer(x: Tensor) -> Tensor:
+        if name is None:
+            output: Tensor = plain(module, x, *args[1:], **kwargs)
+        else:
+            output = plain(module, **{**kwargs, name: x})
+        # Who gives the memory of the output gets it written by every run.
+        return output.clone() if len(args) + len(kwargs) > 1 else output
+
+    return layer_output(module, layout, x, raw=layer, changed=layer)
+
+
+def layer_output(
+    module: nn.Module,
+    layout: BranchLayout,
+    x: Tensor,
+    *,
+    raw: Callable[[Tensor], Tensor],
+    changed: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The output of a layer that runs on other inputs, with what reads its output on the raw one.
+
+    Args:
+        module: The layer.
+        layout: Its branch's layout.
+        x: The raw input (..., K).
+        raw: Runs the layer on that.
+        changed: Runs the layer on another input.
+
+    Returns:
+        (..., N) in the layer's own order of rows.
+    """
+    own: Tensor | None = None
+    changes: list[tuple[PartShape, Tensor]] = []
+    if _needs_raw(layout):
+        own = _logical(raw(x), layout)
+        changes += [_of_output(part, own) for part in _held(module, layout, layout.readers)]
+    for part in _held(module, layout, layout.passes):
+        run = _logical(changed(_with_changes(x, [part])), layout)
+        changes.append((part.shape, pass_factor(part, _rows(run, part.shape))))
+    output = _of_runs(module, layout, x, own, changed)
+    for shape, change in changes:
+        _add_rows(output, shape, change)
+    return _stored(output, layout)
+
+
+def _needs_raw(layout: BranchLayout) -> bool:
+    """Tell if anything takes the layer's output on its raw input."""
+    return bool(layout.readers) or not all(run.inputs for run in layout.runs) or not layout.runs
+
+
+def _of_runs(
+    module: nn.Module,
+    layout: BranchLayout,
+    x: Tensor,
+    raw: Tensor | None,
+    changed: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The layer's own output, each of its rows from the input that it takes."""
+    whole: Tensor | None = None if layout.runs else raw
+    for run in layout.runs:
+        held = _held(module, layout, run.inputs)
+        output = raw if not held else _logical(changed(_with_changes(x, held)), layout)
+        if output is None:
+            continue
+        if whole is None and len(layout.runs) == 1:
+            return output
+        whole = torch.empty_like(output) if whole is None else whole
+        for begin, end in run.rows:
+            whole[..., begin:end] = output[..., begin:end]
+    if whole is None:
+        raise ValueError("a layer of no rows")
+    return whole
+
+
+def _with_changes(x: Tensor, parts: Sequence[Held]) -> Tensor:
+    """The raw input with what parts add to it, in its dtype."""
+    total = x
+    for part in parts:
+        total = total + ON_INPUT[part.shape.kind](part, x).to(x.dtype)
+    return total
+
+
+def _held(module: nn.Module, layout: BranchLayout, places: Sequence[int]) -> list[Held]:
+    """Some parts of a layer's branch."""
+    held = []
+    for place in places:
+        shape = layout.parts[place]
+        found = {name: module._buffers.get(part_name(place, name)) for name in shape.tensors}
+        # One that something else took away is told by name before the next composition.
+        tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
+        held.append(Held(shape, tensors))
+    return held
+
+
+def _of_output(part: Held, output: Tensor) -> tuple[PartShape, Tensor]:
+    shape = part.shape
+    return shape, OF_OUTPUT[shape.kind](part, _rows(output, shape))
+
+
+def _rows(output: Tensor, shape: PartShape) -> Tensor:
+    return output.narrow(-1, shape.row_begin, shape.row_count)
+
+
+def _add_rows(output: Tensor, shape: PartShape, change: Tensor) -> None:
+    # The layer's own output, which nobody else holds yet.
+    _rows(output, shape).add_(change.to(output.dtype))
+
+
+def _logical(output: Tensor, layout: BranchLayout) -> Tensor:
+    """A layer's output with its rows as in files."""
+    if layout.row_order is RowOrder.INTERLEAVED:
+        return deinterleave_modulation(output, dim=-1)
+    return output
+
+
+def _stored(output: Tensor, layout: BranchLayout) -> Tensor:
+    """The inverse of `_logical`."""
+    if layout.row_order is RowOrder.INTERLEAVED:
+        return interleave_modulation(output, dim=-1)
+    return output
+
+
+def _add_low_rank(x: Tensor, down: Tensor, up: Tensor, output: Tensor) -> Tensor:
+    hidden = torch.nn.functional.linear(x, down)  # (..., R)
+    if output.dtype != up.dtype or output.ndim < 2:
+        return output + torch.nn.functional.linear(hidden, up).to(output.dtype)
+    # One kernel adds and rounds once: launches are what a branch costs.
+    added = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), up.mT)  # (N, out)
+    return added.view_as(output)

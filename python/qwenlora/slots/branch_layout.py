@@ -1,0 +1,127 @@
+"""The meaning of the buffers of a side branch, and their names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from qwenlora.delta.parts import PartKind
+from qwenlora.packing.layout import RowOrder
+from qwenlora.slots.parts.table import OF_INPUT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from qwenlora.delta.parts import PartShape
+
+__all__ = [
+    "BRANCH_DOWN",
+    "BRANCH_UP",
+    "LAYOUT",
+    "PREFIX",
+    "BranchLayout",
+    "Run",
+    "part_name",
+]
+
+
+PREFIX = "qwenlora_"
+"""What the names of all buffers of a branch begin with."""
+BRANCH_DOWN = f"{PREFIX}down"
+"""Name of the low-rank part's (R, in) buffer."""
+BRANCH_UP = f"{PREFIX}up"
+"""Name of the low-rank part's (out, R) buffer."""
+LAYOUT = "_qwenlora_branch"
+"""Attribute of a layer: its branch's layout."""
+
+
+def part_name(index: int, name: str) -> str:
+    """The buffer of one tensor of a part, by the part's place in the layout."""
+    return f"{PREFIX}{index}_{name}"
+
+
+class Run(NamedTuple):
+    """A run of the layer on an input of its own.
+
+    Attributes:
+        inputs: Places of the parts that change its input; none for the raw input.
+        rows: What is taken of its output: logical rows from the first to before the last.
+    """
+
+    inputs: tuple[int, ...]
+    rows: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class BranchLayout:
+    """The meaning of a branch's buffers.
+
+    Attributes:
+        parts: Shapes of the parts, in the order of their buffers.
+        row_order: The order of the layer's output rows.
+        out_features: How many rows the layer has.
+        runs: The runs that make the layer's own output, where parts change its input; else none.
+        passes: Places of the parts for which the layer runs once more.
+        readers: Places of the parts that read the layer's output on the raw input.
+        adders: Places of the parts that add a product of the raw input.
+    """
+
+    parts: tuple[PartShape, ...] = ()
+    row_order: RowOrder = RowOrder.PLANAR
+    out_features: int = 0
+    runs: tuple[Run, ...] = field(init=False)
+    passes: tuple[int, ...] = field(init=False)
+    readers: tuple[int, ...] = field(init=False)
+    adders: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        passes = self._places(lambda kind: kind is PartKind.PASS)
+        readers = self._places(lambda kind: kind.reads_output)
+        adders = self._places(OF_INPUT.__contains__)
+        object.__setattr__(self, "runs", tuple(_runs(self.parts, self.out_features)))
+        object.__setattr__(self, "passes", passes)
+        object.__setattr__(self, "readers", readers)
+        object.__setattr__(self, "adders", adders)
+
+    def _places(self, holds: Callable[[PartKind], bool]) -> tuple[int, ...]:
+        return tuple(place for place, shape in enumerate(self.parts) if holds(shape.kind))
+
+    @property
+    def runs_layer(self) -> bool:
+        """True where the layer runs on other inputs than the raw one."""
+        return bool(self.runs or self.passes)
+
+    def buffers(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the parts' buffers, in order."""
+        for index, shape in enumerate(self.parts):
+            for name, sizes in shape.tensors.items():
+                yield part_name(index, name), sizes
+
+
+def _runs(parts: Sequence[PartShape], out_features: int) -> Iterator[Run]:
+    """The distinct inputs of the layer, with the rows that take each."""
+    inputs = [(place, shape) for place, shape in enumerate(parts) if shape.kind.is_input]
+    if not inputs:
+        return
+    rows: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for begin, end in _segments([shape for _, shape in inputs], out_features):
+        own = tuple(place for place, shape in inputs if _covers(shape, begin))
+        found = rows.setdefault(own, [])
+        if found and found[-1][1] == begin:
+            begin = found.pop()[0]
+        found.append((begin, end))
+    for own, taken in rows.items():
+        yield Run(own, tuple(taken))
+
+
+def _segments(shapes: Iterable[PartShape], out_features: int) -> Iterator[tuple[int, int]]:
+    """The rows between any two neighbouring ends of parts: from the first to before the last."""
+    ends = {0, out_features}
+    for shape in shapes:
+        ends |= {shape.row_begin, shape.row_begin + shape.row_count}
+    ordered = sorted(ends)
+    return zip(ordered, ordered[1:], strict=False)
+
+
+def _covers(shape: PartShape, row: int) -> bool:
+    return shape.row_begin <= row < shape.row_begin + shape.row_count

@@ -1,0 +1,82 @@
+"""Parts that rotate blocks of a layer's output or input.
+
+Blocks are kept without the identity. So 16 bits round the change alone, and what is added to the
+output is as exact as the output itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from qwenlora.slots.parts.diagonal import without_bias
+from qwenlora.slots.parts.part import at
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qwenlora.slots.parts.part import Held
+
+__all__ = ["butterfly_change", "input_rotation_change", "pass_factor", "rotation_change"]
+
+
+def rotation_change(part: Held, output: Tensor) -> Tensor:
+    """Give blocks[k] (y - bias)_k for each block k of rows: (..., rows)."""
+    blocks = at(output, part.tensors["blocks"])
+    return blockwise(without_bias(part, output), blocks.mT)
+
+
+def input_rotation_change(part: Held, x: Tensor) -> Tensor:
+    """Give x_k blocks[k] for each block k of inputs: (..., K)."""
+    blocks = at(x, part.tensors["blocks"])
+    return blockwise(x.to(blocks.dtype), blocks)
+
+
+def butterfly_change(part: Held, output: Tensor) -> Tensor:
+    """Give strength * (z_m * (1 + rescale) - z_0), where z_0 is y - bias: (..., rows).
+
+    The difference z_i - z_0 is what is carried from stage to stage: it is small, so it is rounded
+    finely.
+    """
+    stages, rescale, strength = (
+        at(output, part.tensors[name]) for name in ("stages", "rescale", "strength")
+    )
+    begin = without_bias(part, output)
+    change = torch.zeros_like(begin)
+    for index in range(stages.shape[0]):
+        permuted = _together(begin + change, index, stages.shape[-1])
+        turned = blockwise(permuted, stages[index].mT)
+        change = change + _apart(turned, index, stages.shape[-1])
+    return (change + (begin + change) * rescale) * strength
+
+
+def pass_factor(part: Held, output: Tensor) -> Tensor:
+    """Give factor * (y - bias), where y is the layer's output on another input: (..., rows)."""
+    return without_bias(part, output) * at(output, part.tensors["factor"])
+
+
+def blockwise(x: Tensor, blocks: Tensor) -> Tensor:
+    """Give x_k blocks[k] for each block k: (..., n b), (n, b, b) to (..., n b)."""
+    count, size = blocks.shape[:2]
+    # (..., n b) -> (M, n, b) -> (n, M, b)
+    by_block = x.reshape(-1, count, size).transpose(0, 1)
+    # (n, M, b) -> (M, n, b) -> (..., n b)
+    return torch.bmm(by_block, blocks).transpose(0, 1).reshape(x.shape)
+
+
+def _together(x: Tensor, index: int, size: int) -> Tensor:
+    """The rows that a butterfly's stage turns together, side by side.
+
+    Stage `index` turns rows `c`, `g` and `k` of (c, g, k) with g of 2 and k of 2^index size / 2.
+    """
+    wide = 2**index * (size // 2)
+    # (..., c g k) -> (..., c k g)
+    return x.reshape(*x.shape[:-1], -1, 2, wide).transpose(-1, -2).reshape(x.shape)
+
+
+def _apart(x: Tensor, index: int, size: int) -> Tensor:
+    """The inverse of `_together`."""
+    wide = 2**index * (size // 2)
+    # (..., c k g) -> (..., c g k)
+    return x.reshape(*x.shape[:-1], -1, wide, 2).transpose(-1, -2).reshape(x.shape)
