@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qwenlora import cache
@@ -19,6 +20,7 @@ from qwenlora.compose.reports import state_of
 from qwenlora.compose.rescale import PlacedStack
 from qwenlora.compose.structure import forget_structure, remember_structure
 from qwenlora.compose.units import path_units
+from qwenlora.delta.base import SlotBase
 from qwenlora.delta.deltas import DeltaBuilder
 from qwenlora.group.builder import GroupReading
 from qwenlora.group.loads import KeptBytes, LoadPlan
@@ -277,6 +279,7 @@ class Parted:
             opened.fetchers,
             replace(wanted.options, cache_bytes=self.kept.host),
             max_rank=wanted.max_rank,
+            base_of=partial(SlotBase, device=opened.task.structure.accelerator),
         )
 
     def _alone(self) -> PlacedStack | None:

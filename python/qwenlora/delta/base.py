@@ -9,7 +9,7 @@ from qwenlora.plan.documents import Side
 from qwenlora.weight.base_weight import BaseWeight
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Hashable, Mapping
 
     import torch
     from torch import Tensor
@@ -41,6 +41,12 @@ class SlotBase:
     def weight(self) -> BaseWeight:
         """The weight that the layer computes with."""
         return BaseWeight.of(self._target, device=self._device)
+
+    @property
+    def key(self) -> Hashable:
+        """Another one for every weight, every change of its values, and other exact norms."""
+        exact = None if self._exact is None else self._exact.key
+        return (self.weight.identity, exact)
 
     def norms(self, module: str, side: Side) -> Tensor | None:
         """Exact squared norms (rows or columns) float64 of a module; None where none are known."""

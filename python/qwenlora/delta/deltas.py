@@ -6,6 +6,9 @@ import itertools
 from typing import TYPE_CHECKING
 
 from qwenlora import cache
+from qwenlora.delta.adapters.based import depends_on_weight
+from qwenlora.delta.base import SlotBase
+from qwenlora.delta.diagonal import DiagonalSums
 from qwenlora.delta.limit import Limiter, rank_taken
 from qwenlora.delta.loss import LoraShare, WholeDelta
 from qwenlora.delta.outcome import SlotOutcome
@@ -18,6 +21,7 @@ from qwenlora.delta.scale import (
     scaled_values,
 )
 from qwenlora.delta.slot_deltas import BuiltSlot, SlotDeltas
+from qwenlora.plan.documents import Route
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from qwenlora.delta.limit import Fitted
     from qwenlora.delta.parts import ScaledPart
     from qwenlora.delta.pieces import Refusal
+    from qwenlora.delta.rotation import RotationDelta
     from qwenlora.delta.scale import ScaledPair
     from qwenlora.model.target import Target
     from qwenlora.plan.documents import Piece, SlotPlan
@@ -47,7 +52,9 @@ class DeltaBuilder:
         options: ComposeOptions,
         *,
         max_rank: MaxRank,
+        base_of: Callable[[Target], SlotBase] = SlotBase,
     ) -> None:
+        self._base_of = base_of
         self._specs = specs
         self._max_rank = max_rank
         self._sources = sources
@@ -79,32 +86,35 @@ class DeltaBuilder:
         return [sum_.finish(own) for sum_, own in zip(sums, limiter.finish(), strict=True)]
 
     def _sum(self, target: Target, plan: SlotPlan | None, limiter: Limiter) -> _SlotSum:
-        sum_ = _SlotSum(target)
+        base = self._base_of(target)
+        sum_ = _SlotSum(target, base, Route.INSIDE if plan is None else plan.route)
         if plan is not None:
             for lora, pieces in _by_lora(plan):
-                own = self._pieces(lora, pieces, plan, target)
+                own = self._pieces(lora, pieces, plan, target, base)
                 sum_.add(lora, own, self._specs[lora].strength_at(plan.path))
         sum_.hand_over(limiter, None if plan is None else plan.rank_limit)
         return sum_
 
     def _pieces(
-        self, lora: int, pieces: Sequence[Piece], plan: SlotPlan, target: Target
+        self, lora: int, pieces: Sequence[Piece], plan: SlotPlan, target: Target, base: SlotBase
     ) -> LoraPieces:
         source = self._sources[lora]
         limit = self._options.max_energy_lost
         fetcher = self._fetchers[lora]
         if not source.cacheable:
-            return fetch_pieces(pieces, target, fetcher, max_energy_lost=limit)
+            return fetch_pieces(pieces, target, fetcher, base=base, max_energy_lost=limit)
         # The same file may meet models of other sizes and row orders, of which other parts fit,
         # and settings that lead to other pieces.
         sizes = (target.row.in_features, target.row.out_features)
         parts = tuple(
             (p.target, p.row_begin, p.kind, p.rank_budget, p.scale, p.parameter) for p in pieces
         )
-        key = (source.identity, plan.path, plan.kind, plan.row_order, sizes, parts, limit)
+        # What is made of the weight is this model's alone.
+        of_model = base.key if any(depends_on_weight(piece) for piece in pieces) else None
+        key = (source.identity, plan.path, plan.kind, plan.row_order, sizes, parts, limit, of_model)
         own = cache.pieces.get(key)
         if not isinstance(own, LoraPieces):
-            own = fetch_pieces(pieces, target, fetcher, max_energy_lost=limit)
+            own = fetch_pieces(pieces, target, fetcher, base=base, max_energy_lost=limit)
             cache.pieces.put(key, own, limit_bytes=self._options.cache_bytes)
         return own
 
@@ -112,8 +122,12 @@ class DeltaBuilder:
 class _SlotSum:
     """The deltas of a slot while its LoRAs are added one by one."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, base: SlotBase, route: Route) -> None:
         self._target = target
+        self._base = base
+        self._route = route
+        self._diagonals = DiagonalSums()
+        self._rotations: list[tuple[RotationDelta, float]] = []
         self._pairs: list[ScaledPair] = []
         self._supports: list[Tensor] = []
         self._krons: list[ScaledPart] = []
@@ -145,6 +159,9 @@ class _SlotSum:
         if own.dense is not None:
             dense = scaled_matrix(own.dense.to(target.device), strength)
             self._dense = dense if self._dense is None else self._dense + dense
+        for diagonal in own.diagonals:
+            self._diagonals.add(diagonal, strength)
+        self._rotations += [(rotation, strength) for rotation in own.rotations]
         for value in own.values:
             delta = scaled_values(value.delta, strength)
             before = self._values.get(value.parameter)
@@ -175,16 +192,33 @@ class _SlotSum:
         """The slot's deltas, the low-rank ones as they came back, and their outcome."""
         # Equal shapes in one order: a slot of another block is copied into the same buffers.
         dense = [] if self._dense is None else [scaled_dense(self._dense, self._target)]
-        parts = tuple(sorted(self._krons + dense, key=lambda part: part.shape))
+        own = [*self._krons, *dense, *self._of_output()]
+        parts = tuple(sorted(own, key=lambda part: part.shape))
         deltas = SlotDeltas(
             target=self._target,
             pairs=fitted.pairs,
             rank_added=sum(rank_taken(pair, self._target) for pair in fitted.pairs),
             parts=parts,
             room=tuple(part.shape for part in parts),
+            route=self._route,
             values=self._values,
         )
         return BuiltSlot(deltas, self._outcome(deltas, fitted))
+
+    def _of_output(self) -> list[ScaledPart]:
+        """What acts on the layer's own output or input: factors summed, rotations one by one."""
+        diagonals = self._diagonals.sums()
+        if not diagonals and not self._rotations:
+            return []
+        target = self._target
+        bias = self._base.bias(self._values)
+        parts: list[ScaledPart] = []
+        dtype, device = target.dtype, target.device
+        for diagonal in diagonals:
+            parts += diagonal.scaled_parts(1.0, dtype=dtype, device=device, bias=bias)
+        for rotation, strength in self._rotations:
+            parts += rotation.scaled_parts(strength, dtype=dtype, device=device, bias=bias)
+        return parts
 
     def _outcome(self, deltas: SlotDeltas, fitted: Fitted) -> SlotOutcome:
         return SlotOutcome(

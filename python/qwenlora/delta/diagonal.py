@@ -12,9 +12,11 @@ from qwenlora.delta.scale import factor_at
 from qwenlora.plan.documents import Side
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
-__all__ = ["DiagonalDelta", "bias_rows"]
+__all__ = ["DiagonalDelta", "DiagonalSums", "bias_rows"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,43 @@ class DiagonalDelta:
         if "bias" in shape.tensors:
             tensors["bias"] = bias_rows(bias, self.row_begin, self.row_count, dtype, device)
         return (ScaledPart(shape, tensors),)
+
+
+class DiagonalSums:
+    """The sums of diagonals, each times its strength, in as few as act alike.
+
+    Factors on rows are one diagonal of the rows from the first to the last that any of them
+    changes. Factors on columns stay apart by the rows that they are for.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[tuple[DiagonalDelta, float]] = []
+
+    def add(self, delta: DiagonalDelta, strength: float) -> None:
+        """Add one at its strength."""
+        self._held.append((delta, strength))
+
+    def sums(self) -> list[DiagonalDelta]:
+        """The sums, at strength 1."""
+        own: dict[tuple[object, ...], list[tuple[DiagonalDelta, float]]] = {}
+        for delta, strength in self._held:
+            rows = (delta.row_begin, delta.row_count) if delta.side is Side.IN else ()
+            key = (delta.side, delta.scales_bias, rows)
+            own.setdefault(key, []).append((delta, strength))
+        return [_sum(alike) for alike in own.values()]
+
+
+def _sum(alike: Sequence[tuple[DiagonalDelta, float]]) -> DiagonalDelta:
+    first = alike[0][0]
+    begin = min(delta.row_begin for delta, _ in alike)
+    end = max(delta.row_begin + delta.row_count for delta, _ in alike)
+    count = end - begin
+    length = len(first.values) if first.side is Side.IN else count
+    total = torch.zeros(length, dtype=torch.float64, device=first.values.device)
+    for delta, strength in alike:
+        at = 0 if delta.side is Side.IN else delta.row_begin - begin
+        total[at : at + len(delta.values)] += delta.values.to(total) * strength
+    return DiagonalDelta(first.side, begin, count, total.float(), first.scales_bias)
 
 
 def bias_rows(

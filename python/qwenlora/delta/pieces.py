@@ -194,8 +194,10 @@ class LoraPieces:
         """Bytes held."""
         own = [value.delta for value in self.values]
         own += [] if self.dense is None else [self.dense]
-        others = (*self.krons, *self.cuts, *self.diagonals, *self.rotations)
-        held = sum(tensor.nbytes for tensor in own) + sum(other.nbytes for other in others)
+        held = sum(tensor.nbytes for tensor in own)
+        held += sum(kron.nbytes for kron in self.krons) + sum(cut.nbytes for cut in self.cuts)
+        held += sum(diagonal.nbytes for diagonal in self.diagonals)
+        held += sum(rotation.nbytes for rotation in self.rotations)
         return held + (0 if self.pair is None else self.pair.nbytes)
 
     @property
@@ -207,7 +209,8 @@ class LoraPieces:
             and not any(_has_value(k.w1) and _has_value(k.w2) for k in self.krons)
             and (self.dense is None or not _has_value(self.dense))
             and not any(_has_value(value.delta) for value in self.values)
-            and all(own.zero for own in (*self.diagonals, *self.rotations))
+            and all(diagonal.zero for diagonal in self.diagonals)
+            and all(rotation.zero for rotation in self.rotations)
         )
 
 

@@ -122,15 +122,19 @@ def scaled(
 def scaled_kron(kron: KronPair, strength: float, target: Target) -> ScaledPart:
     """One Kronecker product ready to be written: strength and scale in `w1`.
 
-    It is scaled in float32, then cast to the slot's dtype.
+    It is scaled in float32, then cast to the slot's dtype. So are factors on its rows or columns.
     """
     w1 = kron.w1.to(torch.float32) * factor_at(kron.scale, strength)
     w2 = kron.w2.to(torch.float32)
     # Of the two as of a pair of one rank: a power of two of one is a power of two of the other.
     down, up = balanced(w2.reshape(1, -1), w1.reshape(-1, 1), target.dtype)
     factors = {"w1": up.view(w1.shape), "w2": down.view(w2.shape)}
+    of_sides = {"rows": kron.rows, "columns": kron.columns}
+    has = [own is not None for own in of_sides.values()]
+    factors |= {name: own.to(target.dtype) for name, own in of_sides.items() if own is not None}
     count = w1.shape[0] * w2.shape[0]
-    shape = PartShape(PartKind.KRON, kron.row_begin, count, (*w1.shape, *w2.shape, 0, 0))
+    sizes = (*w1.shape, *w2.shape, *map(int, has))
+    shape = PartShape(PartKind.KRON, kron.row_begin, count, sizes)
     return ScaledPart(shape, {name: own.to(target.device) for name, own in factors.items()})
 
 

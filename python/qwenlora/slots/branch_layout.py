@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -120,7 +121,7 @@ def _segments(shapes: Iterable[PartShape], out_features: int) -> Iterator[tuple[
     for shape in shapes:
         ends |= {shape.row_begin, shape.row_begin + shape.row_count}
     ordered = sorted(ends)
-    return zip(ordered, ordered[1:], strict=False)
+    return itertools.pairwise(ordered)
 
 
 def _covers(shape: PartShape, row: int) -> bool:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qwenlora.delta.rotation import RotationDelta
     from qwenlora.plan.documents import Piece, RotationRule
 
-__all__ = ["Base", "Based", "based_delta", "is_based", "is_beside"]
+__all__ = ["Base", "Based", "based_delta", "depends_on_weight", "is_based"]
 
 
 class Base(Protocol):
@@ -61,9 +61,9 @@ def is_based(piece: Piece) -> bool:
     return piece.adapter in _ADAPTERS and piece.kind in _KINDS
 
 
-def is_beside(piece: Piece) -> bool:
-    """Tell if a piece acts on what the layer itself computes: it is no sum of products of x."""
-    return piece.kind in (PieceKind.DIAGONAL, PieceKind.ROTATION)
+def depends_on_weight(piece: Piece) -> bool:
+    """Tell if a piece's delta is another one on a model of other weights."""
+    return piece.adapter in ("dora", "glora", "hra", "set")
 
 
 def based_delta(piece: Piece, tensors: Mapping[str, Tensor], base: Base) -> Based:
