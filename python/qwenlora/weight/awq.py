@@ -44,7 +44,6 @@ class AwqWeight:
             device: Where rows are given.
             stored_rows: (N,) int64: where each logical row is stored.
         """
-        self.tensors = (qweight, wscales, wzeros)
         groups = wscales.shape[0]
         # (N/4, K/2) words of 32 bits -> (N/4, K/64, n4, 16) words of 16 bits
         words = qweight.detach().contiguous().view(torch.int16)

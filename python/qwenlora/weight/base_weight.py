@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,10 +12,11 @@ from qwenlora.packing.layout import RowOrder
 from qwenlora.packing.pack import deinterleave_modulation, unpack_vector
 from qwenlora.plan.documents import SlotKind
 from qwenlora.weight.branch import BaseBranch
-from qwenlora.weight.forms import stored_weight
+from qwenlora.weight.forms import stored_weight, weight_tensors
+from qwenlora.weight.kept import shelf
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Hashable, Iterator
 
     from torch import Tensor
 
@@ -53,7 +55,7 @@ class BaseWeight:
         self.columns = target.row.in_features
         self.device = device
         self._stored = stored_weight(target, device)
-        self._branch = BaseBranch.of(target, device)
+        self._kept = shelf.of(target.module, target.prefix, weight_tensors(target))
 
     @classmethod
     def of(cls, target: Target, *, device: torch.device | None = None) -> BaseWeight:
@@ -73,6 +75,18 @@ class BaseWeight:
             held = device
         return cls(target, held)
 
+    @cached_property
+    def _branch(self) -> BaseBranch | None:
+        return BaseBranch.of(self._target, self.device)
+
+    @property
+    def identity(self) -> Hashable:
+        """What tells the values of this weight from those of any other, in this process.
+
+        The key of what is derived from it. A layer whose weight changes gets another one.
+        """
+        return self._kept.number
+
     def rows(self, begin: int, count: int) -> Tensor:
         """(count, K) float32: these rows of W."""
         rows = self._stored.rows(begin, count)
@@ -88,21 +102,16 @@ class BaseWeight:
     def row_norms(self, begin: int, count: int) -> Tensor:
         """(count,) float64: the squared norm of each of these rows.
 
-        The energy that rounding to 4 bits has added is taken off: step²/12 per element.
+        The energy that rounding to 4 bits has added is taken off: step²/12 per element. What was
+        computed is kept as float32 while the layer's weight is the same.
         """
-        norms = [
-            rows.square().sum(dim=1, dtype=torch.float64) for _, rows in self.panels(begin, count)
-        ]
-        steps = self._stored.steps(begin, count)
-        return _debiased(torch.cat(norms), None if steps is None else steps.row_noise())
+        key = ("rows", begin, count)
+        return shelf.norms(self._kept, key, self.device, lambda: self._row_norms(begin, count))
 
     def column_norms(self, begin: int, count: int) -> Tensor:
         """(K,) float64: the squared norm of each column over these rows, likewise."""
-        norms = torch.zeros(self.columns, dtype=torch.float64, device=self.device)
-        for _, rows in self.panels(begin, count):
-            norms += rows.square().sum(dim=0, dtype=torch.float64)
-        steps = self._stored.steps(begin, count)
-        return _debiased(norms, None if steps is None else steps.column_noise())
+        key = ("columns", begin, count)
+        return shelf.norms(self._kept, key, self.device, lambda: self._column_norms(begin, count))
 
     def times(self, x: Tensor, begin: int, count: int) -> Tensor:
         """Multiply these rows of W by a matrix.
@@ -164,6 +173,20 @@ class BaseWeight:
             for first, rows in self._spans(0, self.rows_total)
         ]
         return (bias.double() + _SHIFT * torch.cat(sums)).float()
+
+    def _row_norms(self, begin: int, count: int) -> Tensor:
+        norms = [
+            rows.square().sum(dim=1, dtype=torch.float64) for _, rows in self.panels(begin, count)
+        ]
+        steps = self._stored.steps(begin, count)
+        return _debiased(torch.cat(norms), None if steps is None else steps.row_noise())
+
+    def _column_norms(self, begin: int, count: int) -> Tensor:
+        norms = torch.zeros(self.columns, dtype=torch.float64, device=self.device)
+        for _, rows in self.panels(begin, count):
+            norms += rows.square().sum(dim=0, dtype=torch.float64)
+        steps = self._stored.steps(begin, count)
+        return _debiased(norms, None if steps is None else steps.column_noise())
 
     def _spans(self, begin: int, count: int) -> Iterator[tuple[int, int]]:
         """Rows in pieces of bounded memory that end where reading is cheap: (first, rows)."""

@@ -12,6 +12,7 @@ from qwenlora.packing.layout import MODULATION_PLANES, RowOrder
 from qwenlora.packing.pack import deinterleave_modulation, unpack_vector
 from qwenlora.plan.documents import SlotKind
 from qwenlora.weight.awq import AwqWeight
+from qwenlora.weight.fp4 import FP4_GROUP, Fp4Weight
 from qwenlora.weight.int4 import INT4_GROUP, Int4Weight
 from qwenlora.weight.plain import PlainWeight
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from qwenlora.model.target import Target
     from qwenlora.weight.stored import StoredWeight
 
-__all__ = ["stored_weight"]
+__all__ = ["stored_weight", "weight_tensors"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -48,6 +49,16 @@ def stored_weight(target: Target, device: torch.device) -> StoredWeight:
     raise UnknownWeightError(f"`{target.path}` multiplies its input with no matrix")
 
 
+def weight_tensors(target: Target) -> list[Tensor]:
+    """The tensors that `stored_weight` reads, as the layer holds them."""
+    if target.kind is SlotKind.LINEAR:
+        names: tuple[str, ...] = ("weight", _FP8_SCALE)
+    else:
+        names = ("qweight", "wscales", "wzeros", "smooth_factor", "wcscales")
+    own = (base_value(target.module, target.prefix + name) for name in names)
+    return [tensor for tensor in own if isinstance(tensor, torch.Tensor)]
+
+
 def _svdq(target: Target, device: torch.device) -> StoredWeight:
     rows, columns = target.row.out_features, target.row.in_features
     qweight, wscales = _tensor(target, "qweight"), _tensor(target, "wscales")
@@ -58,10 +69,17 @@ def _svdq(target: Target, device: torch.device) -> StoredWeight:
         wscales, (columns // INT4_GROUP, rows), *_FLOATS
     )
     if is_int4:
-        scales = None
-        if _has(target, "wcscales"):
-            scales = _vector(target, "wcscales", rows, device)
-        return Int4Weight(qweight, wscales, smooth, device, channel_scales=scales)
+        factors = _channel_scales(target, device)
+        return Int4Weight(qweight, wscales, smooth, device, channel_scales=factors)
+    is_fp4 = _is(qweight, (rows, columns // 2), torch.int8) and _is(
+        wscales, (columns // FP4_GROUP, rows), torch.float8_e4m3fn
+    )
+    if is_fp4:
+        factors = _channel_scales(target, device)
+        factor = _tensor_scale(target)
+        if factor != 1.0:
+            factors = factor * (torch.ones(rows, device=device) if factors is None else factors)
+        return Fp4Weight(qweight, wscales, smooth, device, row_factors=factors)
     raise _unknown(target, qweight=qweight, wscales=wscales)
 
 
@@ -105,16 +123,32 @@ def _linear(target: Target, device: torch.device) -> StoredWeight:
     return PlainWeight(weight, device, factor=factor)
 
 
+def _channel_scales(target: Target, device: torch.device) -> Tensor | None:
+    """(N,) float32: the kernel's factor on each row; None for ones."""
+    if getattr(target.module, f"{target.prefix}wcscales", None) is None:
+        return None
+    return _vector(target, "wcscales", target.row.out_features, device)
+
+
+def _tensor_scale(target: Target) -> float:
+    """The kernel's one factor on an nvfp4 weight.
+
+    A fused module has none: its kernel is given 1, whatever the layer had that it was made of.
+    """
+    factor = getattr(target.module, f"{target.prefix}wtscale", None)
+    if isinstance(factor, torch.Tensor) and factor.numel() == 1:
+        return float(factor)
+    if factor is None or isinstance(factor, (int, float)):
+        return 1.0 if factor is None else float(factor)
+    raise UnknownWeightError(f"`{target.path}` has a wtscale that is no number: {factor!r:.60}")
+
+
 def _vector(target: Target, name: str, length: int, device: torch.device) -> Tensor:
     """(length,) float32 of a vector that is stored packed."""
     vector = _tensor(target, name)
     if not _is(vector, (length,), *_FLOATS):
         raise _unknown(target, **{name: vector})
     return unpack_vector(vector.detach().to(device)).float()
-
-
-def _has(target: Target, name: str) -> bool:
-    return getattr(target.module, target.prefix + name, None) is not None
 
 
 def _tensor(target: Target, name: str) -> Tensor:

@@ -43,12 +43,11 @@ class Int4Weight:
             channel_scales: (N,) float32 on `device`, logical: the kernel's factor on each row; None
                 for ones.
         """
-        self.tensors = (qweight, wscales)
         # (K/64, N) nominal -> (N/128, K/64 * 128): whole tiles of rows can be taken.
         self._qweight = qweight.detach()
         self._wscales = wscales.detach().reshape(qweight.shape[0] // _TILE_ROWS, -1)
         self._groups = wscales.shape[0]
-        self._smooth = smooth
+        self._reciprocal = smooth.reciprocal()
         self._device = device
         self._channel_scales = channel_scales
 
@@ -59,7 +58,7 @@ class Int4Weight:
         values = pack.unpack_svdq_qweight(packed)  # (rows, K)
         scales = self._scales(first, last)  # (rows, K/64)
         grouped = values.view(values.shape[0], self._groups, INT4_GROUP) * scales[..., None]
-        rows = grouped.flatten(1) / self._smooth
+        rows = grouped.flatten(1) * self._reciprocal
         skipped = begin - first * _TILE_ROWS
         return rows[skipped : skipped + count]
 
@@ -68,7 +67,7 @@ class Int4Weight:
         first, last = self._tiles(begin, count)
         skipped = begin - first * _TILE_ROWS
         squares = self._scales(first, last)[skipped : skipped + count].double().square()
-        return RoundingSteps(squares, self._smooth.double().square().reciprocal())
+        return RoundingSteps(squares, self._reciprocal.double().square())
 
     def _tiles(self, begin: int, count: int) -> tuple[int, int]:
         return begin // _TILE_ROWS, -(-(begin + count) // _TILE_ROWS)

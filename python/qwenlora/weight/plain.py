@@ -38,7 +38,6 @@ class PlainWeight:
                 same.
             factor: One factor on all values, any shape of one element; None for 1.
         """
-        self.tensors = (weight,)
         self._weight = weight.detach()
         self._device = device
         self._smooth = smooth

@@ -44,10 +44,6 @@ class StoredWeight(Protocol):
     """
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The layer's tensors that it is made of, as the layer holds them."""
-
-    @property
     def alignment(self) -> int:
         """Rows that begin and end at multiples of this are the cheapest to read."""
 
