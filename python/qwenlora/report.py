@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ __all__ = [
     "THIRDED",
     "TURNED_OFF",
     "ComposeReport",
+    "Exactness",
+    "Inexact",
     "LoraReport",
     "SlotReport",
     "SlotReports",
@@ -30,6 +33,40 @@ THIRDED = (
 """The note on a LoRA with `LoraPair.thirded` pairs."""
 TURNED_OFF = "turned_off"
 """The kind of what is left out because the caller wished so."""
+
+
+class Exactness(enum.Enum):
+    """How exactly a module's delta is in the model."""
+
+    EXACT = "exact"
+    """With no more than the roundings that any LoRA has."""
+    NORMS_ESTIMATED = "norms estimated"
+    """DoRA's norms are those of the quantized weight, less what quantizing adds to them."""
+    TRUNCATED = "truncated"
+    """The layer carries fewer ranks than the delta has."""
+
+
+@dataclass(frozen=True)
+class Inexact:
+    """A module whose delta is not exact.
+
+    Attributes:
+        module: Its path.
+        exactness: In which way it is not, as an `Exactness` value.
+        energy_lost: Share of its slot's energy that is lost; None where nothing is, or the plan
+            alone cannot tell.
+    """
+
+    module: str
+    exactness: str
+    energy_lost: float | None = None
+
+    @property
+    def words(self) -> str:
+        """The class, with what is lost."""
+        if self.energy_lost is None:
+            return self.exactness
+        return f"{self.exactness}, {_share(self.energy_lost, 1)} lost"
 
 
 @dataclass(frozen=True)
@@ -46,6 +83,7 @@ class LoraReport:
         all_zero: Whether its whole delta is zero.
         blocks: Its factors by block and kind, as text; empty where all are 1.
         blocks_note: A sentence on blocks that these name and the model lacks; empty where none.
+        inexact: Of the modules that are applied, those that are not exact.
     """
 
     name: str
@@ -57,6 +95,14 @@ class LoraReport:
     all_zero: bool
     blocks: str = ""
     blocks_note: str = ""
+    inexact: tuple[Inexact, ...] = ()
+
+    @property
+    def exactness(self) -> dict[str, int]:
+        """How many of its modules are of each class, as words; the largest class first."""
+        classes = Counter(own.words for own in self.inexact)
+        classes[Exactness.EXACT.value] = self.modules_applied - len(self.inexact)
+        return {words: count for words, count in classes.most_common() if count > 0}
 
     @property
     def complete(self) -> bool:
@@ -252,7 +298,8 @@ class ComposeReport:
         lines = [self.summary(), *self._compression()]
         for lora in self.loras:
             modules = counted(lora.modules_applied, "module")
-            lines.append(f"  {lora.name} x {lora.weight_text}: {modules}")
+            line = f"  {lora.name} x {lora.weight_text}: {modules}"
+            lines.append(f"{line}, {_classes(lora)}" if lora.modules_applied else line)
             reasons = Counter((skip.reason, _mark(skip)) for skip in lora.skipped)
             for (reason, mark), count in reasons.most_common():
                 example = next(skip.name for skip in lora.skipped if skip.reason == reason)
@@ -267,6 +314,7 @@ class ComposeReport:
         """The report as JSON-able data; a number that is not finite is a string."""
         return {
             **asdict(replace(self, slots=NO_SLOTS)),
+            "loras": [_lora_row(lora) for lora in self.loras],
             "slots": [_finite(asdict(slot)) for slot in self.slots],
             "complete": self.complete,
             "summary": self.summary(),
@@ -303,7 +351,27 @@ class ComposeReport:
                 remarks.append(f"`{lora.name}`: {lora.blocks_note}")
             if lora.all_zero:
                 remarks.append(f"`{lora.name}` is all zero")
-        return remarks or ["complete"]
+        return remarks or ["complete", *self._estimates()]
+
+    def _estimates(self) -> list[str]:
+        """What is applied whole, and is estimated in part."""
+        wanted = Exactness.NORMS_ESTIMATED.value
+        counts = {
+            lora.name: sum(own.exactness == wanted for own in lora.inexact) for lora in self.loras
+        }
+        return [
+            f"`{name}`: norms of {counted(count, 'module')} estimated"
+            for name, count in counts.items()
+            if count
+        ]
+
+
+def _classes(lora: LoraReport) -> str:
+    """How exact a LoRA's modules are: one word where all are alike."""
+    classes = lora.exactness
+    if len(classes) == 1:
+        return next(iter(classes))
+    return ", ".join(f"{count} {words}" for words, count in classes.items())
 
 
 def _mark(skip: Skip) -> str:
@@ -324,6 +392,12 @@ def _energies(slots: Iterable[SlotReport]) -> tuple[float, float]:
 
 def _share(value: float, digits: int) -> str:
     return f"{value:.{digits}%}" if math.isfinite(value) else "an unknown share"
+
+
+def _lora_row(lora: LoraReport) -> dict[str, Any]:
+    """A LoRA's report as JSON-able data, with its classes."""
+    inexact = [_finite(asdict(own)) for own in lora.inexact]
+    return {**asdict(lora), "inexact": inexact, "exactness": lora.exactness}
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from qwenlora.compose.reports import lora_reports, require_blocks
+from qwenlora.compose.reports import lora_reports, planned_inexact, require_blocks
 from qwenlora.compose.structure import structure_of
 from qwenlora.errors import UnsupportedModelError
 from qwenlora.group.partition import Division, Partition, chosen_division
@@ -75,7 +76,12 @@ def look_ahead(model: nn.Module, wanted: LoraSet) -> Outlook:
         for slot in plan.slots
         if targets[slot.path].row.offloaded
     )
-    loras = lora_reports(wanted, planned, (), block_count=structure.block_count)
+    loras = tuple(
+        replace(lora, inexact=planned_inexact(index, planned, wanted.options))
+        for index, lora in enumerate(
+            lora_reports(wanted, planned, (), block_count=structure.block_count)
+        )
+    )
     report = ComposeReport(loras, slots, plan.added_bytes, 0.0, bus_bytes=bus)
     # Many LoRAs have the same modules.
     modules = (sys.intern(piece.target) for slot in plan.slots for piece in slot.pieces)

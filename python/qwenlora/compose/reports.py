@@ -7,12 +7,21 @@ from typing import TYPE_CHECKING
 
 from qwenlora.errors import BlockFactorsError, EnergyLossError, NothingToApplyError
 from qwenlora.model.state import EMPTY, AppliedState, SlotRecord
-from qwenlora.plan.documents import PieceKind, Skip
-from qwenlora.report import THIRDED, TURNED_OFF, ComposeReport, LoraReport, SlotReport, SlotReports
+from qwenlora.plan.documents import PieceKind, Skip, SlotKind
+from qwenlora.report import (
+    THIRDED,
+    TURNED_OFF,
+    ComposeReport,
+    Exactness,
+    Inexact,
+    LoraReport,
+    SlotReport,
+    SlotReports,
+)
 from qwenlora.words import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from qwenlora.compose.structure import Structure
     from qwenlora.delta.outcome import SlotOutcome
@@ -21,7 +30,14 @@ if TYPE_CHECKING:
     from qwenlora.plan.documents import StackPlan
     from qwenlora.spec import ComposeOptions, LoraSpec
 
-__all__ = ["judge_refusals", "lora_reports", "require_blocks", "slot_report", "state_of"]
+__all__ = [
+    "judge_refusals",
+    "lora_reports",
+    "planned_inexact",
+    "require_blocks",
+    "slot_report",
+    "state_of",
+]
 
 
 def state_of(
@@ -120,9 +136,52 @@ def lora_reports(
                 all_zero=bool(zero) and len(zero) == planned.held.get(index, 0),
                 blocks=str(spec.factors),
                 blocks_note=spec.factors.outside(block_count),
+                inexact=_inexact(index, planned, done, {skip.name for skip in refused}),
             )
         )
     return tuple(reports)
+
+
+def planned_inexact(lora: int, planned: Partition, options: ComposeOptions) -> tuple[Inexact, ...]:
+    """The modules of a LoRA that the plan alone says are not exact."""
+    words = {"truncated": Exactness.TRUNCATED}
+    if options.norms is None:
+        words["norms"] = Exactness.NORMS_ESTIMATED
+    return tuple(
+        Inexact(piece.target, words[piece.exactness].value)
+        for _, plan in planned.single
+        for piece in plan.pieces
+        if piece.lora == lora
+        and piece.exactness in words
+        and plan.kind in (SlotKind.SVDQ, SlotKind.AWQ)
+    )
+
+
+def _inexact(
+    lora: int, planned: Partition, done: Sequence[SlotOutcome], refused: Collection[str]
+) -> tuple[Inexact, ...]:
+    """The modules of a LoRA that are in the model, and not exactly."""
+    estimated = {module for outcome in done for index, module in outcome.estimated if index == lora}
+    lost = {
+        target.path: outcome.energy_lost
+        for outcome in done
+        for target in outcome.targets
+        if outcome.energy_lost is not None
+    }
+    if not estimated and not lost:
+        return ()
+    found: dict[str, Inexact] = {}
+    for _, plan in planned.single:
+        for piece in plan.pieces:
+            if piece.lora != lora or piece.parameter is not None or piece.target in refused:
+                continue
+            if plan.path in lost:
+                what = Exactness.TRUNCATED.value
+                found[piece.target] = Inexact(piece.target, what, lost[plan.path])
+            elif piece.target in estimated:
+                what = Exactness.NORMS_ESTIMATED.value
+                found.setdefault(piece.target, Inexact(piece.target, what))
+    return tuple(found.values())
 
 
 def _with_wish(skip: Skip, spec: LoraSpec, options: ComposeOptions) -> Skip:

@@ -138,11 +138,13 @@ class _SlotSum:
         self._zero: list[int] = []
         self._thirded: list[int] = []
         self._refused: list[tuple[int, Refusal]] = []
+        self._estimated: list[tuple[int, str]] = []
 
     def add(self, lora: int, own: LoraPieces, strength: float) -> None:
         """Add one LoRA's pieces at its strength."""
         target = self._target
         self._refused += [(lora, refusal) for refusal in own.refused]
+        self._estimated += [(lora, module) for module in own.estimated]
         if own.pair is not None and own.pair.thirded:
             self._thirded.append(lora)
         if own.zero:
@@ -236,6 +238,7 @@ class _SlotSum:
             zero=tuple(self._zero),
             thirded=tuple(self._thirded),
             refused=tuple(self._refused),
+            estimated=tuple(self._estimated),
         )
 
 

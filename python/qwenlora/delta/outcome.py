@@ -34,6 +34,7 @@ class SlotOutcome:
         zero: Indices of LoRAs whose delta here is all zero, hence left out exactly.
         thirded: Indices of LoRAs whose alpha here may be a third of what is meant.
         refused: (LoRA, module) left out for what they would lose.
+        estimated: (LoRA, module) whose norms are estimated from the quantized weight.
     """
 
     targets: tuple[Target, ...]
@@ -50,6 +51,7 @@ class SlotOutcome:
     zero: tuple[int, ...] = ()
     thirded: tuple[int, ...] = ()
     refused: tuple[tuple[int, Refusal], ...] = ()
+    estimated: tuple[tuple[int, str], ...] = ()
 
     @property
     def composed(self) -> bool:

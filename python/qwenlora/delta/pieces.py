@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwenlora.delta.adapters.based import based_delta, is_based
+from qwenlora.delta.adapters.based import based_delta, has_estimated_norms, is_based
 from qwenlora.delta.adapters.lokr import kron_factors
 from qwenlora.delta.adapters.table import adapter_named
 from qwenlora.delta.adapters.vector import value_of
@@ -176,6 +176,7 @@ class LoraPieces:
         cuts: What was cut to become rank.
         diagonals: Factors on the layer's rows or columns.
         rotations: Rotations of its rows or columns.
+        estimated: Modules whose norms are estimated from the quantized weight.
         rows: Which rows the deltas of the layer's weight write: of each the first, and how many.
     """
 
@@ -187,6 +188,7 @@ class LoraPieces:
     cuts: tuple[CutPiece, ...] = ()
     diagonals: tuple[DiagonalDelta, ...] = ()
     rotations: tuple[RotationDelta, ...] = ()
+    estimated: tuple[str, ...] = ()
     rows: tuple[tuple[int, int], ...] = ()
 
     @property
@@ -260,6 +262,7 @@ def fetch_pieces(
         cuts=tuple(_cut_pieces(ranks, carried)),
         diagonals=tuple(made.diagonal for made in own if made.diagonal is not None),
         rotations=tuple(made.rotation for made in own if made.rotation is not None),
+        estimated=tuple(p.target for p, _ in read if has_estimated_norms(p, target, base)),
         rows=tuple(_rows_of(piece) for piece, _ in carried),
     )
 

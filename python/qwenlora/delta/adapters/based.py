@@ -11,7 +11,7 @@ from qwenlora.delta.adapters.glora import glora
 from qwenlora.delta.adapters.hra import hra
 from qwenlora.delta.adapters.ia3 import ia3
 from qwenlora.delta.adapters.rotation import boft_of_inputs, oft_of_inputs, rotation_of_rows
-from qwenlora.plan.documents import PieceKind, Side
+from qwenlora.plan.documents import PieceKind, Side, SlotKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from qwenlora.delta.diagonal import DiagonalDelta
     from qwenlora.delta.factors import Factors
     from qwenlora.delta.rotation import RotationDelta
+    from qwenlora.model.target import Target
     from qwenlora.plan.documents import Piece, RotationRule
 
-__all__ = ["Base", "Based", "based_delta", "depends_on_weight", "is_based"]
+__all__ = ["Base", "Based", "based_delta", "depends_on_weight", "has_estimated_norms", "is_based"]
 
 
 class Base(Protocol):
@@ -64,6 +65,13 @@ def is_based(piece: Piece) -> bool:
 def depends_on_weight(piece: Piece) -> bool:
     """Tell if a piece's delta is another one on a model of other weights."""
     return piece.adapter in ("dora", "glora", "hra", "set")
+
+
+def has_estimated_norms(piece: Piece, target: Target, base: Base) -> bool:
+    """Tell if a piece divides by norms of a quantized weight, for want of the 16-bit one's."""
+    if piece.adapter != "dora" or target.kind not in (SlotKind.SVDQ, SlotKind.AWQ):
+        return False
+    return base.norms(piece.target, _side(piece)) is None
 
 
 def based_delta(piece: Piece, tensors: Mapping[str, Tensor], base: Base) -> Based:
