@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 
 use qwenlora_core::key::table::Entry;
 use qwenlora_core::model::slot::{BlockBuild, MAX_RANK, RANK_MULTIPLE, Slot, SlotKind};
-use qwenlora_core::model::{self, Layer, Model, ModuleKind};
+use qwenlora_core::model::{self, Model, ModuleKind};
 use qwenlora_core::plan::FilePlan;
 use qwenlora_core::stack::{Route, SlotPlan, StackItem, StackOptions, StackPlan, TensorRef};
 use serde_json::Value;
@@ -71,7 +71,7 @@ fn released_slots(build: BlockBuild) -> Vec<Slot> {
                 pattern: number.map_or(module.path.clone(), |n| module.path.replacen(&n, ".*.", 1)),
                 has_bias: matches!(module.kind, ModuleKind::Linear { .. }),
                 build,
-                opens: build == BlockBuild::Nunchaku && module.layer == Some(Layer::SvdqInKernel),
+                opens: build == BlockBuild::Nunchaku && module.opens(),
             }
         })
         .collect()

@@ -107,7 +107,7 @@ fn adapters(modules: &[&Module]) -> String {
 
 fn short_title(adapter: Adapter) -> &'static str {
     match adapter {
-        Adapter::Full | Adapter::Norm => adapter.name(),
+        Adapter::Full | Adapter::Norm | Adapter::Set => adapter.name(),
         _ => adapter.title(),
     }
 }

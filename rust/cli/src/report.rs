@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use qwenlora_core::adapter::Adapter;
+use qwenlora_core::adapter::exactness::Exactness;
 use qwenlora_core::adapter::module::{Fault, Module};
 use qwenlora_core::plan::check::ModelCheck;
 use qwenlora_core::plan::{FilePlan, Verdict};
@@ -169,9 +170,21 @@ fn training(plan: &FilePlan) -> Vec<(&'static str, String)> {
     let scaled = whole.iter().filter(|m| m.rank.is_some());
     let scales = counted(scaled.map(|m| m.scale).collect(), f64::total_cmp);
     rows.extend(spread(&scales, |scale| number(*scale)).map(|text| ("scales", text)));
+    rows.extend(exactness(plan).map(|text| ("exactness", text)));
     rows.extend(slots(plan).map(|text| ("slots", text)));
     rows.extend(coverage::rows(plan));
     rows
+}
+
+/// `exact (20), norms estimated (4)`, where not all that is applied is exact.
+fn exactness(plan: &FilePlan) -> Option<String> {
+    let classes = plan.exactness().into_iter().map(|(_, class)| class);
+    let counts = counted(classes.collect(), Ord::cmp);
+    let parts = counts
+        .iter()
+        .map(|(class, count)| format!("{} ({count})", class.title()));
+    let is_told = counts.iter().any(|(class, _)| *class != Exactness::Exact);
+    is_told.then(|| parts.collect::<Vec<_>>().join(", "))
 }
 
 /// Whether the stored rank is only an upper bound of the delta's.

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use crate::model::slot::{BlockBuild, Slot, SlotKind};
-use crate::model::{self, KnownModule, Layer, Model, ModuleKind, Section};
+use crate::model::{self, KnownModule, Layer, Model, ModuleKind};
 
 /// A slot of a released model, and the modules that are computed in it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -54,7 +54,7 @@ fn known_slot(module: &'static KnownModule) -> Option<KnownSlot> {
             pattern: module.path.clone(),
             has_bias: matches!(module.kind, ModuleKind::Linear { .. }),
             build: BlockBuild::Nunchaku,
-            opens: module.section == Section::Mlp && module.layer == Some(Layer::SvdqInKernel),
+            opens: module.opens(),
         },
         parts,
     })

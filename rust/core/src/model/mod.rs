@@ -202,6 +202,16 @@ impl KnownModule {
         !self.split.is_empty()
     }
 
+    /// Whether Nunchaku computes it inside the kernel of an MLP, which can be run as its two layers.
+    pub fn opens(&self) -> bool {
+        self.layer == Some(Layer::SvdqInKernel) && self.section == Section::Mlp
+    }
+
+    /// Whether Nunchaku computes it inside a kernel that nothing opens, and that takes ranks alone.
+    pub fn is_closed(&self) -> bool {
+        self.layer == Some(Layer::SvdqInKernel) && !self.opens()
+    }
+
     /// The number of its block, where the model's blocks are counted by it.
     pub fn number(&self) -> Option<u32> {
         self.block.filter(|_| self.is_numbered)

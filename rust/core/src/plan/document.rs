@@ -1,11 +1,12 @@
 //! The FilePlan as a JSON document, schema 1.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use serde::Serialize;
 use serde::ser::{SerializeMap, Serializer};
 
 use crate::adapter::delta::Delta;
+use crate::adapter::exactness::Exactness;
 use crate::adapter::{Adapter, PieceKind};
 use crate::key::reason::Reason;
 use crate::key::role::Role;
@@ -58,6 +59,8 @@ struct ModuleRow {
     rank: Option<u64>,
     scale: f64,
     supported: bool,
+    /// On a released model as Nunchaku quantizes it; none where it is not applied.
+    exactness: Option<Exactness>,
     reason: Option<String>,
     pieces: Vec<PieceRow>,
 }
@@ -154,7 +157,8 @@ impl FilePlan {
     }
 
     fn module_rows(&self) -> Vec<ModuleRow> {
-        let applied: HashSet<_> = self.applied_modules().map(|m| m.id).collect();
+        let applied = self.exactness().into_iter();
+        let applied: HashMap<_, _> = applied.map(|(own, class)| (own.id, class)).collect();
         self.modules
             .iter()
             .map(|module| ModuleRow {
@@ -162,7 +166,8 @@ impl FilePlan {
                 adapter: module.adapter,
                 rank: module.rank,
                 scale: module.scale,
-                supported: applied.contains(&module.id),
+                supported: applied.contains_key(&module.id),
+                exactness: applied.get(&module.id).copied(),
                 reason: module
                     .fault
                     .as_ref()

@@ -1,9 +1,8 @@
 //! Modules against the shapes of the released models.
 
-use crate::adapter::Adapter;
 use crate::adapter::delta::{Delta, Form, Parameter, Sides};
 use crate::adapter::module::Module;
-use crate::adapter::set_weight;
+use crate::adapter::{Adapter, PieceKind, set_weight};
 use crate::model::{self, Model, ModuleKind};
 
 /// How a module's shapes compare with the released model.
@@ -41,9 +40,16 @@ pub fn fit(module: &Module) -> Fit {
 
 /// Why a released model takes no such adapter at this module, although its shapes fit.
 pub fn refusal(module: &Module) -> Option<String> {
-    let layer = model::table().module(module.id).layer?;
-    let is_refused = module.adapter == Adapter::Set && layer.is_quantized();
-    is_refused.then(|| set_weight::OF_QUANTIZED.to_owned())
+    let known = model::table().module(module.id);
+    let kind = module.deltas.first()?.piece_kind();
+    let is_more = matches!(kind, PieceKind::Diagonal | PieceKind::Rotation);
+    if module.adapter == Adapter::Set && known.layer?.is_quantized() {
+        Some(set_weight::OF_QUANTIZED.to_owned())
+    } else if is_more && known.is_closed() {
+        Some(module.adapter.in_kernel())
+    } else {
+        None
+    }
 }
 
 /// Deltas beside the weight's that do not fit the released model: (tensor, how).

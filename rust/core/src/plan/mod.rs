@@ -5,6 +5,7 @@ pub mod component;
 pub mod config;
 pub mod document;
 mod error;
+pub mod exactness;
 pub mod explain;
 mod file_plan;
 pub mod fit;

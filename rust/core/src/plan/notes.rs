@@ -1,18 +1,18 @@
 //! Remarks on a file that change no verdict.
 
-use crate::adapter::Adapter;
 use crate::adapter::delta::{Delta, Form};
 use crate::adapter::module::{Module, ScaleSource};
 use crate::adapter::peft::AdapterConfig;
+use crate::adapter::{Adapter, PieceKind};
 use crate::header::Quoted;
 use crate::key::reason::Reason;
 use crate::key::role::Role;
 use crate::key::table::Entry;
 use crate::key::{self, Foreign};
-use crate::model::slot::MAX_RANK;
 use crate::model::{self, KnownModule, Layer, Model, Section};
 use crate::plan::FilePlan;
 use crate::plan::check::ModelCheck;
+use crate::plan::exactness::{DENSE_BUDGET, MOST_RANKS};
 
 /// Metadata keys under which trainers name the base model.
 const BASE_MODEL_KEYS: [&str; 2] = ["ss_base_model_version", "modelspec.architecture"];
@@ -28,9 +28,6 @@ const SCALE_NAMES: [&str; 6] = [
     "network_alpha",
     "scaling",
 ];
-
-/// Smallest rank of the base branch in the released models.
-const LEAST_BASE_RANK: u64 = 32;
 
 pub(crate) fn take(plan: &FilePlan, config: Option<&AdapterConfig>) -> Vec<String> {
     let mut notes = Vec::new();
@@ -86,38 +83,26 @@ fn cut_notes(plan: &FilePlan) -> Vec<String> {
         .filter(|(known, _)| known.layer.is_some_and(Layer::is_quantized))
         .flat_map(|(known, module)| module.deltas.iter().map(move |delta| (known, delta)))
         .collect();
-    let limit = MAX_RANK - LEAST_BASE_RANK;
     let mut notes = Vec::new();
-    let is_fused = |known: &KnownModule| known.layer == Some(Layer::SvdqInKernel);
-    let krons = |section| {
-        move |(known, delta): &&(&KnownModule, &Delta)| {
-            let is_kron = matches!(delta.form, Form::Kronecker { .. });
-            is_kron && is_fused(known) && known.section == section
-        }
+    let krons = |(known, delta): &&(&KnownModule, &Delta)| {
+        matches!(delta.form, Form::Kronecker { .. }) && known.is_closed()
     };
     let ranks = |(known, delta): &&(&KnownModule, &Delta)| {
-        let is_rank = !matches!(delta.form, Form::Kronecker { .. } | Form::Full { .. });
+        let is_rank = delta.piece_kind() == PieceKind::LowRank;
         is_rank && !matches!(known.layer, Some(Layer::Awq { .. }))
     };
     let full = |(_, delta): &&(&KnownModule, &Delta)| matches!(delta.form, Form::Full { .. });
-    let beyond = |(_, delta): &&(&KnownModule, &Delta)| delta.rank_bound() > limit;
+    let beyond = |(_, delta): &&(&KnownModule, &Delta)| delta.rank_bound() > MOST_RANKS;
     let mut say = |count: usize, what: &str, becomes: &str| {
         if count > 0 {
             let all = plan.modules.len();
             notes.push(format!("{what} ({count} of {all} modules): {becomes}"));
         }
     };
-    let cut = "cut to the best `truncated_rank`; the report of composing says what that loses";
-    let in_kernel = |section| deltas.iter().filter(krons(section)).filter(beyond).count();
     say(
-        in_kernel(Section::Mlp),
-        "LoKr in the fused MLP has more ranks than its kernel takes",
-        cut,
-    );
-    say(
-        in_kernel(Section::Attention),
+        deltas.iter().filter(krons).filter(beyond).count(),
         "LoKr in the fused attention has more ranks than its kernel takes",
-        cut,
+        "cut to the best `truncated_rank`; the report of composing says what that loses",
     );
     say(
         deltas.iter().filter(ranks).filter(beyond).count(),
@@ -127,8 +112,11 @@ fn cut_notes(plan: &FilePlan) -> Vec<String> {
     say(
         deltas.iter().filter(full).count(),
         "full deltas of quantized layers",
-        "cut to the best `truncated_rank` ranks, or left out where that loses more than \
-         `max_energy_lost`",
+        &format!(
+            "whole as far as `dense_budget` goes ({} MiB); beyond it cut to the best \
+             `truncated_rank` ranks, or left out where that loses more than `max_energy_lost`",
+            DENSE_BUDGET >> 20
+        ),
     );
     notes
 }

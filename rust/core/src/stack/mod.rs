@@ -22,6 +22,7 @@ use crate::adapter::rotation::RotationRule;
 use crate::adapter::{Adapter, PieceKind};
 use crate::model::slot::{self, MlpPath, RowOrder, Slot, SlotKind};
 use crate::plan::FilePlan;
+pub use crate::plan::exactness::DENSE_BUDGET;
 pub use branch::{PartForm, PartRoom, PartShape};
 pub use group::{Group, Grouped, Located, Member, Share};
 pub use index::SlotIndex;
@@ -59,9 +60,6 @@ pub enum LokrScale {
 
 /// Ranks that a delta is cut to where nothing else is asked for.
 pub const TRUNCATED_RANK: u64 = 256;
-
-/// Bytes of full deltas beside quantized layers where nothing else is asked for.
-pub const DENSE_BUDGET: u64 = 1 << 30;
 
 /// The caller's options.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
