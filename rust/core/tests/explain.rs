@@ -120,13 +120,13 @@ fn the_bias_of_a_pair_has_the_pairs_scale_without_float8s() {
 fn every_fate_is_told() {
     let text_encoder = "text_encoder.layers.0.q.lora_A.weight";
     let rescale = format!("{TO_Q}.rescale");
-    let magnitude = "transformer_blocks.1.attn.to_q.dora_scale";
+    let unknown = "transformer_blocks.1.attn.to_q.lora_E";
     let plan = Tensors::default()
         .peft(TO_Q, 16)
         .tensor(&rescale, &[3072])
         .tensor(text_encoder, &[1])
         .peft("transformer_blocks.1.attn.to_q", 16)
-        .tensor(magnitude, &[3072])
+        .tensor(unknown, &[16, 1])
         .plan();
     let fate = |key: &str| explain(&plan, key).fate;
     assert_eq!(fate(&format!("{TO_Q}.lora_B.weight")), Fate::Applied);
@@ -137,10 +137,9 @@ fn every_fate_is_told() {
         }
     );
     assert_eq!(
-        fate(magnitude),
+        fate(unknown),
         Fate::NotApplied {
-            reason: "DoRA is not supported: without its magnitudes the pair would be another LoRA"
-                .to_owned()
+            reason: "AdaLoRA is not supported: only PEFT knows what its tensors make up".to_owned()
         }
     );
     assert_eq!(

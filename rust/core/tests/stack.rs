@@ -34,7 +34,7 @@ fn slot(path: &str, kind: SlotKind, out_features: u64, in_features: u64) -> Slot
         pattern: path.replacen(".0.", ".*.", 1).replacen(".1.", ".*.", 1),
         has_bias: true,
         build: BlockBuild::Nunchaku,
-        opens: path.contains("_mlp."),
+        opens: false,
     }
 }
 
@@ -336,24 +336,35 @@ fn a_loha_is_the_product_of_its_ranks() {
 }
 
 #[test]
-fn a_full_delta_is_truncated_where_the_weight_is_quantized() {
-    for (stem, shape, expected, bytes) in [
-        (TO_Q, [3072, 3072], (PieceKind::Dense, 256, Some(256)), 0),
-        (MOD, [18432, 3072], (PieceKind::Dense, 256, Some(256)), 0),
+fn a_full_delta_is_whole_within_the_budget_and_else_truncated_where_the_weight_is_quantized() {
+    let whole = (PieceKind::Dense, 0, None);
+    let cut = (PieceKind::Dense, 256, Some(256));
+    // A matrix, and the number that it is stored with.
+    let matrix = |rows: u64, columns: u64| rows * columns * 2 + 4;
+    for (stem, shape, budget, expected, bytes) in [
         (
-            IMG_IN,
-            [3072, 64],
-            (PieceKind::Dense, 0, None),
-            3072 * 64 * 2,
+            TO_Q,
+            [3072, 3072],
+            matrix(9216, 3072),
+            whole,
+            matrix(9216, 3072),
         ),
-        (
-            EMBEDDING,
-            [2, 3072],
-            (PieceKind::Dense, 0, None),
-            2 * 3072 * 2,
-        ),
+        (TO_Q, [3072, 3072], matrix(9216, 3072) - 1, cut, 0),
+        (MOD, [18432, 3072], u64::MAX, whole, matrix(18432, 3072)),
+        (MOD, [18432, 3072], 0, cut, 0),
+        // Inside a kernel it is never whole.
+        (MLP, [12288, 3072], u64::MAX, cut, 0),
+        (IMG_IN, [3072, 64], 0, whole, matrix(3072, 64)),
+        (EMBEDDING, [2, 3072], 0, whole, matrix(2, 3072)),
     ] {
-        let stack = stack(Tensors::default().tensor(&format!("{stem}.diff"), &shape));
+        let plan = Tensors::default()
+            .tensor(&format!("{stem}.diff"), &shape)
+            .plan();
+        let options = StackOptions {
+            dense_budget: budget,
+            ..StackOptions::default()
+        };
+        let stack = stack_on(&plan, &slots(), options);
         let piece = only(&stack);
         assert_eq!(execution(piece), expected, "{stem}");
         assert_eq!((piece.adapter, roles(piece)), (Adapter::Full, vec!["diff"]));
@@ -451,13 +462,14 @@ fn biases_and_norms_are_vectors() {
         ]
     );
     assert!(stack.skipped.is_empty());
-    // One bias of 9216 is swapped, however many vectors are added to it.
-    assert_eq!(stack.slots[0].branch_bytes, 9216 * 2);
+    // One bias of 9216 is swapped, however many vectors are added to it, beside a matrix.
+    let (matrix, bias) = (9216 * 3072 * 2 + 4, 9216 * 2);
+    assert_eq!(stack.slots[0].branch_bytes, matrix + bias);
     assert_eq!(stack.slots[1].branch_bytes, 128 * 2);
-    assert_eq!(stack.slots[0].rank, 16 + 256);
+    assert_eq!(stack.slots[0].rank, 16);
     assert_eq!(
         stack.added_bytes,
-        272 * (9216 + 3072) * 2 + 9216 * 2 + 128 * 2
+        16 * (9216 + 3072) * 2 + matrix + bias + 128 * 2
     );
 }
 
@@ -594,7 +606,7 @@ fn what_has_no_meaning_on_a_layer_is_refused_by_name() {
 }
 
 #[test]
-fn refused_kinds_say_what_would_be_lost() {
+fn refused_kinds_say_why() {
     let with = |suffix: &str, shape: &[u64]| {
         Tensors::default()
             .peft(TO_Q, 16)
@@ -602,29 +614,14 @@ fn refused_kinds_say_what_would_be_lost() {
     };
     for (suffix, shape, reason) in [
         (
-            "dora_scale",
-            &[3072, 1][..],
-            "DoRA is not supported: without its magnitudes the pair would be another LoRA",
-        ),
-        (
-            "a1.weight",
-            &[3072, 16],
-            "GLoRA is not supported: a part of its delta is a product with the base weight, which is quantized",
-        ),
-        (
-            "oft_blocks",
-            &[96, 32, 32],
-            "OFT is not supported: it turns the base weight by rotations, which no low-rank pair can do",
-        ),
-        (
-            "oft_blocks",
-            &[2, 96, 32, 32],
-            "BOFT is not supported: it turns the base weight by rotations, which no low-rank pair can do",
+            "lora_E",
+            &[16, 1][..],
+            "AdaLoRA is not supported: only PEFT knows what its tensors make up",
         ),
         (
             "set_weight",
             &[3072, 3072],
-            "`set_weight` is not supported: it replaces the base weight",
+            "`set_weight` beside a delta of the same weight is not supported: which of them comes first is not known",
         ),
         (
             "reshape_weight",
@@ -639,13 +636,6 @@ fn refused_kinds_say_what_would_be_lost() {
         );
         assert_eq!(skipped[0].kind, SkipKind::Unsupported);
     }
-    let ia3 = Tensors::default()
-        .tensor(&format!("{TO_Q}.weight"), &[3072])
-        .tensor(&format!("{TO_Q}.on_input"), &[1]);
-    assert_eq!(
-        skips(ia3)[0].reason,
-        "IA3 is not supported: it stretches the base weight's channels, which no low-rank pair can do"
-    );
     for core in ["lokr_t2", "hada_t1"] {
         let tensors =
             lokr(TO_Q, [16, 16], [192, 192]).tensor(&format!("{TO_Q}.{core}"), &[8, 8, 3, 3]);
@@ -788,7 +778,11 @@ fn a_full_slot_still_carries_what_takes_no_rank() {
         Tensors::default().tensor(&format!("{TO_Q}.diff"), &[3072, 3072]),
     ] {
         let plan = tensors.plan();
-        let error = StackPlan::new(&[item(&plan)], &slots, StackOptions::default()).unwrap_err();
+        let options = StackOptions {
+            dense_budget: 0,
+            ..StackOptions::default()
+        };
+        let error = StackPlan::new(&[item(&plan)], &slots, options).unwrap_err();
         assert!(matches!(
             error,
             StackError::SlotFull {
@@ -961,7 +955,10 @@ fn the_document_of_a_piece() {
     let stack = stack(lokr(MLP, [16, 16], [768, 192]));
     let json: serde_json::Value = serde_json::from_str(&stack.to_json()).unwrap();
     let slot = &json["slots"][0];
-    assert_eq!(slot["branch_bytes"], 0);
+    assert_eq!(
+        (&slot["branch_bytes"], &slot["route"]),
+        (&0.into(), &"inside".into())
+    );
     let mut piece = slot["pieces"][0].clone();
     piece["tensors"] = serde_json::Value::Null;
     assert_eq!(
@@ -969,7 +966,8 @@ fn the_document_of_a_piece() {
         serde_json::json!({
             "kind": "LowRank", "adapter": "lokr", "lora": 0, "target": MLP,
             "rank": 256, "rank_bound": 3072, "rank_budget": 256, "scale": 1.0,
-            "row_begin": 0, "row_count": 12288, "parameter": null, "tensors": null,
+            "row_begin": 0, "row_count": 12288, "parameter": null, "side": null,
+            "rotation": null, "scales_bias": false, "exactness": "truncated", "tensors": null,
         })
     );
     let options: StackOptions = serde_json::from_str(
@@ -1047,7 +1045,8 @@ proptest! {
                     "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
                     "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "diff", "diff_b",
                     "w_norm", "b_norm", "lora_B.bias", "dora_scale", "a1.weight", "oft_blocks",
-                    "lora_embedding_A", "lora_embedding_B", "set_weight", "lora_A.scale_weight",
+                    "a2.weight", "b1.weight", "b2.weight", "rescale", "oft_R.weight", "hra_u",
+                    "boft_R", "boft_s", "ia3_l", "weight", "on_input", "lora_embedding_A", "lora_embedding_B", "set_weight", "lora_A.scale_weight",
                 ]),
                 proptest::collection::vec(
                     proptest::sample::select(vec![0, 1, 2, 16, 128, 3072, 1 << 40, u64::MAX]),
@@ -1080,7 +1079,10 @@ proptest! {
                 for piece in &plan.pieces {
                     prop_assert!(piece.row_begin + piece.row_count <= slot.out_features);
                     prop_assert!(piece.tensors.values().all(|t| !t.shape.contains(&0)));
-                    let is_pair = piece.adapter == Adapter::Lora;
+                    let is_pair = matches!(
+                        piece.adapter,
+                        Adapter::Lora | Adapter::Dora | Adapter::Glora | Adapter::Hra
+                    );
                     let side = piece.row_count.min(slot.in_features);
                     prop_assert!(is_pair || piece.rank <= side);
                     prop_assert!(piece.scale.is_finite());
