@@ -189,7 +189,7 @@ fn exactness(plan: &FilePlan) -> Option<String> {
 
 /// Whether the stored rank is only an upper bound of the delta's.
 pub(crate) fn is_bound(adapter: Adapter) -> bool {
-    !matches!(adapter, Adapter::Lora | Adapter::Dora)
+    !matches!(adapter, Adapter::Lora | Adapter::Dora | Adapter::Hra)
 }
 
 /// `480, rank at most 96 each`; no rank where it is a mere bound, as a Kronecker product's, which is

@@ -194,24 +194,24 @@ fn a_kronecker_factor() {
 
 #[test]
 fn a_tensor_of_a_lost_module() {
-    let key = "diffusion_model.transformer_blocks.7.attn.to_v.lora_magnitude_vector";
+    let key = "diffusion_model.transformer_blocks.7.attn.to_v.lora_E";
     assert_snapshot!(explain(&lora_file::partial(), key), @"
     exit 0
     --- stdout
-    LOST         diffusion_model.transformer_blocks.7.attn.to_v.lora_magnitude_vector
-                 its module is not applied: DoRA is not supported: without its
-                 magnitudes the pair would be another LoRA
+    LOST         diffusion_model.transformer_blocks.7.attn.to_v.lora_E
+                 its module is not applied: AdaLoRA is not supported: only PEFT
+                 knows what its tensors make up
 
       file       [dir]/style.safetensors
       tensor     F32 3072
       prefix     `diffusion_model.`
       path       `transformer_blocks.7.attn.to_v`
-      suffix     `.lora_magnitude_vector`
-      role       dora_scale: DoRA's magnitude of each channel
+      suffix     `.lora_E`
+      role       peft_only: a tensor of a kind of adapter that only PEFT knows
       module     transformer_blocks.7.attn.to_v
       slot       transformer_blocks.7.attn.to_qkv, part 3 of 3
-      adapter    DoRA, rank 16
-      scale      1: neither an alpha nor a configuration
+      adapter    AdaLoRA
+      scale      1: this kind of adapter has no alpha
       with       `diffusion_model.transformer_blocks.7.attn.to_v.lora_A.weight`
                  `diffusion_model.transformer_blocks.7.attn.to_v.lora_B.weight`
     ");

@@ -116,14 +116,14 @@ pub(crate) fn clean() -> LoraFile {
     file
 }
 
-/// Two attention modules apply; a DoRA, a broken pair and a text encoder's tensor do not.
+/// Two attention modules apply; an AdaLoRA, a broken pair and a text encoder's tensor do not.
 pub(crate) fn partial() -> LoraFile {
     let module = |name: &str| format!("diffusion_model.transformer_blocks.7.attn.{name}");
     LoraFile::new()
         .peft_pair(&module("to_q"), 16, SQUARE)
         .peft_pair(&module("to_k"), 32, SQUARE)
         .peft_pair(&module("to_v"), 16, SQUARE)
-        .tensor(&module("to_v.lora_magnitude_vector"), "F32", &[3072])
+        .tensor(&module("to_v.lora_E"), "F32", &[3072])
         .tensor(&module("to_out.0.lora_A.weight"), "BF16", &[16, 3072])
         .tensor("text_encoder.layers.0.q.lora_A.weight", "BF16", &[16, 64])
         .tensor("_aux.step", "I64", &[])

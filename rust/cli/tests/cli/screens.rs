@@ -41,8 +41,8 @@ fn a_partial_file() {
     --- stdout
     PARTIAL      [dir]/style.safetensors
                  2 of 4 modules are applied
-      lost       1 module: DoRA is not supported: without its magnitudes the pair
-                 would be another LoRA
+      lost       1 module: AdaLoRA is not supported: only PEFT knows what its
+                 tensors make up
         e.g.     diffusion_model.transformer_blocks.7.attn.to_v.lora_A.weight
                  1 module: has down but no up
         e.g.     diffusion_model.transformer_blocks.7.attn.to_out.0.lora_A.weight
@@ -52,8 +52,8 @@ fn a_partial_file() {
       model      Qwen-Image
       producer   unknown (ComfyUI keys, as diffusion-pipe and many trainers write)
       file       879.1 KiB, 10 tensors, BF16 (8), F32 (1)
-      adapters   LoRA (2), DoRA (1)
-      ranks      16 (2), 32 (1)
+      adapters   LoRA (2), AdaLoRA (1)
+      ranks      16 (1), 32 (1)
       scales     1
       slots      1, rank at most 48 (`transformer_blocks.7.attn.to_qkv`)
       attention  1/60 blocks (7): attn.to_q attn.to_k attn.to_v attn.to_out.0
@@ -85,34 +85,94 @@ fn a_file_of_another_model() {
 fn a_kind_that_is_not_supported() {
     let file = LoraFile::new()
         .tensor(
-            "lycoris_transformer_blocks_0_attn_to_q.oft_blocks",
+            "transformer.transformer_blocks.0.attn.to_q.hira_A.weight",
             "BF16",
-            &[64, 48, 48],
+            &[16, 3072],
         )
         .tensor(
-            "lycoris_transformer_blocks_1_attn_to_k.oft_blocks",
+            "transformer.transformer_blocks.1.attn.to_k.hira_A.weight",
             "BF16",
-            &[64, 48, 48],
+            &[16, 3072],
         );
     assert_snapshot!(screen(&file, &[]), @"
     exit 2
     --- stdout
     REJECT       [dir]/style.safetensors
                  none of its 2 modules is applied
-      lost       2 modules: OFT is not supported: it turns the base weight by
-                 rotations, which no low-rank pair can do
-        e.g.     lycoris_transformer_blocks_0_attn_to_q.oft_blocks
+      lost       2 modules: HiRA is not supported: only PEFT knows what its tensors
+                 make up
+        e.g.     transformer.transformer_blocks.0.attn.to_q.hira_A.weight
 
       model      Qwen-Image
-      producer   unknown (LyCORIS keys, as SimpleTuner writes)
-      file       576.2 KiB, 2 tensors, BF16
-      adapters   OFT (2)
-      ranks      up to 3072
-      scales     1
+      producer   unknown
+      file       192.2 KiB, 2 tensors, BF16
+      adapters   HiRA (2)
       attention  1/60 blocks (0): attn.to_q
                  1/60 blocks (1): attn.to_k
       note       only attention layers of the first 20 blocks: a FLUX or
                  HunyuanVideo LoRA could look the same
+    ");
+}
+
+#[test]
+fn classes_of_exactness_are_said() {
+    let module = "diffusion_model.transformer_blocks.30.img_mlp.net.2";
+    let magnitude = format!("{module}.dora_scale");
+    let file = LoraFile::new()
+        .pair(module, 16, (3072, 12288))
+        .tensor(&magnitude, "BF16", &[1, 12288])
+        .pair(
+            "diffusion_model.transformer_blocks.30.img_mlp.net.0.proj",
+            16,
+            (12288, 3072),
+        );
+    assert_snapshot!(screen(&file, &[]), @"
+    exit 0
+    --- stdout
+    APPLY        [dir]/style.safetensors
+                 all 2 modules are applied
+
+      model      Qwen-Image
+      producer   unknown (ComfyUI keys, as its nodes and LightX2V's extractor write)
+      file       984.6 KiB, 5 tensors, BF16
+      adapters   LoRA (1), DoRA (1)
+      ranks      16
+      scales     1
+      exactness  exact (1), norms estimated (1)
+      slots      2, rank at most 16 each
+      mlp        1/60 blocks (30): img_mlp.net.0.proj img_mlp.net.2
+    ");
+}
+
+#[test]
+fn a_part_inside_a_kernel_is_lost_by_name() {
+    let mut file = LoraFile::new();
+    for name in ["to_q", "to_out.0"] {
+        let module = format!("diffusion_model.layers.3.attention.{name}");
+        let magnitude = format!("{module}.dora_scale");
+        file = file
+            .pair(&module, 16, (3840, 3840))
+            .tensor(&magnitude, "BF16", &[3840, 1]);
+    }
+    assert_snapshot!(screen(&file, &[]), @"
+    exit 1
+    --- stdout
+    PARTIAL      [dir]/style.safetensors
+                 1 of 2 modules are applied
+      lost       1 module: DoRA is more than rank, and Nunchaku computes this layer
+                 inside a kernel that takes ranks alone: a model that calls the
+                 layer by itself takes it
+        e.g.     diffusion_model.layers.3.attention.to_q.lora_down.weight
+
+      model      Z-Image
+      producer   unknown (ComfyUI keys, as its nodes and LightX2V's extractor write)
+      file       495.7 KiB, 6 tensors, BF16
+      adapters   DoRA (2)
+      ranks      16
+      scales     1
+      exactness  norms estimated (1)
+      slots      1, rank at most 16 (`layers.3.attention.to_out.0`)
+      attention  1/30 layers (3): attention.to_q attention.to_out.0
     ");
 }
 
@@ -210,6 +270,7 @@ fn kronecker_products_in_z_image_s_fused_attention() {
       adapters   LoKr (2)
       ranks      up to 3840
       scales     1
+      exactness  exact (1), truncated (1)
       slots      2
       attention  1/30 layers (3): attention.to_q attention.to_out.0
       note       LoKr in the fused attention has more ranks than its kernel takes (1
@@ -339,8 +400,8 @@ fn all_tensors() {
     --- stdout
     PARTIAL      [dir]/style.safetensors
                  2 of 4 modules are applied
-      lost       1 module: DoRA is not supported: without its magnitudes the pair
-                 would be another LoRA
+      lost       1 module: AdaLoRA is not supported: only PEFT knows what its
+                 tensors make up
         e.g.     diffusion_model.transformer_blocks.7.attn.to_v.lora_A.weight
                  1 module: has down but no up
         e.g.     diffusion_model.transformer_blocks.7.attn.to_out.0.lora_A.weight
@@ -350,8 +411,8 @@ fn all_tensors() {
       model      Qwen-Image
       producer   unknown (ComfyUI keys, as diffusion-pipe and many trainers write)
       file       879.1 KiB, 10 tensors, BF16 (8), F32 (1)
-      adapters   LoRA (2), DoRA (1)
-      ranks      16 (2), 32 (1)
+      adapters   LoRA (2), AdaLoRA (1)
+      ranks      16 (1), 32 (1)
       scales     1
       slots      1, rank at most 48 (`transformer_blocks.7.attn.to_qkv`)
       attention  1/60 blocks (7): attn.to_q attn.to_k attn.to_v attn.to_out.0
@@ -364,9 +425,9 @@ fn all_tensors() {
       diffusion_model.transformer_blocks.7.attn.to_q.lora_B.weight  BF16 3072x16  -> transformer_blocks.7.attn.to_q up
       diffusion_model.transformer_blocks.7.attn.to_k.lora_A.weight  BF16 32x3072  -> transformer_blocks.7.attn.to_k down
       diffusion_model.transformer_blocks.7.attn.to_k.lora_B.weight  BF16 3072x32  -> transformer_blocks.7.attn.to_k up
-      diffusion_model.transformer_blocks.7.attn.to_v.lora_A.weight  BF16 16x3072  -> transformer_blocks.7.attn.to_v down, not applied: DoRA is not supported: without its magnitudes the pair would be another LoRA
-      diffusion_model.transformer_blocks.7.attn.to_v.lora_B.weight  BF16 3072x16  -> transformer_blocks.7.attn.to_v up, not applied: DoRA is not supported: without its magnitudes the pair would be another LoRA
-      diffusion_model.transformer_blocks.7.attn.to_v.lora_magnitude_vector  F32 3072  -> transformer_blocks.7.attn.to_v dora_scale, not applied: DoRA is not supported: without its magnitudes the pair would be another LoRA
+      diffusion_model.transformer_blocks.7.attn.to_v.lora_A.weight  BF16 16x3072  -> transformer_blocks.7.attn.to_v down, not applied: AdaLoRA is not supported: only PEFT knows what its tensors make up
+      diffusion_model.transformer_blocks.7.attn.to_v.lora_B.weight  BF16 3072x16  -> transformer_blocks.7.attn.to_v up, not applied: AdaLoRA is not supported: only PEFT knows what its tensors make up
+      diffusion_model.transformer_blocks.7.attn.to_v.lora_E  F32 3072  -> transformer_blocks.7.attn.to_v peft_only, not applied: AdaLoRA is not supported: only PEFT knows what its tensors make up
       diffusion_model.transformer_blocks.7.attn.to_out.0.lora_A.weight  BF16 16x3072  -> transformer_blocks.7.attn.to_out.0 down, not applied: has down but no up
       text_encoder.layers.0.q.lora_A.weight  BF16 16x64  -> ignored: text encoder
       _aux.step  I64 scalar  -> ignored: bookkeeping
