@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from qwenlora import cache
 from qwenlora.delta.adapters.based import depends_on_weight
 from qwenlora.delta.base import SlotBase
-from qwenlora.delta.diagonal import DiagonalSums
+from qwenlora.delta.change import weight_change
+from qwenlora.delta.diagonal import summed
 from qwenlora.delta.limit import Limiter, rank_taken
 from qwenlora.delta.loss import LoraShare, WholeDelta
 from qwenlora.delta.outcome import SlotOutcome
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from qwenlora.delta.diagonal import DiagonalDelta
     from qwenlora.delta.limit import Fitted
     from qwenlora.delta.parts import ScaledPart
     from qwenlora.delta.pieces import Refusal
@@ -126,7 +128,9 @@ class _SlotSum:
         self._target = target
         self._base = base
         self._route = route
-        self._diagonals = DiagonalSums()
+        # Ranks beside a layer need no padding.
+        self._carrier = target if route is Route.INSIDE else target._replace(place=None)
+        self._diagonals: list[tuple[DiagonalDelta, float]] = []
         self._rotations: list[tuple[RotationDelta, float]] = []
         self._pairs: list[ScaledPair] = []
         self._supports: list[Tensor] = []
@@ -161,8 +165,7 @@ class _SlotSum:
         if own.dense is not None:
             dense = scaled_matrix(own.dense.to(target.device), strength)
             self._dense = dense if self._dense is None else self._dense + dense
-        for diagonal in own.diagonals:
-            self._diagonals.add(diagonal, strength)
+        self._diagonals += [(diagonal, strength) for diagonal in own.diagonals]
         self._rotations += [(rotation, strength) for rotation in own.rotations]
         for value in own.values:
             delta = scaled_values(value.delta, strength)
@@ -171,12 +174,13 @@ class _SlotSum:
 
     def hand_over(self, limiter: Limiter, rank_limit: int | None) -> None:
         """Give the low-rank deltas away, to be brought under their limit."""
-        limiter.add(self._target, self._pairs, self._supports, rank_limit, self._whole())
+        limiter.add(self._carrier, self._pairs, self._supports, rank_limit, self._whole())
         self._pairs, self._supports, self._shares = [], [], []
 
     def _whole(self) -> WholeDelta | None:
         """The whole delta where pairs are not all of it or were cut before their sum, or None."""
-        beside = bool(self._krons) or self._dense is not None
+        acts = bool(self._diagonals or self._rotations)
+        beside = bool(self._krons) or self._dense is not None or acts
         if not self._shares or not (beside or any(share.cuts for share in self._shares)):
             return None
         # One file may be in the stack twice: its deltas are the same objects, of two LoRAs.
@@ -188,7 +192,14 @@ class _SlotSum:
             or any(cut.overlaps(rows) for lora, rows in self._rows if lora != share.lora)
         )
         shares, krons = tuple(self._shares), tuple(self._krons)
-        return WholeDelta(self._target, shares, krons, self._dense, shared)
+        change = self._change if acts else None
+        return WholeDelta(self._target, shares, krons, self._dense, change, shared)
+
+    def _change(self) -> Tensor:
+        """(N, K) float32: what factors and rotations change in the layer's weight."""
+        weight = self._base.weight
+        rows = weight.rows(0, weight.rows_total)
+        return weight_change(rows, self._diagonals, self._rotations)
 
     def finish(self, fitted: Fitted) -> BuiltSlot:
         """The slot's deltas, the low-rank ones as they came back, and their outcome."""
@@ -199,7 +210,7 @@ class _SlotSum:
         deltas = SlotDeltas(
             target=self._target,
             pairs=fitted.pairs,
-            rank_added=sum(rank_taken(pair, self._target) for pair in fitted.pairs),
+            rank_added=sum(rank_taken(pair, self._carrier) for pair in fitted.pairs),
             parts=parts,
             room=tuple(part.shape for part in parts),
             route=self._route,
@@ -209,7 +220,7 @@ class _SlotSum:
 
     def _of_output(self) -> list[ScaledPart]:
         """What acts on the layer's own output or input: factors summed, rotations one by one."""
-        diagonals = self._diagonals.sums()
+        diagonals = summed(self._diagonals)
         if not diagonals and not self._rotations:
             return []
         target = self._target

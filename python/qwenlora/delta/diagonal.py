@@ -12,11 +12,11 @@ from qwenlora.delta.scale import factor_at
 from qwenlora.plan.documents import Side
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
 
     from torch import Tensor
 
-__all__ = ["DiagonalDelta", "DiagonalSums", "bias_rows"]
+__all__ = ["DiagonalDelta", "bias_rows", "summed"]
 
 
 @dataclass(frozen=True)
@@ -78,28 +78,23 @@ class DiagonalDelta:
         return (ScaledPart(shape, tensors),)
 
 
-class DiagonalSums:
+def summed(diagonals: Sequence[tuple[DiagonalDelta, float]]) -> list[DiagonalDelta]:
     """The sums of diagonals, each times its strength, in as few as act alike.
 
     Factors on rows are one diagonal of the rows from the first to the last that any of them
     changes. Factors on columns stay apart by the rows that they are for.
+
+    Args:
+        diagonals: Each with its strength.
+
+    Returns:
+        The sums, whose strength is 1.
     """
-
-    def __init__(self) -> None:
-        self._held: list[tuple[DiagonalDelta, float]] = []
-
-    def add(self, delta: DiagonalDelta, strength: float) -> None:
-        """Add one at its strength."""
-        self._held.append((delta, strength))
-
-    def sums(self) -> list[DiagonalDelta]:
-        """The sums, at strength 1."""
-        own: dict[tuple[object, ...], list[tuple[DiagonalDelta, float]]] = {}
-        for delta, strength in self._held:
-            rows = (delta.row_begin, delta.row_count) if delta.side is Side.IN else ()
-            key = (delta.side, delta.scales_bias, rows)
-            own.setdefault(key, []).append((delta, strength))
-        return [_sum(alike) for alike in own.values()]
+    own: dict[Hashable, list[tuple[DiagonalDelta, float]]] = {}
+    for delta, strength in diagonals:
+        rows = (delta.row_begin, delta.row_count) if delta.side is Side.IN else None
+        own.setdefault((delta.side, delta.scales_bias, rows), []).append((delta, strength))
+    return [_sum(alike) for alike in own.values()]
 
 
 def _sum(alike: Sequence[tuple[DiagonalDelta, float]]) -> DiagonalDelta:

@@ -26,7 +26,7 @@ from qwenlora.packing.layout import RowOrder
 from qwenlora.packing.pack import interleave_modulation
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -82,7 +82,9 @@ class WholeDelta:
         target: The slot.
         shares: What those bring that bring rank.
         krons: Kronecker products that run beside the layer.
-        dense: (out, in): what runs beside the layer as a matrix.
+        dense: (out, in): what runs beside the layer as a matrix, rows as in files.
+        change: Makes (out, in) float32 of what factors and rotations change in the layer's weight,
+            rows as in files; None where there are none.
         shared: The cut deltas in whose rows others lie: of each its LoRA, and its place in `cuts`.
     """
 
@@ -90,6 +92,7 @@ class WholeDelta:
     shares: tuple[LoraShare, ...]
     krons: tuple[ScaledPart, ...] = ()
     dense: Tensor | None = None
+    change: Callable[[], Tensor] | None = None
     shared: frozenset[tuple[int, int]] = frozenset()
 
     @property
@@ -100,7 +103,7 @@ class WholeDelta:
     @property
     def is_plain(self) -> bool:
         """True where the norms of the parts that were cut off add to that of the sum of ranks."""
-        beside = self.krons or self.dense is not None
+        beside = self.krons or self.dense is not None or self.change is not None
         return not beside and len(self.shares) == 1 and not self.shared
 
     @property
@@ -135,6 +138,8 @@ class _Measure:
         if whole.target.row_order is RowOrder.INTERLEAVED:
             logical = interleave_modulation(logical)
         self._logical = logical
+        matrices = (whole.dense, None if whole.change is None else whole.change())
+        self._matrices = [own.to(device) for own in matrices if own is not None]
         self._zero = torch.zeros((), dtype=torch.float64, device=device)
         self._energy = self._lost = self._own = self._zero
         self._fulls = [
@@ -166,7 +171,7 @@ class _Measure:
         for own in owns:
             ranks += own
             self._own = self._own + _energy(own)
-        whole = self._with_beside(ranks, rows, logical)
+        whole = self._with_beside(ranks, logical)
         self._energy = self._energy + _energy(whole)
         for at, full in enumerate(self._fulls):
             if not full.lone:
@@ -177,13 +182,12 @@ class _Measure:
             ranks -= up[rows] @ down
         self._lost = self._lost + _energy(ranks)
 
-    def _with_beside(self, ranks: Tensor, rows: slice, logical: Tensor) -> Tensor:
-        dense = self._whole.dense
-        if dense is None and not self._whole.krons:
+    def _with_beside(self, ranks: Tensor, logical: Tensor) -> Tensor:
+        if not self._matrices and not self._whole.krons:
             return ranks
         whole = ranks.clone()
-        if dense is not None:
-            own = dense[rows].float()
+        for matrix in self._matrices:
+            own = matrix[logical].float()
             whole += own
             self._own = self._own + _energy(own)
         for kron in self._whole.krons:
