@@ -116,7 +116,7 @@ pub(crate) fn clean() -> LoraFile {
     file
 }
 
-/// Two attention modules apply; an AdaLoRA, a broken pair and a text encoder's tensor do not.
+/// Two attention modules apply; an `AdaLoRA`, a broken pair and a text encoder's tensor do not.
 pub(crate) fn partial() -> LoraFile {
     let module = |name: &str| format!("diffusion_model.transformer_blocks.7.attn.{name}");
     LoraFile::new()

@@ -64,6 +64,14 @@ impl ConfiguredKind {
     }
 }
 
+/// The vectors that an HRA reflects by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reflections {
+    AsStored,
+    /// Made orthogonal first (`apply_GS`).
+    Orthogonalised,
+}
+
 /// Initialisations of PEFT's that change the base weight, so that the pair is no delta of it:
 /// beginnings of `init_lora_weights`, in lower case.
 const BASE_CHANGING: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
@@ -85,8 +93,7 @@ pub struct AdapterConfig {
     use_dora: bool,
     /// Terms of the Cayley-Neumann series of an OFT; none where it solves instead.
     neumann_terms: Option<u64>,
-    /// Whether an HRA makes its vectors orthogonal first.
-    apply_gs: bool,
+    reflections: Reflections,
     /// The fields about the scale that are not used.
     unused: Option<String>,
 }
@@ -154,7 +161,11 @@ impl AdapterConfig {
             } else {
                 None
             },
-            apply_gs: flag("apply_GS", false)?,
+            reflections: if flag("apply_GS", false)? {
+                Reflections::Orthogonalised
+            } else {
+                Reflections::AsStored
+            },
             unused: unused(kind, name.as_deref(), &fields),
         })
     }
@@ -193,7 +204,7 @@ impl AdapterConfig {
 
     /// Whether an HRA makes its vectors orthogonal before it reflects by them.
     pub(crate) fn orthogonalises_hra(&self) -> bool {
-        self.apply_gs
+        self.reflections == Reflections::Orthogonalised
     }
 
     /// The unused fields about the scale, in words.
