@@ -46,7 +46,7 @@ class PartKind(enum.IntEnum):
     `rescale` (rows), `strength` () float32, `bias` (rows)."""
     PASS = 7
     """Adds factor * W (x + x'), x' as of an input rotation. Sizes: n, b. Tensors: `blocks`
-    (n, b, b), `factor` (rows)."""
+    (n, b, b), `factor` (rows), `bias` (rows)."""
 
     @property
     def is_input(self) -> bool:
@@ -128,7 +128,8 @@ def _butterfly(shape: PartShape) -> Mapping[str, tuple[int, ...]]:
 
 def _pass(shape: PartShape) -> Mapping[str, tuple[int, ...]]:
     count, size = shape.sizes
-    return {"blocks": (count, size, size), "factor": (shape.row_count,)}
+    rows = (shape.row_count,)
+    return {"blocks": (count, size, size), "factor": rows, "bias": rows}
 
 
 _TENSORS: Mapping[PartKind, Callable[[PartShape], Mapping[str, tuple[int, ...]]]] = {
