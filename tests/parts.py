@@ -10,9 +10,8 @@ import torch
 from qwenlora.delta.parts import PartKind, PartShape, ScaledPart
 from qwenlora.delta.slot_deltas import SlotDeltas
 from qwenlora.emulation import AWQW4A16Linear, SVDQW4A4Linear
-from qwenlora.emulation.quantize import UNSIGNED_SHIFT
 from qwenlora.packing import pack
-from qwenlora.packing.layout import LowRankSide, RowOrder
+from qwenlora.packing.layout import UNSIGNED_SHIFT, LowRankSide, RowOrder
 from qwenlora.plan.documents import Route
 from qwenlora.slots.whole import slot_of
 

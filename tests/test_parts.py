@@ -72,8 +72,8 @@ def error(found, expected):
 def part(target, kind, *, begin=0, count=None, seed=0):
     count = target.row.out_features if count is None else count
     shape = shape_of(kind, target.row.in_features, begin, count)
-    # The product of two small factors would be smaller than what 16 bits of the output round.
-    size = 1.0 if kind is PartKind.KRON else 0.1
+    # Smaller ones would be of the size of what 16 bits of the output round.
+    size = 1.0 if kind in (PartKind.KRON, PartKind.DENSE) else 0.1
     return random_part(shape, Dense.of(target), target.dtype, seed=seed, size=size)
 
 

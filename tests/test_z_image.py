@@ -439,7 +439,7 @@ class Uncalled(GateFirst):
     """A gated MLP that computes its linear without calling it."""
 
     def forward(self, x):
-        value, gate = self.w13.forward_quant(*self.w13.quantize(x)).chunk(2, dim=-1)
+        value, gate = self.w13.product(*self.w13.rounded(x)).chunk(2, dim=-1)
         return self.w2(value * nn.functional.silu(gate))
 
 

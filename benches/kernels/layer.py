@@ -11,9 +11,8 @@ from torch import Tensor
 
 from kernels.layouts import GROUP, ROWS
 from qwenlora import emulation
-from qwenlora.emulation.quantize import UNSIGNED_SHIFT
 from qwenlora.packing import pack
-from qwenlora.packing.layout import LowRankSide
+from qwenlora.packing.layout import UNSIGNED_SHIFT, LowRankSide
 
 DTYPE = torch.bfloat16
 

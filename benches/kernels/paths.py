@@ -20,9 +20,8 @@ from kernels.layouts import (
     pack_scales,
     padded,
 )
-from qwenlora.emulation.quantize import UNSIGNED_SHIFT
 from qwenlora.packing import pack
-from qwenlora.packing.layout import LowRankSide
+from qwenlora.packing.layout import UNSIGNED_SHIFT, LowRankSide
 from qwenlora.slots.parts.product import kron_product
 
 if TYPE_CHECKING:

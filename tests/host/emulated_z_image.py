@@ -145,7 +145,7 @@ def fused_qkv_norm_rotary(
         Query, key and value, each (B, S, H, D) in the dtype of `x`.
     """
     qkv.check(x)
-    rows = qkv.forward_quant(*qkv.quantize(x.reshape(-1, x.shape[-1])))  # (B*S, 3*H*D) float32
+    rows = qkv.product(*qkv.rounded(x.reshape(-1, x.shape[-1])))  # (B*S, 3*H*D) float32
     parts = rows.view(*x.shape[:-1], 3, -1, head_dim).unbind(2)
     sin, cos = sin_cos[..., 0, :].unsqueeze(2).unbind(-1)  # (B or 1, S, 1, D/2)
     turned = []

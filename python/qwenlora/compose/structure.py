@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -22,6 +22,7 @@ from qwenlora.model.forwards import unknown_layer
 from qwenlora.model.modules import modules_of
 from qwenlora.model.offload import offload_of
 from qwenlora.model.state import SlotRecord, check_intact, read_state, require_not_overwritten
+from qwenlora.model.subclass import plain_class
 from qwenlora.model.target import factors_of
 from qwenlora.packing.layout import LowRankSide
 from qwenlora.plan.documents import slot_map
@@ -223,17 +224,17 @@ class _Code:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._parts = [
-            (module, own, type(module), own.get("forward"), own.get("processor"))
+            (module, own, plain_class(type(module)), own.get("forward"), own.get("processor"))
             for module, own in ((module, module.__dict__) for module in modules)
         ]
-        kinds: set[type[nn.Module]] = {type(module) for module, *_ in self._parts}
+        kinds: set[Any] = {kind for _, _, kind, _, _ in self._parts}
         self._forwards = [(kind, kind.forward) for kind in kinds]
 
     def is_unchanged(self) -> bool:
         """Tell if the same runs now."""
         for module, own, kind, forward, processor in self._parts:
             if (
-                type(module) is not kind
+                plain_class(type(module)) is not kind
                 or own.get("forward") is not forward
                 or own.get("processor") is not processor
             ):

@@ -81,9 +81,9 @@ class RotationDelta:
             INPUT_ROTATION, and with `scale` a PASS after it.
         """
         cast = _Cast(factor_at(1.0, strength), dtype, device)
-        if self.side is Side.IN:
-            return self._input_parts(cast)
         own = bias_rows(bias, self.row_begin, self.row_count, dtype, device)
+        if self.side is Side.IN:
+            return self._input_parts(cast, own)
         stages, count, size, _ = self.stages.shape
         if stages == 1:
             tensors = {"blocks": cast.scaled(_rescaled(self.stages[0], self.rescale)), "bias": own}
@@ -99,14 +99,14 @@ class RotationDelta:
         }
         return (self._part(PartKind.BUTTERFLY, (stages, count, size), tensors),)
 
-    def _input_parts(self, cast: _Cast) -> tuple[ScaledPart, ...]:
+    def _input_parts(self, cast: _Cast, bias: Tensor) -> tuple[ScaledPart, ...]:
         """W (x + x') with the row's factors is W x, and W x', and the factors less 1 of both."""
         blocks = self.stages[0]
         sizes = (blocks.shape[0], blocks.shape[1])
         turned = self._part(PartKind.INPUT_ROTATION, sizes, {"blocks": cast.scaled(blocks)})
         if self.scale is None:
             return (turned,)
-        tensors = {"blocks": cast.plain(blocks), "factor": cast.scaled(self.scale)}
+        tensors = {"blocks": cast.plain(blocks), "factor": cast.scaled(self.scale), "bias": bias}
         return (turned, self._part(PartKind.PASS, sizes, tensors))
 
     def _part(

@@ -242,7 +242,7 @@ def _run(
 
 def _unfused(layer: SVDQW4A4Linear, x: torch.Tensor) -> torch.Tensor:
     """Output of an MLP's first linear inside the fused function, before GELU."""
-    return layer.forward_quant(*layer.quantize(x)).to(x.dtype)
+    return layer.product(*layer.rounded(x)).to(x.dtype)
 
 
 def _inputs(channels: int, rows: int, dtype: torch.dtype) -> torch.Tensor:

@@ -12,13 +12,12 @@ from qwenlora.emulation.contract import check_activation, check_low_rank, check_
 from qwenlora.emulation.precision import Precision
 from qwenlora.emulation.quantize import (
     GROUP_SIZE,
-    UNSIGNED_SHIFT,
     IntegerRange,
     dequantize,
     quantize_activation,
 )
 from qwenlora.packing import pack
-from qwenlora.packing.layout import LowRankSide
+from qwenlora.packing.layout import UNSIGNED_SHIFT, LowRankSide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +96,7 @@ class SVDQArithmetic:
         check_tensor("proj_down", self.proj_down, (inputs, rank), x.dtype, x)
         check_tensor("proj_up", self.proj_up, (outputs, rank), x.dtype, x)
 
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Do what the quantizing kernel does to a raw activation.
 
         Args:
@@ -122,8 +121,8 @@ class SVDQArithmetic:
         values, scales = quantize_activation(shifted / smooth, integer_range)
         return dequantize(values, scales), lora_act
 
-    def forward_quant(self, activation: Tensor, lora_act: Tensor) -> Tensor:
-        """Do what the GEMM kernel does with the output of `quantize`.
+    def product(self, activation: Tensor, lora_act: Tensor) -> Tensor:
+        """Do what the GEMM kernel does with the output of `rounded`.
 
         Args:
             activation: (M, K) float32.

@@ -23,6 +23,25 @@ MLP_RATIO = 4
 _HALF_MAX = 65504
 
 
+class EmulatedGelu(nn.Module):
+    """Holds an MLP's first linear; neither is called where the MLP runs fused.
+
+    Attributes:
+        approximate: The approximation of GELU that the fused kernel has.
+        proj: The linear.
+    """
+
+    def __init__(self, proj: SVDQW4A4Linear) -> None:
+        super().__init__()
+        self.approximate = "tanh"
+        self.proj = proj
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map (B, S, C) to (B, S, H)."""
+        hidden: torch.Tensor = self.proj(hidden_states)
+        return torch.nn.functional.gelu(hidden, approximate=self.approximate)
+
+
 class EmulatedFeedForward(nn.Module):
     """MLP whose two linears, `net.0.proj` and `net.2`, run inside one fused function."""
 
@@ -42,8 +61,7 @@ class EmulatedFeedForward(nn.Module):
 
         # Floats of 4 bits have a sign of their own: nothing is gained by a shift.
         is_int = config.precision is not Precision.NVFP4
-        projection = nn.Module()
-        projection.proj = linear(channels, hidden, act_unsigned=False)
+        projection = EmulatedGelu(linear(channels, hidden, act_unsigned=False))
         self.net = nn.ModuleList(
             [projection, nn.Dropout(0.0), linear(hidden, channels, act_unsigned=is_int)]
         )

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
+from qwenlora.emulation.precision import Precision
 from qwenlora.errors import QwenLoraError
+from qwenlora.packing.activation import GROUP, ROWS
 from qwenlora.packing.layout import MAX_RANK, RANK_MULTIPLE
+
+if TYPE_CHECKING:
+    from qwenlora.emulation.arithmetic import SVDQArithmetic
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Activation types of the emulation; the real kernels take the last two only."""
@@ -98,3 +105,28 @@ def check_activation(x: torch.Tensor, in_features: int) -> None:
         )
     if x.dtype not in ACTIVATION_DTYPES:
         raise KernelContractError(f"activation must be a 16- or 32-bit float, got: {x.dtype}")
+
+
+def check_quantized(
+    layer: SVDQArithmetic, values: torch.Tensor, scales: torch.Tensor, low_rank: torch.Tensor
+) -> None:
+    """Check what the GEMM kernel takes from the quantizing kernel.
+
+    Args:
+        layer: The layer that multiplies.
+        values: (M, K/2) uint8, M of whole blocks; (M, K) float32 where nothing is rounded to int4.
+        scales: (K/64, M) of the layer's dtype.
+        low_rank: (M, R) float32.
+
+    Raises:
+        KernelContractError: A tensor does not fit, or M is no multiple of 256.
+    """
+    rows, columns, rank = len(values), layer.in_features, layer.proj_up.shape[1]
+    if rows % ROWS:
+        raise KernelContractError(f"rows must be a multiple of {ROWS}, got: {rows}")
+    is_packed = layer.precision is Precision.W4A4
+    shape = (rows, columns // 2 if is_packed else columns)
+    check_tensor("act", values, shape, torch.uint8 if is_packed else torch.float32, values)
+    check_tensor("ascales", scales, (columns // GROUP, rows), layer.proj_up.dtype, values)
+    check_tensor("lora_act_in", low_rank, (rows, rank), torch.float32, values)
+    check_tensor("lora_up", layer.proj_up, (layer.out_features, rank), scales.dtype, values)

@@ -51,7 +51,7 @@ def fused_qkv_norm_rotary(
     _check_rotation(x, rotation)
     assert rotation is not None
     rows = x.reshape(-1, qkv.in_features)  # (M, K)
-    product = qkv.forward_quant(*qkv.quantize(rows))  # (M, 3C) float32
+    product = qkv.product(*qkv.rounded(rows))  # (M, 3C) float32
     if qkv.precision is not Precision.EXACT:
         # The kernel's epilogue reads 16-bit values.
         product = product.to(x.dtype)

@@ -7,13 +7,20 @@ from torch import nn
 
 from qwenlora.emulation import nvfp4
 from qwenlora.emulation.arithmetic import SVDQArithmetic
-from qwenlora.emulation.contract import KernelContractError, check_rank
+from qwenlora.emulation.contract import KernelContractError, check_quantized, check_rank
 from qwenlora.emulation.leaf import QuantizedLeaf, frozen
 from qwenlora.emulation.lowrank import low_rank_factors
 from qwenlora.emulation.precision import Precision
-from qwenlora.emulation.quantize import GROUP_SIZE, UNSIGNED_SHIFT, quantize_weight
-from qwenlora.packing import pack
-from qwenlora.packing.layout import LowRankSide
+from qwenlora.emulation.quantize import (
+    GROUP_SIZE,
+    IntegerRange,
+    dequantize,
+    quantize_activation,
+    quantize_weight,
+)
+from qwenlora.packing import activation, pack
+from qwenlora.packing.activation import ROWS
+from qwenlora.packing.layout import UNSIGNED_SHIFT, LowRankSide
 
 
 class SVDQW4A4Linear(SVDQArithmetic, QuantizedLeaf):
@@ -201,8 +208,74 @@ class SVDQW4A4Linear(SVDQArithmetic, QuantizedLeaf):
             )
         self.check(x)
         rows = x.reshape(-1, self.in_features)  # (M, K)
-        output = self.forward_quant(*self.quantize(rows))  # (M, N)
+        output = self.product(*self.rounded(rows))  # (M, N)
         return output.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def quantize(
+        self, x: torch.Tensor, pad_size: int = ROWS
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Do what the quantizing kernel does, with its signature and in its layouts.
+
+        The kernel never shifts: an unsigned layer's activation is quantized by the one before it.
+
+        Args:
+            x: (M, K).
+            pad_size: Rows are padded with zeros to a multiple of it, which must be 256.
+
+        Returns:
+            quantized: (M up to whole blocks, K/2) uint8 packed; where nothing is rounded to int4,
+                (…, K) float32: what the residual is multiplied with.
+            ascales: (K/64, M up to whole blocks) packed, dtype of `x`; ones where nothing is
+                rounded to int4.
+            lora_act: (M up to whole blocks, R) float32 packed.
+
+        Raises:
+            KernelContractError: See `check`; also for another `pad_size`.
+        """
+        if pad_size != ROWS:
+            raise KernelContractError(f"`pad_size` must be {ROWS}, got: {pad_size}")
+        self.check(x)
+        rows = activation.padded(x)  # (M up to whole blocks, K)
+        down = pack.unpack_lowrank(self.proj_down, LowRankSide.DOWN)
+        low_rank = activation.pack_low_rank_activation(rows.float() @ down.float().T)
+        smoothed = rows / pack.unpack_vector(self.smooth_factor)
+        groups = (self.in_features // GROUP_SIZE, len(rows))
+        if self.precision is not Precision.W4A4:
+            return self.rounded(rows)[0], x.new_ones(groups), low_rank
+        values, scales = quantize_activation(smoothed, IntegerRange.SIGNED)
+        return activation.pack_activation(values), activation.pack_scales(scales), low_rank
+
+    def forward_quant(
+        self,
+        quantized_x: torch.Tensor,
+        ascales: torch.Tensor,
+        lora_act: torch.Tensor,
+        output: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Do what the GEMM kernel does, with its signature and in its layouts.
+
+        Args:
+            quantized_x: As `quantize` gives it; without a sign where the layer is unsigned.
+            ascales: As `quantize` gives them.
+            lora_act: (M up to whole blocks, R) float32 packed.
+            output: (M, N), written; of all rows where None.
+
+        Returns:
+            (M, N), dtype of the layer.
+
+        Raises:
+            KernelContractError: A tensor breaks the kernel's contract.
+        """
+        check_quantized(self, quantized_x, ascales, lora_act)
+        values = quantized_x
+        if self.precision is Precision.W4A4:
+            codes = activation.unpack_activation(quantized_x).to(torch.int8)
+            signed = codes if self.act_unsigned else torch.where(codes > 7, codes - 16, codes)
+            values = dequantize(signed, activation.unpack_scales(ascales))
+        product = self.product(values, activation.unpack_low_rank_activation(lora_act))
+        if output is None:
+            return product.to(self.proj_up.dtype)
+        return output.copy_(product[: len(output)])
 
     def extra_repr(self) -> str:
         """Name the sizes that tell two layers apart."""

@@ -40,9 +40,9 @@ def fused_gelu_mlp(x: torch.Tensor, fc1: SVDQW4A4Linear, fc2: SVDQW4A4Linear) ->
     # `fc2` meets the hidden activation, which has the dtype and device of the input.
     fc2.check(x.new_empty(0, fc2.in_features))
     rows = x.reshape(-1, fc1.in_features)  # (M, K)
-    hidden = fc1.forward_quant(*fc1.quantize(rows))  # (M, H) float32
+    hidden = fc1.product(*fc1.rounded(rows))  # (M, H) float32
     if fc1.precision is not Precision.EXACT:
         hidden = hidden.to(x.dtype)
     hidden = F.gelu(hidden, approximate="tanh")
-    output = fc2.forward_quant(*fc2.quantize(hidden))  # (M, N) float32
+    output = fc2.product(*fc2.rounded(hidden))  # (M, N) float32
     return output.to(x.dtype).view(*x.shape[:-1], fc2.out_features)

@@ -9,9 +9,6 @@ import torch
 GROUP_SIZE = 64
 """Input channels that share one scale."""
 
-UNSIGNED_SHIFT = 0.171875
-"""Added to the GELU output before it is quantized without a sign: GELU never falls below −0.17."""
-
 
 class IntegerRange(enum.Enum):
     """Range of a 4-bit activation: (least, greatest, value of the group's largest magnitude)."""

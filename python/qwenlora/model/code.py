@@ -11,7 +11,7 @@ import inspect
 import sys
 from functools import lru_cache
 from types import CodeType, FunctionType, MethodType, ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,7 @@ __all__ = [
     "NamesRead",
     "calls_its_layers",
     "class_name",
+    "names_in_forward",
     "names_of_class",
     "names_of_module",
     "own_forward",
@@ -104,6 +105,17 @@ def own_forward(module: nn.Module) -> object | None:
     kind: type = type(module)
     is_class_s = any(_function_of(own.called) is function for own in _defined(kind, "forward"))
     return None if is_class_s else forward
+
+
+def names_in_forward(module: nn.Module) -> frozenset[str]:
+    """All names in the code of a module's own forward, or of its class's; not in what it calls."""
+    kind: Any = type(module)
+    function = _function_of(own_forward(module) or kind.forward)
+    if function is None:
+        return frozenset()
+    code = function.__code__
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return frozenset(name for own in (code, *inner) for name in own.co_names)
 
 
 def calls_its_layers(*code: object, layers: Iterable[str] = ()) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenlora.errors import UnsupportedModelError
+from qwenlora.model.fused_mlp import twin_mlp
 from qwenlora.model.modules import inner_of, submodule_of
 
 if TYPE_CHECKING:
@@ -91,7 +92,11 @@ class OffloadLayout:
         """The slots of both buffer blocks that this offloaded slot is copied into."""
         _, _, inner = target.path.removeprefix(self._prefix).partition(".")
         return [
-            target.twin(submodule_of(block, inner), f"buffer {index}: {inner}")
+            target.twin(
+                submodule_of(block, inner),
+                f"buffer {index}: {inner}",
+                mlp=None if target.mlp is None else twin_mlp(block, inner),
+            )
             for index, block in enumerate(self._manager.buffer_blocks)
         ]
 

@@ -64,6 +64,7 @@ class Target(NamedTuple):
         owner: The module that holds the packed branch; the layer itself where there is none.
         prefix: What the names of its stored values begin with in the module: "" for a layer that is
             a module of its own.
+        mlp: The fused MLP that it is in; None where it is called as a module.
     """
 
     module: nn.Module
@@ -75,17 +76,18 @@ class Target(NamedTuple):
     place: LowRankPlace | None
     owner: nn.Module
     prefix: str = ""
+    mlp: nn.Module | None = None
 
     @property
     def path(self) -> str:
         """The slot's path in the transformer."""
         return self.row.path
 
-    def twin(self, module: nn.Module, path: str) -> Target:
-        """The same slot of another block."""
+    def twin(self, module: nn.Module, path: str, *, mlp: nn.Module | None = None) -> Target:
+        """The same slot of another block; `mlp` is the fused MLP that it is in there."""
         row = self.row._replace(path=path)
         owner = module if self.place is None else self.place.owner_of(module)
-        return self._replace(module=module, device=device_of(owner), row=row, owner=owner)
+        return self._replace(module=module, device=device_of(owner), row=row, owner=owner, mlp=mlp)
 
     @property
     def rank_multiple(self) -> int:

@@ -12,6 +12,7 @@ __all__ = [
     "MODULATION_PLANES",
     "RANK_MULTIPLE",
     "TILE",
+    "UNSIGNED_SHIFT",
     "LowRankSide",
     "RowOrder",
     "round_up",
@@ -36,6 +37,11 @@ MODULATION_PLANES = 6
 """Planes of a modulation layer's output: shift, scale and gate, for attention and for the MLP."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of a 4-bit float by the three low bits of its code; the highest bit is the sign."""
+UNSIGNED_SHIFT = 0.171875
+"""What the fused MLP adds to its hidden activation, which is then quantized without a sign.
+
+GELU never falls below -0.17.
+"""
 
 
 class LowRankSide(enum.Enum):

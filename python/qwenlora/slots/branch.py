@@ -7,7 +7,7 @@ block offload copies the buffers as it does all others.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,9 +24,11 @@ from qwenlora.slots.branch_layout import (
     BranchLayout,
     part_name,
 )
+from qwenlora.slots.opened import is_as_needed, require_openable, set_as_needed
+from qwenlora.slots.unsigned import centre_tensors, takes_unsigned
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
     from torch import Tensor, nn
 
@@ -104,7 +106,7 @@ def is_whole(module: nn.Module) -> bool:
         return is_clean(module)
     low_rank = [module._buffers.get(name) is not None for name in (BRANCH_DOWN, BRANCH_UP)]
     return (
-        all(module._buffers.get(name) is not None for name, _ in layout.buffers())
+        all(module._buffers.get(name) is not None for name in layout.buffers())
         and all(low_rank) == any(low_rank)
         and (not layout.runs_layer or forward_of(module) is run_layer)
         and _is_hooked(module)
@@ -156,26 +158,47 @@ def make_branch(
     Raises:
         UnsupportedModelError: The layer would run on other inputs, and has a forward of its own.
     """
-    row = target.row
 
     def zeros(*shape: int) -> Tensor:
         # Scalars do not lie among values whose dtype the slot's is.
         dtype = target.dtype if shape else torch.float32
         return torch.zeros(shape, dtype=dtype, device=target.device, pin_memory=pinned)
 
-    tensors: dict[str, Tensor] = {}
-    if rank:
-        down, up = zeros(rank, row.in_features), zeros(row.out_features, rank)
-        end = 0
-        for pair in pairs:
-            ranks = slice(end, end + pair.rank)
-            down[ranks] = pair.down
-            up[:, ranks] = pair.up
-            end = ranks.stop
-        tensors |= {BRANCH_DOWN: down, BRANCH_UP: up}
-    layout = BranchLayout(tuple(room), target.row_order, row.out_features)
-    if layout.runs_layer:
+    tensors = _low_rank(target, pairs, rank, zeros) if rank else {}
+    tensors |= _of_parts(target, parts, room, zeros)
+    if not tensors:
+        return None
+    require_openable(target)
+    layout = BranchLayout(tuple(room), target.row_order, target.row.out_features)
+    if layout.runs_layer and takes_unsigned(target.module):
+        centre = centre_tensors(target)
+        tensors |= {name: zeros(*own.shape).copy_(own) for name, own in centre.items()}
+        layout = replace(layout, centre=tuple(centre))
+    elif layout.runs_layer:
         _require_class_forward(target)
+    return Branch(layout, tensors)
+
+
+def _low_rank(
+    target: Target, pairs: Sequence[ScaledPair], rank: int, zeros: Callable[..., Tensor]
+) -> dict[str, Tensor]:
+    down, up = zeros(rank, target.row.in_features), zeros(target.row.out_features, rank)
+    end = 0
+    for pair in pairs:
+        ranks = slice(end, end + pair.rank)
+        down[ranks] = pair.down
+        up[:, ranks] = pair.up
+        end = ranks.stop
+    return {BRANCH_DOWN: down, BRANCH_UP: up}
+
+
+def _of_parts(
+    target: Target,
+    parts: Sequence[ScaledPart],
+    room: Sequence[PartShape],
+    zeros: Callable[..., Tensor],
+) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
     waiting = list(parts)
     for index, shape in enumerate(room):
         own = {name: zeros(*sizes) for name, sizes in shape.tensors.items()}
@@ -185,7 +208,7 @@ def make_branch(
         tensors |= {part_name(index, name): tensor for name, tensor in own.items()}
     if waiting:
         raise ValueError(f"`{target.path}` has no room for {waiting[0].shape}")
-    return Branch(layout, tensors) if tensors else None
+    return tensors
 
 
 def _require_class_forward(target: Target) -> None:
@@ -242,12 +265,15 @@ class SideBranchSlot:
         return () if branch is None else branch.room
 
     def is_base(self) -> bool:
-        """Tell if no part of a branch is there."""
-        return is_clean(self._module)
+        """Tell if no part of a branch is there, and the layer's MLP is as its linears need it."""
+        mlp = self._target.mlp
+        return is_clean(self._module) and (mlp is None or is_as_needed(mlp))
 
     def restore(self) -> None:
         """Remove the branch."""
         set_branch(self._module, None)
+        if self._target.mlp is not None:
+            set_as_needed(self._target.mlp)
 
     def prepare(self, deltas: SlotDeltas) -> BranchChange:
         """Allocate and fill the branch; ranks are not padded unless `rank_added` asks for it."""
@@ -260,15 +286,16 @@ class SideBranchSlot:
             room=deltas.room,
             pinned=any(p.is_pinned() for p in self._module.parameters(recurse=False)),
         )
-        return BranchChange(self._module, new=branch)
+        return BranchChange(self._module, new=branch, mlp=self._target.mlp)
 
 
 @dataclass
 class BranchChange:
-    """A new side branch of a layer, or none."""
+    """A new side branch of a layer, or none; a fused MLP opens and closes with it."""
 
     module: nn.Module
     new: Branch | None
+    mlp: nn.Module | None = None
     old: Branch | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -277,8 +304,13 @@ class BranchChange:
     def make(self) -> None:
         """Put the new branch in place."""
         if self.new is not None or self.old is not None:
-            set_branch(self.module, self.new)
+            self._set(self.new)
 
     def unmake(self) -> None:
         """Put the old branch back."""
-        set_branch(self.module, self.old)
+        self._set(self.old)
+
+    def _set(self, branch: Branch | None) -> None:
+        set_branch(self.module, branch)
+        if self.mlp is not None:
+            set_as_needed(self.mlp)

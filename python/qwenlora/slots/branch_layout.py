@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BRANCH_DOWN",
     "BRANCH_UP",
+    "CENTRE_BIAS",
+    "CENTRE_SUMS",
     "LAYOUT",
     "PREFIX",
     "BranchLayout",
@@ -32,6 +34,10 @@ BRANCH_DOWN = f"{PREFIX}down"
 """Name of the low-rank part's (R, in) buffer."""
 BRANCH_UP = f"{PREFIX}up"
 """Name of the low-rank part's (out, R) buffer."""
+CENTRE_SUMS = f"{PREFIX}centre_sums"
+"""Name of a layer's (N, K/64) buffer: the sums of its weight over groups of columns."""
+CENTRE_BIAS = f"{PREFIX}centre_bias"
+"""Name of a layer's (N,) buffer: what its stored bias lacks."""
 LAYOUT = "_qwenlora_branch"
 """Attribute of a layer: its branch's layout."""
 
@@ -61,6 +67,7 @@ class BranchLayout:
         parts: Shapes of the parts, in the order of their buffers.
         row_order: The order of the layer's output rows.
         out_features: How many rows the layer has.
+        centre: Names of the buffers that a layer takes to run on inputs of any sign.
         runs: The runs that make the layer's own output, where parts change its input; else none.
         passes: Places of the parts for which the layer runs once more.
         readers: Places of the parts that read the layer's output on the raw input.
@@ -70,6 +77,7 @@ class BranchLayout:
     parts: tuple[PartShape, ...] = ()
     row_order: RowOrder = RowOrder.PLANAR
     out_features: int = 0
+    centre: tuple[str, ...] = ()
     runs: tuple[Run, ...] = field(init=False)
     passes: tuple[int, ...] = field(init=False)
     readers: tuple[int, ...] = field(init=False)
@@ -92,11 +100,11 @@ class BranchLayout:
         """True where the layer runs on other inputs than the raw one."""
         return bool(self.runs or self.passes)
 
-    def buffers(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of the parts' buffers, in order."""
+    def buffers(self) -> Iterator[str]:
+        """Names of all buffers but a low-rank pair's, in order."""
         for index, shape in enumerate(self.parts):
-            for name, sizes in shape.tensors.items():
-                yield part_name(index, name), sizes
+            yield from (part_name(index, name) for name in shape.tensors)
+        yield from self.centre
 
 
 def _runs(parts: Sequence[PartShape], out_features: int) -> Iterator[Run]:

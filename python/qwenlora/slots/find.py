@@ -14,6 +14,7 @@ from qwenlora.errors import ModelStateError, QwenLoraError, UnsupportedModelErro
 from qwenlora.model.build import Builds
 from qwenlora.model.families import outer_of
 from qwenlora.model.forwards import require_understood
+from qwenlora.model.fused_mlp import fused_mlp_of
 from qwenlora.model.hosts import is_sequentially_offloaded, require_lasting
 from qwenlora.model.modules import is_wrapper, modules_of, pattern
 from qwenlora.model.offload import offload_of
@@ -69,8 +70,7 @@ def find_targets(
     layout = offload_of(model, modules)
     require_lasting(modules)
     by_path = dict(modules)
-    builds = Builds(by_path)
-    found = _found(modules, base_ranks, layout, builds, in_flight)
+    found = _found(modules, base_ranks, layout, by_path, in_flight)
     targets = {target.row.path: target for target in found}
     packed = [target for target in targets.values() if target.place is not None]
     _require_own_factors(packed)
@@ -113,11 +113,12 @@ def _found(
     modules: Iterable[tuple[str, nn.Module]],
     base_ranks: Mapping[str, int],
     layout: OffloadLayout | None,
-    builds: Builds,
+    by_path: Mapping[str, nn.Module],
     in_flight: bool,
 ) -> Iterator[Target]:
     """The slots among modules; raises as `find_targets` does."""
     kinds: dict[type[nn.Module], bool] = {}
+    builds = Builds(by_path)
     for path, module in modules:
         kind = type(module)
         plain = kinds.get(kind)
@@ -134,7 +135,9 @@ def _found(
             known = _facts(found)
             if known is not None:
                 offloaded = layout is not None and layout.holds(name)
-                yield _target(found, *known, builds.of(name), offloaded=offloaded)
+                build = builds.of(name)
+                mlp = fused_mlp_of(name, by_path) if known[0].place is not None else None
+                yield _target(found, *known, build, offloaded=offloaded, mlp=mlp)
 
 
 def _layers(
@@ -196,7 +199,13 @@ def _facts(found: Found) -> tuple[LayerKind, LayerFacts] | None:
 
 
 def _target(
-    found: Found, kind: LayerKind, facts: LayerFacts, build: BlockBuild, *, offloaded: bool
+    found: Found,
+    kind: LayerKind,
+    facts: LayerFacts,
+    build: BlockBuild,
+    *,
+    offloaded: bool,
+    mlp: nn.Module | None,
 ) -> Target:
     path, module = found.path, found.module
     place = None if kind.place is None else kind.place(found)
@@ -215,7 +224,9 @@ def _target(
         pattern(path),
         found.has_tensors("bias"),
         build.value,
+        # Where something else runs around the MLP's forward, it stays as it is.
+        opens=mlp is not None and "forward" not in mlp.__dict__,
     )
     order = kind.row_order if build is BlockBuild.NUNCHAKU else RowOrder.PLANAR
     prefix = found.prefix
-    return Target(module, kind.kind, facts.dtype, device, row, order, place, owner, prefix)
+    return Target(module, kind.kind, facts.dtype, device, row, order, place, owner, prefix, mlp)

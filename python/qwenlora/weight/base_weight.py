@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenlora.model.values import base_value
-from qwenlora.packing.layout import RowOrder
+from qwenlora.packing.layout import UNSIGNED_SHIFT, RowOrder
 from qwenlora.packing.pack import deinterleave_modulation, unpack_vector
 from qwenlora.plan.documents import SlotKind
 from qwenlora.weight.branch import BaseBranch
@@ -30,8 +30,6 @@ _DEVICE_PANEL_BYTES = 96 << 20
 """Bytes of one float32 panel on a GPU; unpacking it takes up to four times as much."""
 _MOSTLY_NOISE = 0.5
 """Where rounding makes up more than this share of a norm, the estimate of it is not used."""
-_SHIFT = 0.171875
-"""What the fused MLP adds to its hidden activation where that is quantized without a sign."""
 
 
 class BaseWeight:
@@ -172,7 +170,7 @@ class BaseWeight:
             self._stored.rows(first, rows).sum(dim=1, dtype=torch.float64)
             for first, rows in self._spans(0, self.rows_total)
         ]
-        return (bias.double() + _SHIFT * torch.cat(sums)).float()
+        return (bias.double() + UNSIGNED_SHIFT * torch.cat(sums)).float()
 
     def _row_norms(self, begin: int, count: int) -> Tensor:
         norms = [
