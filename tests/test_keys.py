@@ -93,7 +93,7 @@ each_program = pytest.mark.parametrize("program", PROGRAMS)
 def folder(tmp_path: Path) -> Path:
     """A folder of four files, one of them in a folder whose name is not ASCII, one broken."""
     layout("dot_a_b", tmp_path / "loras" / "style.safetensors")
-    layout("ai_toolkit_dora", tmp_path / "loras" / "dora.safetensors")
+    layout("reject_flux_like", tmp_path / "loras" / "flux.safetensors")
     layout("foreign_keys_mixed_in", tmp_path / "loras" / "ünï 名前" / "a b.safetensors")
     (tmp_path / "loras" / "cut.safetensors").write_bytes(struct.pack("<Q", 100) + b"{}")
     return tmp_path
@@ -109,7 +109,7 @@ def test_the_wheel_has_the_command() -> None:
     [
         (["loras/style.safetensors"], 0),
         (["loras/ünï 名前/a b.safetensors"], 1),
-        (["loras/dora.safetensors", "loras/style.safetensors"], 2),
+        (["loras/flux.safetensors", "loras/style.safetensors"], 2),
         (["loras"], 3),
         (["--explain", "img_in.alpha"], 0),
         (["--explain", "nothing"], 1),
