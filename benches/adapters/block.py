@@ -33,6 +33,7 @@ class FeedForward(nn.Module):
         super().__init__()
         activation = nn.Module()
         activation.proj = first
+        activation.approximate = "tanh"
         self.net = nn.ModuleList([activation, nn.Identity(), second])
 
     def forward(self, hidden_states: Tensor) -> Tensor:
