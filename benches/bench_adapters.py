@@ -83,7 +83,7 @@ def _measure(
     qwenlora.clear_cache()
     tensors = state_dict(modules, name)
     options = qwenlora.ComposeOptions(mlp=mlp)
-    base = model()
+    base, before = model(), _state(model)
     first, report = _composed(model, tensors, STRENGTH, options)
     outputs = model()
     row = {
@@ -98,8 +98,19 @@ def _measure(
     }
     row["strength_s"], _ = _composed(model, tensors, -STRENGTH, options)
     qwenlora.reset_loras(model)
-    row["reset_exact"] = all(torch.equal(own, base[path]) for path, own in model().items())
+    row["reset_exact"] = _is_same(before, _state(model))
     return row
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters and buffers."""
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor.detach().clone() for name, tensor in held.items()}
+
+
+def _is_same(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
+    names = before.keys() == after.keys()
+    return names and all(torch.equal(own, after[name]) for name, own in before.items())
 
 
 def _composed(

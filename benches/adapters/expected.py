@@ -14,7 +14,7 @@ from qwenlora.slots.find import find_targets
 from qwenlora.weight.base_weight import BaseWeight
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import nn
 
@@ -43,12 +43,20 @@ class Expected:
             parts = FUSED.get(layer, (layer,))
             rows = weight.chunk(len(parts))
             own = [
-                w + strength * (_adapted(w, _tensors_of(tensors, part)) - w)
-                for part, w in zip(parts, rows, strict=True)
+                w + strength * (_adapted(w, _tensors_of(tensors, part), norms) - w)
+                for part, w, norms in zip(parts, rows, self._norms(layer, len(parts)), strict=True)
             ]
             return torch.cat(own)
 
         return {path: self._output(path, changed) for path in self._inputs}
+
+    def _norms(self, layer: str, parts: int) -> Iterator[Callable[[int], Tensor]]:
+        """For each part of a layer its squared norms, of rows (axis 1) or columns (axis 0)."""
+        weight = self._weights[layer]
+        count = weight.rows_total // parts
+        for part in range(parts):
+            at = (part * count, count)
+            yield lambda axis, at=at: (weight.row_norms if axis else weight.column_norms)(*at)  # type: ignore[misc]
 
     def _output(self, path: str, change: Callable[[str, Tensor], Tensor] | None) -> Tensor:
         x = self._inputs[path].double()
@@ -81,13 +89,16 @@ def _tensors_of(tensors: Mapping[str, Tensor], module: str) -> dict[str, Tensor]
     return found
 
 
-def _adapted(weight: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
-    """W' of W (N, K) float64."""
+def _adapted(
+    weight: Tensor, stored: Mapping[str, Tensor], norms: Callable[[int], Tensor]
+) -> Tensor:
+    """W' of W (N, K) float64, whose norms are of the weight before it was quantized."""
     own = {role: tensor.to(weight) for role, tensor in stored.items()}
     if "dora_scale" in own:
         axis = 1 if own["dora_scale"].shape[0] == len(weight) else 0
-        merged = weight + own["lora_B.weight"] @ own["lora_A.weight"]
-        return merged * (own["dora_scale"] / merged.norm(dim=axis, keepdim=True))
+        delta = own["lora_B.weight"] @ own["lora_A.weight"]
+        squared = norms(axis) + (2 * weight * delta + delta.square()).sum(dim=axis)
+        return (weight + delta) * (own["dora_scale"] / squared.sqrt().unsqueeze(axis))
     if "lora_A.weight" in own:
         return weight + own["lora_B.weight"] @ own["lora_A.weight"]
     if "lokr_w1" in own:
