@@ -10,7 +10,7 @@ use qwenlora_core::key::table::RawTensor;
 use qwenlora_core::model::slot::{BlockBuild, Slot, SlotKind};
 use qwenlora_core::plan::FilePlan;
 use qwenlora_core::stack::{
-    Group, Piece, PlacedStack, SlotIndex, SlotPlan, StackItem, StackOptions, StackPlan,
+    Group, Piece, PlacedStack, Route, SlotIndex, SlotPlan, StackItem, StackOptions, StackPlan,
 };
 
 const BLOCKS: usize = 4;
@@ -44,6 +44,8 @@ enum Held {
     Kron,
     /// A pair, and a bias beside it.
     Biased(u64),
+    /// A pair with a magnitude.
+    Stretched(u64),
 }
 
 fn held() -> impl Strategy<Value = Held> {
@@ -59,6 +61,7 @@ fn held() -> impl Strategy<Value = Held> {
         Held::Scaled(16, 16.0),
         Held::Kron,
         Held::Biased(16),
+        Held::Stretched(16),
         Held::Nothing,
     ])
 }
@@ -138,6 +141,10 @@ fn file(held: &[Held]) -> Option<FilePlan> {
                     None,
                 );
             }
+            Held::Stretched(rank) => {
+                pair(rank, Dtype::BF16);
+                add(format!("{stem}.dora_scale"), Dtype::BF16, &[out, 1], None);
+            }
             Held::Biased(rank) => {
                 pair(rank, Dtype::BF16);
                 add(format!("{stem}.diff_b"), Dtype::BF16, &[out], None);
@@ -150,6 +157,9 @@ fn file(held: &[Held]) -> Option<FilePlan> {
 
 /// What must be equal where slots are composed together; none for a slot that is composed alone.
 fn key(plan: &SlotPlan, slot: &Slot) -> Option<String> {
+    if plan.route == Route::Beside {
+        return None;
+    }
     let piece = |piece: &Piece| {
         let names: Vec<&str> = piece.tensors.keys().copied().collect();
         let tensors = || piece.tensors.values();

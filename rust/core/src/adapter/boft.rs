@@ -81,6 +81,6 @@ fn input_blocks(parts: &Parts<'_>) -> Result<Form, Fault> {
 fn square_blocks(parts: &Parts<'_>, role: Role) -> Result<(u64, u64, u64), Fault> {
     match *parts.dimensions(role) {
         [stages, count, rows, columns] if rows == columns => Ok((stages, count, rows)),
-        ref other => Err(rotation::no_squares(Adapter::Boft, role, other)),
+        ref other => Err(rotation::no_squares(role, other)),
     }
 }

@@ -30,7 +30,7 @@ fn blocks(parts: &Parts<'_>) -> Result<Form, Fault> {
     let (count, size) = match *parts.dimensions(Role::OftBlocks) {
         [count, rows, columns] if rows == columns => (count, rows),
         ref other => {
-            return Err(rotation::no_squares(Adapter::Oft, Role::OftBlocks, other));
+            return Err(rotation::no_squares(Role::OftBlocks, other));
         }
     };
     let rescale = rotation::rescale(parts, count.checked_mul(size))?;

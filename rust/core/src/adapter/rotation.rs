@@ -2,7 +2,6 @@
 
 use serde::Serialize;
 
-use super::Adapter;
 use super::delta::{Factor, Side, Sides};
 use super::module::Fault;
 use super::parts::{Laid, Parts};
@@ -165,10 +164,7 @@ pub(super) fn constrained(parts: &Parts<'_>) -> Result<RotationRule, Fault> {
 }
 
 /// A fault of blocks that are no squares.
-pub(super) fn no_squares(adapter: Adapter, role: Role, shape: &[u64]) -> Fault {
-    Fault::Broken(format!(
-        "is a {} whose {} is no blocks: {shape:?}",
-        adapter.title(),
-        role.name()
-    ))
+pub(super) fn no_squares(role: Role, shape: &[u64]) -> Fault {
+    let name = role.name();
+    Fault::Broken(format!("{name} holds no square blocks: {shape:?}"))
 }
