@@ -12,17 +12,20 @@ import torch
 from torch import nn
 
 import qwenlora
-from qwenlora import emulation
+from qwenlora import _core, emulation
 from qwenlora.emulation import AWQW4A16Linear, Precision, SVDQW4A4Linear, fused_gelu_mlp
 from qwenlora.emulation.leaf import frozen
 from qwenlora.errors import UnknownWeightError
 from qwenlora.model.state import read_state
 from qwenlora.packing import pack
+from qwenlora.packing.host_bytes import host_bytes
 from qwenlora.packing.layout import LowRankSide, RowOrder
 from qwenlora.plan.documents import SlotKind
 from qwenlora.slots.find import find_targets
+from qwenlora.weight.awq import AwqWeight
 from qwenlora.weight.base_weight import BaseWeight
 from qwenlora.weight.kept import shelf
+from qwenlora.weight.svdq import SvdqWeight
 
 from .conftest import make_model
 
@@ -459,3 +462,65 @@ def test_no_more_is_kept_than_the_limit(monkeypatch):
     weight.row_norms(0, 128)
     weight.row_norms(0, 100)
     assert shelf.nbytes(on_host=True) == 4 * 128
+
+
+# ---- two ways to the same values ----
+
+
+@pytest.mark.parametrize("precision", [Precision.W4A4, Precision.NVFP4])
+def test_host_memory_is_read_as_the_layout_is_defined(precision):
+    for target in with_matrix(small(precision)):
+        weight = BaseWeight.of(target)
+        own = weight._stored
+        if isinstance(own, SvdqWeight):
+            tiles = weight.rows_total // 128
+            assert torch.equal(own._by_rust(0, tiles), own._by_torch(0, tiles))
+            assert torch.equal(own._by_rust(tiles - 1, tiles), own._by_torch(tiles - 1, tiles))
+        elif isinstance(own, AwqWeight):
+            count = weight.rows_total - 50
+            assert torch.equal(own._by_rust(9, count), own._by_torch(9, count))
+
+
+def test_norms_do_not_depend_on_the_number_of_threads():
+    rows = randn(1000, 72)
+    sums = torch.zeros(2, 72, dtype=F64)
+    found = []
+    for at, threads in enumerate((1, 3)):
+        norms = torch.empty(1000, dtype=F64)
+        options = {"columns": 72, "threads": threads}
+        _core.row_norms(host_bytes(rows), host_bytes(norms), **options)
+        _core.column_norms(host_bytes(rows), host_bytes(sums[at]), **options)
+        found.append(norms)
+    assert torch.equal(*found)
+    assert torch.equal(*sums)
+    assert error(found[0], rows.to(F64).square().sum(dim=1)) < 1e-7
+    assert error(sums[0], rows.to(F64).square().sum(dim=0)) < 1e-7
+
+
+def bytes_of(*shape: int, dtype: torch.dtype = torch.float32) -> object:
+    return host_bytes(torch.zeros(*shape, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"values": bytes_of(127 * 32, dtype=torch.uint8)}, "rows must be a multiple of 128"),
+        ({"scales": bytes_of(127)}, "wscales has 508 bytes, its shape takes 512"),
+        ({"row_factors": bytes_of(64)}, "row factors has 256 bytes"),
+        ({"column_factors": bytes_of(63)}, "must be a multiple of"),
+        ({"dest": bytes_of(128, 63)}, "the destination has 32256 bytes"),
+        ({"form": "int8"}, "a form is `int4` or `fp4`"),
+    ],
+)
+def test_memory_of_another_size_is_refused(changed, words):
+    arguments = {
+        "form": "int4",
+        "values": bytes_of(128, 32, dtype=torch.uint8),
+        "scales": bytes_of(1, 128),
+        "row_factors": bytes_of(128),
+        "column_factors": bytes_of(64),
+        "dest": bytes_of(128, 64),
+    }
+    _core.svdq_rows(**arguments, threads=1)
+    with pytest.raises(ValueError, match=words):
+        _core.svdq_rows(**{**arguments, **changed}, threads=1)

@@ -26,13 +26,17 @@ __all__ = [
     "TensorReader",
     "Watch",
     "__version__",
+    "awq_rows",
+    "column_norms",
     "file_identity",
     "fill_packed",
     "known_slots",
     "layer_kinds",
     "look_at",
     "plan_stack",
+    "row_norms",
     "run_keys",
+    "svdq_rows",
     "unpack_factor",
 ]
 
@@ -118,6 +122,9 @@ class TensorReader:
     def __new__(cls, path: str | os.PathLike[str]) -> TensorReader: ...
     @property
     def identity(self) -> _SourceIdentity: ...
+    def header(
+        self,
+    ) -> tuple[list[tuple[str, str, list[int], int, int]], list[tuple[str, str]]]: ...
     def read_into(
         self, ranges: Sequence[tuple[int, int, int]], dest: npt.NDArray[np.uint8], *, threads: int
     ) -> None: ...
@@ -165,6 +172,20 @@ class Watch:
     def is_unchanged(self) -> bool: ...
     def rewritten(self) -> list[int]: ...
 
+def awq_rows(
+    values: _Bytes,
+    scales: _Bytes,
+    zeros: _Bytes,
+    dest: _Bytes,
+    *,
+    rows: int,
+    columns: int,
+    planes: int,
+    begin: int,
+    count: int,
+    threads: int,
+) -> None: ...
+def column_norms(matrix: _Bytes, norms: _Bytes, *, columns: int, threads: int) -> None: ...
 def fill_packed(recipes: Sequence[_PackedRecipe], *, threads: int) -> None: ...
 def file_identity(path: str | os.PathLike[str]) -> _SourceIdentity: ...
 def known_slots() -> str: ...
@@ -177,7 +198,18 @@ def plan_stack(
     slots: SlotMap,
     options: str,
 ) -> PlannedStack: ...
+def row_norms(matrix: _Bytes, norms: _Bytes, *, columns: int, threads: int) -> None: ...
 def run_keys(args: Sequence[str]) -> int: ...
+def svdq_rows(
+    form: str,
+    values: _Bytes,
+    scales: _Bytes,
+    row_factors: _Bytes | None,
+    column_factors: _Bytes,
+    dest: _Bytes,
+    *,
+    threads: int,
+) -> None: ...
 def unpack_factor(
     source: _Bytes,
     dest: _Bytes,

@@ -15,6 +15,9 @@ _USAGE = """\
 usage: qwenlora keys FILE... [options]  what LoRA files contain, what is applied
        qwenlora merge FILE[:STRENGTH]... -o FILE
                                         several LoRA files to one plain LoRA
+       qwenlora norms CHECKPOINT [-o FILE]
+                                        exact norms of a 16-bit model's weights,
+                                        for DoRA
        qwenlora doctor [--help]         what is installed, what cannot work, and
                                         how to mend it
        qwenlora demo [--keep DIR]       compose LoRAs into an emulated model and
@@ -38,6 +41,10 @@ def main(args: Sequence[str] | None = None) -> int:
         from qwenlora.merge import main as merge
 
         return merge(args[1:])
+    if command == "norms":
+        from qwenlora.norms import main as norms
+
+        return norms(args[1:])
     if command == "demo":
         from qwenlora.demo import main as demo
 

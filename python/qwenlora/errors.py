@@ -16,6 +16,7 @@ __all__ = [
     "LoraReadError",
     "ModelStateError",
     "NonFiniteError",
+    "NormsFileError",
     "NothingToApplyError",
     "NothingToFuseError",
     "OtherModelError",
@@ -95,6 +96,10 @@ class RankError(QwenLoraError, ValueError):
 
 class NonFiniteError(QwenLoraError, ArithmeticError):
     """A composed tensor would hold NaN or infinity."""
+
+
+class NormsFileError(QwenLoraError, ValueError):
+    """A file of norms is none, or does not fit the model's weights."""
 
 
 class AdapterNameError(QwenLoraError, ValueError):

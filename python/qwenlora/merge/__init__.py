@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qwenlora.merge.arguments import Arguments
     from qwenlora.merge.plan import MergeOptions
 
-__all__ = ["Exit", "main"]
+__all__ = ["Exit", "ending_on_sigterm", "main"]
 
 HELP = """\
 Adds LoRA files for Qwen-Image, or for Z-Image, each at its strength, and writes
@@ -118,7 +118,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if arguments.is_help:
             console.write(HELP)
             return Exit.MERGED
-        with _ending_on_sigterm():
+        with ending_on_sigterm():
             return _run(arguments, talk)
     except UsageError as error:
         text = str(error)
@@ -189,7 +189,7 @@ def _words(error: OSError) -> str:
 
 
 @contextlib.contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
+def ending_on_sigterm() -> Iterator[None]:
     """Let a program that gets SIGTERM remove its unfinished file before it ends."""
 
     def end(_number: int, _frame: FrameType | None) -> None:

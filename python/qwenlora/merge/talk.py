@@ -21,7 +21,9 @@ _HINT = "\nhint: "
 class Talk:
     """Messages and progress on standard error."""
 
-    def __init__(self) -> None:
+    def __init__(self, doing: str = "merging") -> None:
+        """`doing` is what the progress calls the work."""
+        self._doing = doing
         self._next = time.monotonic() + _SILENCE_S if sys.stderr.isatty() else None
         self._drawn = 0
 
@@ -40,7 +42,7 @@ class Talk:
         self.erase()
         # A terminal that is written to its last column may begin a new line.
         width = shutil.get_terminal_size().columns - 1
-        text = f"merging: {done} of {counted(everything, 'layer')}"[: max(0, width)]
+        text = f"{self._doing}: {done} of {counted(everything, 'layer')}"[: max(0, width)]
         sys.stderr.write(text)
         sys.stderr.flush()
         self._drawn = len(text)

@@ -14,6 +14,7 @@ from qwenlora.plan.documents import SlotKind
 from qwenlora.weight.branch import BaseBranch
 from qwenlora.weight.forms import stored_weight, weight_tensors
 from qwenlora.weight.kept import shelf
+from qwenlora.weight.norms import add_column_norms, row_norms
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
@@ -173,16 +174,14 @@ class BaseWeight:
         return (bias.double() + UNSIGNED_SHIFT * torch.cat(sums)).float()
 
     def _row_norms(self, begin: int, count: int) -> Tensor:
-        norms = [
-            rows.square().sum(dim=1, dtype=torch.float64) for _, rows in self.panels(begin, count)
-        ]
+        norms = [row_norms(rows) for _, rows in self.panels(begin, count)]
         steps = self._stored.steps(begin, count)
         return _debiased(torch.cat(norms), None if steps is None else steps.row_noise())
 
     def _column_norms(self, begin: int, count: int) -> Tensor:
         norms = torch.zeros(self.columns, dtype=torch.float64, device=self.device)
         for _, rows in self.panels(begin, count):
-            norms += rows.square().sum(dim=0, dtype=torch.float64)
+            add_column_norms(norms, rows)
         steps = self._stored.steps(begin, count)
         return _debiased(norms, None if steps is None else steps.column_noise())
 

@@ -9,12 +9,11 @@ import torch
 from qwenlora.errors import UnknownWeightError
 from qwenlora.model.values import base_value
 from qwenlora.packing.layout import MODULATION_PLANES, RowOrder
-from qwenlora.packing.pack import deinterleave_modulation, unpack_vector
+from qwenlora.packing.pack import unpack_vector
 from qwenlora.plan.documents import SlotKind
-from qwenlora.weight.awq import AwqWeight
-from qwenlora.weight.fp4 import FP4_GROUP, Fp4Weight
-from qwenlora.weight.int4 import INT4_GROUP, Int4Weight
+from qwenlora.weight.awq import AWQ_GROUP, AwqWeight, stored_rows
 from qwenlora.weight.plain import PlainWeight
+from qwenlora.weight.svdq import SvdqForm, SvdqWeight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +25,8 @@ __all__ = ["stored_weight", "weight_tensors"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_SCALES = {SvdqForm.INT4: _FLOATS, SvdqForm.FP4: (torch.float8_e4m3fn,)}
+"""Dtypes of the scales by which the forms of SVDQuant's values are told apart."""
 _FP8_SCALE = "scale_weight"
 """The factor that ComfyUI keeps on a linear whose weight it stores in 8 bits."""
 
@@ -65,43 +66,31 @@ def _svdq(target: Target, device: torch.device) -> StoredWeight:
     smooth = _vector(target, "smooth_factor", columns, device)
     if _is(qweight, (rows, columns), torch.float32):
         return PlainWeight(qweight, device, smooth=smooth)
-    is_int4 = _is(qweight, (rows, columns // 2), torch.int8) and _is(
-        wscales, (columns // INT4_GROUP, rows), *_FLOATS
-    )
-    if is_int4:
-        factors = _channel_scales(target, device)
-        return Int4Weight(qweight, wscales, smooth, device, channel_scales=factors)
-    is_fp4 = _is(qweight, (rows, columns // 2), torch.int8) and _is(
-        wscales, (columns // FP4_GROUP, rows), torch.float8_e4m3fn
-    )
-    if is_fp4:
-        factors = _channel_scales(target, device)
-        factor = _tensor_scale(target)
-        if factor != 1.0:
-            factors = factor * (torch.ones(rows, device=device) if factors is None else factors)
-        return Fp4Weight(qweight, wscales, smooth, device, row_factors=factors)
+    for form, dtypes in _SCALES.items():
+        is_form = _is(qweight, (rows, columns // 2), torch.int8)
+        if is_form and _is(wscales, (columns // form.group, rows), *dtypes):
+            factors = _row_factors(target, form, device)
+            return SvdqWeight(form, qweight, wscales, smooth, device, row_factors=factors)
     raise _unknown(target, qweight=qweight, wscales=wscales)
 
 
 def _awq(target: Target, device: torch.device) -> StoredWeight:
     rows, columns = target.row.out_features, target.row.in_features
     qweight = _tensor(target, "qweight")
-    order = torch.arange(rows)
-    if target.row_order is RowOrder.INTERLEAVED:
-        if rows % MODULATION_PLANES:
-            raise _unknown(target, qweight=qweight)
-        order = deinterleave_modulation(order)
+    order = target.row_order
+    if order is RowOrder.INTERLEAVED and rows % MODULATION_PLANES:
+        raise _unknown(target, qweight=qweight)
     if _is(qweight, (rows, columns), torch.float32):
-        return PlainWeight(qweight, device, stored_rows=order)
+        return PlainWeight(qweight, device, stored_rows=stored_rows(rows, order))
     wscales, wzeros = _tensor(target, "wscales"), _tensor(target, "wzeros")
-    by_group = (columns // INT4_GROUP, rows)
+    by_group = (columns // AWQ_GROUP, rows)
     is_awq = (
         _is(qweight, (rows // 4, columns // 2), torch.int32)
         and _is(wscales, by_group, *_FLOATS)
         and _is(wzeros, by_group, *_FLOATS)
     )
     if is_awq:
-        return AwqWeight(qweight, wscales, wzeros, device, stored_rows=order)
+        return AwqWeight(qweight, wscales, wzeros, device, order=order)
     raise _unknown(target, qweight=qweight, wscales=wscales, wzeros=wzeros)
 
 
@@ -123,11 +112,15 @@ def _linear(target: Target, device: torch.device) -> StoredWeight:
     return PlainWeight(weight, device, factor=factor)
 
 
-def _channel_scales(target: Target, device: torch.device) -> Tensor | None:
-    """(N,) float32: the kernel's factor on each row; None for ones."""
-    if getattr(target.module, f"{target.prefix}wcscales", None) is None:
-        return None
-    return _vector(target, "wcscales", target.row.out_features, device)
+def _row_factors(target: Target, form: SvdqForm, device: torch.device) -> Tensor | None:
+    """(N,) float32: what the kernel multiplies each row by; None for ones."""
+    rows, factors = target.row.out_features, None
+    if getattr(target.module, f"{target.prefix}wcscales", None) is not None:
+        factors = _vector(target, "wcscales", rows, device)
+    factor = _tensor_scale(target) if form is SvdqForm.FP4 else 1.0
+    if factor == 1.0:
+        return factors
+    return factor * (torch.ones(rows, device=device) if factors is None else factors)
 
 
 def _tensor_scale(target: Target) -> float:

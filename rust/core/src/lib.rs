@@ -6,6 +6,7 @@
 //! - [`dtype`]: element types, and values as numbers.
 //! - [`header`]: the bytes of a header to names, dtypes, shapes, offsets.
 //! - [`packed`]: factors moved to the places where a layer reads them.
+//! - [`weight`]: 4-bit weights as numbers, and their norms.
 //! - [`source`]: an open file, its identity, its bytes.
 //! - [`model`]: the modules of the known models, and the slots of a model at hand.
 //! - [`key`]: names of tensors to modules and roles.
@@ -13,7 +14,7 @@
 //! - [`plan`]: one file without a model, [`plan::FilePlan`].
 //! - [`stack`]: file plans on the slots of a model, [`stack::StackPlan`].
 //!
-//! No tensor arithmetic happens here, and nothing here knows Python.
+//! Outside of [`weight`] no tensor arithmetic happens, and nothing here knows Python.
 
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
@@ -27,4 +28,5 @@ pub mod packed;
 pub mod plan;
 pub mod source;
 pub mod stack;
+pub mod weight;
 mod work;

@@ -18,6 +18,7 @@ mod reader;
 mod signals;
 mod stack_plan;
 mod watch;
+mod weight;
 
 use pyo3::prelude::*;
 
@@ -40,6 +41,8 @@ mod _core {
     use super::stack_plan::{PlannedStack, SlotMap, known_slots, layer_kinds, plan_stack};
     #[pymodule_export]
     use super::watch::Watch;
+    #[pymodule_export]
+    use super::weight::{awq_rows, column_norms, row_norms, svdq_rows};
 
     #[pymodule_export]
     const MAX_RANK: u64 = qwenlora_core::model::slot::MAX_RANK;

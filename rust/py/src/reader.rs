@@ -19,6 +19,12 @@ use crate::error;
 use crate::file_plan::{SourceTuple, source_tuple};
 use crate::signals::wait_until;
 
+/// Tensors and metadata of a header.
+type HeaderTuple = (
+    Vec<(String, String, Vec<u64>, u64, u64)>,
+    Vec<(String, String)>,
+);
+
 /// An open file whose identity is checked before and after reading.
 #[pyclass(frozen, module = "qwenlora._core")]
 pub(crate) struct TensorReader {
@@ -57,6 +63,20 @@ impl TensorReader {
             weights,
             config: None,
         }))
+    }
+
+    /// What the header says: `(name, dtype, shape, offset in the file, length)` of each tensor,
+    /// offset and length in bytes, and the entries of the metadata.
+    fn header(&self, py: Python<'_>) -> PyResult<HeaderTuple> {
+        let source = self.source()?;
+        let header = py.detach(|| source.read_header());
+        let header = header.map_err(|e| error::from_source(py, &e))?;
+        let tensors = header.tensors().iter().map(|own| {
+            let (name, dtype) = (own.name().to_owned(), own.dtype().to_string());
+            let shape = own.shape().to_vec();
+            (name, dtype, shape, own.offset_bytes(), own.len_bytes())
+        });
+        Ok((tensors.collect(), header.metadata().to_vec()))
     }
 
     /// Fills `dest` from `(offset in the file, length, offset in dest)`, all in bytes.
