@@ -77,7 +77,7 @@ def _blocks(values: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
 
 
 def _factor(own, weight, bias, x):
-    return own["factor"] * (x @ weight.T + bias - own.get("bias", 0.0))
+    return own["factor"] * (x @ weight.T + bias - own["bias"])
 
 
 def _input_factor(own, weight, bias, x):
@@ -343,6 +343,20 @@ def test_ia3(role, side):
     if role == "ia3_l" and side is Side.OUT:
         wanted = wanted + 0.5 * (factors - 1) * bias
     assert error(found, wanted) < FORM
+
+
+def test_ia3_of_a_bias_that_holds_more_than_it_was_trained_on():
+    """Ones that a converter has added, and what other LoRAs add, meet no factor."""
+    random = Random(20)
+    weight, own, kept = random.weight(), random.normal(ROWS), random.normal(ROWS)
+    (stored,) = values(random.factors(ROWS, 1, size=0.1))
+    delta = ia3({"ia3_l": stored}, module=MODULE, side=Side.OUT, row_begin=0, row_count=ROWS)
+    parts = delta.scaled_parts(
+        0.5, dtype=torch.float64, device=torch.device("cpu"), bias=own + kept, kept=kept
+    )
+    x = random.normal(3, COLUMNS)
+    expected = 0.5 * (stored.double().flatten() - 1) * (x @ weight.T + own)
+    assert error(added(parts, weight, own + kept, x), expected) < FORM
 
 
 def test_ia3_of_values_that_are_not_finite():

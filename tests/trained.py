@@ -7,9 +7,11 @@ made for as long as the process lives.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import functools
 import logging
+import shutil
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -248,13 +250,14 @@ def targets(name: str) -> tuple[str, ...]:
 
 def _rate(name: str) -> float:
     """A rate at which deltas reach a tenth of the weight and more, within so few steps."""
-    return 3e-3 if name.endswith("IA3") else 5e-4
+    return 3e-3 if name.endswith(("IA3", "HRA")) else 5e-4
 
 
 @functools.cache
 def trained(name: str) -> Trained:
     """An adapter of `base_model` by its name in `NAMES`."""
     folder = Path(tempfile.mkdtemp(prefix="trained-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     make = _by_lycoris if name in LYCORIS else _by_peft
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(3)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import torch
+
+from qwenlora.packing.layout import MODULATION_PLANES, MODULATION_SCALES, RowOrder
 from qwenlora.plan.documents import Side
 from qwenlora.weight.base_weight import BaseWeight
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
 
-    import torch
     from torch import Tensor
 
     from qwenlora.model.target import Target
@@ -65,3 +67,20 @@ class SlotBase:
         if bias is None or "bias" not in values:
             return bias
         return (bias.double() + values["bias"].to(bias.device)).float()
+
+    def kept_bias(self, values: Mapping[str, Tensor]) -> Tensor | None:
+        """(N,) float32: what of `bias` a layer has not that LoRAs are trained on; None for nothing.
+
+        That is what is added to the stored bias, and the ones of scales that a modulation of
+        interleaved rows has in it.
+
+        Args:
+            values: What is added to stored values, by name, in float64.
+        """
+        target = self._target
+        kept = torch.zeros(target.row.out_features, dtype=torch.float64)
+        if target.row_order is RowOrder.INTERLEAVED:
+            kept.view(MODULATION_PLANES, -1)[list(MODULATION_SCALES)] = 1
+        if "bias" in values:
+            kept = kept.to(values["bias"].device) + values["bias"]
+        return kept.float() if bool(kept.any()) else None

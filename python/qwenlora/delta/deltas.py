@@ -225,10 +225,11 @@ class _SlotSum:
             return []
         target = self._target
         bias = self._base.bias(self._values)
+        kept = self._base.kept_bias(self._values)
         parts: list[ScaledPart] = []
         dtype, device = target.dtype, target.device
         for diagonal in diagonals:
-            parts += diagonal.scaled_parts(1.0, dtype=dtype, device=device, bias=bias)
+            parts += diagonal.scaled_parts(1.0, dtype=dtype, device=device, bias=bias, kept=kept)
         for rotation, strength in self._rotations:
             parts += rotation.scaled_parts(strength, dtype=dtype, device=device, bias=bias)
         return parts

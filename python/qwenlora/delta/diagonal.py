@@ -54,6 +54,7 @@ class DiagonalDelta:
         dtype: torch.dtype,
         device: torch.device,
         bias: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> tuple[ScaledPart, ...]:
         """The part that adds strength times this delta to what the layer computes.
 
@@ -62,6 +63,8 @@ class DiagonalDelta:
             dtype: The slot's dtype; the product with the strength is formed in float32.
             device: The slot's device.
             bias: (N,) what the layer adds at x = 0, logical rows; None where it adds nothing.
+            kept: (N,) what of it the layer that this was trained on does not add, so that no
+                diagonal scales it; None for nothing.
 
         Returns:
             One FACTOR with t (D - 1), or one INPUT_FACTOR with it.
@@ -70,11 +73,12 @@ class DiagonalDelta:
         if self.side is Side.IN:
             kind, sizes = PartKind.INPUT_FACTOR, (len(factor),)
         else:
-            kind, sizes = PartKind.FACTOR, (int(self.scales_bias),)
+            kind, sizes = PartKind.FACTOR, (0,)
         tensors = {"factor": factor}
         shape = PartShape(kind, self.row_begin, self.row_count, sizes)
-        if "bias" in shape.tensors:
-            tensors["bias"] = bias_rows(bias, self.row_begin, self.row_count, dtype, device)
+        if kind is PartKind.FACTOR:
+            still = kept if self.scales_bias else bias
+            tensors["bias"] = bias_rows(still, self.row_begin, self.row_count, dtype, device)
         return (ScaledPart(shape, tensors),)
 
 

@@ -10,6 +10,7 @@ __all__ = [
     "FRAGMENT",
     "MAX_RANK",
     "MODULATION_PLANES",
+    "MODULATION_SCALES",
     "RANK_MULTIPLE",
     "TILE",
     "UNSIGNED_SHIFT",
@@ -35,6 +36,8 @@ a larger rank reads past that array and yields garbage without any error.
 """
 MODULATION_PLANES = 6
 """Planes of a modulation layer's output: shift, scale and gate, for attention and for the MLP."""
+MODULATION_SCALES = (1, 4)
+"""The planes that scale: of a layer of interleaved rows the bias holds the 1 of `1 + scale`."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of a 4-bit float by the three low bits of its code; the highest bit is the sign."""
 UNSIGNED_SHIFT = 0.171875
