@@ -105,7 +105,7 @@ def _butterfly(own, weight, bias, x):
 
 
 def _pass(own, weight, bias, x):
-    return own["factor"] * ((x + _turned(own, x)) @ weight.T)
+    return own["factor"] * ((x + _turned(own, x)) @ weight.T + bias - own["bias"])
 
 
 ADDED = {

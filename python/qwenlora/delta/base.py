@@ -9,7 +9,7 @@ import torch
 
 from qwenlora.packing.layout import MODULATION_PLANES, MODULATION_SCALES, RowOrder
 from qwenlora.plan.documents import Side
-from qwenlora.weight.base_weight import BaseWeight
+from qwenlora.weight.base_weight import BaseWeight, weight_identity
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
@@ -48,7 +48,7 @@ class SlotBase:
     def key(self) -> Hashable:
         """Another one for every weight, every change of its values, and other exact norms."""
         exact = None if self._exact is None else self._exact.key
-        return (self.weight.identity, exact)
+        return (weight_identity(self._target), exact)
 
     def norms(self, module: str, side: Side) -> Tensor | None:
         """Exact squared norms (rows or columns) float64 of a module; None where none are known."""

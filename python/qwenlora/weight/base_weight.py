@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qwenlora.model.target import Target
+    from qwenlora.weight.kept import KeptNorms
 
-__all__ = ["BaseWeight"]
+__all__ = ["BaseWeight", "weight_identity"]
 
 
 _PANEL_BYTES = {"cpu": 16 << 20}
@@ -54,7 +55,7 @@ class BaseWeight:
         self.columns = target.row.in_features
         self.device = device
         self._stored = stored_weight(target, device)
-        self._kept = shelf.of(target.module, target.prefix, weight_tensors(target))
+        self._kept = _kept(target)
 
     @classmethod
     def of(cls, target: Target, *, device: torch.device | None = None) -> BaseWeight:
@@ -195,6 +196,15 @@ class BaseWeight:
             last = min((first // step + 1) * step, end)
             yield first, last - first
             first = last
+
+
+def weight_identity(target: Target) -> Hashable:
+    """`BaseWeight.identity` of a slot's layer; also of a norm, whose weight is no matrix."""
+    return _kept(target).number
+
+
+def _kept(target: Target) -> KeptNorms:
+    return shelf.of(target.module, target.prefix, weight_tensors(target))
 
 
 def _debiased(norms: Tensor, noise: Tensor | None) -> Tensor:

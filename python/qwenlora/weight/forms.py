@@ -51,11 +51,11 @@ def stored_weight(target: Target, device: torch.device) -> StoredWeight:
 
 
 def weight_tensors(target: Target) -> list[Tensor]:
-    """The tensors that `stored_weight` reads, as the layer holds them."""
-    if target.kind is SlotKind.LINEAR:
-        names: tuple[str, ...] = ("weight", _FP8_SCALE)
+    """The tensors of a slot's weight, as the layer holds them; of a norm its values."""
+    if target.kind in (SlotKind.SVDQ, SlotKind.AWQ):
+        names: tuple[str, ...] = ("qweight", "wscales", "wzeros", "smooth_factor", "wcscales")
     else:
-        names = ("qweight", "wscales", "wzeros", "smooth_factor", "wcscales")
+        names = ("weight", _FP8_SCALE)
     own = (base_value(target.module, target.prefix + name) for name in names)
     return [tensor for tensor in own if isinstance(tensor, torch.Tensor)]
 

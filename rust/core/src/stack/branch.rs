@@ -146,9 +146,11 @@ impl PartShape {
             PartForm::Factor { scales_bias: true } => (rows, 0),
             PartForm::Factor { scales_bias: false } => (rows.saturating_mul(2), 0),
             PartForm::InputFactor { columns } => (columns, 0),
-            PartForm::Rotation { blocks, size } | PartForm::Pass { blocks, size } => {
-                (squares(blocks, size).saturating_add(rows), 0)
-            }
+            PartForm::Rotation { blocks, size } => (squares(blocks, size).saturating_add(rows), 0),
+            PartForm::Pass { blocks, size } => (
+                squares(blocks, size).saturating_add(rows.saturating_mul(2)),
+                0,
+            ),
             PartForm::InputRotation { blocks, size } => (squares(blocks, size), 0),
             PartForm::Butterfly {
                 stages,

@@ -1,0 +1,288 @@
+"""Every kind of adapter on every kind of layer does what its float64 weights say.
+
+A layer is called with and without the adapters, and the difference is compared with
+x (t (W' - W))^T, where W is the weight that the base layer computes with. Of an MLP that runs in
+one kernel the whole MLP is called.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import qwenlora
+from qwenlora import _reference as reference
+from qwenlora.emulation import EmulatedConfig, Precision, random_transformer
+from qwenlora.emulation.block import EmulatedFeedForward
+from qwenlora.packing.layout import RowOrder
+from qwenlora.packing.pack import deinterleave_modulation
+from qwenlora.plan.documents import SlotKind
+from qwenlora.slots.find import find_targets
+
+from . import adapter_files
+from .adapter_files import KINDS, AdapterFile, modules_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+    from .adapter_files import Module, Stack
+
+EXACT = 1e-5
+"""Relative error of a delta that is a difference of float32 outputs ten times its size."""
+WIDTH = 256
+TOKENS = 24
+QUICK = (
+    "dora of rows",
+    "dora of columns, lokr",
+    "ia3 of rows by peft",
+    "boft",
+    "oft by onetrainer",
+)
+
+
+def make_base(precision: Precision = Precision.EXACT, *, blocks: int = 1, dtype=torch.float32):
+    config = EmulatedConfig(
+        num_layers=blocks,
+        heads=4,
+        head_dim=WIDTH // 4,
+        axes_dims_rope=(16, 24, 24),
+        joint_attention_dim=96,
+        rank=32,
+        precision=precision,
+        dtype=dtype,
+    )
+    return random_transformer(config, seed=0)
+
+
+def some(names, *, quick=QUICK):
+    """The kinds, those that are not quick marked as slow."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+# ---- what layers do ----
+
+
+def tokens(columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(columns)
+    return torch.randn(2, TOKENS // 2, columns, generator=generator).to(dtype)
+
+
+class Layers:
+    """The layers of a model as they are called, and what float64 says that they do.
+
+    A layer is one by its path; a fused MLP is one by the path of the MLP.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+        self.modules = modules_of(base)
+        self.targets = find_targets(base, {})
+        self._outputs = {path: self.output(base, path) for path in self._paths()}
+
+    def _paths(self) -> dict[str, None]:
+        return dict.fromkeys(self._called(path) for path in self.targets if self._is_matrix(path))
+
+    def _is_matrix(self, path: str) -> bool:
+        return self.targets[path].kind.value not in ("norm", "embedding")
+
+    def _called(self, path: str) -> str:
+        """The path of the module that is called: the layer, or the MLP around it."""
+        head = path.partition(".net.")[0]
+        is_fused = head != path and isinstance(self.base.get_submodule(head), EmulatedFeedForward)
+        return head if is_fused else path
+
+    def output(self, model: nn.Module, path: str) -> Tensor:
+        """(tokens, N) float64, rows as in files."""
+        target = self.targets.get(path)
+        columns = WIDTH if target is None else target.row.in_features
+        dtype = torch.float32 if target is None else target.dtype
+        if target is None:
+            dtype = self.targets[f"{path}.net.2"].dtype
+        x, layer = tokens(columns, dtype), model.get_submodule(path)
+        is_modulation = target is not None and target.kind is SlotKind.AWQ
+        with torch.no_grad():
+            if is_modulation:
+                # Its kernel takes few rows, which have no other axis.
+                output = torch.cat([layer(own) for own in x.flatten(0, -2).split(8)]).double()
+            else:
+                output = layer(x).flatten(0, -2).double()
+        if target is not None and target.row_order is RowOrder.INTERLEAVED:
+            output = deinterleave_modulation(output, dim=-1)
+        return output
+
+    def weights(self, path: str, stack: Stack) -> tuple[Tensor, Tensor | None]:
+        """W + sum of t (W' - W), and the bias likewise, of a layer."""
+        own = [module for module in self.modules.values() if module.slot == path]
+        weight = torch.cat([module.weight for module in own])
+        has_bias = own[0].bias is not None
+        bias = torch.cat([module.bias for module in own]) if has_bias else None
+        for file, strength in stack:
+            for module in own:
+                merged = file.merged.get(module.name)
+                if merged is None:
+                    continue
+                weight[module.rows] += strength * (merged.weight - module.weight)
+                if merged.bias is not None:
+                    bias[module.rows] += strength * (merged.bias - module.bias)
+        return weight, bias
+
+    def expected(self, path: str, stack: Stack) -> Tensor:
+        """What float64 gives for the output of a layer, or of an MLP."""
+        if path in self.targets:
+            x = tokens(self.targets[path].row.in_features, self.targets[path].dtype)
+            return F.linear(x.flatten(0, -2).double(), *self.weights(path, stack))
+        x = tokens(WIDTH, self.targets[f"{path}.net.2"].dtype).flatten(0, -2).double()
+        hidden = F.linear(x, *self.weights(f"{path}.net.0.proj", stack))
+        hidden = F.gelu(hidden, approximate="tanh")
+        return F.linear(hidden, *self.weights(f"{path}.net.2", stack))
+
+    def changed(self, stack: Stack) -> dict[str, None]:
+        """The paths of what is called that a stack changes."""
+        slots = [self.modules[name].slot for file, _ in stack for name in file.merged]
+        return dict.fromkeys(self._called(slot) for slot in slots if self._is_matrix(slot))
+
+    def errors(self, model: nn.Module, stack: Stack) -> dict[str, float]:
+        """The relative error of the delta of each layer that a stack changes."""
+        errors = {}
+        for path in self.changed(stack):
+            found = self.output(model, path) - self._outputs[path]
+            expected = self.expected(path, stack) - self.expected(path, ())
+            errors[path] = float((found - expected).norm() / expected.norm())
+        return errors
+
+    def assert_holds(self, model: nn.Module, stack: Stack) -> None:
+        """Each layer does what the stack says, and the others what they did."""
+        wrong = {path: own for path, own in self.errors(model, stack).items() if not own < EXACT}
+        assert wrong == {}
+        for path in self._paths().keys() - self.changed(stack).keys():
+            assert torch.equal(self.output(model, path), self._outputs[path]), path
+        self.assert_values(model, stack)
+
+    def assert_values(self, model: nn.Module, stack: Stack) -> None:
+        """Stored values that are no matrix of a product are what the stack makes them."""
+        for path, target in self.targets.items():
+            if self._is_matrix(path):
+                continue
+            weight, _ = self.weights(path, stack)
+            found = model.get_submodule(path).weight.double()
+            torch.testing.assert_close(found, weight, rtol=1e-6, atol=1e-6)
+            assert target.dtype is torch.float32
+
+
+@pytest.fixture(scope="module")
+def base():
+    return make_base()
+
+
+@pytest.fixture(scope="module")
+def layers(base):
+    return Layers(base)
+
+
+@pytest.fixture(scope="module")
+def files(layers, tmp_path_factory):
+    """Makes a file of a kind on every module that it fits; each is written once."""
+    return Files(layers.modules, tmp_path_factory.mktemp("files"))
+
+
+class Files:
+    """Files of each kind for one model."""
+
+    def __init__(self, modules: Mapping[str, Module], folder) -> None:
+        self._modules = modules
+        self._folder = folder
+        self._known = {}
+
+    def __call__(self, name: str, seed: int = 0):
+        """(path, file)."""
+        if (name, seed) not in self._known:
+            file = AdapterFile.of(name, self._modules.values(), seed)
+            path = file.save(self._folder / f"{name.replace(' ', '-')}-{seed}")
+            self._known[name, seed] = (path, file)
+        return self._known[name, seed]
+
+
+def composed(model, *stack):
+    """Compose files with their strengths; the stack of files."""
+    report = qwenlora.compose_loras(model, [(path, strength) for (path, _), strength in stack])
+    left_out = [skip for lora in report.loras for skip in lora.skipped if skip.matters]
+    assert left_out == []
+    assert report.complete
+    assert report.energy_lost == 0
+    return [(file, strength) for (_, file), strength in stack]
+
+
+# ---- what is compared with ----
+
+
+def test_the_base_s_weights_are_what_its_layers_compute_with(layers):
+    for path in layers._paths():
+        expected = layers.expected(path, ())
+        error = float((layers._outputs[path] - expected).norm() / expected.norm())
+        assert error < 2e-6, path
+
+
+def test_the_formulas_are_those_of_the_reference():
+    draw = adapter_files.Draw(0)
+    weight = draw.normal(16, 32).double()
+    delta, scale = draw.normal(16, 32, size=0.1).double(), draw.factors(16, 1)
+    skew = draw.normal(4, 8, 8, size=0.1).double()
+    skew = skew - skew.mT
+    triangles = draw.normal(3, 28)
+    a, b = [(draw.normal(32, 2), draw.normal(2, 32)), (draw.normal(16, 2), draw.normal(2, 32))]
+    own, other = adapter_files, reference
+    turns = own.cayley(skew)
+    magnitudes = [draw.factors(16, 1), draw.factors(16), draw.factors(1, 32)]
+    skews = [other.skew_of_triangle(row, 8) for row in triangles]
+    stages = own.cayley(0.5 * torch.stack([skew[:2], skew[2:]]))
+    pairs = [
+        *((own.dora(weight, delta, m), other.dora_weight(weight, delta, m)) for m in magnitudes),
+        (own.glora(weight, a, b, 0.3), other.glora_weight(weight, a, b, 0.3)),
+        (own.hra(weight, a[0]), other.hra_weight(weight, a[0])),
+        (turns, torch.stack([other.cayley(block) for block in skew])),
+        (own.cayley_series(skew), torch.stack([other.cayley_series(block) for block in skew])),
+        (own.skew_of_triangles(triangles, 8), torch.stack(skews)),
+        (own.diag_oft(weight, turns[:2]), other.diag_oft_weight(weight, turns[:2])),
+        (own.boft(weight, stages, scale), other.boft_weight(weight, stages, scale)),
+        (own.input_oft(weight, turns), other.input_oft_weight(weight, turns)),
+    ]
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+# ---- every kind ----
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_alone_and_at_another_strength(name, base, layers, files, probe):
+    model = copy.deepcopy(base)
+    for strength in (-0.7, 0.35):
+        layers.assert_holds(model, composed(model, (files(name), strength)))
+    qwenlora.reset_loras(model)
+    assert probe.snapshot(model).differences(probe.snapshot(base)) == []
+
+
+@pytest.mark.parametrize("name", some(KINDS))
+def test_stacked_with_a_lora_and_with_another_of_its_kind(name, base, layers, files, probe):
+    model = copy.deepcopy(base)
+    stack = [(files(name), -0.7), (files("lora", 3), 0.5), (files(name, 1), 0.35)]
+    layers.assert_holds(model, composed(model, *stack))
+    qwenlora.reset_loras(model)
+    assert probe.snapshot(model).differences(probe.snapshot(base)) == []
+
+
+@pytest.mark.parametrize("name", some(KINDS))
+def test_a_deep_copy_goes_on_alone(name, base, layers, files):
+    model = copy.deepcopy(base)
+    stack = composed(model, (files(name), -0.7))
+    twin = copy.deepcopy(model)
+    qwenlora.reset_loras(model)
+    layers.assert_holds(model, [])
+    layers.assert_holds(twin, stack)
+    layers.assert_holds(twin, composed(twin, (files(name), 0.35)))
