@@ -8,6 +8,7 @@ strength t a layer must compute W + t (W' - W).
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["KINDS", "AdapterFile", "Kind", "Merged", "Module", "Stack", "modules_of"]
+__all__ = ["KINDS", "AdapterFile", "Kind", "Merged", "Module", "Stack", "mixed", "modules_of"]
 
 RANK = 4
 BLOCK = 8
@@ -405,7 +406,10 @@ def _glora_halves(draw: Draw, module: Module) -> tuple[tuple[Tensor, Tensor], ..
     rows, columns = module.weight.shape
     size = 0.1 * float(module.weight.norm()) / math.sqrt(rows * columns * RANK)
     b = (draw.normal(rows, RANK, size=size), draw.normal(RANK, columns))
-    a = (draw.normal(columns, RANK), draw.normal(RANK, columns, size=0.1 / columns))
+    a = (
+        draw.normal(columns, RANK),
+        draw.normal(RANK, columns, size=0.1 / math.sqrt(RANK * columns)),
+    )
     return a, b
 
 
@@ -573,6 +577,16 @@ class AdapterFile:
         (path / "adapter_config.json").write_text(json.dumps(self.config))
         save_file(tensors, str(path / "adapter_model.safetensors"))
         return path
+
+
+def mixed(modules: Iterable[Module], seed: int = 0) -> list[AdapterFile]:
+    """Files of all kinds: each module is trained by one, of one kind after the other."""
+    files = {name: AdapterFile(own.config) for name, own in KINDS.items()}
+    names = itertools.cycle(KINDS)
+    for number, module in enumerate(modules):
+        name = next(own for own in names if KINDS[own].fits(module))
+        files[name].add(name, module, seed=1000 * seed + number)
+    return [file for file in files.values() if file.merged]
 
 
 Stack = Sequence[tuple[AdapterFile, float]]

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 import qwenlora
 from qwenlora import _reference as reference
-from qwenlora.emulation import EmulatedConfig, Precision, random_transformer
+from qwenlora import emulation
+from qwenlora.emulation import EmulatedConfig, Precision, ZImageForm, random_transformer
 from qwenlora.emulation.block import EmulatedFeedForward
 from qwenlora.packing.layout import RowOrder
 from qwenlora.packing.pack import deinterleave_modulation
@@ -286,3 +287,128 @@ def test_a_deep_copy_goes_on_alone(name, base, layers, files):
     layers.assert_holds(model, [])
     layers.assert_holds(twin, stack)
     layers.assert_holds(twin, composed(twin, (files(name), 0.35)))
+
+
+# ---- block offload ----
+
+BLOCKS = 3
+TRAINED = 1
+"""The block that a file of one block trains; the others hold zeros in its place."""
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """A model of several blocks, and what it holds."""
+    model = make_base(blocks=BLOCKS)
+    return model, modules_of(model)
+
+
+def in_block(modules, block: int):
+    head = f"transformer_blocks.{block}."
+    return [own for name, own in modules.items() if name.startswith(head)]
+
+
+@pytest.mark.parametrize(("resident", "pinned"), [(1, True), (2, False)])
+@pytest.mark.parametrize("name", some([*KINDS, "all in turn"], quick=("all in turn",)))
+def test_offloaded_as_resident(name, resident, pinned, deep, probe, tmp_path):
+    base, modules = deep
+    if name == "all in turn":
+        files = adapter_files.mixed(modules.values())
+    else:
+        files = [AdapterFile.of(name, in_block(modules, TRAINED))]
+    files.append(AdapterFile.of("lora", in_block(modules, BLOCKS - 1)))
+    paths = [file.save(tmp_path / str(number)) for number, file in enumerate(files)]
+    twin, model = copy.deepcopy(base), copy.deepcopy(base)
+    model.set_offload(True, use_pin_memory=pinned, num_blocks_on_gpu=resident)
+    for strength in (-0.7, 0.35):
+        outputs = []
+        for own in (twin, model):
+            report = qwenlora.compose_loras(own, [(path, strength) for path in paths])
+            assert report.complete
+            outputs.append(probe.output(own))
+        assert (outputs[1] - outputs[0]).norm() <= 1e-6 * outputs[0].norm()
+    qwenlora.reset_loras(model)
+    assert torch.equal(probe.output(model), probe.output(base))
+    model.set_offload(False)
+    assert probe.snapshot(model).differences(probe.snapshot(base)) == []
+
+
+# ---- compiled ----
+
+
+@pytest.mark.slow
+def test_compiled_as_eager(base, layers, probe, tmp_path):
+    torch._dynamo.reset()
+    files = adapter_files.mixed(layers.modules.values())
+    stack = [(file.save(tmp_path / str(number)), 0.8) for number, file in enumerate(files)]
+    eager, model = copy.deepcopy(base), copy.deepcopy(base)
+    compiled = torch.compile(model, backend="eager")
+    for loras in ([], stack, [], stack[:5], stack):
+        for own in (eager, model):
+            qwenlora.compose_loras(own, loras)
+        expected = probe.output(eager)
+        assert (probe.output(model, call=compiled.__call__) - expected).norm() <= 1e-6 * expected.norm()
+    torch._dynamo.reset()
+
+
+# ---- other blocks ----
+
+
+@pytest.fixture(scope="module")
+def lite():
+    """diffusers' own blocks."""
+    pytest.importorskip("diffusers.quantizers.nunchaku")
+    from diffusers import QwenImageTransformer2DModel
+
+    torch.manual_seed(0)
+    dense = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=64,
+        num_attention_heads=4,
+        joint_attention_dim=96,
+        axes_dims_rope=(16, 24, 24),
+    )
+    dense = dense.eval().requires_grad_(False)
+    return Layers(
+        emulation.lite_transformer(dense, rank=32, precision=Precision.EXACT, dtype=torch.float32)
+    )
+
+
+Z_IMAGE = (ZImageForm.CALLED, ZImageForm.STOCK, ZImageForm.COMFYUI_CALLED)
+
+
+@pytest.fixture(scope="module", params=some(Z_IMAGE, quick=()), ids=lambda form: form.value)
+def z_image(request):
+    """Z-Image in the forms in which every layer is called."""
+    pytest.importorskip("diffusers.models.transformers.transformer_z_image")
+    model = emulation.z_image_transformer(
+        emulation.tiny_z_image(),
+        form=request.param,
+        rank=16,
+        precision=Precision.EXACT,
+        dtype=torch.float32,
+    )
+    return Layers(model)
+
+
+@pytest.mark.parametrize("name", some(KINDS))
+def test_on_diffusers_blocks(name, lite, probe, tmp_path):
+    holds_in(lite, name, probe, tmp_path)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_on_z_image(name, z_image, probe, tmp_path):
+    holds_in(z_image, name, probe, tmp_path)
+
+
+def holds_in(layers: Layers, name: str, probe, folder) -> None:
+    files = Files(layers.modules, folder)
+    model = copy.deepcopy(layers.base)
+    layers.assert_holds(model, composed(model, (files(name), -0.7)))
+    stack = [(files(name), 0.5), (files("lora", 3), 0.5), (files(name, 1), 0.35)]
+    layers.assert_holds(model, composed(model, *stack))
+    qwenlora.reset_loras(model)
+    assert probe.snapshot(model).differences(probe.snapshot(layers.base)) == []
