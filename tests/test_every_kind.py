@@ -347,7 +347,9 @@ def test_compiled_as_eager(base, layers, probe, tmp_path):
         for own in (eager, model):
             qwenlora.compose_loras(own, loras)
         expected = probe.output(eager)
-        assert (probe.output(model, call=compiled.__call__) - expected).norm() <= 1e-6 * expected.norm()
+        assert (
+            probe.output(model, call=compiled.__call__) - expected
+        ).norm() <= 1e-6 * expected.norm()
     torch._dynamo.reset()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -13,11 +14,12 @@ from qwenlora.errors import QwenLoraError, RankError
 from qwenlora.names import names_of
 from qwenlora.source.open import known_source, open_source
 from qwenlora.spec import ComposeOptions, LoraSpec, as_specs
+from qwenlora.weight.norms_file import NormsFile
 from qwenlora.work.jobs import Job, Jobs
 
 if TYPE_CHECKING:
     from qwenlora.source.source import LoraSource
-    from qwenlora.spec import Item, MaxRank
+    from qwenlora.spec import Item, MaxRank, PathLike
 
 __all__ = ["NO_LORAS", "LoraSet", "Unmakeable"]
 
@@ -38,6 +40,7 @@ class LoraSet:
         sources: Their plans and files, in the same order.
         max_rank: Most ranks that the LoRAs may add to a slot, or "auto".
         options: How to compose.
+        norms: The file of `ComposeOptions.norms`, opened; None where there is none.
         key: Equal exactly for sets that lead to the same tensors and report.
     """
 
@@ -45,6 +48,7 @@ class LoraSet:
     sources: tuple[LoraSource, ...]
     max_rank: MaxRank
     options: ComposeOptions
+    norms: NormsFile | None = None
     key: Hashable = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,7 +64,7 @@ class LoraSet:
             options.lokr_scale,
             options.mlp,
             options.dense_budget,
-            options.norms_key,
+            None if self.norms is None else self.norms.identity,
         )
         key = (loras, self.max_rank, settings) if loras else ()
         object.__setattr__(self, "key", key)
@@ -79,12 +83,16 @@ class LoraSet:
             LoraReadError: A file cannot be read.
             LoraFileError: A file is malformed.
             RankError: `max_rank` leaves nothing.
+            NormsFileError: `ComposeOptions.norms` is no file of norms.
+            OtherModelError: Its norms are of another model than a LoRA.
             TypeError: An item, or `max_rank`, is of no accepted form.
         """
         _check_max_rank(max_rank)
         options = options or ComposeOptions()
         specs = as_specs(loras)
-        return cls(specs, _opened(specs, options), max_rank, options)
+        sources = _opened(specs, options)
+        norms = None if options.norms is None else _norms(options.norms, sources)
+        return cls(specs, sources, max_rank, options, norms)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -162,6 +170,16 @@ def _planned_again(
     except QwenLoraError:
         # What was composed from them may still be in the model that is being loaded.
         return Unmakeable(key)
+
+
+def _norms(path: PathLike, sources: Sequence[LoraSource]) -> NormsFile:
+    """Open a file of norms, which must be of the LoRAs' model."""
+    norms = NormsFile.open(path)
+    for source in sources:
+        model = json.loads(source.plan.to_json())["model"]
+        if model is not None:
+            norms.require_model(model)
+    return norms
 
 
 def _opened(specs: Sequence[LoraSpec], options: ComposeOptions) -> tuple[LoraSource, ...]:

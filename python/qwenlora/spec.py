@@ -205,11 +205,6 @@ class ComposeOptions:
         if self.dense_budget < 0:
             raise ValueError(f"dense_budget is {self.dense_budget}: it must be at least 0")
 
-    @property
-    def norms_key(self) -> str | None:
-        """The path of the norms as text, which tells settings apart."""
-        return None if self.norms is None else os.fspath(self.norms)
-
 
 def as_specs(loras: Item | Sequence[Item]) -> tuple[LoraSpec, ...]:
     """Bring every accepted form of a stack to specs; strength 0 is absent.

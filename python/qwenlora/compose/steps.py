@@ -279,7 +279,7 @@ class Parted:
             opened.fetchers,
             replace(wanted.options, cache_bytes=self.kept.host),
             max_rank=wanted.max_rank,
-            base_of=partial(SlotBase, device=opened.task.structure.accelerator),
+            base_of=partial(SlotBase, device=opened.task.structure.accelerator, exact=wanted.norms),
         )
 
     def _alone(self) -> PlacedStack | None:

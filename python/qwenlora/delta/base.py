@@ -47,15 +47,19 @@ class SlotBase:
     @property
     def key(self) -> Hashable:
         """Another one for every weight, every change of its values, and other exact norms."""
-        exact = None if self._exact is None else self._exact.key
+        exact = None if self._exact is None else self._exact.identity
         return (weight_identity(self._target), exact)
 
-    def norms(self, module: str, side: Side) -> Tensor | None:
-        """Exact squared norms (rows or columns) float64 of a module; None where none are known."""
+    def norms(self, module: str, side: Side, *, length: int) -> Tensor | None:
+        """Exact squared norms (length,) float64 of a module; None where none are known.
+
+        Raises:
+            NormsFileError: The file of norms has another number of them, or is damaged.
+        """
         if self._exact is None:
             return None
         of_side = self._exact.row_norms if side is Side.OUT else self._exact.column_norms
-        return of_side(module)
+        return of_side(module, length=length)
 
     def bias(self, values: Mapping[str, Tensor]) -> Tensor | None:
         """(N,) float32: what the layer puts out at x = 0, logical rows; None where it has no bias.

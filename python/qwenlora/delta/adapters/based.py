@@ -36,8 +36,8 @@ class Base(Protocol):
     def weight(self) -> Weight:
         """The weight; made when it is first asked for."""
 
-    def norms(self, module: str, side: Side) -> Tensor | None:
-        """Exact squared norms (rows or columns) float64 of a module; None where none are known."""
+    def norms(self, module: str, side: Side, *, length: int) -> Tensor | None:
+        """Exact squared norms (length,) float64 of a module; None where none are known."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def has_estimated_norms(piece: Piece, target: Target, base: Base) -> bool:
     """Tell if a piece divides by norms of a quantized weight, for want of the 16-bit one's."""
     if piece.adapter != "dora" or target.kind not in (SlotKind.SVDQ, SlotKind.AWQ):
         return False
-    return base.norms(piece.target, _side(piece)) is None
+    return _norms(piece, base) is None
 
 
 def based_delta(piece: Piece, tensors: Mapping[str, Tensor], base: Base) -> Based:
@@ -91,7 +91,7 @@ def based_delta(piece: Piece, tensors: Mapping[str, Tensor], base: Base) -> Base
 
 def _dora(piece: Piece, tensors: Mapping[str, Tensor], base: Base) -> Based:
     place = dora.Place(piece.target, _side(piece), piece.row_begin, piece.row_count)
-    norms = base.norms(piece.target, place.side)
+    norms = _norms(piece, base)
     is_product = piece.rank == 0
     if is_product:
         made = dora.as_kron(tensors, base.weight, place, scale=piece.scale, norms=norms)
@@ -105,6 +105,13 @@ def _dora(piece: Piece, tensors: Mapping[str, Tensor], base: Base) -> Based:
             budget=piece.rank_budget,
         )
     return Based(pair=made.pair, kron=made.kron, diagonal=made.diagonal)
+
+
+def _norms(piece: Piece, base: Base) -> Tensor | None:
+    """Exact squared norms of the rows or columns that a DoRA divides by."""
+    side = _side(piece)
+    length = piece.row_count if side is Side.OUT else base.weight.columns
+    return base.norms(piece.target, side, length=length)
 
 
 def _ia3(piece: Piece, tensors: Mapping[str, Tensor], _base: Base) -> Based:
