@@ -26,7 +26,7 @@ from qwenlora.emulation import (
 from qwenlora.emulation.leaf import frozen
 from qwenlora.emulation.lowrank import low_rank_factors
 from qwenlora.emulation.quantize import IntegerRange, quantize_activation
-from qwenlora.packing import pack
+from qwenlora.packing import activation, pack
 from qwenlora.packing.layout import LowRankSide
 
 DENSE_CONFIG = {
@@ -703,3 +703,103 @@ def test_public_names_live_where_they_say():
     assert emulation.__all__ == sorted(emulation.__all__)
     assert issubclass(KernelContractError, ValueError)
     assert KernelContractError.__module__ == "qwenlora.emulation.contract"
+
+
+ACTIVATION_ROWS, ACTIVATION_COLUMNS, ACTIVATION_RANK = 512, 256, 32
+
+
+def lane_of(row, column):
+    """The place of a packed activation's nibble: block, group, warp, tile, lane, register, nibble.
+
+    A lane of mma.m16n8k64 holds rows r and r + 8, and of each 8 neighbours in either half of the
+    group: 4 registers of 8 values.
+    """
+    block, warp, tile = row // 256, row % 256 // 32, row % 32 // 16
+    half, r = row % 16 // 8, row % 8
+    group, of_group, i, value = column // 64, column % 64 // 32, column % 32 // 8, column % 8
+    lane, register = 4 * r + i, 2 * of_group + half
+    groups = ACTIVATION_COLUMNS // 64
+    word = ((((block * groups + group) * 8 + warp) * 2 + tile) * 32 + lane) * 4 + register
+    return 8 * word + value
+
+
+def test_packed_activations_lie_lane_by_lane():
+    generator = torch.Generator().manual_seed(0)
+    shape = (ACTIVATION_ROWS, ACTIVATION_COLUMNS)
+    values = torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8)
+    flat = activation.pack_activation(values).flatten()
+    nibbles = torch.stack([flat & 15, flat >> 4], dim=-1).flatten()
+    for row in range(0, ACTIVATION_ROWS, 7):
+        for column in range(0, ACTIVATION_COLUMNS, 5):
+            assert nibbles[lane_of(row, column)] == values[row, column]
+
+
+@pytest.mark.parametrize(
+    ("pack", "unpack", "columns"),
+    [
+        (activation.pack_activation, activation.unpack_activation, ACTIVATION_COLUMNS),
+        (activation.pack_scales, activation.unpack_scales, ACTIVATION_COLUMNS // 64),
+        (
+            activation.pack_low_rank_activation,
+            activation.unpack_low_rank_activation,
+            ACTIVATION_RANK,
+        ),
+    ],
+    ids=["values", "scales", "low rank"],
+)
+def test_what_the_kernels_hand_on_is_packed_by_blocks(pack, unpack, columns):
+    """Packing loses nothing, and blocks of rows are packed apart from each other."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (ACTIVATION_ROWS, columns)
+    values = torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8)
+    packed = pack(values)
+    assert torch.equal(unpack(packed), values)
+    blocks = [pack(own).flatten() for own in values.split(activation.ROWS)]
+    assert torch.equal(torch.cat(blocks), packed.flatten())
+
+
+@pytest.mark.parametrize("precision", list(Precision), ids=lambda own: own.value)
+@pytest.mark.parametrize("rows", [1, 256, 300])
+def test_the_layers_two_kernels_are_its_forward(rows, precision):
+    """`quantize` and `forward_quant` with Nunchaku's signatures, rows padded to whole blocks."""
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(128, 256, generator=generator)
+    dtype = torch.float32 if precision is Precision.EXACT else torch.bfloat16
+    layer = SVDQW4A4Linear.from_dense(
+        weight, weight[:, 0], rank=16, precision=precision, dtype=dtype
+    )
+    x = torch.randn(rows, 256, generator=generator).to(dtype)
+    quantized, scales, low_rank = layer.quantize(x)
+    padded = -(-rows // 256) * 256
+    columns, kept = (128, torch.uint8) if precision is Precision.W4A4 else (256, torch.float32)
+    assert (quantized.shape, quantized.dtype) == ((padded, columns), kept)
+    assert (low_rank.shape, low_rank.dtype) == ((padded, 16), torch.float32)
+    assert len(scales.flatten()) == 4 * padded
+    given = torch.empty(rows, 128, dtype=dtype)
+    found = layer.forward_quant(quantized, scales, low_rank, given)
+    assert found is given
+    assert torch.equal(found, layer(x))
+    assert torch.equal(layer.forward_quant(quantized, scales, low_rank)[:rows], found)
+
+
+@pytest.mark.parametrize("wrong", ["rows", "values", "scales", "low rank", "pad_size"])
+def test_what_the_second_kernel_cannot_take(wrong):
+    layer = SVDQW4A4Linear.from_dense(
+        torch.randn(128, 256),
+        torch.randn(128),
+        rank=16,
+        precision=Precision.W4A4,
+        dtype=torch.bfloat16,
+    )
+    x = torch.randn(256, 256).bfloat16()
+    quantized, scales, low_rank = layer.quantize(x)
+    broken = {
+        "rows": (quantized[:255], scales, low_rank),
+        "values": (quantized.float(), scales, low_rank),
+        "scales": (quantized, scales.float(), low_rank),
+        "low rank": (quantized, scales, low_rank[:, :8]),
+    }
+    with pytest.raises(KernelContractError):
+        if wrong == "pad_size":
+            layer.quantize(x, pad_size=128)
+        layer.forward_quant(*broken[wrong])

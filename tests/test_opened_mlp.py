@@ -8,14 +8,22 @@ import io
 import pytest
 import torch
 
+import qwenlora
+from qwenlora.compose.structure import forget_structure, structure_of
 from qwenlora.delta.parts import PartKind
 from qwenlora.delta.scale import ScaledPair
 from qwenlora.delta.slot_deltas import SlotDeltas
-from qwenlora.emulation import KernelContractError, Precision
+from qwenlora.emulation import (
+    EmulatedConfig,
+    KernelContractError,
+    Precision,
+    random_transformer,
+)
 from qwenlora.emulation.block import EmulatedFeedForward
 from qwenlora.emulation.quantize import IntegerRange, quantize_activation
-from qwenlora.errors import UnsupportedModelError
-from qwenlora.model.subclass import forward_of, is_marked
+from qwenlora.errors import ModelStateError, UnsupportedModelError
+from qwenlora.model.state import read_state
+from qwenlora.model.subclass import forward_of, is_marked, unmark_hooked
 from qwenlora.packing import activation, pack
 from qwenlora.packing.layout import UNSIGNED_SHIFT
 from qwenlora.plan.documents import Route
@@ -286,10 +294,8 @@ def test_what_an_interrupt_leaves_is_seen_and_put_right(way, when, stage, make_m
         with pytest.raises(KeyboardInterrupt):
             change.make()
     done = when == "after" and stage == "set_as_needed"
-    is_base = (way == "out" and done) or (
-        way == "in" and when == "before" and stage == "set_branch"
-    )
-    assert slot_of(first).is_base() is is_base
+    begun = when == "after" or stage == "set_as_needed"
+    assert slot_of(first).is_base() is (done if way == "out" else not begun)
     for target in (first, second):
         slot = slot_of(target)
         if not slot.is_base():
@@ -312,3 +318,81 @@ def test_a_change_that_fails_is_unmade(make_model):
         change.unmake()
         assert slot_of(target).is_base()
         assert torch.equal(run(mlp, x), before)
+
+
+KRONS = {"net.0.proj": ((16, 16), (64, 16)), "net.2": ((16, 16), (16, 64))}
+
+
+def lokr(Draft, blocks, *, names=tuple(KRONS)):
+    draft = Draft(4)
+    for block in blocks:
+        for name in names:
+            for role, sizes in zip(("w1", "w2"), KRONS[name], strict=True):
+                draft.put(f"transformer_blocks.{block}.img_mlp.{name}", f"lokr_{role}", *sizes)
+    return draft.tensors
+
+
+@pytest.fixture
+def wide():
+    """A model of blocks wide enough for products that are no rank."""
+    config = EmulatedConfig(
+        num_layers=3,
+        heads=4,
+        head_dim=64,
+        axes_dims_rope=(16, 24, 24),
+        joint_attention_dim=96,
+        precision=Precision.EXACT,
+        dtype=torch.float32,
+    )
+    return random_transformer(config, seed=0)
+
+
+def opened(model):
+    return [forward_of(block.img_mlp) is run_opened for block in model.transformer_blocks]
+
+
+@pytest.mark.parametrize("name", KRONS)
+def test_products_open_the_mlps_that_they_are_in(name, wide, probe, Draft):
+    base = copy.deepcopy(wide)
+    report = qwenlora.compose_loras(wide, lokr(Draft, [1], names=[name]), strict=True)
+    assert opened(wide) == [False, True, False]
+    assert (report.complete, [slot.krons for slot in report.slots]) == (True, [1])
+    assert not report.slots[0].energy_lost
+    structure = structure_of(wide, read_state(wide))
+    assert structure.is_current(wide)
+    qwenlora.reset_loras(wide)
+    assert not any(opened(wide))
+    assert probe.snapshot(wide).differences(probe.snapshot(base)) == []
+
+
+def test_a_fused_mlp_is_what_was_asked_for(wide, Draft):
+    options = qwenlora.ComposeOptions(mlp="rank")
+    qwenlora.compose_loras(wide, lokr(Draft, [0]), options=options)
+    assert not any(opened(wide))
+
+
+def test_under_offload_all_blocks_are_opened(wide, probe, Draft):
+    """A block without a delta runs opened with zeros: the buffers' blocks are opened for all."""
+    plain = probe.output(wide)
+    loras = lokr(Draft, [1])
+    resident = copy.deepcopy(wide)
+    qwenlora.compose_loras(resident, loras, strict=True)
+    wide.set_offload(True)
+    qwenlora.compose_loras(wide, loras, strict=True)
+    buffers = [block.img_mlp for block in wide.offload_manager.buffer_blocks]
+    assert all(forward_of(mlp) is run_opened for mlp in buffers)
+    # The first block stays on the device, and has no delta.
+    assert opened(wide) == [False, True, True]
+    assert error(probe.output(wide), probe.output(resident)) < 1e-6
+    qwenlora.reset_loras(wide)
+    assert not any(opened(wide))
+    assert not any(is_marked(mlp) for mlp in buffers)
+    assert torch.equal(probe.output(wide), plain)
+
+
+def test_an_mlp_that_something_else_closed_is_told(wide, Draft):
+    qwenlora.compose_loras(wide, lokr(Draft, [0]), strict=True)
+    unmark_hooked(wide.transformer_blocks[0].img_mlp)
+    forget_structure(wide)
+    with pytest.raises(ModelStateError, match="lacks a part of the branch"):
+        qwenlora.compose_loras(wide, lokr(Draft, [1]))

@@ -18,10 +18,10 @@ from kernels.layouts import (
     pack_scales,
     padded,
 )
-from kernels.paths import quantize_unsigned
 from qwenlora.emulation.quantize import IntegerRange, quantize_activation
 from qwenlora.packing import pack
 from qwenlora.packing.layout import LowRankSide
+from qwenlora.slots.unsigned import quantize_unsigned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -15,14 +15,13 @@ from kernels.layouts import (
     ROWS,
     join_columns,
     join_scales,
-    pack_activation,
     pack_low_rank,
-    pack_scales,
     padded,
 )
 from qwenlora.packing import pack
 from qwenlora.packing.layout import UNSIGNED_SHIFT, LowRankSide
 from qwenlora.slots.parts.product import kron_product
+from qwenlora.slots.unsigned import quantize_unsigned
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -229,12 +228,3 @@ def _opened(mlp: Mlp, x: Tensor, first: Kron | None) -> Tensor:
     if first is not None:
         hidden.add_(first(x))
     return F.gelu(hidden, approximate="tanh")
-
-
-def quantize_unsigned(hidden: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
-    """What the fused kernel does behind GELU: (M, H), (H,) to packed values and scales."""
-    smoothed = ((hidden + UNSIGNED_SHIFT) / smooth).float().view(hidden.shape[0], -1, GROUP)
-    scales = smoothed.amax(dim=-1) * (1 / 15)
-    steps = torch.where(scales == 0, 1.0, scales).reciprocal()[..., None]
-    values = (smoothed * steps).round().clamp(0, 15).to(torch.uint8).view(hidden.shape)
-    return pack_activation(values), pack_scales(scales.to(DTYPE))

@@ -28,6 +28,7 @@ from qwenlora.packing.layout import LowRankSide
 from qwenlora.plan.documents import slot_map
 from qwenlora.slots.branch import is_whole
 from qwenlora.slots.find import find_targets
+from qwenlora.slots.opened import is_as_needed
 from qwenlora.slots.whole import slot_of
 
 if TYPE_CHECKING:
@@ -346,7 +347,7 @@ def found_structure(model: nn.Module, state: AppliedState) -> Structure:
             if path in found.targets
         }
         check_intact(state, in_place)
-        check_branches({path: found.targets[path].module for path in in_place})
+        check_branches([found.targets[path] for path in in_place])
     return found
 
 
@@ -361,19 +362,17 @@ def forget_structure(model: nn.Module) -> None:
     model.__dict__.pop(_ATTRIBUTE, None)
 
 
-def check_branches(modules: Mapping[str, nn.Module]) -> None:
-    """Check that no part of a side branch was taken away.
-
-    Args:
-        modules: The layers, by path.
+def check_branches(targets: Iterable[Target]) -> None:
+    """Check that no part of a side branch was taken away, and that all of it runs.
 
     Raises:
-        ModelStateError: A layer's branch lacks a part.
+        ModelStateError: A layer's branch lacks a part, or its fused MLP passes over it.
     """
-    for path, module in modules.items():
-        if not is_whole(module):
+    for target in targets:
+        runs = target.mlp is None or is_as_needed(target.mlp)
+        if not (runs and is_whole(target.module)):
             raise ModelStateError(
-                f"`{path}` lacks a part of the branch that was left beside it:"
+                f"`{target.path}` lacks a part of the branch that was left beside it:"
                 " something else changed the model\nhint: reload the model"
             )
 
@@ -389,8 +388,9 @@ def composed_bytes(model: nn.Module) -> int:
     """
     state = read_state(model)
     targets = structure_of(model, state).targets if state.records else {}
+    packed = [targets[path] for path in state.records if targets[path].place is not None]
+    downs = factors_of(packed, LowRankSide.DOWN)
     return sum(
-        targets[path].rank_bytes * record.rank_added
-        for path, record in state.records.items()
-        if targets[path].place is not None
+        target.rank_bytes * (down.shape[1] - target.row.base_rank)
+        for target, down in zip(packed, downs, strict=True)
     )
