@@ -778,21 +778,16 @@ def test_the_layers_two_kernels_are_its_forward(rows, precision):
     given = torch.empty(rows, 128, dtype=dtype)
     found = layer.forward_quant(quantized, scales, low_rank, given)
     assert found is given
-    assert torch.equal(found, layer(x))
+    # Sums of another number of rows are rounded in another order.
+    expected = layer(x)
+    assert (found - expected).norm() < torch.finfo(dtype).eps * expected.norm()
     assert torch.equal(layer.forward_quant(quantized, scales, low_rank)[:rows], found)
 
 
-@pytest.mark.parametrize("wrong", ["rows", "values", "scales", "low rank", "pad_size"])
+@pytest.mark.parametrize("wrong", ["rows", "values", "scales", "low rank"])
 def test_what_the_second_kernel_cannot_take(wrong):
-    layer = SVDQW4A4Linear.from_dense(
-        torch.randn(128, 256),
-        torch.randn(128),
-        rank=16,
-        precision=Precision.W4A4,
-        dtype=torch.bfloat16,
-    )
-    x = torch.randn(256, 256).bfloat16()
-    quantized, scales, low_rank = layer.quantize(x)
+    layer = SVDQW4A4Linear(256, 128, 16, precision=Precision.W4A4)
+    quantized, scales, low_rank = layer.quantize(torch.randn(256, 256).bfloat16())
     broken = {
         "rows": (quantized[:255], scales, low_rank),
         "values": (quantized.float(), scales, low_rank),
@@ -800,6 +795,10 @@ def test_what_the_second_kernel_cannot_take(wrong):
         "low rank": (quantized, scales, low_rank[:, :8]),
     }
     with pytest.raises(KernelContractError):
-        if wrong == "pad_size":
-            layer.quantize(x, pad_size=128)
         layer.forward_quant(*broken[wrong])
+
+
+def test_rows_are_padded_as_the_kernels_take_them():
+    layer = SVDQW4A4Linear(256, 128, 16, precision=Precision.W4A4)
+    with pytest.raises(KernelContractError, match="`pad_size` must be 256"):
+        layer.quantize(torch.randn(256, 256).bfloat16(), pad_size=128)
