@@ -780,7 +780,7 @@ def test_the_layers_two_kernels_are_its_forward(rows, precision):
     assert found is given
     # Sums of another number of rows are rounded in another order.
     expected = layer(x)
-    assert (found - expected).norm() < torch.finfo(dtype).eps * expected.norm()
+    assert (found - expected).norm() < 4 * torch.finfo(dtype).eps * expected.norm()
     assert torch.equal(layer.forward_quant(quantized, scales, low_rank)[:rows], found)
 
 
