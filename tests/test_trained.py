@@ -10,11 +10,13 @@ import torch
 import qwenlora
 from qwenlora.emulation import EmulatedQwenImageTransformer, Precision
 
-from .test_oracles import dense_paths, plane_order
-from .trained import NAMES, base_model, responses, trained
+from .test_oracles import dense_paths, plane_order, relative_error
+from .trained import NAMES, base_model, flow_of, responses, trained
 
 DELTA_BOUND = 1e-4
 """Relative error of a delta, both sides being differences of outputs in float32."""
+MODEL_BOUND = 1e-4
+"""The same of the whole model's output, where an MLP's layers run as the model runs them."""
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +72,10 @@ def test_a_trained_adapter(name, base):
         for path, members in slots.items():
             expected = strength * wanted(name, members)
             added = outputs_of(model, path) - outputs_of(base, path)
-            assert float((added - expected).norm() / expected.norm()) < DELTA_BOUND, path
+            assert relative_error(added, expected) < DELTA_BOUND, path
+        if strength == 1:
+            moved = found.flow - flow_of(base_model())
+            assert relative_error(flow_of(model) - flow_of(base), moved) < MODEL_BOUND
 
 
 def _is_linear(leaf: torch.nn.Module) -> bool:

@@ -61,12 +61,14 @@ class Trained:
         weights: Of each layer that it changes, by path, (out, in) float64: the weight that the
             tool's own layer computes with, taken from its outputs in float32.
         biases: (out,) likewise.
+        flow: What `flow_of` gives of the tool's own model.
         losses: On the same images before and after training.
     """
 
     source: Path
     weights: Mapping[str, torch.Tensor]
     biases: Mapping[str, torch.Tensor]
+    flow: torch.Tensor
     losses: tuple[float, float]
 
 
@@ -99,12 +101,10 @@ def _latents(images: torch.Tensor) -> torch.Tensor:
     return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
-def _loss(model: torch.nn.Module, images: torch.Tensor, generator: torch.Generator):
-    """The mean squared error of the flow from noise to images."""
-    clean = _latents(images)
-    noise = torch.randn(clean.shape, generator=generator)
-    time = torch.rand(BATCH, generator=generator)
-    mixed = clean + time.view(-1, 1, 1) * (noise - clean)
+def _flow(
+    model: torch.nn.Module, images: torch.Tensor, mixed: torch.Tensor, time: torch.Tensor
+) -> torch.Tensor:
+    """(BATCH, tokens, 16): what a model makes of noisy images, told what they are of."""
     words = images.flatten(1).unsqueeze(1).expand(BATCH, 3, SIDE * SIDE)
     (flow,) = model(
         hidden_states=mixed,
@@ -114,7 +114,25 @@ def _loss(model: torch.nn.Module, images: torch.Tensor, generator: torch.Generat
         img_shapes=[[(1, SIDE // 2, SIDE // 2)]] * BATCH,
         return_dict=False,
     )
-    return (flow - (noise - clean)).square().mean()
+    return flow
+
+
+def _loss(model: torch.nn.Module, images: torch.Tensor, generator: torch.Generator):
+    """The mean squared error of the flow from noise to images."""
+    clean = _latents(images)
+    noise = torch.randn(clean.shape, generator=generator)
+    time = torch.rand(BATCH, generator=generator)
+    mixed = clean + time.view(-1, 1, 1) * (noise - clean)
+    return (_flow(model, images, mixed, time) - (noise - clean)).square().mean()
+
+
+def flow_of(model: torch.nn.Module) -> torch.Tensor:
+    """(BATCH, tokens, 16) float64: what a model makes of the same noisy discs."""
+    generator = torch.Generator().manual_seed(4)
+    images = _discs(generator)
+    mixed = _latents(images) + torch.randn(BATCH, (SIDE // 2) ** 2, 16, generator=generator)
+    with torch.no_grad():
+        return _flow(model, images, mixed, torch.rand(BATCH, generator=generator)).double()
 
 
 def _train(
@@ -211,7 +229,7 @@ def _by_lycoris(name: str, folder: Path) -> Trained:
             parameter.copy_(parameter.bfloat16())
     source = folder / "lycoris.safetensors"
     network.save_weights(str(source), torch.bfloat16, {})
-    return Trained(source, *responses(model, targets(name)), losses)
+    return Trained(source, *responses(model, targets(name)), flow_of(model), losses)
 
 
 # ---- PEFT ----
@@ -237,7 +255,8 @@ def _by_peft(name: str, folder: Path) -> Trained:
     losses = _train(model, model.parameters(), _discs, steps=STEPS, rate=_rate(name))
     model.eval()
     model.save_pretrained(folder)
-    return Trained(folder, *responses(model.base_model.model, targets(name)), losses)
+    weights, biases = responses(model.base_model.model, targets(name))
+    return Trained(folder, weights, biases, flow_of(model), losses)
 
 
 NAMES = (*LYCORIS, *PEFT)
