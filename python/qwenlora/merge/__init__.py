@@ -51,6 +51,10 @@ Options:
   --blocks TEXT             more factors for the file named before it, by block
                             and by kind of layer: `0-19:1, 20-39:0.5; mod:0`
                             (kinds: attn, mlp, mod, img, txt, rest)
+  --base CHECKPOINT         the model, for what is made of its weights: DoRA,
+                            GLoRA, IA3, HRA, OFT, BOFT and set_weight. A file,
+                            an index of several or a folder of diffusers', in 16
+                            bits or as Nunchaku quantizes it
   --rank N                  at most N ranks per module: the best such LoRA
   --energy SHARE            as few ranks per module as keep this share of its
                             energy, as 0.99
@@ -66,8 +70,8 @@ Options:
   -h, --help                this text
 
 Without --rank and --energy the result is exact: ranks add up, equal halves are
-shared, and only the rounding to the dtype is lost. LoKr of whole factors and
-full deltas have full rank: exact files of them are large. The energy of a
+shared, and only the rounding to the dtype is lost. LoKr of whole factors, full
+deltas, DoRA, IA3, OFT and BOFT have full rank: exact files of them are large. The energy of a
 delta is its squared Frobenius norm; what is lost is reported and written into
 the file's metadata. There stand the sources' own entries, too: those of one
 source as they were; of several what all agree on, and every trigger phrase.
@@ -175,6 +179,7 @@ def _options(arguments: Arguments) -> MergeOptions:
         diffs=arguments.diffs,
         force=arguments.force,
         lokr_scale=arguments.lokr_scale,
+        base=arguments.base,
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qwenlora.blocks import BlockFactors
 from qwenlora.errors import BlockFactorsError
-from qwenlora.merge.folder import LORA_ENDINGS
+from qwenlora.source.module_names import SAFETENSORS_ENDINGS
 from qwenlora.spec import LokrScale
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Arguments:
         dtype: One of `DTYPE_NAMES`; None is the sources' own.
         diffs: Whether deltas of biases, norms and tables are written, too.
         lokr_scale: The factor of a LoKr whose factors are both stored whole.
+        base: The checkpoint that adapters such as DoRA are merged with.
         force: Whether a file that is there is replaced.
         is_json: Whether the report is JSON.
         is_help: Whether the help is asked for.
@@ -53,6 +54,7 @@ class Arguments:
     dtype: str | None = None
     diffs: bool = False
     lokr_scale: LokrScale = LokrScale.STANDARD
+    base: Path | None = None
     force: bool = False
     is_json: bool = False
     is_help: bool = False
@@ -148,12 +150,16 @@ def _source(text: str) -> tuple[Path, float]:
 
 def _output(_: str, value: str) -> Path:
     path = Path(value)
-    if path.suffix.lower() not in LORA_ENDINGS:
+    if path.suffix.lower() not in SAFETENSORS_ENDINGS:
         raise UsageError(
-            f"`{value}` does not end in {' or '.join(LORA_ENDINGS)}"
+            f"`{value}` does not end in {' or '.join(SAFETENSORS_ENDINGS)}"
             "\nhint: programs tell the format by the name"
         )
     return path
+
+
+def _path(_: str, value: str) -> Path:
+    return Path(value)
 
 
 def _rank(name: str, value: str) -> int:
@@ -195,6 +201,7 @@ _FLAGS = {
 _VALUES: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "--output": ("output", _output),
     "-o": ("output", _output),
+    "--base": ("base", _path),
     "--rank": ("rank", _rank),
     "--energy": ("energy", _energy),
     "--dtype": ("dtype", _one_of(DTYPE_NAMES)),

@@ -17,7 +17,6 @@ from qwenlora.delta.compress import LowRankSum, Truncation, decomposed, energy, 
 from qwenlora.delta.pieces import same_dtype, stack_downs
 from qwenlora.delta.scale import scaled_energy
 from qwenlora.delta.truncate import of_matrix
-from qwenlora.merge.member import has_full_rank, is_stored_pair
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     from qwenlora.delta.factors import Factors
     from qwenlora.merge.cut import Cut
-    from qwenlora.merge.member import Member
+    from qwenlora.merge.member import ModuleDelta
 
 __all__ = ["Joined", "combine"]
 
@@ -53,7 +52,7 @@ class Joined:
         return int(self.down.shape[0])
 
 
-def combine(members: Sequence[Member], sides: tuple[int, int], cut: Cut | None) -> Joined:
+def combine(members: Sequence[ModuleDelta], sides: tuple[int, int], cut: Cut | None) -> Joined:
     """Join the deltas of one module.
 
     Args:
@@ -66,13 +65,13 @@ def combine(members: Sequence[Member], sides: tuple[int, int], cut: Cut | None) 
     """
     if cut is not None and len(members) == 1 and members[0].is_spectral:
         return _lone(members[0], cut, min(sides))
-    if any(has_full_rank(member.piece, min(sides)) for member in members):
+    if any(member.has_full_rank(min(sides)) for member in members):
         return _of_dense(members, sides, cut)
     down, up = _stacked(members)
     rank = down.shape[0]
     if cut is None:
         # A stored pair is kept, even one with more ranks than its module has.
-        is_stored = len(members) == 1 and is_stored_pair(members[0].piece)
+        is_stored = len(members) == 1 and members[0].is_stored
         is_small = rank <= min(sides) or is_stored
         return Joined(down, up) if is_small else _of_dense(members, sides, cut)
     if cut.rank is not None and rank <= cut.rank:
@@ -81,7 +80,7 @@ def combine(members: Sequence[Member], sides: tuple[int, int], cut: Cut | None) 
     return _of_sum(LowRankSum.of([(down.to(torch.float32), up)]), cut)
 
 
-def _stacked(members: Sequence[Member]) -> tuple[Tensor, Tensor]:
+def _stacked(members: Sequence[ModuleDelta]) -> tuple[Tensor, Tensor]:
     """All pairs side by side; members of equal `down` share its ranks, as `stack_downs` finds."""
     pairs = [member.factors() for member in members]
     starts, down = stack_downs(same_dtype([pair.down for pair in pairs]))
@@ -119,7 +118,7 @@ def _truncation(sum_: LowRankSum, cut: Cut) -> Truncation:
     return decomposed(sum_)
 
 
-def _of_dense(members: Sequence[Member], sides: tuple[int, int], cut: Cut | None) -> Joined:
+def _of_dense(members: Sequence[ModuleDelta], sides: tuple[int, int], cut: Cut | None) -> Joined:
     total = torch.zeros(sides)
     for member in members:
         total.add_(member.dense(), alpha=member.factor)
@@ -131,7 +130,7 @@ def _of_dense(members: Sequence[Member], sides: tuple[int, int], cut: Cut | None
     return Joined(down=total, up=torch.eye(out))
 
 
-def _lone(member: Member, cut: Cut, side: int) -> Joined:
+def _lone(member: ModuleDelta, cut: Cut, side: int) -> Joined:
     full = min(side, member.piece.rank_bound)
     joined = _leading(member.truncated, cut, full)
     return Joined(

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from qwenlora.delta.adapters.set import set_delta
 from qwenlora.delta.adapters.vector import value_of
 from qwenlora.delta.scale import scaled_values
 from qwenlora.plan.documents import PieceKind, SlotKind
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
     from qwenlora.merge.known import KnownSlot
     from qwenlora.plan.documents import Piece, SlotPlan
 
-__all__ = ["Value", "is_value", "sum_values", "value_keys"]
+__all__ = ["Value", "is_value", "replaced_value", "sum_values", "value_keys"]
 
 _SUFFIXES = {"bias": "diff_b", "weight": "diff"}
 """Ends of keys, by the parameter that the delta is added to."""
@@ -35,6 +36,25 @@ class Value:
 def is_value(piece: Piece, slot: SlotPlan) -> bool:
     """Tell if a piece changes stored values: a low-rank file has no place for it."""
     return piece.kind is PieceKind.VECTOR or slot.kind is SlotKind.EMBEDDING
+
+
+def replaced_value(
+    piece: Piece, tensors: Mapping[str, Tensor], base: Tensor
+) -> tuple[Piece, dict[str, Tensor]]:
+    """A value that takes the place of the base's as a delta of it: the piece, and its tensors.
+
+    Args:
+        piece: Of a norm's weight, or of a table.
+        tensors: Its value by role.
+        base: The base's.
+
+    Raises:
+        NonFiniteError: A value is NaN or infinite.
+    """
+    delta = set_delta(tensors["set_weight"], base, module=piece.target)
+    if piece.kind is PieceKind.VECTOR:
+        return replace(piece, scale=1.0), {"vector": delta}
+    return replace(piece, adapter="full", scale=1.0), {"diff": delta}
 
 
 def value_keys(piece: Piece, known: KnownSlot) -> list[tuple[str, tuple[int, ...]]]:

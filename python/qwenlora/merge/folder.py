@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qwenlora.errors import LoraFileError, LoraReadError, PickleFileError
+from qwenlora.source.module_names import SAFETENSORS_ENDINGS
 from qwenlora.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["LORA_ENDINGS", "PEFT_WEIGHTS", "check_folder", "folder_notes"]
+__all__ = ["PEFT_WEIGHTS", "check_folder", "folder_notes"]
 
-LORA_ENDINGS = (".safetensors", ".sft")
-"""Ends of the names of safetensors files."""
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WEIGHTS = "adapter_model.safetensors"
 PEFT_WEIGHTS = (_WEIGHTS, "adapter_model.sft")
@@ -39,7 +38,7 @@ def check_folder(path: Path) -> None:
         names = [entry.name for entry in path.iterdir() if entry.is_file()]
     except OSError as error:
         raise LoraReadError(f"cannot list `{path}`: {error.strerror or error}") from error
-    loras, pickles = _ending_in(names, LORA_ENDINGS), _ending_in(names, _PICKLE_ENDINGS)
+    loras, pickles = _ending_in(names, SAFETENSORS_ENDINGS), _ending_in(names, _PICKLE_ENDINGS)
     beside = f", and {counted(len(pickles), 'pickle')}" if pickles else ""
     if loras:
         raise LoraFileError(

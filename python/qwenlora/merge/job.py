@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,21 +17,26 @@ from qwenlora.delta.pieces import is_zero, read_pieces
 from qwenlora.delta.scale import factor_at
 from qwenlora.errors import NonFiniteError, NothingToApplyError
 from qwenlora.merge.balanced import round_pair, value_dtype
+from qwenlora.merge.base import MergeBase
+from qwenlora.merge.based_member import BasedDelta, BasedMember, needs_base
 from qwenlora.merge.combine import Joined, combine
-from qwenlora.merge.diffs import Value, is_value, sum_values
+from qwenlora.merge.diffs import Value, is_value, replaced_value, sum_values
 from qwenlora.merge.folder import check_folder, folder_notes
 from qwenlora.merge.member import Member
+from qwenlora.merge.needed import scaled_bias, scales_bias
 from qwenlora.merge.output import atomic_file, check_output
 from qwenlora.merge.plan import PREFIX, MergePlan, covers, pair_shapes
-from qwenlora.merge.report import MergeReport, ModuleReport, metadata_of
+from qwenlora.merge.report import BaseReport, MergeReport, ModuleReport, metadata_of
 from qwenlora.merge.writer import SafetensorsWriter
 from qwenlora.report import THIRDED, LoraReport
+from qwenlora.source.checkpoint import files_of
 from qwenlora.source.dtypes import NAMES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qwenlora.merge.known import KnownSlot
+    from qwenlora.merge.member import ModuleDelta
     from qwenlora.merge.plan import MergeOptions
     from qwenlora.plan.documents import Piece, SlotPlan
     from qwenlora.source.source import TensorFetcher
@@ -74,20 +79,25 @@ def merge_loras(
         LoraReadError: A source cannot be read, or changed meanwhile.
         LoraFileError: A source is malformed.
         OtherModelError: A source is for a model that is not known, or for another one than the
-            sources before it.
+            sources before it, or than the base; or the base is of none that is known.
+        UnknownWeightError: A layer of the base is damaged.
         NothingToApplyError: Nothing of a source can be merged, or the sum is zero.
         NonFiniteError: A tensor would hold NaN or infinity.
         OutputError: The file must not, or cannot, be written.
     """
     started = time.perf_counter()
-    check_output(output, _paths(specs), force=options.force)
+    files = [] if options.base is None else files_of(options.base).files
+    check_output(output, [*_paths(specs), *files], force=options.force)
     read = _paths([spec for spec in specs if spec.strength != 0])
     for path in read:
         check_folder(path)
-    plan = MergePlan.of(specs, options, known=known)
-    for text in (*itertools.chain(*map(folder_notes, read)), *plan.size_notes()):
-        note(text)
     with contextlib.ExitStack() as closing, torch.no_grad():
+        base = None
+        if options.base is not None:
+            base = closing.enter_context(contextlib.closing(MergeBase(options.base)))
+        plan = MergePlan.of(specs, options, known=known, base=base)
+        for text in (*itertools.chain(*map(folder_notes, read)), *plan.notes()):
+            note(text)
         fetchers = []
         for source in plan.sources:
             fetchers.append(source.open())
@@ -100,6 +110,8 @@ def merge_loras(
             job.write(slot, writer)
         for fetcher in fetchers:
             fetcher.finish()
+        if base is not None:
+            base.finish()
         report = job.report(output, writer.size, time.perf_counter() - started)
         if not report.modules and not report.values:
             raise NothingToApplyError("the sum of all deltas is zero: nothing is left to write")
@@ -132,7 +144,14 @@ class _Job:
         plan = self._plan
         bounds = plan.rank_bounds().items()
         modules = [ModuleReport(path, rank, None, 0.0) for path, rank in bounds]
-        return metadata_of(self._loras(), modules, plan.options.cut, plan.inherited, has_ranks=True)
+        return metadata_of(
+            self._loras(),
+            modules,
+            plan.options.cut,
+            plan.inherited,
+            has_ranks=True,
+            base=self._base_report(),
+        )
 
     def metadata(self) -> dict[str, str]:
         """The metadata of what has been written."""
@@ -144,6 +163,7 @@ class _Job:
             plan.options.cut,
             plan.inherited,
             has_ranks=len(ranks) > 1,
+            base=self._base_report(),
         )
 
     def write(self, slot: SlotPlan, writer: SafetensorsWriter) -> None:
@@ -154,19 +174,64 @@ class _Job:
             for lora, fetcher in enumerate(self._fetchers)
             for row in read_pieces([p for p in slot.pieces if p.lora == lora], fetcher)
         ]
+        based = self._based(read, slot)
         weights = [row for row in read if not is_value(row[0], slot)]
         for path, rows in known.rows.items():
-            members = [self._member(*row, rows) for row in weights if covers(row[0], rows)]
+            members = [
+                self._member(*row, rows, based.get(id(row[0])))
+                for row in weights
+                if covers(row[0], rows)
+            ]
             if members:
                 self._write_pair(path, members, known.sides, writer)
         if self._plan.options.diffs:
-            values = [
-                Value(piece, tensors, self._strength(piece))
-                for piece, tensors in read
-                if is_value(piece, slot)
-            ]
+            values = list(self._slot_values(read, based, slot))
             self._with_deltas |= {value.piece.lora for value in values}
             self._write_values(sum_values(values, known), writer)
+
+    def _based(
+        self, read: Sequence[tuple[Piece, dict[str, Tensor]]], slot: SlotPlan
+    ) -> dict[int, BasedDelta]:
+        """The deltas that are made of the base weight, by the identity of their pieces."""
+        base = self._plan.base
+        own = [row for row in read if needs_base(row[0]) and not is_value(row[0], slot)]
+        if base is None or not own:
+            return {}
+        weight = base.weight(self._plan.known[slot.path])
+        return {id(piece): BasedDelta(piece, tensors, weight) for piece, tensors in own}
+
+    def _slot_values(
+        self,
+        read: Sequence[tuple[Piece, dict[str, Tensor]]],
+        based: Mapping[int, BasedDelta],
+        slot: SlotPlan,
+    ) -> Iterator[Value]:
+        """The deltas of stored values in a slot."""
+        base, known = self._plan.base, self._plan.known[slot.path]
+        for piece, tensors in read:
+            strength = self._strength(piece)
+            if is_value(piece, slot):
+                if needs_base(piece) and base is not None:
+                    with self._naming(piece.lora):
+                        piece, tensors = replaced_value(piece, tensors, base.value(known))
+                yield Value(piece, tensors, strength)
+            elif scales_bias(piece) and base is not None:
+                with self._naming(piece.lora):
+                    made = based[id(piece)].made
+                assert made.diagonal is not None, "it scales the bias"
+                rows = (piece.row_begin, piece.row_begin + piece.row_count)
+                delta = made.diagonal.values.double() * base.bias(known, rows)
+                yield Value(scaled_bias(piece), {"vector": delta}, strength)
+
+    @contextlib.contextmanager
+    def _naming(self, lora: int) -> Iterator[None]:
+        """Say in an error on values which source has them, where there are several."""
+        try:
+            yield
+        except NonFiniteError as error:
+            if len(self._plan.names) == 1:
+                raise
+            raise NonFiniteError(f"`{self._plan.names[lora]}`: {error}") from error
 
     def report(self, output: Path, size_bytes: int, seconds: float) -> MergeReport:
         """The report of a merge whose file is written."""
@@ -188,7 +253,15 @@ class _Job:
             metadata_kept=tuple(inherited.kept),
             metadata_listed=tuple(map(tuple, inherited.listed)),
             metadata_dropped=tuple(dropped),
+            base=self._base_report(),
         )
+
+    def _base_report(self) -> BaseReport | None:
+        """What was read of the base; None where nothing was."""
+        base, needed = self._plan.base, self._plan.needed
+        if base is None or not needed.modules:
+            return None
+        return BaseReport(base.name, base.form.value, len(needed.modules), len(needed.estimated))
 
     def _loras(self) -> tuple[LoraReport, ...]:
         plan = self._plan
@@ -210,7 +283,16 @@ class _Job:
     def _strength(self, piece: Piece) -> float:
         return self._plan.specs[piece.lora].strength_at(piece.target)
 
-    def _member(self, piece: Piece, tensors: dict[str, Tensor], rows: tuple[int, int]) -> Member:
+    def _member(
+        self,
+        piece: Piece,
+        tensors: dict[str, Tensor],
+        rows: tuple[int, int],
+        delta: BasedDelta | None,
+    ) -> ModuleDelta:
+        if delta is not None:
+            begin, count = rows[0] - piece.row_begin, rows[1] - rows[0]
+            return BasedMember(delta, self._strength(piece), begin, count)
         factor = factor_at(piece.scale, self._strength(piece))
         member = Member(piece, tensors, factor, rows[0] - piece.row_begin, rows[1] - rows[0])
         if member.is_thirded:
@@ -220,13 +302,15 @@ class _Job:
     def _write_pair(
         self,
         path: str,
-        members: Sequence[Member],
+        members: Sequence[ModuleDelta],
         sides: tuple[int, int],
         writer: SafetensorsWriter,
     ) -> None:
         own = []
         for member in members:
-            if member.is_zero:
+            with self._naming(member.piece.lora):
+                is_none = member.is_zero
+            if is_none:
                 self._zero_deltas[member.piece.lora].append(path)
             else:
                 self._with_deltas.add(member.piece.lora)
@@ -246,13 +330,13 @@ class _Job:
             writer.add(key, tensor)
         self._modules.append(ModuleReport(path, joined.rank, joined.energy, joined.energy_lost))
 
-    def _joined(self, path: str, members: Sequence[Member], sides: tuple[int, int]) -> Joined:
+    def _joined(self, path: str, members: Sequence[ModuleDelta], sides: tuple[int, int]) -> Joined:
         try:
             return combine(members, sides, self._plan.options.cut)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise self._not_finite(path, members) from error
 
-    def _check_finite(self, path: str, rounded: Tensor, members: Sequence[Member]) -> None:
+    def _check_finite(self, path: str, rounded: Tensor, members: Sequence[ModuleDelta]) -> None:
         if not is_finite(rounded):
             raise self._not_finite(path, members)
 
@@ -266,7 +350,7 @@ class _Job:
             else:
                 (self._vanished if bool(values.any()) else self._zero).append(key)
 
-    def _not_finite(self, path: str, members: Sequence[Member]) -> NonFiniteError:
+    def _not_finite(self, path: str, members: Sequence[ModuleDelta]) -> NonFiniteError:
         for member in members:
             if not member.is_finite:
                 name = self._plan.names[member.piece.lora]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -11,6 +11,7 @@ from qwenlora.delta.adapters.table import adapter_named
 from qwenlora.delta.factors import Factors
 from qwenlora.delta.finite import is_finite
 from qwenlora.delta.pieces import is_thirded, is_zero
+from qwenlora.delta.replaced import is_replacement
 from qwenlora.plan.documents import PieceKind
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from qwenlora.delta.adapters.adapter import Adapter
     from qwenlora.plan.documents import Piece
 
-__all__ = ["Member", "has_full_rank", "is_stored_pair"]
+__all__ = ["Member", "ModuleDelta", "has_full_rank", "is_stored_pair", "rank_bound"]
 
 _HOST = torch.device("cpu")
 
@@ -33,12 +34,62 @@ def is_stored_pair(piece: Piece) -> bool:
 
 def has_full_rank(piece: Piece, side: int) -> bool:
     """Tell if a piece other than a stored pair has full rank, given its matrix's smaller side."""
-    return not is_stored_pair(piece) and piece.rank_bound >= side
+    return not is_stored_pair(piece) and rank_bound(piece, side) >= side
+
+
+def rank_bound(piece: Piece, side: int) -> int:
+    """The most ranks of a piece's exact pair, given its matrix's smaller side."""
+    is_more = piece.kind in (PieceKind.DIAGONAL, PieceKind.ROTATION) or is_replacement(piece)
+    return side if is_more else piece.rank_bound
+
+
+class ModuleDelta(Protocol):
+    """A delta of one LoRA that a module takes."""
+
+    @property
+    def piece(self) -> Piece:
+        """What is planned."""
+
+    @property
+    def factor(self) -> float:
+        """Factor on `factors`, `truncated` and `dense`."""
+
+    @property
+    def is_stored(self) -> bool:
+        """True where the file stores it as a pair."""
+
+    @property
+    def is_spectral(self) -> bool:
+        """True where its best truncation is found from the stored tensors."""
+
+    @property
+    def is_zero(self) -> bool:
+        """True where the delta is zero."""
+
+    @property
+    def is_thirded(self) -> bool:
+        """True where its alpha may be a third of what is meant; see `LoraPair.thirded`."""
+
+    @property
+    def is_finite(self) -> bool:
+        """True where no tensor holds NaN or infinity."""
+
+    def has_full_rank(self, side: int) -> bool:
+        """Tell if it has full rank without being a stored pair, given the smaller side."""
+
+    def factors(self) -> Factors:
+        """The exact pair of the module's rows, without `factor`."""
+
+    def truncated(self, rank: int) -> Factors:
+        """The best pair of at most `rank` ranks of a spectral member, without `factor`."""
+
+    def dense(self) -> Tensor:
+        """The module's rows (out, in) of the delta, float32, without `factor`."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A delta of one LoRA that a module takes.
+    """A delta that its tensors alone make.
 
     Attributes:
         piece: What is planned.
@@ -53,6 +104,11 @@ class Member:
     factor: float
     row_begin: int
     row_count: int
+
+    @property
+    def is_stored(self) -> bool:
+        """True where the file stores it as a pair."""
+        return is_stored_pair(self.piece)
 
     @property
     def is_spectral(self) -> bool:
@@ -74,6 +130,10 @@ class Member:
     def is_finite(self) -> bool:
         """True where no tensor holds NaN or infinity."""
         return all(map(is_finite, self.tensors.values()))
+
+    def has_full_rank(self, side: int) -> bool:
+        """Tell if it has full rank without being a stored pair, given the smaller side."""
+        return has_full_rank(self.piece, side)
 
     def factors(self) -> Factors:
         """The exact pair of the module's rows, without `factor`."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +18,16 @@ from qwenlora.lora_set import LoraSet
 from qwenlora.merge.balanced import ALPHA_DTYPE
 from qwenlora.merge.diffs import is_value, value_keys
 from qwenlora.merge.known import KnownSlot, known_slots
-from qwenlora.merge.member import has_full_rank
+from qwenlora.merge.member import has_full_rank, rank_bound
 from qwenlora.merge.metadata import Inherited, inherit
+from qwenlora.merge.needed import (
+    BASELESS,
+    DIFFS_REASON,
+    VALUE,
+    Needed,
+    base_values,
+    split_by_base,
+)
 from qwenlora.plan.documents import Skip, SlotPlan, StackItem, plan_stack, slot_map
 from qwenlora.source.dtypes import DTYPES
 from qwenlora.spec import ComposeOptions, LokrScale, LoraSpec
@@ -26,11 +35,13 @@ from qwenlora.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
     from typing import Any
 
+    from qwenlora.merge.base import MergeBase
     from qwenlora.merge.cut import Cut
     from qwenlora.merge.writer import TensorShape
-    from qwenlora.plan.documents import Piece, StackPlan
+    from qwenlora.plan.documents import Piece
     from qwenlora.source.source import LoraSource
 
 __all__ = ["PREFIX", "MergeOptions", "MergePlan", "pair_shapes"]
@@ -39,7 +50,6 @@ PREFIX = "diffusion_model."
 """The beginning of every key."""
 _ANY_MODEL = "qwen-image"
 """On its slots files are planned that are for no known model, to be refused."""
-_DIFFS_REASON = "a delta of a bias, norm or table, which diffusers refuses in a file (`--diffs`)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +62,8 @@ class MergeOptions:
         diffs: Whether deltas of biases, norms and tables are written, too.
         force: Whether a file that is there is replaced.
         lokr_scale: The factor of a LoKr whose factors are both stored whole.
+        base: The checkpoint whose weights adapters such as DoRA are merged with; None where they
+            are left out.
     """
 
     cut: Cut | None = None
@@ -59,6 +71,7 @@ class MergeOptions:
     diffs: bool = False
     force: bool = False
     lokr_scale: LokrScale = LokrScale.STANDARD
+    base: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,7 @@ class MergePlan:
         known: The slots of the model, by path.
         dtype: Dtype of what is written.
         inherited: What the file says in the sources' own words.
+        base: Where the base weights are read; None where there is none.
     """
 
     specs: tuple[LoraSpec, ...]
@@ -88,6 +102,7 @@ class MergePlan:
     known: Mapping[str, KnownSlot]
     dtype: torch.dtype
     inherited: Inherited
+    base: MergeBase | None = None
 
     @classmethod
     def of(
@@ -96,6 +111,7 @@ class MergePlan:
         options: MergeOptions,
         *,
         known: Mapping[str, KnownSlot] | None = None,
+        base: MergeBase | None = None,
     ) -> MergePlan:
         """Plan a merge.
 
@@ -104,12 +120,13 @@ class MergePlan:
             options: How to merge.
             known: The model's slots by path; by default those of the released model that the
                 sources are for.
+            base: Where the base weights are read; None where there is none.
 
         Raises:
             LoraReadError: A source cannot be read.
             LoraFileError: A source is malformed.
             OtherModelError: A source is for a model that is not known, or for another one than
-                the sources before it.
+                the sources before it, or than the base.
             NothingToApplyError: Nothing of a source can be merged.
         """
         settings = ComposeOptions(lokr_scale=options.lokr_scale)
@@ -118,32 +135,43 @@ class MergePlan:
             raise NothingToApplyError("every strength is 0: there is nothing to merge")
         documents = [json.loads(source.plan.to_json()) for source in wanted.sources]
         model = _common_model(wanted.names, documents)
+        if base is not None:
+            base.check_model(model, wanted.names[0])
         known = known_slots(model) if known is None else known
         items = [
             StackItem(name, source.plan, spec.strength, True, spec.factors.zeros(known))
             for name, spec, source in zip(wanted.names, wanted.specs, wanted.sources, strict=True)
         ]
         stack = plan_stack(
-            items, slot_map(known.values()), max_rank=None, strict=False, options=settings
+            items, slot_map(_carrying(known)), max_rank=None, strict=False, options=settings
         )
-        values = () if options.diffs else tuple(_skipped_values(stack))
+        slots, skipped = split_by_base(stack.slots, known, base, diffs=options.diffs)
+        if not options.diffs:
+            skipped += _skipped_values(slots)
+        skipped = [*stack.skipped, *skipped]
         return cls(
             specs=wanted.specs,
             names=wanted.names,
             sources=wanted.sources,
-            slots=stack.slots,
-            skipped=(*stack.skipped, *values),
-            applied=_applied_modules(stack, wanted, diffs=options.diffs),
+            slots=slots,
+            skipped=tuple(skipped),
+            applied=_applied_modules(slots, wanted, skipped, diffs=options.diffs),
             options=options,
             known=known,
-            dtype=options.dtype or _narrowest_dtype(stack, diffs=options.diffs),
+            dtype=options.dtype or _narrowest_dtype(slots, diffs=options.diffs),
             inherited=inherit(
                 [
                     (document["metadata"], spec.strength)
                     for spec, document in zip(wanted.specs, documents, strict=True)
                 ]
             ),
+            base=base,
         )
+
+    @cached_property
+    def needed(self) -> Needed:
+        """Which modules' deltas are made of the base weight."""
+        return Needed.of(self.slots, self.known, self.base, diffs=self.options.diffs)
 
     @property
     def block_count(self) -> int:
@@ -169,6 +197,7 @@ class MergePlan:
                 yield from pair_shapes(path, (out, ranks[path], columns), self.dtype)
             if self.options.diffs:
                 values = [piece for piece in slot.pieces if is_value(piece, slot)]
+                values += base_values(slot)
                 shapes = dict(row for piece in values for row in value_keys(piece, known))
                 # Small values are written in float32.
                 yield from ((PREFIX + key, torch.float32, shape) for key, shape in shapes.items())
@@ -180,6 +209,12 @@ class MergePlan:
             for slot in self.slots
             for path, pieces in self.weights(slot).items()
         }
+
+    def notes(self) -> Iterator[str]:
+        """What is worth knowing before the work begins."""
+        if self.base is not None and not self.needed.modules:
+            yield f"nothing needs the base: of `{self.base.name}` no weight is read"
+        yield from self.size_notes()
 
     def size_notes(self) -> Iterator[str]:
         """Notes on the result's size, before it is made."""
@@ -202,7 +237,7 @@ class MergePlan:
             )
 
     def _rank_bound(self, pieces: Sequence[Piece], side: int) -> int:
-        rank = sum(piece.rank_bound for piece in pieces)
+        rank = sum(rank_bound(piece, side) for piece in pieces)
         if len(pieces) > 1:
             rank = min(rank, side)
         cut = self.options.cut
@@ -245,40 +280,57 @@ def _common_model(names: Sequence[str], documents: Sequence[Mapping[str, Any]]) 
     return model
 
 
-def _skipped_values(stack: StackPlan) -> Iterator[Skip]:
+def _carrying(known: Mapping[str, KnownSlot]) -> Iterator[KnownSlot]:
+    """The slots as what a file can carry: no kernel takes ranks alone in it."""
+    for slot in known.values():
+        yield replace(slot, row=slot.row._replace(opens=True))
+
+
+def _skipped_values(slots: Sequence[SlotPlan]) -> Iterator[Skip]:
     """Values that a low-rank file does not carry."""
-    for slot in stack.slots:
+    for slot in slots:
         for piece in slot.pieces:
             if is_value(piece, slot):
                 key = next(iter(piece.tensors.values())).key
-                yield Skip(piece.lora, key, "value", _DIFFS_REASON, piece.kind.value, True)
+                yield Skip(piece.lora, key, VALUE, DIFFS_REASON, piece.kind.value, True)
 
 
-def _applied_modules(stack: StackPlan, wanted: LoraSet, *, diffs: bool) -> tuple[int, ...]:
+def _applied_modules(
+    slots: Sequence[SlotPlan], wanted: LoraSet, skipped: Sequence[Skip], *, diffs: bool
+) -> tuple[int, ...]:
     applied: list[set[str]] = [set() for _ in wanted.specs]
-    for slot in stack.slots:
+    for slot in slots:
         for piece in slot.pieces:
             if diffs or not is_value(piece, slot):
                 applied[piece.lora].add(piece.target)
     for at, (name, modules) in enumerate(zip(wanted.names, applied, strict=True)):
-        if not modules and not stack.applied_modules[at]:
-            factors = wanted.specs[at].factors
-            raise NothingToApplyError(
-                f"nothing of `{name}` can be merged: its factors `{factors}` turn all of it off"
-            )
         if not modules:
+            own = [skip for skip in skipped if skip.lora == at]
             raise NothingToApplyError(
-                f"nothing of `{name}` can be merged: all of it are deltas of biases, norms"
-                " or tables\nhint: `--diffs` writes them; diffusers refuses such a file"
+                f"nothing of `{name}` can be merged: {_why(own, wanted.specs[at])}"
             )
     return tuple(len(modules) for modules in applied)
 
 
-def _narrowest_dtype(stack: StackPlan, *, diffs: bool) -> torch.dtype:
+def _why(skipped: Sequence[Skip], spec: LoraSpec) -> str:
+    """Why nothing of a source is merged, though some of it has a place in the model."""
+    values = [skip for skip in skipped if skip.kind == VALUE]
+    lacking = [skip for skip in skipped if skip.kind == BASELESS]
+    if lacking:
+        return lacking[0].reason
+    if values:
+        return (
+            "all of it are deltas of biases, norms or tables\nhint: `--diffs` writes them;"
+            " diffusers refuses such a file"
+        )
+    return f"its factors `{spec.factors}` turn all of it off"
+
+
+def _narrowest_dtype(slots: Sequence[SlotPlan], *, diffs: bool) -> torch.dtype:
     """The narrowest dtype of the three that holds every stored value of what is merged."""
     stored = {
         DTYPES[ref.dtype]
-        for slot in stack.slots
+        for slot in slots
         for piece in slot.pieces
         if diffs or not is_value(piece, slot)
         for ref in piece.tensors.values()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qwenlora.plan.documents import Skip
     from qwenlora.report import LoraReport
 
-__all__ = ["MergeReport", "ModuleReport", "lost_of", "metadata_of"]
+__all__ = ["BaseReport", "MergeReport", "ModuleReport", "lost_of", "metadata_of"]
 
 SCHEMA = 1
 """Version of the documents; fields may be added within it."""
@@ -49,6 +49,23 @@ class ModuleReport:
 
 
 @dataclass(frozen=True)
+class BaseReport:
+    """The base of a merge.
+
+    Attributes:
+        name: The name of its file or folder.
+        form: How its weights are stored: `16-bit` or `quantized`.
+        modules: How many modules of the sources are made of its weights.
+        estimated: How many of them divide by norms that are estimated from a quantized weight.
+    """
+
+    name: str
+    form: str
+    modules: int
+    estimated: int
+
+
+@dataclass(frozen=True)
 class MergeReport:
     """The result of a merge.
 
@@ -65,6 +82,7 @@ class MergeReport:
         metadata_kept: Entries of the sources' metadata that are the file's, too.
         metadata_listed: By source, entries that are listed in `qwenlora.merge`.
         metadata_dropped: By source, entries that are too long for the file.
+        base: Where base weights were read; None where none were.
     """
 
     path: str
@@ -79,6 +97,7 @@ class MergeReport:
     metadata_kept: tuple[str, ...] = ()
     metadata_listed: tuple[tuple[str, ...], ...] = ()
     metadata_dropped: tuple[tuple[str, ...], ...] = ()
+    base: BaseReport | None = None
 
     @property
     def complete(self) -> bool:
@@ -122,6 +141,7 @@ def metadata_of(
     inherited: Inherited,
     *,
     has_ranks: bool,
+    base: BaseReport | None = None,
 ) -> dict[str, str]:
     """The metadata of the merged file.
 
@@ -133,6 +153,7 @@ def metadata_of(
         cut: How they were truncated.
         inherited: What it says in the sources' own words.
         has_ranks: Whether each module's rank is said, as diffusers needs it where they differ.
+        base: Where base weights were read; None where none were.
     """
     worst = max((module.share_lost for module in modules), default=0.0)
     document: dict[str, Any] = {
@@ -149,6 +170,7 @@ def metadata_of(
             }
             for lora, listed in zip(loras, inherited.listed, strict=True)
         ],
+        **({"base": asdict(base)} if base is not None else {}),
         "modules": len(modules),
         "cut": None if cut is None else {k: v for k, v in asdict(cut).items() if v is not None},
         "energy_lost": _share(_share_lost(modules)),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from qwenlora.merge.cut import Cut
-    from qwenlora.merge.report import MergeReport
+    from qwenlora.merge.report import BaseReport, MergeReport
     from qwenlora.plan.documents import Skip
     from qwenlora.report import LoraReport
 
@@ -67,6 +67,8 @@ def _facts(report: MergeReport) -> Iterator[_Row]:
         yield "  source", f"{lora.name} x {lora.weight_text}: {_modules(lora)}"
         yield from _reasons("  turned off", lora, lora.turned_off)
         yield from (("  note", note) for note in filter(None, (*lora.notes, lora.blocks_note)))
+    if report.base is not None:
+        yield "  base", _base(report.base)
     yield "  file", f"{size(report.size_bytes)}, {report.dtype}, in {report.seconds:.1f} s"
     if report.modules:
         yield "  ranks", _ranks([module.rank for module in report.modules])
@@ -79,6 +81,13 @@ def _facts(report: MergeReport) -> Iterator[_Row]:
     for lora in report.loras:
         harmless = [skip for skip in lora.skipped if skip.harmless]
         yield from _reasons("  ignored", lora, harmless)
+
+
+def _base(base: BaseReport) -> str:
+    text = f"{base.name}, {base.form}: of its weights are {counted(base.modules, 'module')}"
+    if base.estimated:
+        text += f"; norms of {base.estimated} are estimated, as the quantized weight has others"
+    return text
 
 
 def _metadata(report: MergeReport) -> Iterator[_Row]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlora.merge.arguments import UsageError
-from qwenlora.merge.folder import LORA_ENDINGS
+from qwenlora.source.module_names import SAFETENSORS_ENDINGS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,9 +91,9 @@ def _default(checkpoint: Path) -> Path:
 
 def _output(value: str) -> Path:
     path = Path(value)
-    if path.suffix.lower() not in LORA_ENDINGS:
+    if path.suffix.lower() not in SAFETENSORS_ENDINGS:
         raise UsageError(
-            f"`{value}` does not end in {' or '.join(LORA_ENDINGS)}"
+            f"`{value}` does not end in {' or '.join(SAFETENSORS_ENDINGS)}"
             "\nhint: programs tell the format by the name"
         )
     return path

@@ -15,8 +15,8 @@ from qwenlora import _core
 from qwenlora.errors import NonFiniteError, ShapeMismatchError
 from qwenlora.merge.output import atomic_file, check_output
 from qwenlora.merge.writer import SafetensorsWriter
-from qwenlora.norms.checkpoint import Checkpoint, files_of
 from qwenlora.norms.modules import Modules, Sides, Stored, modules_of
+from qwenlora.source.checkpoint import Checkpoint, files_of
 from qwenlora.weight.norms import add_column_norms, row_norms
 from qwenlora.weight.norms_file import COLUMN_NORMS, METADATA, ROW_NORMS, SCHEMA
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qwenlora.errors import NothingToApplyError, OtherModelError
 from qwenlora.merge.known import known_slots
+from qwenlora.source.module_names import names_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -18,21 +18,6 @@ __all__ = ["MODELS", "Modules", "Stored", "modules_of"]
 MODELS = ("qwen-image", "z-image")
 """Models whose norms can be computed, by their names in plans."""
 _SUFFIX = ".weight"
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "")
-"""What files put before a model's own names, the longest first."""
-_IN_BLOCKS = {
-    "attention.out": "attention.to_out.0",
-    "attention.qkv": "attention.to_qkv",
-}
-"""Names that Z-Image's own files have within a block, and diffusers' for them."""
-_OUTSIDE = {
-    "x_embedder": "all_x_embedder.2-1",
-    "final_layer.linear": "all_final_layer.2-1.linear",
-    "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
-}
-"""The same outside of blocks."""
-_BLOCK = re.compile(r"([a-z_]+\.[0-9]{1,4})\.(.+)")
-
 Sides = tuple[int, int]
 """(rows, columns) of a module's weight."""
 
@@ -123,18 +108,5 @@ def _found(keys: Iterable[str], known: Mapping[str, tuple[tuple[str, ...], Sides
 
 def _module_of(key: str, known: Mapping[str, object]) -> str | None:
     """The name of what a key stores, as diffusers has it; None where it is not known."""
-    path = key.removesuffix(_SUFFIX)
-    for prefix in _PREFIXES:
-        if path.startswith(prefix):
-            own = path.removeprefix(prefix)
-            for name in (own, _renamed(own)):
-                if name in known:
-                    return name
-    return None
-
-
-def _renamed(path: str) -> str:
-    block = _BLOCK.fullmatch(path)
-    if block is None:
-        return _OUTSIDE.get(path, path)
-    return f"{block[1]}.{_IN_BLOCKS.get(block[2], block[2])}"
+    names = names_of(key.removesuffix(_SUFFIX))
+    return next((name for name in names if name in known), None)

@@ -17,9 +17,9 @@ from qwenlora.errors import (
     PickleFileError,
     UnknownWeightError,
 )
-from qwenlora.merge.folder import LORA_ENDINGS
 from qwenlora.packing.host_bytes import host_bytes
 from qwenlora.source.dtypes import DTYPES
+from qwenlora.source.module_names import SAFETENSORS_ENDINGS
 from qwenlora.words import counted
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ class Checkpoint:
 
     Attributes:
         path: What was named.
-        size_bytes: Bytes of all of its files.
+        files: Its files.
+        size_bytes: Bytes of all of them.
         tensors: Its tensors by key.
     """
 
@@ -77,9 +78,9 @@ class Checkpoint:
         self.tensors: dict[str, StoredTensor] = {}
         self._readers: list[_core.TensorReader] = []
         found = files_of(path)
-        self._files = found.files
+        self.files = found.files
         try:
-            for file in self._files:
+            for file in self.files:
                 self._open(file)
             if found.index is not None:
                 self._check_index(found.index)
@@ -95,15 +96,44 @@ class Checkpoint:
         for name, dtype, shape, offset, _ in reader.header()[0]:
             other = self.tensors.get(name)
             if other is not None:
-                raise LoraFileError(f"`{self._files[other.file]}` and `{file}` both have `{name}`")
+                raise LoraFileError(f"`{self.files[other.file]}` and `{file}` both have `{name}`")
             self.tensors[name] = StoredTensor(number, dtype, tuple(shape), offset)
 
     def _check_index(self, index: Path) -> None:
         """Check that the files hold what their index says: one may be another checkpoint's."""
         for key, name in _weight_map(index).items():
             own = self.tensors.get(key)
-            if own is None or self._files[own.file].name != name:
+            if own is None or self.files[own.file].name != name:
                 raise LoraFileError(f"`{index}` says that `{key}` is in `{name}`, which has it not")
+
+    def read(self, key: str, *, begin: int = 0, count: int | None = None) -> Tensor:
+        """Some rows of a tensor, or all of it, in the dtype and shape that is stored.
+
+        Args:
+            key: Its key.
+            begin: First row.
+            count: Rows; None for all that follow, and for a tensor without rows.
+
+        Raises:
+            LoraReadError: It cannot be read.
+            UnknownWeightError: It is of a dtype that is not known here.
+        """
+        own = self.tensors[key]
+        dtype = DTYPES.get(own.dtype)
+        if dtype is None:
+            raise UnknownWeightError(f"`{key}` is {own.dtype}, which is not read")
+        if not own.shape:
+            tensor = torch.empty((), dtype=dtype)
+        else:
+            rows = own.shape[0] - begin if count is None else count
+            tensor = torch.empty((rows, *own.shape[1:]), dtype=dtype)
+        if not tensor.numel():
+            return tensor
+        row_bytes = tensor.nbytes // (tensor.shape[0] if own.shape else 1)
+        data = host_bytes(tensor.view(-1))
+        offset = own.offset + begin * row_bytes
+        self._readers[own.file].read_into([(offset, tensor.nbytes, 0)], data, threads=1)
+        return tensor
 
     def pieces(self, key: str, panel_bytes: int) -> Iterator[Tensor]:
         """A matrix's rows in order, as float32, so many bytes of them at a time.
@@ -178,7 +208,7 @@ def files_of(path: Path) -> Files:
     indices = [name for name in names if name.endswith(_INDEX)]
     if len(indices) == 1:
         return _of_index(folder / indices[0])
-    files = [name for name in names if name.lower().endswith(LORA_ENDINGS)]
+    files = [name for name in names if name.lower().endswith(SAFETENSORS_ENDINGS)]
     if len(files) == 1 and not indices:
         return Files([folder / files[0]])
     if not files and any(name.endswith(_PICKLES) for name in names):
@@ -205,7 +235,8 @@ def _of_index(path: Path) -> Files:
     names = dict.fromkeys(_weight_map(path).values())
     for name in names:
         # An index is data: it names no file elsewhere.
-        if Path(name).name != name or "\\" in name or not name.lower().endswith(LORA_ENDINGS):
+        is_beside = Path(name).name == name and "\\" not in name
+        if not is_beside or not name.lower().endswith(SAFETENSORS_ENDINGS):
             raise LoraFileError(f"`{path}` names `{name}`, which is no file of a checkpoint")
     return Files([path.with_name(name) for name in names], path)
 
