@@ -39,9 +39,9 @@ they are exact. Needs no GPU, and as little memory as one part of a layer takes.
 Usage: qwenlora norms CHECKPOINT [-o FILE] [OPTIONS]
 
 A checkpoint is Qwen-Image's or Z-Image's transformer in bfloat16, float16 or
-float32: a .safetensors file, the .safetensors.index.json of several, or a folder
-of diffusers'. Files of ComfyUI are read as well. It must be the one that the
-quantized model was made of: Qwen-Image-Edit's norms are not Qwen-Image's.
+float32: a .safetensors file, the .safetensors.index.json of several, or a
+folder of diffusers'. Files of ComfyUI are read as well. It must be the one that
+the quantized model was made of: Qwen-Image-Edit's norms are not Qwen-Image's.
 
 Options:
   -o, --output FILE         the file to write; it must not exist. Otherwise the

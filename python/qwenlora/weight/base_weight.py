@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["BaseWeight", "weight_identity"]
 
 
-_PANEL_BYTES = {"cpu": 16 << 20}
+_PANEL_BYTES = {"cpu": 4 << 20}
 _DEVICE_PANEL_BYTES = 96 << 20
 """Bytes of one float32 panel on a GPU; unpacking it takes up to four times as much."""
 _MOSTLY_NOISE = 0.5
@@ -92,7 +92,8 @@ class BaseWeight:
         rows = self._stored.rows(begin, count)
         if self._branch is None:
             return rows
-        return torch.addmm(rows, self._branch.up[begin : begin + count], self._branch.down)
+        # A quantized layer has no rows of its own that this could write to.
+        return rows.addmm_(self._branch.up[begin : begin + count], self._branch.down)
 
     def panels(self, begin: int, count: int) -> Iterator[tuple[int, Tensor]]:
         """These rows of W piece by piece: the first row of each piece, and the piece."""
