@@ -6,28 +6,21 @@ does when it is composed.
 
 from __future__ import annotations
 
-import copy
-import json
 from dataclasses import dataclass
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-import qwenlora
-from qwenlora import LoraSpec, errors
+from qwenlora import LoraSpec
 from qwenlora import _reference as reference
-from qwenlora.emulation import Precision
 from qwenlora.merge import known
-from qwenlora.merge.cut import Cut
 from qwenlora.merge.job import merge_loras
 from qwenlora.merge.plan import MergeOptions
 from qwenlora.slots.find import find_targets
 from qwenlora.weight.base_weight import BaseWeight
 
 from .test_adapters import BLOCK
-from .test_merge import PREFIX, deltas_of, error
 
 FLOAT32 = 1e-5
 """Relative error of a delta formed in float32; measured: 1.5e-6."""
@@ -82,8 +75,8 @@ class Base:
 
 @pytest.fixture(scope="module")
 def exact(request):
+
     from .conftest import IMAGE_CHANNELS, TEXT_WIDTH, WIDTH
-    from qwenlora.emulation import EmulatedConfig, random_transformer
 
     del IMAGE_CHANNELS, TEXT_WIDTH, WIDTH
     return None
