@@ -138,6 +138,7 @@ def _filled_svdq(layer: Any, device: torch.device) -> nn.Module:
     layer.wscales.data = pack.pack_svdq_wscales(scales.to(DTYPE))
     layer.bias.data = pack.pack_vector((0.1 * normal(outputs)).to(DTYPE))
     layer.smooth_factor.data = pack.pack_vector(torch.exp(0.4 * normal(inputs)).to(DTYPE))
+    layer.smooth_factor_orig.data = layer.smooth_factor.data.clone()
     down = (normal(BASE_RANK, inputs) / math.sqrt(inputs)).to(DTYPE)
     up = (normal(outputs, BASE_RANK) / 6).to(DTYPE)
     layer.proj_down.data = pack.pack_lowrank(down, pack.LowRankSide.DOWN)

@@ -169,11 +169,16 @@ class BaseWeight:
             bias = deinterleave_modulation(bias)
         if not getattr(target.module, "act_unsigned", False):
             return bias
+        sums = shelf.norms(self._kept, ("sums", 0, self.rows_total), self.device, self._row_sums)
+        return (bias.double() + UNSIGNED_SHIFT * sums).float()
+
+    def _row_sums(self) -> Tensor:
+        """(N,) float64: the sum of each row of W without the low-rank branch."""
         sums = [
             self._stored.rows(first, rows).sum(dim=1, dtype=torch.float64)
             for first, rows in self._spans(0, self.rows_total)
         ]
-        return (bias.double() + UNSIGNED_SHIFT * torch.cat(sums)).float()
+        return torch.cat(sums)
 
     def _row_norms(self, begin: int, count: int) -> Tensor:
         norms = [row_norms(rows) for _, rows in self.panels(begin, count)]
