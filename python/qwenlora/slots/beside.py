@@ -7,7 +7,6 @@ computes with, the layer runs on such inputs: `run_layer` is its forward then.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,18 +17,15 @@ from qwenlora.slots.branch_layout import BRANCH_DOWN, BRANCH_UP, LAYOUT, part_na
 from qwenlora.slots.parts.part import Held, at
 from qwenlora.slots.parts.rotation import pass_factor
 from qwenlora.slots.parts.table import OF_INPUT, OF_OUTPUT, ON_INPUT
-from qwenlora.slots.row_view import row_view
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Any, TypeAlias
+    from typing import Any
 
     from torch import Tensor, nn
 
     from qwenlora.delta.parts import PartShape
-    from qwenlora.slots.branch_layout import BranchLayout, Run
-
-    OfRows: TypeAlias = Callable[[Tensor, int, int], Tensor | None]
+    from qwenlora.slots.branch_layout import BranchLayout
 
 __all__ = ["add_side_branch", "layer_output", "run_layer"]
 
@@ -87,16 +83,7 @@ def run_layer(
         # Who gives the memory of the output gets it written by every run.
         return output.clone() if len(args) + len(kwargs) > 1 else output
 
-    def of_rows(x: Tensor, begin: int, end: int) -> Tensor | None:
-        view = row_view(module, begin, end) if _is_sliceable(args, kwargs) else None
-        return None if view is None else plain(view, x)
-
-    return layer_output(module, layout, x, raw=layer, changed=layer, of_rows=of_rows)
-
-
-def _is_sliceable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Tell if a layer is called with nothing but its input; compiled code sees whole layers."""
-    return len(args) + len(kwargs) == 1 and not torch.compiler.is_compiling()
+    return layer_output(module, layout, x, raw=layer, changed=layer)
 
 
 def layer_output(
@@ -106,7 +93,6 @@ def layer_output(
     *,
     raw: Callable[[Tensor], Tensor],
     changed: Callable[[Tensor], Tensor],
-    of_rows: OfRows | None = None,
 ) -> Tensor:
     """The output of a layer that runs on other inputs, with what reads its output on the raw one.
 
@@ -116,69 +102,48 @@ def layer_output(
         x: The raw input (..., K).
         raw: Runs the layer on that.
         changed: Runs the layer on another input.
-        of_rows: Runs some of the layer's rows on any input, where that can be.
 
     Returns:
         (..., N) in the layer's own order of rows.
     """
     own: Tensor | None = None
     changes: list[tuple[PartShape, Tensor]] = []
-    if layout.readers or not layout.runs:
+    if _needs_raw(layout):
         own = _logical(raw(x), layout)
         changes += [_of_output(part, own) for part in _held(module, layout, layout.readers)]
     for part in _held(module, layout, layout.passes):
         run = _logical(changed(_with_changes(x, [part])), layout)
         changes.append((part.shape, pass_factor(part, _rows(run, part.shape))))
-    output = own
-    if layout.runs:
-        runner = _Runner(raw, changed, of_rows, layout)
-        output = _of_runs(module, x, own, runner)
-    assert output is not None
+    output = _of_runs(module, layout, x, own, changed)
     for shape, change in changes:
         _add_rows(output, shape, change)
     return _stored(output, layout)
 
 
-@dataclass(frozen=True)
-class _Runner:
-    """The ways to run a layer."""
-
-    raw: Callable[[Tensor], Tensor]
-    changed: Callable[[Tensor], Tensor]
-    of_rows: OfRows | None
-    layout: BranchLayout
-
-    def rows_of(self, run: Run, x: Tensor) -> Tensor | None:
-        """(..., n): a run's rows alone, where they are one piece and not all; else None."""
-        is_apart = len(run.rows) == 1 and len(self.layout.runs) > 1
-        if self.of_rows is None or not is_apart or self.layout.row_order is RowOrder.INTERLEAVED:
-            return None
-        return self.of_rows(x, *run.rows[0])
-
-    def whole(self, x: Tensor, *, is_raw: bool) -> Tensor:
-        """(..., N) with rows as in files."""
-        return _logical((self.raw if is_raw else self.changed)(x), self.layout)
+def _needs_raw(layout: BranchLayout) -> bool:
+    """Tell if anything takes the layer's output on its raw input."""
+    return bool(layout.readers) or not all(run.inputs for run in layout.runs) or not layout.runs
 
 
-def _of_runs(module: nn.Module, x: Tensor, raw: Tensor | None, runner: _Runner) -> Tensor:
+def _of_runs(
+    module: nn.Module,
+    layout: BranchLayout,
+    x: Tensor,
+    raw: Tensor | None,
+    changed: Callable[[Tensor], Tensor],
+) -> Tensor:
     """The layer's own output, each of its rows from the input that it takes."""
-    layout = runner.layout
-    whole: Tensor | None = None
+    whole: Tensor | None = None if layout.runs else raw
     for run in layout.runs:
         held = _held(module, layout, run.inputs)
-        own = _with_changes(x, held)
-        output = raw if not held else None
-        part = None if output is not None else runner.rows_of(run, own)
-        if part is None and output is None:
-            output = runner.whole(own, is_raw=not held)
-        if output is not None and len(layout.runs) == 1:
+        output = raw if not held else _logical(changed(_with_changes(x, held)), layout)
+        if output is None:
+            continue
+        if whole is None and len(layout.runs) == 1:
             return output
-        like = output if part is None else part
-        assert like is not None
-        if whole is None:
-            whole = like.new_empty((*like.shape[:-1], layout.out_features))
+        whole = torch.empty_like(output) if whole is None else whole
         for begin, end in run.rows:
-            whole[..., begin:end] = like if output is None else output[..., begin:end]
+            whole[..., begin:end] = output[..., begin:end]
     if whole is None:
         raise ValueError("a layer of no rows")
     return whole
