@@ -146,7 +146,10 @@ def test_lokr_in_the_fused_mlp_is_the_best_of_its_rank(budget, probe, Draft):
     draft = Draft(1).put(target, "lokr_w1", 16, 16).put(target, "lokr_w2", 64, 16)
     w1, w2 = draft.tensors.values()
     dense = torch.kron(w1.double(), w2.double())
-    report = qwenlora.compose_loras(model, draft.tensors, max_rank=budget, strict=True)
+    options = ComposeOptions(mlp="rank")
+    report = qwenlora.compose_loras(
+        model, draft.tensors, max_rank=budget, strict=True, options=options
+    )
     values = torch.linalg.svdvals(dense)
     lost = float(values[budget:].square().sum() / values.square().sum())
     (slot,) = report.slots
@@ -160,7 +163,8 @@ def test_lokr_in_the_fused_mlp_is_exact_where_it_fits(probe, Draft):
     model = wide_model()
     draft = Draft(1).put(target, "lokr_w1", 16, 16).put(target, "lokr_w2", 64, 16)
     dense = torch.kron(*(tensor.double() for tensor in draft.tensors.values()))
-    report = qwenlora.compose_loras(model, draft.tensors, options=ComposeOptions(truncated_rank=16))
+    options = ComposeOptions(truncated_rank=16, mlp="rank")
+    report = qwenlora.compose_loras(model, draft.tensors, options=options)
     assert report.slots[0].rank_added == 256
     assert report.slots[0].energy_lost is None
     assert error(probe.delta(model, target), dense) < CLOSE
@@ -225,7 +229,10 @@ def wide_loha(Draft, target: str, rank: int, dtype: torch.dtype = torch.float32)
 def test_a_wide_loha_is_cut_to_the_best_of_its_rank(target, budget, dtype, probe, Draft):
     model = wide_model()
     draft, dense = wide_loha(Draft, target, 20, dtype)
-    report = qwenlora.compose_loras(model, draft.tensors, max_rank=budget, strict=True)
+    options = ComposeOptions(mlp="rank")
+    report = qwenlora.compose_loras(
+        model, draft.tensors, max_rank=budget, strict=True, options=options
+    )
     values = torch.linalg.svdvals(dense)
     lost = float(values[budget:].square().sum() / values.square().sum())
     (slot,) = report.slots
@@ -320,13 +327,13 @@ def test_a_full_delta_of_a_quantized_layer_keeps_what_it_may(target, make_model,
     lost = float(values[rank:].square().sum() / values.square().sum())
     assert 0.03 < lost < 0.1
     model = copy.deepcopy(base)
-    options = ComposeOptions(truncated_rank=rank, max_energy_lost=lost * 1.01)
+    options = ComposeOptions(truncated_rank=rank, max_energy_lost=lost * 1.01, dense_budget=0)
     report = qwenlora.compose_loras(model, draft.tensors, options=options, strict=True)
     found = {slot.path: slot.energy_lost for slot in report.slots}[target]
     assert found == pytest.approx(lost, rel=1e-3)
     assert error(measured(model, base, target, probe), dense) ** 2 == pytest.approx(lost, rel=1e-2)
     # Refused by name where it would lose more, the rest of the file applied.
-    options = ComposeOptions(truncated_rank=rank, max_energy_lost=lost * 0.99)
+    options = ComposeOptions(truncated_rank=rank, max_energy_lost=lost * 0.99, dense_budget=0)
     report = qwenlora.compose_loras(model, draft.tensors, options=options)
     (skip,) = [skip for skip in report.loras[0].skipped if skip.matters]
     assert (skip.name, skip.kind) == (target, "energy")

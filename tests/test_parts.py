@@ -17,9 +17,11 @@ from qwenlora.errors import UnsupportedModelError
 from qwenlora.model.subclass import forward_of, is_marked
 from qwenlora.packing.layout import RowOrder
 from qwenlora.plan.documents import Route
+from qwenlora.slots import beside
 from qwenlora.slots.beside import run_layer
 from qwenlora.slots.branch import Branch, BranchLayout, is_whole, set_branch
 from qwenlora.slots.branch_layout import part_name
+from qwenlora.slots.cut import can_cut, rows_output
 from qwenlora.slots.find import find_targets
 from qwenlora.slots.parts.part import Held
 from qwenlora.slots.parts.table import OF_OUTPUT
@@ -355,3 +357,51 @@ def test_small_changes_survive_16_bits(coarse):
         delta = delta_of(one, dense)
         # The bias of the part is rounded, as the output that it is taken from.
         assert error(found, x.double() @ delta.weight.mT) < 2e-2
+
+
+@pytest.mark.parametrize("precision", [Precision.W4A4, Precision.NVFP4])
+@pytest.mark.parametrize("rows", [1, 300])
+def test_rows_of_a_quantized_layer_run_by_themselves(rows, precision, make_model):
+    """They give the bits of the whole layer, whose input is quantized once for each input."""
+    model = make_model(precision=precision, dtype=torch.bfloat16)
+    target = find_targets(model, {})[FUSED]
+    layer, x = target.module, inputs(target, rows=rows)
+    whole = run(target, x)
+    ranges = ((0, 128), (256, 384))
+    with torch.no_grad():
+        found = rows_output(layer, x, ranges)
+    assert [
+        torch.equal(own, whole[:, slice(*own_rows)])
+        for own, own_rows in zip(found, ranges, strict=True)
+    ] == [True, True]
+
+
+@pytest.mark.parametrize("others", [(), (PartKind.FACTOR,)], ids=["alone", "with a reader"])
+def test_inputs_that_differ_by_rows_run_those_rows(others, coarse, monkeypatch):
+    target = coarse[FUSED]
+    x, dense = inputs(target, rows=64), Dense.of(target)
+    before = run(target, x)
+    count = target.row.out_features // 3
+    kind = PartKind.INPUT_FACTOR
+    parts = [part(target, kind, begin=0, count=count, seed=1)]
+    parts += [part(target, kind, begin=2 * count, count=count, seed=2)]
+    parts += [part(target, own, begin=count, count=count) for own in others]
+    install(target, parts)
+    found = run(target, x)
+    monkeypatch.setattr(beside, "can_cut", lambda *_: False)
+    assert error(found, run(target, x).double()) < 1e-3
+    assert error(found, sum_of(parts, dense).output(x)) < 1.1 * error(before, dense.output(x))
+    if not others:
+        assert torch.equal(found[:, count : 2 * count], before[:, count : 2 * count])
+
+
+def test_rows_that_are_no_whole_tiles_run_with_the_layer(coarse):
+    target = coarse[FUSED]
+    x, dense = inputs(target, rows=64), Dense.of(target)
+    before = run(target, x)
+    one = part(target, PartKind.INPUT_FACTOR, begin=64, count=128)
+    install(target, [one])
+    assert not can_cut(target.module, target.module._qwenlora_branch)
+    assert error(run(target, x), sum_of([one], dense).output(x)) < 1.1 * error(
+        before, dense.output(x)
+    )

@@ -7,6 +7,7 @@ computes with, the layer runs on such inputs: `run_layer` is its forward then.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,8 +15,9 @@ import torch
 from qwenlora.packing.layout import RowOrder
 from qwenlora.packing.pack import deinterleave_modulation, interleave_modulation
 from qwenlora.slots.branch_layout import BRANCH_DOWN, BRANCH_UP, LAYOUT, part_name
+from qwenlora.slots.cut import can_cut, rows_output
+from qwenlora.slots.parts.diagonal import factor_change
 from qwenlora.slots.parts.part import Held, at
-from qwenlora.slots.parts.rotation import pass_factor
 from qwenlora.slots.parts.table import OF_INPUT, OF_OUTPUT, ON_INPUT
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from qwenlora.delta.parts import PartShape
-    from qwenlora.slots.branch_layout import BranchLayout
+    from qwenlora.slots.branch_layout import BranchLayout, Rows
 
 __all__ = ["add_side_branch", "layer_output", "run_layer"]
 
@@ -83,7 +85,9 @@ def run_layer(
         # Who gives the memory of the output gets it written by every run.
         return output.clone() if len(args) + len(kwargs) > 1 else output
 
-    return layer_output(module, layout, x, raw=layer, changed=layer)
+    is_cut = len(args) + len(kwargs) == 1 and can_cut(module, layout)
+    of_rows = partial(rows_output, module) if is_cut else None
+    return layer_output(module, layout, x, raw=layer, changed=layer, of_rows=of_rows)
 
 
 def layer_output(
@@ -93,6 +97,7 @@ def layer_output(
     *,
     raw: Callable[[Tensor], Tensor],
     changed: Callable[[Tensor], Tensor],
+    of_rows: Callable[[Tensor, Rows], list[Tensor]] | None = None,
 ) -> Tensor:
     """The output of a layer that runs on other inputs, with what reads its output on the raw one.
 
@@ -102,27 +107,32 @@ def layer_output(
         x: The raw input (..., K).
         raw: Runs the layer on that.
         changed: Runs the layer on another input.
+        of_rows: Runs some rows of it; None where it can run whole alone.
 
     Returns:
         (..., N) in the layer's own order of rows.
     """
     own: Tensor | None = None
     changes: list[tuple[PartShape, Tensor]] = []
-    if _needs_raw(layout):
+    if _needs_raw(layout, is_cut=of_rows is not None):
         own = _logical(raw(x), layout)
         changes += [_of_output(part, own) for part in _held(module, layout, layout.readers)]
     for part in _held(module, layout, layout.passes):
         run = _logical(changed(_with_changes(x, [part])), layout)
-        changes.append((part.shape, pass_factor(part, _rows(run, part.shape))))
-    output = _of_runs(module, layout, x, own, changed)
+        changes.append((part.shape, factor_change(part, _rows(run, part.shape))))
+    if of_rows is None:
+        output = _of_runs(module, layout, x, own, changed)
+    else:
+        output = _of_cuts(module, layout, x, own, of_rows)
     for shape, change in changes:
         _add_rows(output, shape, change)
     return _stored(output, layout)
 
 
-def _needs_raw(layout: BranchLayout) -> bool:
-    """Tell if anything takes the layer's output on its raw input."""
-    return bool(layout.readers) or not all(run.inputs for run in layout.runs) or not layout.runs
+def _needs_raw(layout: BranchLayout, *, is_cut: bool) -> bool:
+    """Tell if anything takes the layer's whole output on its raw input."""
+    takes_rows = not all(run.inputs for run in layout.runs) and not is_cut
+    return bool(layout.readers) or takes_rows or not layout.runs
 
 
 def _of_runs(
@@ -149,11 +159,31 @@ def _of_runs(
     return whole
 
 
+def _of_cuts(
+    module: nn.Module,
+    layout: BranchLayout,
+    x: Tensor,
+    raw: Tensor | None,
+    of_rows: Callable[[Tensor, Rows], list[Tensor]],
+) -> Tensor:
+    """The same where each input runs through the rows that take it, and no others."""
+    whole = x.new_empty((*x.shape[:-1], layout.out_features))
+    for run in layout.runs:
+        held = _held(module, layout, run.inputs)
+        if not held and raw is not None:
+            found = [raw[..., begin:end] for begin, end in run.rows]
+        else:
+            found = of_rows(_with_changes(x, held), run.rows)
+        for (begin, end), rows in zip(run.rows, found, strict=True):
+            whole[..., begin:end] = rows
+    return whole
+
+
 def _with_changes(x: Tensor, parts: Sequence[Held]) -> Tensor:
     """The raw input with what parts add to it, in its dtype."""
     total = x
     for part in parts:
-        total = total + ON_INPUT[part.shape.kind](part, x).to(x.dtype)
+        total = ON_INPUT[part.shape.kind](part, x, total)
     return total
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from qwenlora.delta.parts import PartKind
 from qwenlora.packing.layout import RowOrder
@@ -23,6 +23,7 @@ __all__ = [
     "LAYOUT",
     "PREFIX",
     "BranchLayout",
+    "Rows",
     "Run",
     "part_name",
 ]
@@ -47,16 +48,20 @@ def part_name(index: int, name: str) -> str:
     return f"{PREFIX}{index}_{name}"
 
 
+Rows: TypeAlias = "tuple[tuple[int, int], ...]"
+"""Ranges of logical rows, each from the first to before the last."""
+
+
 class Run(NamedTuple):
     """A run of the layer on an input of its own.
 
     Attributes:
         inputs: Places of the parts that change its input; none for the raw input.
-        rows: What is taken of its output: logical rows from the first to before the last.
+        rows: What is taken of its output.
     """
 
     inputs: tuple[int, ...]
-    rows: tuple[tuple[int, int], ...]
+    rows: Rows
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from qwenlora.slots.parts.part import at
 
 if TYPE_CHECKING:
@@ -11,18 +13,24 @@ if TYPE_CHECKING:
 
     from qwenlora.slots.parts.part import Held
 
-__all__ = ["factor_change", "input_factor_change", "without_bias"]
+__all__ = ["factor_change", "with_input_factor", "without_bias"]
 
 
 def factor_change(part: Held, output: Tensor) -> Tensor:
-    """Give factor * (y - bias), or factor * y where the bias is scaled, too: (..., rows)."""
-    return without_bias(part, output) * at(output, part.tensors["factor"])
+    """Give factor * (y - bias), or factor * y where the bias is scaled, too: (..., rows).
+
+    One kernel goes over the output, and rounds once.
+    """
+    factor, bias = at(output, part.tensors["factor"]), part.tensors.get("bias")
+    if bias is None:
+        return output.to(factor.dtype) * factor
+    taken = -(factor * at(output, bias))
+    return torch.addcmul(taken, output.to(factor.dtype), factor)
 
 
-def input_factor_change(part: Held, x: Tensor) -> Tensor:
-    """Give x * factor: (..., K)."""
-    factor = at(x, part.tensors["factor"])
-    return x.to(factor.dtype) * factor
+def with_input_factor(part: Held, x: Tensor, total: Tensor) -> Tensor:
+    """Give total + x * factor: (..., K)."""
+    return torch.addcmul(total, x, at(x, part.tensors["factor"]).to(x.dtype))
 
 
 def without_bias(part: Held, output: Tensor) -> Tensor:

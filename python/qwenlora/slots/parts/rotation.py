@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from qwenlora.slots.parts.part import Held
 
-__all__ = ["butterfly_change", "input_rotation_change", "pass_factor", "rotation_change"]
+__all__ = ["butterfly_change", "rotation_change", "with_input_rotation"]
 
 
 def rotation_change(part: Held, output: Tensor) -> Tensor:
@@ -27,10 +27,10 @@ def rotation_change(part: Held, output: Tensor) -> Tensor:
     return blockwise(without_bias(part, output), blocks.mT)
 
 
-def input_rotation_change(part: Held, x: Tensor) -> Tensor:
-    """Give x_k blocks[k] for each block k of inputs: (..., K)."""
+def with_input_rotation(part: Held, x: Tensor, total: Tensor) -> Tensor:
+    """Give total + x', where x'_k = x_k blocks[k] for each block k of inputs: (..., K)."""
     blocks = at(x, part.tensors["blocks"])
-    return blockwise(x.to(blocks.dtype), blocks)
+    return total + blockwise(x.to(blocks.dtype), blocks).to(total.dtype)
 
 
 def butterfly_change(part: Held, output: Tensor) -> Tensor:
@@ -49,11 +49,6 @@ def butterfly_change(part: Held, output: Tensor) -> Tensor:
         turned = blockwise(permuted, stages[index].mT)
         change = change + _apart(turned, index, stages.shape[-1])
     return (change + (begin + change) * rescale) * strength
-
-
-def pass_factor(part: Held, output: Tensor) -> Tensor:
-    """Give factor * (y - bias), where y is the layer's output on another input: (..., rows)."""
-    return without_bias(part, output) * at(output, part.tensors["factor"])
 
 
 def blockwise(x: Tensor, blocks: Tensor) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qwenlora.delta.parts import PartKind
-from qwenlora.slots.parts.diagonal import factor_change, input_factor_change
+from qwenlora.slots.parts.diagonal import factor_change, with_input_factor
 from qwenlora.slots.parts.product import dense_change, kron_change
 from qwenlora.slots.parts.rotation import (
     butterfly_change,
-    input_rotation_change,
     rotation_change,
+    with_input_rotation,
 )
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ OF_OUTPUT: Mapping[PartKind, Callable[[Held, Tensor], Tensor]] = {
     PartKind.BUTTERFLY: butterfly_change,
 }
 """What a part adds to its rows, from these rows of the layer's output on the raw input."""
-ON_INPUT: Mapping[PartKind, Callable[[Held, Tensor], Tensor]] = {
-    PartKind.INPUT_FACTOR: input_factor_change,
-    PartKind.INPUT_ROTATION: input_rotation_change,
-    PartKind.PASS: input_rotation_change,
+ON_INPUT: Mapping[PartKind, Callable[[Held, Tensor, Tensor], Tensor]] = {
+    PartKind.INPUT_FACTOR: with_input_factor,
+    PartKind.INPUT_ROTATION: with_input_rotation,
+    PartKind.PASS: with_input_rotation,
 }
-"""What a part adds to the layer's input, from the raw input (..., K)."""
+"""A sum (..., K) with what a part adds to the layer's input, from the raw input."""
