@@ -48,7 +48,7 @@ def _unusable(folder: Path, Draft):
         for half, shape in (("A", (4, 64)), ("B", (64, 4)))
     }
     unknown = {"something.else": torch.ones(3)}
-    oft = Draft(1).put(f"{BLOCK}.attn.to_q", "oft_blocks", 4, 32, 32)
+    hira = Draft(1).put(f"{BLOCK}.attn.to_q", "hira_A", 4, 128)
     infinite = Draft(1).add(f"{BLOCK}.attn.to_q", 4, alpha=float("inf"))
     empty = folder / "empty"
     empty.mkdir()
@@ -83,7 +83,7 @@ def _unusable(folder: Path, Draft):
         "other widths": (wide, errors.OtherModelError, "to_q"),
         "no module": (unknown, errors.OtherModelError, "something.else"),
         "no tensor": ({}, errors.OtherModelError, "no tensor"),
-        "only unsupported": (oft.tensors, errors.NothingToApplyError, "OFT"),
+        "only unsupported": (hira.tensors, errors.NothingToApplyError, "HiRA"),
         "infinite alpha": (infinite.tensors, errors.LoraFileError, "alpha"),
         "not tensors": ({"x": [1.0]}, errors.LoraFileError, "`x` is list"),
         "complex": ({"x": torch.zeros(1, dtype=torch.complex64)}, errors.LoraFileError, "complex"),
@@ -264,7 +264,7 @@ def _partial(Draft, kind: str):
     draft = Draft(1).add(f"{BLOCK}.attn.to_out.0", 4)
     target = f"{BLOCK}.attn.to_q"
     if kind == "unsupported":
-        draft.put(target, "oft_blocks", 4, 32, 32)
+        draft.put(target, "hira_A", 4, 128)
     elif kind == "no up":
         draft.put(target, "down", 4, 128)
     elif kind == "ranks differ":
@@ -311,22 +311,18 @@ def test_strict_passes_what_is_whole(model, lora):
 
 
 @pytest.mark.parametrize(
-    ("name", "tensors"),
+    ("reason", "tensors"),
     [
-        ("DoRA", {"down": (4, 128), "up": (128, 4), "dora_scale": (128,)}),
-        (
-            "GLoRA",
-            {"a1.weight": (4, 128), "a2.weight": (128, 4), "b1.weight": (4, 128)}
-            | {"b2.weight": (128, 4)},
-        ),
-        ("OFT", {"oft_blocks": (4, 32, 32), "alpha": ()}),
-        ("BOFT", {"oft_blocks": (2, 4, 32, 32), "alpha": ()}),
-        ("IA3", {"weight": (128,), "on_input": ()}),
+        ("AdaLoRA is not supported: ", {"lora_A": (4, 128), "lora_B": (128, 4), "lora_E": (4, 1)}),
+        ("HiRA is not supported: ", {"hira_A": (4, 128), "hira_B": (128, 4)}),
+        ("PEFT's BOFT of 2 butterfly factors ", {"boft_R": (2, 4, 32, 32), "boft_s": (128, 1)}),
+        ("`set_weight` is not supported on a quantized layer", {"set_weight": (128, 128)}),
     ],
+    ids=["adalora", "hira", "boft", "set_weight"],
 )
 @pytest.mark.parametrize("target", [f"{BLOCK}.attn.to_add_out", f"{BLOCK}.attn.to_q"])
 def test_unsupported_adapters_are_named_and_never_applied(
-    name, tensors, target, model, probe, Draft
+    reason, tensors, target, model, probe, Draft
 ):
     draft = Draft(1).add("proj_out", 4)
     for role, shape in tensors.items():
@@ -334,7 +330,7 @@ def test_unsupported_adapters_are_named_and_never_applied(
     report = qwenlora.compose_loras(model, draft.tensors)
     (skip,) = [skip for skip in report.loras[0].skipped if skip.matters]
     assert (skip.name, skip.kind) == (target, "unsupported")
-    assert skip.reason.startswith(f"{name} is not supported: ")
+    assert skip.reason.startswith(reason)
     assert [slot.path for slot in report.slots] == ["proj_out"]
     assert probe.delta(model, target.replace("to_q", "to_qkv")).norm() == 0
 
