@@ -6,21 +6,28 @@ does when it is composed.
 
 from __future__ import annotations
 
+import copy
+import json
 from dataclasses import dataclass
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from qwenlora import LoraSpec
+import qwenlora
+from qwenlora import LoraSpec, errors
 from qwenlora import _reference as reference
+from qwenlora.emulation import Precision
 from qwenlora.merge import known
+from qwenlora.merge.cut import Cut
 from qwenlora.merge.job import merge_loras
 from qwenlora.merge.plan import MergeOptions
 from qwenlora.slots.find import find_targets
 from qwenlora.weight.base_weight import BaseWeight
 
 from .test_adapters import BLOCK
+from .test_merge import PREFIX, deltas_of, error
 
 FLOAT32 = 1e-5
 """Relative error of a delta formed in float32; measured: 1.5e-6."""
@@ -71,15 +78,6 @@ class Base:
             if path.endswith("_mod.1"):
                 own.view(6, -1)[[1, 4]] -= 1
         return biases
-
-
-@pytest.fixture(scope="module")
-def exact(request):
-
-    from .conftest import IMAGE_CHANNELS, TEXT_WIDTH, WIDTH
-
-    del IMAGE_CHANNELS, TEXT_WIDTH, WIDTH
-    return None
 
 
 @pytest.fixture
@@ -179,23 +177,25 @@ def hra(target, weight):
     return tensors, reference.hra_weight(weight, directions.double())
 
 
+def turned(blocks):
+    skews = reference.constrained_skews(blocks, 0.0).flatten(0, -3)
+    return torch.stack([reference.cayley(skew) for skew in skews]).view(blocks.shape)
+
+
 def diag_oft(target, weight, *, rescaled=False):
-    count, size = weight.shape[0] // 8, 8
-    blocks = random(count, size, size, seed=12, size=0.1)
+    blocks = random(weight.shape[0] // 8, 8, 8, seed=12, size=0.1)
     tensors = {f"{target}.oft_blocks": blocks, f"{target}.alpha": torch.tensor(0.0)}
-    skews = blocks.double() - blocks.double().mT
-    rescale = torch.ones(weight.shape[0], 1)
+    rescale = None
     if rescaled:
         rescale = 1 + random(weight.shape[0], 1, seed=13, size=0.05)
         tensors[f"{target}.rescale"] = rescale
-    changed = reference.diag_oft_weight(weight, skews)
-    return tensors, rescale.double() * changed
+    return tensors, reference.diag_oft_weight(weight, turned(blocks), rescale)
 
 
 def boft(target, weight):
     blocks = random(2, weight.shape[0] // 8, 8, 8, seed=14, size=0.1)
     tensors = {f"{target}.oft_blocks": blocks, f"{target}.alpha": torch.tensor(0.0)}
-    return tensors, reference.boft_weight(weight, blocks.double() - blocks.double().mT)
+    return tensors, reference.boft_weight(weight, turned(blocks))
 
 
 def input_oft(target, weight):
@@ -221,3 +221,189 @@ KINDS = {
     "OFT of inputs": input_oft,
 }
 LOW_RANK = ("GLoRA", "HRA")
+
+
+@pytest.mark.parametrize("target", PLACES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_becomes_plain(kind, target, base, merged):
+    weight = base.weights[target]
+    tensors, changed = KINDS[kind](target, weight)
+    report, path = merged(base.slots, (tensors, -0.7), base=whole_state(base.model))
+    assert report.complete
+    expected = -0.7 * (changed - weight)
+    assert error(deltas_of(path)[target], expected) < FLOAT32
+    rank = 8 if kind == "GLoRA" else 4
+    assert report.modules[0].rank == (rank if kind in LOW_RANK else min(weight.shape))
+    assert report.base.form == "quantized"
+
+
+@pytest.mark.parametrize("kind", [*KINDS][::2])
+def test_composed_a_merged_file_does_what_its_source_does(kind, base, merged, probe):
+    tensors = {}
+    for target in (TO_K, FC1, FC2, MOD):
+        tensors |= KINDS[kind](target, base.weights[target])[0]
+    _, path = merged(base.slots, (tensors, 1.0), base=whole_state(base.model))
+    plain = probe.output(base.model)
+    by_source, by_merge = copy.deepcopy(base.model), copy.deepcopy(base.model)
+    qwenlora.compose_loras(by_source, (tensors, 0.5), strict=True)
+    qwenlora.compose_loras(by_merge, (path, 0.5), strict=True)
+    expected = probe.output(by_source)
+    assert error(expected, plain) > 10 * COMPOSED
+    assert error(probe.output(by_merge), expected) < COMPOSED
+
+
+def test_a_16_bit_base_by_any_names_is_the_same(base, merged, tmp_path):
+    tensors, changed = dora(TO_K, base.weights[TO_K], axis=0)
+    expected = changed - base.weights[TO_K]
+    for prefix in ("", "diffusion_model.", "model.diffusion_model.", "transformer."):
+        state = {prefix + key: tensor.contiguous() for key, tensor in base.dense().items()}
+        report, path = merged(base.slots, (tensors, 1.0), base=state)
+        assert error(deltas_of(path)[TO_K], expected) < FLOAT32
+        assert (report.base.form, report.base.estimated) == ("16-bit", 0)
+    folder = tmp_path / "pipeline" / "transformer"
+    folder.mkdir(parents=True)
+    halves = [dict([*state.items()][at::2]) for at in range(2)]
+    weight_map = {}
+    for at, half in enumerate(halves, 1):
+        name = f"diffusion_pytorch_model-0000{at}-of-00002.safetensors"
+        save_file(half, folder / name)
+        weight_map |= dict.fromkeys(half, name)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    for named in (folder.parent, folder, index):
+        report, path = merged(base.slots, (tensors, 1.0), base=named)
+        assert error(deltas_of(path)[TO_K], expected) < FLOAT32
+        assert report.base.name == named.name
+
+
+@pytest.mark.parametrize("precision", [Precision.W4A4, Precision.NVFP4])
+@pytest.mark.parametrize("target", [TO_K, FC2, MOD])
+def test_a_quantized_base_is_dequantized(precision, target, make_model, merged):
+    base = Base.of(make_model(num_layers=1, dtype=torch.bfloat16, precision=precision))
+    weight = base.weights[target]
+    tensors, changed = glora(target, weight)
+    _, path = merged(base.slots, (tensors, 1.0), base=whole_state(base.model))
+    assert error(deltas_of(path)[target], changed - weight) < FLOAT32
+    tensors, changed = dora(target, weight, axis=0)
+    report, path = merged(base.slots, (tensors, 1.0), base=whole_state(base.model))
+    assert (report.base.form, report.base.modules, report.base.estimated) == ("quantized", 1, 1)
+    with safe_open(path, "pt") as file:
+        document = json.loads(file.metadata()["qwenlora.merge"])
+    assert document["base"]["form"] == "quantized"
+    assert document["base"]["estimated"] == 1
+    # Norms are those of the weight without the energy that rounding to 4 bits added.
+    targets = find_targets(base.model, {})
+    slot = next(s for s in base.slots.values() if target in s.parts)
+    begin, end = slot.rows[target]
+    norms = BaseWeight.of(targets[slot.row.path]).row_norms(begin, end - begin)
+    delta = pair(target, *weight.shape)[1]
+    added = (weight + delta).square().sum(dim=1) - weight.square().sum(dim=1)
+    factors = tensors[f"{target}.dora_scale"].double() / (norms + added).sqrt().unsqueeze(1)
+    assert error(deltas_of(path)[target], factors * (weight + delta) - weight) < FLOAT32
+
+
+def test_a_cut_states_its_loss(base, merged):
+    tensors, changed = dora(TO_K, base.weights[TO_K], axis=1)
+    expected = changed - base.weights[TO_K]
+    state = whole_state(base.model)
+    report, path = merged(base.slots, (tensors, 1.0), base=state, cut=Cut(rank=8))
+    found = deltas_of(path)[TO_K]
+    lost = float((found - expected).square().sum() / expected.square().sum())
+    assert report.modules[0].rank == 8
+    assert report.share_lost == pytest.approx(lost, rel=1e-3)
+    report, path = merged(base.slots, (tensors, 1.0), base=state, cut=Cut(energy=0.9))
+    assert report.share_lost < 0.1
+    assert error(deltas_of(path)[TO_K], expected) ** 2 < 0.1
+
+
+def test_several_sources_add_up(base, merged):
+    weight = base.weights[TO_K]
+    first, own = dora(TO_K, weight, axis=0)
+    second, plain = pair(TO_K, *weight.shape, seed=20)
+    third, turned_weight = hra(TO_K, weight)
+    state = whole_state(base.model)
+    _, path = merged(base.slots, (first, 0.5), (second, -1.0), (third, 0.25), base=state)
+    expected = 0.5 * (own - weight) - plain + 0.25 * (turned_weight - weight)
+    assert error(deltas_of(path)[TO_K], expected) < FLOAT32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_base_a_kind_is_left_out_by_name(kind, base, merged):
+    tensors, _ = KINDS[kind](TO_K, base.weights[TO_K])
+    with pytest.raises(errors.NothingToApplyError, match="needs the base weight: `--base CHECK"):
+        merged(base.slots, (tensors, 1.0))
+    if f"{TO_K}.alpha" in tensors:
+        plain, delta = pair("proj_out", 64, 128)
+        report, path = merged(base.slots, ({**tensors, **plain}, 1.0))
+        assert not report.complete
+        assert [skip.name for skip in report.loras[0].skipped] == [TO_K]
+        assert list(deltas_of(path)) == ["proj_out"]
+        assert error(deltas_of(path)["proj_out"], delta) < FLOAT32
+
+
+def test_factors_on_a_bias_need_diffs(base, merged):
+    factors = 1 + random(768, seed=30, size=0.1)
+    tensors = {f"base_model.model.{MOD}.ia3_l": factors.view(-1, 1)}
+    state = whole_state(base.model)
+    report, _ = merged(base.slots, (tensors, 1.0), base=state)
+    assert [skip.name for skip in report.loras[0].skipped] == [MOD]
+    report, path = merged(base.slots, (tensors, 0.5), base=state, diffs=True)
+    assert report.complete
+    found = load_file(path)[f"{PREFIX}{MOD}.diff_b"].double()
+    expected = 0.5 * (factors.double() - 1) * base.trained_biases()[MOD]
+    assert error(found, expected) < FLOAT32
+
+
+def test_what_the_base_lacks_is_left_out_by_name(base, merged):
+    tensors = dora(TO_K, base.weights[TO_K], axis=0)[0]
+    plain, _ = pair("proj_out", 64, 128)
+    both = {**tensors, **plain}
+    state = base.dense()
+    cases = {
+        "has no weight of it": {k: t for k, t in state.items() if k != f"{TO_K}.weight"},
+        r"has a weight of 128 x 64 \(F32\)": {**state, f"{TO_K}.weight": torch.ones(128, 64)},
+        "stores it as F8_E4M3": {
+            **state,
+            f"{TO_K}.weight": torch.ones(128, 128).to(torch.float8_e4m3fn),
+        },
+    }
+    for words, own in cases.items():
+        report, path = merged(base.slots, (both, 1.0), base=own)
+        (skip,) = report.loras[0].skipped
+        assert skip.name == TO_K
+        assert skip.reason.startswith("DoRA needs the base weight: the base `base-")
+        assert list(deltas_of(path)) == ["proj_out"]
+        with pytest.raises(errors.NothingToApplyError, match=words):
+            merged(base.slots, (tensors, 1.0), base=own)
+
+
+def test_a_wrong_base_is_refused(base, merged, tmp_path):
+    tensors = dora(TO_K, base.weights[TO_K], axis=0)[0]
+    other = {"layers.0.attention.qkv.weight": torch.ones(4, 4)}
+    with pytest.raises(errors.OtherModelError, match="is `z-image`, but"):
+        merged(base.slots, (tensors, 1.0), base=other)
+    with pytest.raises(errors.OtherModelError, match="of no model that is known"):
+        merged(base.slots, (tensors, 1.0), base=tensors)
+    with pytest.raises(errors.LoraNotFoundError):
+        merged(base.slots, (tensors, 1.0), base=tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(errors.LoraFileError):
+        merged(base.slots, (tensors, 1.0), base=tmp_path / "bad.safetensors")
+    twice = base.dense()
+    twice[f"model.diffusion_model.{TO_K}.weight"] = torch.ones(128, 128)
+    with pytest.raises(errors.LoraFileError, match="twice"):
+        merged(base.slots, (tensors, 1.0), base=twice)
+    state = base.dense()
+    state[f"{TO_K}.weight"] = torch.full((128, 128), torch.nan)
+    with pytest.raises(errors.NonFiniteError, match="the base's weight holds NaN"):
+        merged(base.slots, (tensors, 1.0), base=state)
+    state = whole_state(base.model)
+    state[f"{BLOCK}.attn.to_qkv.proj_down"] = torch.ones(128, 24)
+    with pytest.raises(errors.UnknownWeightError, match="does not fit its 128 channels"):
+        merged(base.slots, (tensors, 1.0), base=state)
+
+
+def test_a_base_that_nothing_needs_is_not_named(base, merged):
+    tensors, _ = pair(TO_K, 128, 128)
+    report, _ = merged(base.slots, (tensors, 1.0), base=whole_state(base.model))
+    assert report.base is None

@@ -260,8 +260,7 @@ def test_the_screen_of_a_partial_merge(run, folder):
         == """\
 PARTIAL      o.safetensors
              1 module, exact to the rounding of BF16
-  left out   1 of c: DoRA is not supported: without its magnitudes the pair
-             would be another LoRA
+  left out   1 of c: DoRA needs the base weight: `--base CHECKPOINT`
     e.g.     img_in
   left out   1 of c: text encoder
     e.g.     text_encoder.x.lora_A.weight
@@ -524,7 +523,7 @@ def test_sources_that_give_nothing(run, folder):
     (folder / "pickle.safetensors").write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j" + bytes(99))
     before = listing(folder)
     expected = {
-        "oft.safetensors": (2, "OFT is not supported"),
+        "oft.safetensors": (2, "OFT needs the base weight: `--base CHECKPOINT`"),
         "flux.safetensors": (2, "FLUX"),
         "broken.safetensors": (3, "broken.safetensors"),
         "pickle.safetensors": (3, "pickle"),
