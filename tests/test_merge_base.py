@@ -240,7 +240,7 @@ def test_a_kind_becomes_plain(kind, target, base, merged):
 @pytest.mark.parametrize("kind", [*KINDS][::2])
 def test_composed_a_merged_file_does_what_its_source_does(kind, base, merged, probe):
     tensors = {}
-    for target in (TO_K, FC1, FC2, MOD):
+    for target in (TO_K, f"{BLOCK}.attn.to_out.0", MOD, "proj_out"):
         tensors |= KINDS[kind](target, base.weights[target])[0]
     _, path = merged(base.slots, (tensors, 1.0), base=whole_state(base.model))
     plain = probe.output(base.model)
