@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 
+from qwenlora.plan.documents import SlotKind
 from qwenlora.slots.find import find_targets
 from qwenlora.weight.base_weight import BaseWeight
 
@@ -60,7 +61,7 @@ class Module:
         row_begin: Its first row in that layer.
         weight: W (N, K) float64; a norm's values (N,).
         bias: (N,) float64: what it puts out at an input of zero; None where it has none.
-        quantized: Whether its weight is quantized.
+        kind: The kind of its layer.
     """
 
     name: str
@@ -68,7 +69,7 @@ class Module:
     row_begin: int
     weight: Tensor
     bias: Tensor | None
-    quantized: bool
+    kind: SlotKind
 
     @property
     def rows(self) -> slice:
@@ -80,18 +81,17 @@ def modules_of(model: nn.Module) -> dict[str, Module]:
     """Every module of a model by its name in files; of a fused layer each third."""
     found = {}
     for path, target in find_targets(model, {}).items():
-        if target.kind.value == "norm":
+        if target.kind in (SlotKind.NORM, SlotKind.EMBEDDING):
             weight = target.module.weight.detach().double()
-            found[path] = Module(path, path, 0, weight, None, quantized=False)
+            found[path] = Module(path, path, 0, weight, None, target.kind)
             continue
         base = BaseWeight.of(target)
         weight = base.rows(0, base.rows_total).double()
-        bias = None if target.kind.value == "embedding" else base.true_bias()
-        quantized = target.kind.value in ("svdq", "awq")
+        bias = base.true_bias()
         for name, begin, count in _names(path, len(weight)):
             rows = slice(begin, begin + count)
             own = None if bias is None else bias[rows].double()
-            found[name] = Module(name, path, begin, weight[rows], own, quantized)
+            found[name] = Module(name, path, begin, weight[rows], own, target.kind)
     return found
 
 
@@ -223,7 +223,8 @@ class Kind:
         write: Draws one for a module: its tensors by the ends of their keys, and what it does.
         flat: Whether dots in names are underscores.
         config: The trainer's adapter_config.json; None where it writes none.
-        plain_only: Whether quantized layers cannot take it.
+        plain_only: Whether quantized layers cannot take it, and all other ones can.
+        rows: The number that the rows of its modules are a multiple of.
         exactness: The class that plans give it.
     """
 
@@ -233,13 +234,16 @@ class Kind:
     flat: bool = False
     config: Mapping[str, object] | None = None
     plain_only: bool = False
+    rows: int = 1
     exactness: str = "exact"
 
     def fits(self, module: Module) -> bool:
         """Tell if it can be trained on a module."""
-        if module.weight.ndim == 1 or module.bias is None:
-            return self.name == "set_weight"
-        return not (self.plain_only and module.quantized)
+        if module.kind in (SlotKind.NORM, SlotKind.EMBEDDING):
+            return self.plain_only
+        if module.kind in (SlotKind.SVDQ, SlotKind.AWQ) and self.plain_only:
+            return False
+        return len(module.weight) % self.rows == 0
 
     def key(self, module: str, end: str) -> str:
         """A tensor's key in a file."""
@@ -461,7 +465,7 @@ def _diag_oft_constrained(draw: Draw, module: Module):
     return _diag_oft(draw, module, rescale=True, constraint=0.5)
 
 
-@kind("boft", LYCORIS)
+@kind("boft", LYCORIS, rows=4 * BLOCK)
 def _boft(draw: Draw, module: Module):
     rows = len(module.weight)
     blocks = draw.normal(3, rows // BLOCK, BLOCK, BLOCK, size=0.02)

@@ -90,7 +90,7 @@ class Layers:
         return dict.fromkeys(self._called(path) for path in self.targets if self._is_matrix(path))
 
     def _is_matrix(self, path: str) -> bool:
-        return self.targets[path].kind.value not in ("norm", "embedding")
+        return self.targets[path].kind not in (SlotKind.NORM, SlotKind.EMBEDDING)
 
     def _called(self, path: str) -> str:
         """The path of the module that is called: the layer, or the MLP around it."""
