@@ -524,3 +524,15 @@ def test_memory_of_another_size_is_refused(changed, words):
     _core.svdq_rows(**arguments, threads=1)
     with pytest.raises(ValueError, match=words):
         _core.svdq_rows(**{**arguments, **changed}, threads=1)
+
+
+def test_weights_that_are_written_past_autograd_are_seen():
+    """Nothing counts such writes, as nothing counts those to tensors of inference mode."""
+    target = first_svdq(make_model())
+    before = BaseWeight.of(target)
+    norms, identity = before.row_norms(0, 16), before.identity
+    scales = target.module.wscales
+    scales.data.copy_(scales.data * 2)
+    after = BaseWeight.of(target)
+    assert after.identity != identity
+    assert not torch.allclose(after.row_norms(0, 16), norms)

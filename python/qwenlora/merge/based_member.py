@@ -40,7 +40,7 @@ class _Base:
     def __init__(self, weight: Weight) -> None:
         self.weight = weight
 
-    def norms(self, _module: str, _side: Side) -> Tensor | None:
+    def norms(self, module: str, side: Side, *, length: int) -> Tensor | None:
         """None: a weight that was not quantized has its own, which are exact."""
         return None
 

@@ -27,6 +27,9 @@ _BY_ROWS = ("qweight", "bias", "proj_up", "wcscales")
 """Parameters whose first axis is rows."""
 _SCALES = "wscales"
 """The parameter whose tiles of rows lie one behind the other, while its shape has them last."""
+_WITHOUT_ROWS = ("smooth_factor", "smooth_factor_orig", "proj_down")
+"""Parameters that have no rows."""
+_KNOWN = frozenset((*_BY_ROWS, _SCALES, *_WITHOUT_ROWS))
 
 
 def can_cut(layer: nn.Module, layout: BranchLayout) -> bool:
@@ -35,8 +38,10 @@ def can_cut(layer: nn.Module, layout: BranchLayout) -> bool:
         return False
     kind = plain_class(type(layer))
     weight = layer._parameters.get("qweight")
+    held = {name for name, parameter in layer._parameters.items() if parameter is not None}
     return (
         weight is not None
+        and held <= _KNOWN
         and weight.dtype is torch.int8
         and hasattr(kind, "quantize")
         and hasattr(kind, "forward_quant")

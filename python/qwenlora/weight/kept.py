@@ -1,8 +1,9 @@
 """Norms of weights that are kept while their layers live, and a number for each weight's state.
 
 What is derived from a weight holds for its values alone. A layer's tensors are known by being the
-same objects that were written to as often. Where one has moved in memory, as models do between
-host and device, a sample of its values must be the same, too.
+same objects that were written to as often. Not every writer is counted: tensors made in inference
+mode count nothing, and neither does who writes past autograd. So sums of a sample of the values
+must be the same, too.
 """
 
 from __future__ import annotations
@@ -13,51 +14,41 @@ import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
+import torch
 from torch import nn
 
 from qwenlora import cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Any
 
-    import torch
     from torch import Tensor
 
 __all__ = ["KeptNorms", "NormsShelf", "shelf"]
 
 _LIMIT_BYTES = 64 << 20
 """Bytes of norms of all models: those of all of Qwen-Image's rows and columns take 34 MB."""
-_SAMPLE = 64
-"""Values of a tensor that are compared where it has moved."""
+_SAMPLE = 4096
+"""Values of a tensor that are summed to tell it."""
 
 _Key: TypeAlias = tuple[str, int, int]
 """Which axis, the first row, how many."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Seen:
     """A tensor as it was when something was derived from it."""
 
     tensor: weakref.ref[Tensor]
     version: int | None
-    address: int
-    sample: list[Any]
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Seen:
-        return cls(weakref.ref(tensor), _version(tensor), tensor.data_ptr(), _sample(tensor))
+        return cls(weakref.ref(tensor), _version(tensor))
 
     def is_same(self, tensor: Tensor) -> bool:
-        """Tell if it is that tensor still, with the same values."""
-        if self.tensor() is not tensor or self.version != _version(tensor):
-            return False
-        if self.address == tensor.data_ptr():
-            return True
-        if self.sample != _sample(tensor):
-            return False
-        self.address = tensor.data_ptr()
-        return True
+        """Tell if it is that tensor still, written to as often."""
+        return self.tensor() is tensor and self.version == _version(tensor)
 
 
 @dataclass
@@ -66,11 +57,14 @@ class KeptNorms:
 
     Attributes:
         number: Another one for every weight, and for every change of its values.
+        seen: The tensors that it is made of.
+        sums: Of a sample of their values.
         norms: (n,) float32 on the host, squared, by what they are of.
     """
 
     number: int
     seen: Sequence[_Seen]
+    sums: Sequence[float]
     norms: dict[_Key, Tensor] = field(default_factory=dict)
 
     @property
@@ -96,12 +90,12 @@ class NormsShelf:
             prefix: Tells several weights of one module apart.
             tensors: What it is made of, as the module holds them.
         """
+        sums = _sums(tensors)
         with self._lock:
             kept = self._by_layer.get(layer, {}).get(prefix)
-            is_same = kept is not None and len(kept.seen) == len(tensors)
-            if kept is not None and is_same and all(map(_Seen.is_same, kept.seen, tensors)):
+            if kept is not None and kept.sums == sums and _are_same(kept.seen, tensors):
                 return kept
-            kept = KeptNorms(next(self._numbers), [_Seen.of(own) for own in tensors])
+            kept = KeptNorms(next(self._numbers), [_Seen.of(own) for own in tensors], sums)
             self._by_layer.setdefault(layer, {})[prefix] = kept
             return kept
 
@@ -153,9 +147,17 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _sample(tensor: Tensor) -> list[Any]:
-    """Some of its bytes, from all over it."""
-    values = tensor.detach().reshape(-1)
-    chosen = values[:: max(values.numel() // _SAMPLE, 1)][:_SAMPLE]
-    sample: list[Any] = chosen.double().tolist()
-    return sample
+def _are_same(seen: Sequence[_Seen], tensors: Sequence[Tensor]) -> bool:
+    return len(seen) == len(tensors) and all(map(_Seen.is_same, seen, tensors))
+
+
+def _sums(tensors: Sequence[Tensor]) -> Sequence[float]:
+    """For each tensor the sum of a sample of its values, each times its place; one wait in all."""
+    found = []
+    for tensor in tensors:
+        values = tensor.detach().reshape(-1)
+        chosen = values[:: max(values.numel() // _SAMPLE, 1)].double().nan_to_num()
+        places = torch.arange(1, len(chosen) + 1, dtype=torch.float64, device=chosen.device)
+        found.append(chosen @ places)
+    sums: list[float] = torch.stack(found).tolist() if found else []
+    return sums
