@@ -531,8 +531,8 @@ def test_weights_that_are_written_past_autograd_are_seen():
     target = first_svdq(make_model())
     before = BaseWeight.of(target)
     norms, identity = before.row_norms(0, 16), before.identity
-    scales = target.module.wscales
-    scales.data.copy_(scales.data * 2)
+    stored = target.module.qweight
+    stored.data.copy_(stored.data * 2)
     after = BaseWeight.of(target)
     assert after.identity != identity
     assert not torch.allclose(after.row_norms(0, 16), norms)
