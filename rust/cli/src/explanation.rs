@@ -237,6 +237,7 @@ fn scale(module: &ModuleExplanation) -> String {
             "both factors are stored whole, so that no alpha counts".to_owned()
         }
         ScaleSource::Nothing => "neither an alpha nor a configuration".to_owned(),
+        ScaleSource::Bound { .. } => "alpha bounds the rotation, and is no scale".to_owned(),
         ScaleSource::Unscaled => "this kind of adapter has no alpha".to_owned(),
     };
     format!("{}: {ground}", number(module.scale))
@@ -246,6 +247,7 @@ fn scale_key(rule: &ScaleSource<String>) -> Option<&str> {
     match rule {
         ScaleSource::Alpha { tensor: key, .. }
         | ScaleSource::ZeroAlpha { tensor: key }
+        | ScaleSource::Bound { tensor: key }
         | ScaleSource::Stored { tensor: key } => Some(key),
         ScaleSource::Config { .. }
         | ScaleSource::BothDirect

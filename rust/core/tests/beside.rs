@@ -481,7 +481,7 @@ fn rotations_and_their_rules() {
             vec!["boft_r", "boft_s"],
             Side::In,
             solve,
-            2 * squares + 3072,
+            2 * (squares + 3072),
         ),
     ] {
         let stack = stack(tensors);
@@ -496,6 +496,17 @@ fn rotations_and_their_rules() {
             (Route::Beside, elements * 2)
         );
     }
+}
+
+#[test]
+fn an_alpha_of_rotations_is_said_to_be_a_bound() {
+    let ground = |tensors: Tensors| tensors.plan().modules()[0].scale_source.to_string();
+    let blocks = || oft(TO_Q, &[96, 32, 32]);
+    assert_eq!(
+        ground(blocks().scalar(&format!("{TO_Q}.alpha"), 0.5)),
+        "alpha bounds the rotation, and is no scale: 1"
+    );
+    assert_eq!(ground(blocks()), "this kind of adapter has no alpha: 1");
 }
 
 #[test]

@@ -61,6 +61,12 @@ pub enum ScaleSource<T = usize> {
     BothDirect,
     /// The file says nothing: 1.
     Nothing,
+    /// An alpha tensor of LyCORIS' OFT or BOFT, which bounds the rotation and is no scale: 1.
+    Bound {
+        /// The tensor.
+        #[serde(rename = "key")]
+        tensor: T,
+    },
     /// This kind of adapter has no alpha: 1.
     Unscaled,
 }
@@ -95,6 +101,9 @@ impl<T> ScaleSource<T> {
             },
             Self::BothDirect => ScaleSource::BothDirect,
             Self::Nothing => ScaleSource::Nothing,
+            Self::Bound { tensor } => ScaleSource::Bound {
+                tensor: name(tensor),
+            },
             Self::Unscaled => ScaleSource::Unscaled,
         }
     }
@@ -121,6 +130,7 @@ impl<T> fmt::Display for ScaleSource<T> {
                 f.write_str("both factors are stored whole: 1, whatever alpha says")
             }
             Self::Nothing => f.write_str("neither an alpha nor a configuration: 1"),
+            Self::Bound { .. } => f.write_str("alpha bounds the rotation, and is no scale: 1"),
             Self::Unscaled => f.write_str("this kind of adapter has no alpha: 1"),
         }
     }
@@ -139,11 +149,11 @@ impl Parts<'_> {
                 return Ok(scale);
             }
             // An alpha is not even looked at: in fp16 files it may be infinite.
-            let is_direct = adapter == Adapter::Lokr;
-            return one(if is_direct {
-                ScaleSource::BothDirect
-            } else {
-                ScaleSource::Unscaled
+            let bound = self.find(Role::Alpha).filter(|_| self.has(Role::OftBlocks));
+            return one(match (adapter, bound) {
+                (Adapter::Lokr, _) => ScaleSource::BothDirect,
+                (Adapter::Oft | Adapter::Boft, Some((tensor, _))) => ScaleSource::Bound { tensor },
+                _ => ScaleSource::Unscaled,
             });
         };
         match (self.stored(Role::Alpha)?, self.stored(Role::Scale)?) {
