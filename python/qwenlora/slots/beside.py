@@ -184,7 +184,7 @@ def _with_changes(x: Tensor, parts: Sequence[Held]) -> Tensor:
     total = x
     for part in parts:
         total = ON_INPUT[part.shape.kind](part, x, total)
-    return total
+    return total.to(x.dtype)
 
 
 def _held(module: nn.Module, layout: BranchLayout, places: Sequence[int]) -> list[Held]:
@@ -233,4 +233,5 @@ def _add_low_rank(x: Tensor, down: Tensor, up: Tensor, output: Tensor) -> Tensor
         return output + torch.nn.functional.linear(hidden, up).to(output.dtype)
     # One kernel adds and rounds once: launches are what a branch costs.
     added = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), up.mT)  # (N, out)
-    return added.view_as(output)
+    # A host that casts automatically casts what is added; the layer's own dtype is what it gives.
+    return added.view_as(output).to(output.dtype)

@@ -37,7 +37,8 @@ def run_opened(
     if not (LAYOUT in first.__dict__ or LAYOUT in second.__dict__):
         return plain(module, *args, **kwargs)
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
-    hidden = torch.nn.functional.gelu(first(x), approximate="tanh")
+    # Where a host casts automatically, a branch may have another dtype than the kernels take.
+    hidden = torch.nn.functional.gelu(first(x), approximate="tanh").to(x.dtype)
     return unsigned_output(second, hidden) if takes_unsigned(second) else second(hidden)
 
 

@@ -6,6 +6,7 @@ output is as exact as the output itself.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,8 +55,8 @@ def butterfly_change(part: Held, output: Tensor) -> Tensor:
 def blockwise(x: Tensor, blocks: Tensor) -> Tensor:
     """Give x_k blocks[k] for each block k: (..., n b), (n, b, b) to (..., n b)."""
     count, size = blocks.shape[:2]
-    # (..., n b) -> (M, n, b) -> (n, M, b)
-    by_block = x.reshape(-1, count, size).transpose(0, 1)
+    # (..., n b) -> (M, n, b) -> (n, M, b), where M may be 0
+    by_block = x.reshape(math.prod(x.shape[:-1]), count, size).transpose(0, 1)
     # (n, M, b) -> (M, n, b) -> (..., n b)
     return torch.bmm(by_block, blocks).transpose(0, 1).reshape(x.shape)
 
@@ -67,11 +68,11 @@ def _together(x: Tensor, index: int, size: int) -> Tensor:
     """
     wide = 2**index * (size // 2)
     # (..., c g k) -> (..., c k g)
-    return x.reshape(*x.shape[:-1], -1, 2, wide).transpose(-1, -2).reshape(x.shape)
+    return x.unflatten(-1, (-1, 2, wide)).transpose(-1, -2).reshape(x.shape)
 
 
 def _apart(x: Tensor, index: int, size: int) -> Tensor:
     """The inverse of `_together`."""
     wide = 2**index * (size // 2)
     # (..., c k g) -> (..., c g k)
-    return x.reshape(*x.shape[:-1], -1, wide, 2).transpose(-1, -2).reshape(x.shape)
+    return x.unflatten(-1, (-1, wide, 2)).transpose(-1, -2).reshape(x.shape)
