@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from qwenlora.delta.adapters.adapter import wide
 from qwenlora.delta.adapters.lokr import kron_factors
 from qwenlora.delta.adapters.table import adapter_named
 from qwenlora.delta.diagonal import DiagonalDelta
@@ -232,12 +233,11 @@ def _diagonal(ratio: Tensor, place: Place) -> DiagonalDelta:
 
 def _scaled(factors: Factors, ratio: Tensor, side: Side) -> Factors:
     """The pair with rows of `up`, or columns of `down`, scaled; what was cut is at most so."""
-    wide = torch.promote_types(factors.up.dtype, torch.float32)
     most = float(ratio.abs().max()) ** 2
-    up, down = factors.up.to(wide), factors.down.to(wide)
+    up, down = wide(factors.up), wide(factors.down)
     if side is Side.OUT:
-        up = (up.double() * ratio.unsqueeze(1)).to(wide)
+        up = (up.double() * ratio.unsqueeze(1)).to(up.dtype)
     else:
-        down = (down.double() * ratio).to(wide)
+        down = (down.double() * ratio).to(down.dtype)
     energy = None if factors.energy is None else factors.energy * most
     return replace(factors, up=up, down=down, energy_lost=factors.energy_lost * most, energy=energy)
