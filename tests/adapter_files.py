@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 
+from qwenlora.packing.layout import RowOrder
 from qwenlora.plan.documents import SlotKind
 from qwenlora.slots.find import find_targets
 from qwenlora.weight.base_weight import BaseWeight
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor, nn
+
+    from qwenlora.model.target import Target
 
 __all__ = ["KINDS", "AdapterFile", "Kind", "Merged", "Module", "Stack", "mixed", "modules_of"]
 
@@ -62,6 +65,9 @@ class Module:
         weight: W (N, K) float64; a norm's values (N,).
         bias: (N,) float64: what it puts out at an input of zero; None where it has none.
         kind: The kind of its layer.
+        squares: (N, 1) and (1, K) float64: squared norms of its rows and columns before it was
+            quantized, as far as they are known; None where it is no matrix.
+        kept_bias: (N,) float64: what of its bias the layer has not that adapters are trained on.
     """
 
     name: str
@@ -70,6 +76,8 @@ class Module:
     weight: Tensor
     bias: Tensor | None
     kind: SlotKind
+    squares: tuple[Tensor, Tensor] | None = None
+    kept_bias: Tensor | None = None
 
     @property
     def rows(self) -> slice:
@@ -91,8 +99,20 @@ def modules_of(model: nn.Module) -> dict[str, Module]:
         for name, begin, count in _names(path, len(weight)):
             rows = slice(begin, begin + count)
             own = None if bias is None else bias[rows].double()
-            found[name] = Module(name, path, begin, weight[rows], own, target.kind)
+            norms = (base.row_norms(begin, count), base.column_norms(begin, count))
+            squares = (norms[0].unsqueeze(1), norms[1].unsqueeze(0))
+            kept = _ones_of_scales(target)[rows]
+            found[name] = Module(name, path, begin, weight[rows], own, target.kind, squares, kept)
     return found
+
+
+def _ones_of_scales(target: Target) -> Tensor:
+    """(N,) float64: the 1 of 1 + scale, which Nunchaku's modulations hold in their bias."""
+    ones = torch.zeros(target.row.out_features, dtype=torch.float64)
+    if target.row_order is RowOrder.INTERLEAVED:
+        planes = ones.view(6, -1)
+        planes[1] = planes[4] = 1
+    return ones
 
 
 def _names(path: str, rows: int) -> list[tuple[str, int, int]]:
@@ -108,12 +128,10 @@ def _names(path: str, rows: int) -> list[tuple[str, int, int]]:
 # ---- formulas, in float64 ----
 
 
-def dora(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
-    """Rows, or columns, of W + D brought to lengths m: (N,), (N, 1) or (1, K)."""
-    axis = 0 if magnitude.ndim == 2 and magnitude.shape[0] == 1 else 1
-    adapted = weight + delta
-    lengths = magnitude.double().unsqueeze(1) if magnitude.ndim == 1 else magnitude.double()
-    return adapted * (lengths / adapted.norm(dim=axis, keepdim=True))
+def dora(weight: Tensor, delta: Tensor, magnitude: Tensor, lengths: Tensor) -> Tensor:
+    """Rows, or columns, of W + D of these lengths brought to lengths m: (N,), (N, 1) or (1, K)."""
+    wanted = magnitude.double().unsqueeze(1) if magnitude.ndim == 1 else magnitude.double()
+    return (weight + delta) * (wanted / lengths)
 
 
 def glora(weight: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...], scale: float) -> Tensor:
@@ -280,17 +298,15 @@ def _lora(draw: Draw, module: Module):
     return tensors, Merged(module.weight + up.double() @ down.double())
 
 
-def _magnitude(draw: Draw, adapted: Tensor, axis: int) -> Tensor:
-    """Lengths near those of rows (axis 1) or columns (axis 0): float32, the other axis 1."""
-    lengths = adapted.norm(dim=axis, keepdim=True).float()
-    return lengths * draw.factors(*lengths.shape, size=0.03)
-
-
 def _dora(draw: Draw, module: Module, delta: Tensor, axis: int, *, flat: bool = False):
-    """The magnitude and what it makes of W + delta."""
-    magnitude = _magnitude(draw, module.weight + delta, axis)
+    """Magnitudes near the lengths of W + D's rows (axis 1) or columns, and what they make of it."""
+    # Of the weight before it was quantized, which is what adapters are trained on.
+    before = module.squares[0 if axis else 1]
+    change = (module.weight + delta).square() - module.weight.square()
+    lengths = (before + change.sum(dim=axis, keepdim=True)).sqrt()
+    magnitude = lengths.float() * draw.factors(*lengths.shape, size=0.03)
     magnitude = magnitude.flatten() if flat else magnitude
-    return magnitude, Merged(dora(module.weight, delta, magnitude))
+    return magnitude, Merged(dora(module.weight, delta, magnitude, lengths))
 
 
 @kind("dora of rows", "lora_unet_", **NORMS)
@@ -396,7 +412,9 @@ def _ia3_columns(draw: Draw, module: Module):
 @kind("ia3 of rows by peft", PEFT)
 def _ia3_peft_rows(draw: Draw, module: Module):
     values = draw.factors(len(module.weight), 1, size=0.1)
-    bias = None if module.bias is None else module.bias * values.flatten().double()
+    bias = module.bias
+    if bias is not None:
+        bias = bias + (bias - module.kept_bias) * (values.flatten().double() - 1)
     return {"ia3_l": values}, Merged(module.weight * values.double(), bias)
 
 
