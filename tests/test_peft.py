@@ -228,15 +228,10 @@ def test_a_second_adapter_in_the_tensors_is_not_mixed_in(dense, model, base_outp
 
 
 REFUSED = {
-    "DoRA": peft.LoraConfig(r=4, use_dora=True, target_modules=["to_q", "net.2"]),
     "KaSA": peft.LoraConfig(r=4, kasa_config=KasaConfig(), target_modules=["to_q"]),
     "AdaLoRA": peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["to_q"]),
-    "OFT": peft.OFTConfig(oft_block_size=4, r=0, target_modules=["to_q"]),
-    "BOFT": peft.BOFTConfig(boft_block_size=4, target_modules=["to_q"]),
-    "IA3": peft.IA3Config(target_modules=["to_q"], feedforward_modules=[]),
     "GLoRA": peft.GloraConfig(target_modules=["to_q"]),
     "VeRA": peft.VeraConfig(target_modules=["to_q"]),
-    "HRA": peft.HRAConfig(target_modules=["to_q"]),
     "HiRA": peft.HiraConfig(target_modules=["to_q"]),
     "FourierFT": peft.FourierFTConfig(target_modules=["to_q"], n_frequency=10),
     "MiSS": peft.MissConfig(target_modules=["to_q"]),
@@ -255,6 +250,44 @@ REFUSED = {
         r=4, init_lora_weights="olora", target_modules=["to_q"]
     ),
 }
+
+
+BASED = {
+    "DoRA": peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=ALL),
+    "OFT": peft.OFTConfig(oft_block_size=4, r=0, target_modules=ALL),
+    "OFT, solved": peft.OFTConfig(
+        oft_block_size=8, r=0, use_cayley_neumann=False, target_modules=ALL
+    ),
+    "OFT, one block": peft.OFTConfig(oft_block_size=8, r=0, block_share=True, target_modules=ALL),
+    "BOFT": peft.BOFTConfig(boft_block_size=4, target_modules=ALL),
+    "IA3": peft.IA3Config(target_modules=ALL, feedforward_modules=["net.2", "to_q"]),
+    "HRA": peft.HRAConfig(r=4, target_modules=ALL),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BASED)
+def test_a_folder_of_a_kind_that_needs_the_base(name, dense, model, base_outputs, tmp_path):
+    with warnings.catch_warnings():
+        # BOFT looks for a compiler, and goes on without one.
+        warnings.simplefilter("ignore")
+        oracle = trained(dense, BASED[name])
+    report = qwenlora.compose_loras(model, (saved(oracle, tmp_path), STRENGTH), strict=True)
+    assert report.complete
+    assert report.energy_lost == 0
+    changes = changes_of(oracle)
+    assert report.loras[0].modules_applied == len(changes)
+    assert_same_deltas(model, base_outputs, {path: STRENGTH * c for path, c in changes.items()})
+
+
+def changes_of(oracle):
+    """What PEFT's own layers change in the answers to unit vectors, (out, in) float64, by path."""
+    changes = {}
+    for path, layer in copy.deepcopy(oracle.base_model.model).double().named_modules():
+        if hasattr(layer, "base_layer"):
+            units = torch.eye(layer.base_layer.in_features, dtype=torch.float64)
+            changes[path] = (layer(units) - layer.base_layer(units)).mT
+    return changes
 
 
 @pytest.mark.parametrize("with_config", [True, False])

@@ -61,7 +61,10 @@ def test_a_change_of_strengths_keeps_the_names(model, pets):
 
 def test_one_file_twice_is_numbered(model, pets):
     report = qwenlora.compose_loras(model, [(pets["cats"], 0.5), (pets["cats"], -0.25)])
-    assert f"\n  {NAME} (1) x 0.5: 1 module\n  {NAME} (2) x -0.25: 1 module" in report.text()
+    assert (
+        f"\n  {NAME} (1) x 0.5: 1 module, exact\n  {NAME} (2) x -0.25: 1 module, exact"
+        in report.text()
+    )
 
 
 def test_state_dicts_and_given_names_are_told_apart(model, Draft, pets):
@@ -82,7 +85,7 @@ def test_errors_name_the_right_one(model, Draft, pets, tmp_path):
         qwenlora.compose_loras(model, stack, strict=True)
     empty = tmp_path / "none" / f"{NAME}.safetensors"
     empty.parent.mkdir()
-    Draft(9).put("img_in", "oft_blocks", 4, 32, 32).save(empty)
+    Draft(9).put("img_in", "dora_scale", 128, 1).save(empty)
     with pytest.raises(errors.NothingToApplyError, match=f"`none/{NAME}`.*: 1 module is left"):
         qwenlora.compose_loras(model, [pets["cats"], empty])
 

@@ -17,6 +17,7 @@ from qwenlora.delta.scale import factor_at
 from qwenlora.merge.changed import changed_rows
 from qwenlora.merge.member import has_full_rank
 from qwenlora.plan.documents import PieceKind
+from qwenlora.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -167,7 +168,9 @@ class BasedMember:
 
     def truncated(self, rank: int) -> Factors:
         """Never called: it is not spectral."""
-        raise TypeError(f"{self.piece.adapter} is not cut to {rank} ranks by its tensors")
+        raise TypeError(
+            f"{self.piece.adapter} is not cut to {counted(rank, 'rank')} by its tensors"
+        )
 
     def dense(self) -> Tensor:
         """The module's rows (out, in) of the delta, float32, without `factor`."""

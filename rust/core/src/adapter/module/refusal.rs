@@ -1,6 +1,6 @@
 //! Adapters that are not applied, by name and with what would be lost.
 
-use super::Fault;
+use super::{Fault, is_scalar_role};
 use crate::adapter::Adapter;
 use crate::adapter::parts::Parts;
 use crate::dtype::Dtype;
@@ -89,6 +89,6 @@ impl Parts<'_> {
         self.tensors
             .iter()
             .filter_map(|&i| self.entries.get(i))
-            .any(|e| e.role.is_factor() && FLOAT8.contains(&e.tensor.dtype))
+            .any(|e| !is_scalar_role(e.role) && FLOAT8.contains(&e.tensor.dtype))
     }
 }
