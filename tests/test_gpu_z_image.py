@@ -22,7 +22,7 @@ from qwenlora import emulation
 from qwenlora.emulation import Precision, ZImageForm
 from qwenlora.emulation.fused_qkv import EPSILON, HEAD_DIM
 from qwenlora.emulation.lite_layers import layers_over
-from qwenlora.emulation.rope import unpack_rotations
+from qwenlora.packing.rotation import unpack_rotations
 
 from .nunchaku_sources import PACKAGES, RANK, WARNINGS, sources
 from .test_gpu import BOUND, Pair, record, relative, write
@@ -509,7 +509,8 @@ def _with_projections(
     def turned(block: str, x: Tensor, packed: Tensor) -> Tensor:
         own = terms(pairs, block, QKV, x).to(term)
         plain = owns[block].plain(x).double() + own.double()
-        freqs = unpack_rotations(packed)[:, : x.shape[1]]
+        sine, cosine = unpack_rotations(packed)[:, : x.shape[1]].unbind(-1)
+        freqs = torch.complex(cosine, sine)
         return reference(plain.to(DTYPE), owns[block].norms(), freqs).to(DTYPE)
 
     if host.form is ZImageForm.FUSED:

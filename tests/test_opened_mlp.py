@@ -29,7 +29,7 @@ from qwenlora.packing.layout import UNSIGNED_SHIFT
 from qwenlora.plan.documents import Route
 from qwenlora.slots import branch
 from qwenlora.slots.find import find_targets
-from qwenlora.slots.opened import run_opened
+from qwenlora.slots.opened_mlp import run_mlp
 from qwenlora.slots.unsigned import quantize_unsigned
 from qwenlora.slots.whole import slot_of
 
@@ -86,7 +86,10 @@ def test_an_mlp_is_known_by_its_code(make_model):
     model = make_model()
     found = find_targets(model, {})
     mlp = model.get_submodule(MLP)
-    assert {path for path, own in found.items() if own.mlp is mlp} == {FIRST, SECOND}
+    assert {path for path, own in found.items() if own.opened and own.opened.module is mlp} == {
+        FIRST,
+        SECOND,
+    }
     assert {path for path, own in found.items() if own.row.opens} == {
         path for path in found if ".net." in path
     }
@@ -95,7 +98,7 @@ def test_an_mlp_is_known_by_its_code(make_model):
 def test_an_mlp_whose_activation_is_another_is_not_opened(make_model):
     model = make_model()
     model.get_submodule(f"{MLP}.net.0").approximate = "none"
-    assert slots(model)[0].mlp is None
+    assert slots(model)[0].opened is None
 
 
 def test_an_mlp_whose_code_is_another_is_not_opened(make_model):
@@ -105,7 +108,7 @@ def test_an_mlp_whose_code_is_another_is_not_opened(make_model):
 
     model = make_model()
     model.get_submodule(MLP).__class__ = Other
-    assert slots(model)[1].mlp is None
+    assert slots(model)[1].opened is None
 
 
 def test_an_mlp_with_a_forward_of_its_own_stays_fused(make_model):
@@ -168,10 +171,10 @@ def test_opened_is_fused(rows, precision, make_model):
     for target in targets:
         room = [shape_of(PartKind.FACTOR, target.row.in_features, 0, target.row.out_features)]
         install(target, [], room=room)
-        assert forward_of(mlp) is run_opened
+        assert forward_of(mlp) is run_mlp
         assert error(run(mlp, x), fused) < NEAR
     for target in targets:
-        assert forward_of(mlp) is run_opened
+        assert forward_of(mlp) is run_mlp
         slot_of(target).restore()
     assert type(mlp) is EmulatedFeedForward
     assert torch.equal(run(mlp, x), fused)
@@ -243,7 +246,7 @@ def slots_of(mlp, targets):
     """The same slots of another MLP."""
     layers = (mlp.net[0].proj, mlp.net[2])
     return [
-        target.twin(layer, target.path, mlp=mlp)
+        target.twin(layer, target.path, opened=target.opened._replace(module=mlp))
         for target, layer in zip(targets, layers, strict=True)
     ]
 
@@ -314,7 +317,7 @@ def test_a_change_that_fails_is_unmade(make_model):
         own = SlotDeltas(target, parts=(one,), room=(one.shape,), route=Route.BESIDE)
         change = slot_of(target).prepare(own)
         change.make()
-        assert forward_of(mlp) is run_opened
+        assert forward_of(mlp) is run_mlp
         change.unmake()
         assert slot_of(target).is_base()
         assert torch.equal(run(mlp, x), before)

@@ -12,9 +12,9 @@ import torch
 from qwenlora import emulation
 from qwenlora.emulation import KernelContractError, Precision, ZImageForm
 from qwenlora.emulation.fused_qkv import EPSILON, fused_qkv_norm_rotary
-from qwenlora.emulation.rope import unpack_rotations
 from qwenlora.packing import pack
 from qwenlora.packing.layout import LowRankSide
+from qwenlora.packing.rotation import pack_rotations, unpack_rotations
 
 pytest.importorskip("diffusers.models.transformers.transformer_z_image")
 
@@ -446,5 +446,7 @@ def test_rotations_lie_as_the_tensor_cores_hold_a_product():
             lane = token % 8 * 4 + channel % 8 // 2
             register = token % 16 // 8 * 2 + channel % 2
             packed[(tile * 32 + lane) * 4 + register] = angle.cos() if channel % 2 else angle.sin()
-    found = unpack_rotations(packed.view(1, tokens, channels))
-    torch.testing.assert_close(found, torch.polar(torch.ones_like(angles), angles))
+    packed = packed.view(1, tokens, channels)
+    found = unpack_rotations(packed)
+    torch.testing.assert_close(found, torch.stack([angles.sin(), angles.cos()], dim=-1))
+    assert torch.equal(pack_rotations(found), packed)

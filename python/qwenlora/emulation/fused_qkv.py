@@ -37,7 +37,7 @@ def fused_qkv_norm_rotary(
         qkv: K → 3C: query, key and value one after the other.
         norm_q: (128,) weights of the query's norm.
         norm_k: (128,) weights of the key's norm.
-        rotation: (B, S, 64) complex64.
+        rotation: (B, S, 64) complex64; without it the kernel leaves out the norms, too.
 
     Returns:
         (B, S, 3C), dtype of `x`.
@@ -48,15 +48,16 @@ def fused_qkv_norm_rotary(
     """
     qkv.check(x)
     _check_heads(x, qkv.out_features, norm_q, norm_k)
-    _check_rotation(x, rotation)
-    assert rotation is not None
+    if rotation is not None:
+        _check_rotation(x, rotation)
     rows = x.reshape(-1, qkv.in_features)  # (M, K)
     product = qkv.product(*qkv.rounded(rows))  # (M, 3C) float32
     if qkv.precision is not Precision.EXACT:
         # The kernel's epilogue reads 16-bit values.
         product = product.to(x.dtype)
-    output = norm_and_rotate(product, norm_q, norm_k, rotation.reshape(-1, HEAD_DIM // 2))
-    return output.to(x.dtype).view(*x.shape[:-1], qkv.out_features)
+    if rotation is not None:
+        product = norm_and_rotate(product, norm_q, norm_k, rotation.reshape(-1, HEAD_DIM // 2))
+    return product.to(x.dtype).view(*x.shape[:-1], qkv.out_features)
 
 
 def norm_and_rotate(product: Tensor, norm_q: Tensor, norm_k: Tensor, rotation: Tensor) -> Tensor:
@@ -93,9 +94,7 @@ def _check_heads(x: Tensor, outputs: int, norm_q: Tensor, norm_k: Tensor) -> Non
     check_tensor("norm_k", norm_k, (HEAD_DIM,), x.dtype, x)
 
 
-def _check_rotation(x: Tensor, rotation: Tensor | None) -> None:
-    if rotation is None:
-        raise KernelContractError("without rotations the kernel leaves out the norms, too")
+def _check_rotation(x: Tensor, rotation: Tensor) -> None:
     batch, length = x.shape[:2]
     check_tensor("rotation", rotation, (batch, length, HEAD_DIM // 2), torch.complex64, x)
     if batch > 1 and length % ROWS_PADDED:

@@ -26,9 +26,9 @@ from qwenlora.emulation.quantize import (
     dequantize,
     quantize_activation,
 )
-from qwenlora.emulation.rope import unpack_rotations
 from qwenlora.packing import pack
 from qwenlora.packing.layout import RANK_MULTIPLE, LowRankSide
+from qwenlora.packing.rotation import unpack_rotations
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -177,7 +177,8 @@ class LiteKernels:
         if self.precision is not Precision.EXACT:
             # The kernel's epilogue reads 16-bit values.
             product = product.to(out.dtype)
-        rotation = unpack_rotations(rotary).flatten(0, 1)[: product.shape[0]]  # (M, 64)
+        sine, cosine = unpack_rotations(rotary).flatten(0, 1)[: product.shape[0]].unbind(-1)
+        rotation = torch.complex(cosine, sine)  # (M, 64)
         return norm_and_rotate(product, *weights, rotation)
 
     def gemv_awq(

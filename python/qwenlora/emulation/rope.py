@@ -69,24 +69,6 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(pairs * rotation[..., None, :]).flatten(-2).to(x.dtype)
 
 
-def unpack_rotations(packed: torch.Tensor) -> torch.Tensor:
-    """Read the layout in which Nunchaku's fused kernel takes rotations.
-
-    Args:
-        packed: (B, S, head_dim) float32, S a multiple of 16: sine and cosine of each pair of
-            channels, in tiles of 16 tokens by 4 pairs.
-
-    Returns:
-        (B, S, head_dim/2) complex64.
-    """
-    batch, length, channels = packed.shape
-    tiles = packed.view(batch, length // 16, channels // 8, 8, 4, 2, 2)
-    # (B, S/16, D/8, 8, 4, 2, 2) => (B, S/16, 2, 8, D/8, 4, 2): both halves of 16 tokens first
-    rows = tiles.permute(0, 1, 5, 3, 2, 4, 6).reshape(batch, length, channels // 2, 2)
-    sine, cosine = rows.unbind(-1)
-    return torch.complex(cosine, sine)
-
-
 def _rotations_at(positions: torch.Tensor, axes_dims: tuple[int, int, int]) -> torch.Tensor:
     # (3, S) positions -> (S, sum(axes_dims)/2) unit complex numbers
     angles = []

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qwenlora.emulation.fused_qkv import fused_qkv_norm_rotary
-from qwenlora.emulation.rope import rotate
+from qwenlora.emulation.fused_qkv import ROWS_PADDED, fused_qkv_norm_rotary
 from qwenlora.emulation.z_image_layers import attend, split
+from qwenlora.packing.rotation import pack_rotations, unpack_rotations
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,16 +58,23 @@ class ComfyAttention(nn.Module):
         freqs_cis: Tensor,
         transformer_options: dict[str, Any] | None = None,
     ) -> Tensor:
-        """Attend over (B, S, C) under rotations (B, S, D/2)."""
+        """Attend over (B, S, C) under rotations (B, S, 1, D/2, 2, 2)."""
         del transformer_options
         query, key, value = split(self.qkv(x), self.n_local_heads)
-        query, key = rotate(self.q_norm(query), freqs_cis), rotate(self.k_norm(key), freqs_cis)
+        query, key = _turned(self.q_norm(query), freqs_cis), _turned(self.k_norm(key), freqs_cis)
         projected: Tensor = self.out(attend(query, key, value, x_mask))
         return projected
 
 
 class ComfyFusedAttention(ComfyAttention):
-    """A function reads the tensors of `qkv`, `q_norm` and `k_norm`; none is called."""
+    """A function reads the tensors of `qkv`, `q_norm` and `k_norm`; none is called.
+
+    As the pack's hooks do it, one brings rotations to the kernel's layout.
+    """
+
+    def __init__(self, dense: Any, qkv: nn.Module, out: nn.Module) -> None:
+        super().__init__(dense, qkv, out)
+        self.register_forward_pre_hook(_pack_rotations)
 
     def forward(
         self,
@@ -76,13 +83,30 @@ class ComfyFusedAttention(ComfyAttention):
         freqs_cis: Tensor,
         transformer_options: dict[str, Any] | None = None,
     ) -> Tensor:
-        """See `ComfyAttention.forward`."""
+        """See `ComfyAttention.forward`; rotations are packed, of S and more tokens."""
         del transformer_options
         qkv: Any = self.qkv
-        fused = fused_qkv_norm_rotary(x, qkv, self.q_norm.weight, self.k_norm.weight, freqs_cis)
+        sine, cosine = unpack_rotations(freqs_cis)[:, : x.shape[1]].unbind(-1)
+        rotation = torch.complex(cosine, sine)  # (B, S, D/2)
+        fused = fused_qkv_norm_rotary(x, qkv, self.q_norm.weight, self.k_norm.weight, rotation)
         query, key, value = split(fused, self.n_local_heads)
         projected: Tensor = self.out(attend(query, key, value, x_mask))
         return projected
+
+
+def _pack_rotations(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook: packs the rotations, padded to whole blocks of rows."""
+    x, mask, rotation, *rest = args
+    sine_and_cosine = rotation[:, :, 0, :, 1]  # (B, S, D/2, 2)
+    missing = -x.shape[1] % ROWS_PADDED
+    padded = F.pad(sine_and_cosine, (0, 0, 0, 0, 0, missing))
+    return x, mask, pack_rotations(padded), *rest
+
+
+def _turned(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn (B, S, H, D) by matrices (B, S, 1, D/2, 2, 2)."""
+    pairs = x.float().unflatten(-1, (-1, 2))  # (B, S, H, D/2, 2)
+    return (rotation @ pairs[..., None]).squeeze(-1).flatten(-2).to(x.dtype)
 
 
 class ComfyFeedForward(nn.Module):
@@ -217,7 +241,7 @@ class ComfyZImageTransformer(nn.Module):
         image = self.x_embedder(self._patches(latents))  # (B, S, C)
         text = self.cap_embedder(torch.stack(cap_feats))  # (B, T, C)
         image, text = _padded(image, self.x_pad_token), _padded(text, self.cap_pad_token)
-        rotation = self._rotations(image, text, rows, columns)  # (B, T+S, D/2)
+        rotation = self._rotations(image, text, rows, columns)  # (B, T+S, 1, D/2, 2, 2)
         length = text.shape[1]
         options = {"transformer_options": transformer_options}
         for block in self.context_refiner:
@@ -255,8 +279,10 @@ class ComfyZImageTransformer(nn.Module):
         places[..., 0] = length + 1
         places[..., 1] = torch.arange(rows, device=device)[:, None]
         places[..., 2] = torch.arange(columns, device=device)
-        rotation: Tensor = self.rope_embedder(torch.cat([text_ids, image_ids]))  # (T+S, D/2)
-        return rotation.expand(image.shape[0], -1, -1).contiguous()
+        turn: Tensor = self.rope_embedder(torch.cat([text_ids, image_ids]))  # (T+S, D/2)
+        rows = torch.stack([turn.real, -turn.imag, turn.imag, turn.real], dim=-1)
+        matrices = rows.view(1, -1, 1, turn.shape[1], 2, 2)
+        return matrices.expand(image.shape[0], *matrices.shape[1:]).contiguous()
 
 
 def _alike(norm: Any) -> nn.RMSNorm:

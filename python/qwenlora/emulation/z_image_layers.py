@@ -31,7 +31,7 @@ class ZImageAttention(nn.Module):
 
     to_out: nn.ModuleList
 
-    def __init__(self, heads: int, processor: ZImageProcessor) -> None:
+    def __init__(self, heads: int, processor: ZImageProcessor | StockProcessor) -> None:
         super().__init__()
         self.heads = heads
         self.processor = processor
@@ -107,13 +107,50 @@ class FusedProcessor(ZImageProcessor):
         return split(attn.fused_module(x, freqs_cis), attn.heads)
 
 
-class PassedProcessor(ZImageProcessor):
+class StockProcessor:
+    """diffusers' own: calls `to_q`, `to_k` and `to_v`, and the norms that there are."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        freqs_cis: Tensor | None = None,
+    ) -> Tensor:
+        """See `ZImageProcessor.__call__`."""
+        del encoder_hidden_states
+        layers = (attn.to_q, attn.to_k, attn.to_v)
+        query, key, value = (
+            layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in layers
+        )
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
+        if freqs_cis is not None:
+            query, key = rotate(query, freqs_cis), rotate(key, freqs_cis)
+        merged = attend(query, key, value, attention_mask)
+        projected: Tensor = attn.to_out[1](attn.to_out[0](merged))
+        return projected
+
+
+class PassedProcessor(StockProcessor):
     """Reads the tensors of `to_qkv`, `norm_q` and `norm_k`, and calls none."""
 
-    def project(self, attn: Any, x: Tensor, freqs_cis: Tensor | None) -> Sequence[Tensor]:
-        """See `ZImageProcessor.project`."""
-        norm_q, norm_k = attn.norm_q.weight, attn.norm_k.weight
-        return split(fused_qkv_norm_rotary(x, attn.to_qkv, norm_q, norm_k, freqs_cis), attn.heads)
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        freqs_cis: Tensor | None = None,
+    ) -> Tensor:
+        """See `ZImageProcessor.__call__`."""
+        del encoder_hidden_states
+        norms = (attn.norm_q.weight, attn.norm_k.weight)
+        fused = fused_qkv_norm_rotary(hidden_states, attn.to_qkv, *norms, freqs_cis)
+        merged = attend(*split(fused, attn.heads), attention_mask)
+        projected: Tensor = attn.to_out[1](attn.to_out[0](merged))
+        return projected
 
 
 class CalledAttention(ZImageAttention):

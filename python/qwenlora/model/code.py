@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NamesRead",
+    "arguments_of",
     "calls_its_layers",
     "class_name",
+    "names_in",
     "names_in_forward",
     "names_of_class",
     "names_of_module",
@@ -110,12 +112,26 @@ def own_forward(module: nn.Module) -> object | None:
 def names_in_forward(module: nn.Module) -> frozenset[str]:
     """All names in the code of a module's own forward, or of its class's; not in what it calls."""
     kind: Any = type(module)
-    function = _function_of(own_forward(module) or kind.forward)
+    return names_in(own_forward(module) or kind.forward)
+
+
+def names_in(called: object) -> frozenset[str]:
+    """All names in the code of a function or method; not in what it calls."""
+    function = _function_of(called)
     if function is None:
         return frozenset()
     code = function.__code__
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     return frozenset(name for own in (code, *inner) for name in own.co_names)
+
+
+def arguments_of(called: object) -> tuple[str, ...]:
+    """The names of the arguments of a function or method that may be given by place."""
+    function = _function_of(called)
+    if function is None:
+        return ()
+    code = function.__code__
+    return code.co_varnames[: code.co_argcount]
 
 
 def calls_its_layers(*code: object, layers: Iterable[str] = ()) -> bool:

@@ -9,17 +9,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qwenlora.model.code import names_in_forward
-from qwenlora.model.modules import submodule_of
+from qwenlora.model.opened import Opened, OpenedForm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import nn
 
-__all__ = ["fused_mlp_of", "layers_of", "twin_mlp"]
+__all__ = ["LINEARS", "fused_mlp_of"]
 
 
-_LINEARS = ("net.0.proj", "net.2")
+LINEARS = ("net.0.proj", "net.2")
 """The first linear and the second, seen from the MLP."""
 _ACTIVATION = "net.0"
 """The activation, which holds the first linear."""
@@ -28,7 +28,7 @@ _KERNEL = "fused_gelu_mlp"
 _TANH = "tanh"
 
 
-def fused_mlp_of(path: str, modules: Mapping[str, nn.Module]) -> nn.Module | None:
+def fused_mlp_of(path: str, modules: Mapping[str, nn.Module]) -> Opened | None:
     """The fused MLP that a linear is in, or None.
 
     Its code must name the kernel, and the activation say that it is the one that the kernel has.
@@ -37,25 +37,13 @@ def fused_mlp_of(path: str, modules: Mapping[str, nn.Module]) -> nn.Module | Non
         path: The linear's path.
         modules: All modules of the model by path.
     """
-    for name in _LINEARS:
+    for name in LINEARS:
         outer = path.removesuffix(f".{name}")
         module = None if outer == path else modules.get(outer)
         if module is None:
             continue
-        held = [modules.get(f"{outer}.{own}") for own in (_ACTIVATION, *_LINEARS)]
+        held = [modules.get(f"{outer}.{own}") for own in (_ACTIVATION, *LINEARS)]
         is_tanh = getattr(held[0], "approximate", None) == _TANH
         if is_tanh and None not in held and _KERNEL in names_in_forward(module):
-            return module
+            return Opened(module, OpenedForm.MLP, LINEARS)
     return None
-
-
-def layers_of(mlp: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The first linear and the second of a fused MLP."""
-    first, second = (submodule_of(mlp, name) for name in _LINEARS)
-    return first, second
-
-
-def twin_mlp(block: nn.Module, inner: str) -> nn.Module:
-    """The fused MLP of another block, by the path of one of its linears in the block."""
-    outer = next(outer for name in _LINEARS if (outer := inner.removesuffix(f".{name}")) != inner)
-    return submodule_of(block, outer)

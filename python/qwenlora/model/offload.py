@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenlora.errors import UnsupportedModelError
-from qwenlora.model.fused_mlp import twin_mlp
 from qwenlora.model.modules import inner_of, submodule_of
 
 if TYPE_CHECKING:
@@ -91,11 +90,12 @@ class OffloadLayout:
     def twins(self, target: Target) -> list[Target]:
         """The slots of both buffer blocks that this offloaded slot is copied into."""
         _, _, inner = target.path.removeprefix(self._prefix).partition(".")
+        _, _, place = target.module_path.removeprefix(self._prefix).partition(".")
         return [
             target.twin(
-                submodule_of(block, inner),
+                submodule_of(block, place),
                 f"buffer {index}: {inner}",
-                mlp=None if target.mlp is None else twin_mlp(block, inner),
+                opened=None if target.opened is None else target.opened.twin(block, place),
             )
             for index, block in enumerate(self._manager.buffer_blocks)
         ]

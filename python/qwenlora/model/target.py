@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from qwenlora.model.opened import Opened
     from qwenlora.packing.layout import RowOrder
     from qwenlora.plan.documents import SlotRow
 
@@ -64,7 +65,8 @@ class Target(NamedTuple):
         owner: The module that holds the packed branch; the layer itself where there is none.
         prefix: What the names of its stored values begin with in the module: "" for a layer that is
             a module of its own.
-        mlp: The fused MLP that it is in; None where it is called as a module.
+        opened: What runs it inside a kernel, and can run it by itself; None where it is called as
+            a module, or nothing can.
     """
 
     module: nn.Module
@@ -76,18 +78,25 @@ class Target(NamedTuple):
     place: LowRankPlace | None
     owner: nn.Module
     prefix: str = ""
-    mlp: nn.Module | None = None
+    opened: Opened | None = None
 
     @property
     def path(self) -> str:
         """The slot's path in the transformer."""
         return self.row.path
 
-    def twin(self, module: nn.Module, path: str, *, mlp: nn.Module | None = None) -> Target:
-        """The same slot of another block; `mlp` is the fused MLP that it is in there."""
+    def twin(self, module: nn.Module, path: str, *, opened: Opened | None = None) -> Target:
+        """The same slot of another block; `opened` is what runs it inside a kernel there."""
         row = self.row._replace(path=path)
         owner = module if self.place is None else self.place.owner_of(module)
-        return self._replace(module=module, device=device_of(owner), row=row, owner=owner, mlp=mlp)
+        return self._replace(
+            module=module, device=device_of(owner), row=row, owner=owner, opened=opened
+        )
+
+    @property
+    def module_path(self) -> str:
+        """The path of its module, which a fused one's layer has a name behind."""
+        return self.path.removesuffix(f".{self.prefix[:-1]}") if self.prefix else self.path
 
     @property
     def rank_multiple(self) -> int:

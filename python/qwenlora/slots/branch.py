@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenlora.errors import UnsupportedModelError
+from qwenlora.model.opened import OpenedForm
 from qwenlora.model.subclass import forward_of, is_marked, mark_hooked, unmark_hooked
 from qwenlora.plan.documents import Route
 from qwenlora.slots.beside import add_side_branch, run_layer
@@ -22,9 +23,11 @@ from qwenlora.slots.branch_layout import (
     LAYOUT,
     PREFIX,
     BranchLayout,
+    Joined,
     part_name,
 )
 from qwenlora.slots.opened import is_as_needed, require_openable, set_as_needed
+from qwenlora.slots.opened_attention import run_projection
 from qwenlora.slots.unsigned import centre_tensors, takes_unsigned
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from qwenlora.delta.parts import PartShape, ScaledPart
     from qwenlora.delta.scale import ScaledPair
     from qwenlora.delta.slot_deltas import SlotDeltas
+    from qwenlora.model.opened import Opened
     from qwenlora.model.target import Target
 
 __all__ = [
@@ -108,13 +112,22 @@ def is_whole(module: nn.Module) -> bool:
     return (
         all(module._buffers.get(name) is not None for name in layout.buffers())
         and all(low_rank) == any(low_rank)
-        and (not layout.runs_layer or forward_of(module) is run_layer)
-        and _is_hooked(module)
+        and _is_in_place(module, layout)
     )
 
 
+def _is_in_place(module: nn.Module, layout: BranchLayout) -> bool:
+    """Tell if what runs a branch is there."""
+    if layout.joined is Joined.BY_FORWARD:
+        return forward_of(module) is run_projection
+    return _is_hooked(module) and (not layout.runs_layer or forward_of(module) is run_layer)
+
+
 def set_branch(module: nn.Module, branch: Branch | None) -> None:
-    """Install, replace or remove a branch; the hook leaves with it."""
+    """Install, replace or remove a branch; the hook leaves with it.
+
+    A module whose own forward adds its branch is opened by `set_as_needed`.
+    """
     if branch is None:
         _remove_hook(module)
     for name in [name for name in module._buffers if name.startswith(PREFIX)]:
@@ -126,6 +139,8 @@ def set_branch(module: nn.Module, branch: Branch | None) -> None:
     module.__dict__[LAYOUT] = branch.layout
     for name, tensor in branch.tensors.items():
         module.register_buffer(name, tensor, persistent=False)
+    if branch.layout.joined is Joined.BY_FORWARD:
+        return
     mark_hooked(module, run_layer if branch.layout.runs_layer else None)
     if not _is_hooked(module):
         _remove_hook(module)
@@ -169,7 +184,10 @@ def make_branch(
     if not tensors:
         return None
     require_openable(target)
-    layout = BranchLayout(tuple(room), target.row_order, target.row.out_features)
+    is_module_s = target.opened is not None and target.opened.form is OpenedForm.PROJECTION
+    joined = Joined.BY_FORWARD if is_module_s else Joined.BY_HOOK
+    rows = target.row.out_features
+    layout = BranchLayout(tuple(room), target.row_order, rows, joined=joined)
     if layout.runs_layer and takes_unsigned(target.module):
         centre = centre_tensors(target)
         tensors |= {name: zeros(*own.shape).copy_(own) for name, own in centre.items()}
@@ -265,15 +283,15 @@ class SideBranchSlot:
         return () if branch is None else branch.room
 
     def is_base(self) -> bool:
-        """Tell if no part of a branch is there, and the layer's MLP is as its linears need it."""
-        mlp = self._target.mlp
-        return is_clean(self._module) and (mlp is None or is_as_needed(mlp))
+        """Tell if no part of a branch is there, and what runs the layer is as its layers need."""
+        opened = self._target.opened
+        return is_clean(self._module) and (opened is None or is_as_needed(opened))
 
     def restore(self) -> None:
         """Remove the branch."""
         set_branch(self._module, None)
-        if self._target.mlp is not None:
-            set_as_needed(self._target.mlp)
+        if self._target.opened is not None:
+            set_as_needed(self._target.opened)
 
     def prepare(self, deltas: SlotDeltas) -> BranchChange:
         """Allocate and fill the branch; ranks are not padded unless `rank_added` asks for it."""
@@ -286,16 +304,16 @@ class SideBranchSlot:
             room=deltas.room,
             pinned=any(p.is_pinned() for p in self._module.parameters(recurse=False)),
         )
-        return BranchChange(self._module, new=branch, mlp=self._target.mlp)
+        return BranchChange(self._module, new=branch, opened=self._target.opened)
 
 
 @dataclass
 class BranchChange:
-    """A new side branch of a layer, or none; a fused MLP opens and closes with it."""
+    """A new side branch of a layer, or none; what runs it inside a kernel opens with it."""
 
     module: nn.Module
     new: Branch | None
-    mlp: nn.Module | None = None
+    opened: Opened | None = None
     old: Branch | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -312,5 +330,5 @@ class BranchChange:
 
     def _set(self, branch: Branch | None) -> None:
         set_branch(self.module, branch)
-        if self.mlp is not None:
-            set_as_needed(self.mlp)
+        if self.opened is not None:
+            set_as_needed(self.opened)

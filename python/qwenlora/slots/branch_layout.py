@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -23,6 +24,7 @@ __all__ = [
     "LAYOUT",
     "PREFIX",
     "BranchLayout",
+    "Joined",
     "Rows",
     "Run",
     "part_name",
@@ -52,6 +54,15 @@ Rows: TypeAlias = "tuple[tuple[int, int], ...]"
 """Ranges of logical rows, each from the first to before the last."""
 
 
+class Joined(enum.Enum):
+    """Who adds a branch to what its layer computes."""
+
+    BY_HOOK = "hook"
+    """A forward hook: what the module puts out is the layer's own output."""
+    BY_FORWARD = "forward"
+    """The module's forward, which is ours then, and goes on from the sum."""
+
+
 class Run(NamedTuple):
     """A run of the layer on an input of its own.
 
@@ -73,6 +84,7 @@ class BranchLayout:
         row_order: The order of the layer's output rows.
         out_features: How many rows the layer has.
         centre: Names of the buffers that a layer takes to run on inputs of any sign.
+        joined: Who adds the branch.
         runs: The runs that make the layer's own output, where parts change its input; else none.
         passes: Places of the parts for which the layer runs once more.
         readers: Places of the parts that read the layer's output on the raw input.
@@ -83,6 +95,7 @@ class BranchLayout:
     row_order: RowOrder = RowOrder.PLANAR
     out_features: int = 0
     centre: tuple[str, ...] = ()
+    joined: Joined = Joined.BY_HOOK
     runs: tuple[Run, ...] = field(init=False)
     passes: tuple[int, ...] = field(init=False)
     readers: tuple[int, ...] = field(init=False)

@@ -14,6 +14,7 @@ from qwenlora.errors import ModelStateError, QwenLoraError, UnsupportedModelErro
 from qwenlora.model.build import Builds
 from qwenlora.model.families import outer_of
 from qwenlora.model.forwards import require_understood
+from qwenlora.model.fused_attention import fused_attention_of
 from qwenlora.model.fused_mlp import fused_mlp_of
 from qwenlora.model.hosts import is_sequentially_offloaded, require_lasting
 from qwenlora.model.modules import is_wrapper, modules_of, pattern
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qwenlora.model.offload import OffloadLayout
+    from qwenlora.model.opened import Opened
     from qwenlora.slots.kind import LayerFacts, LayerKind
 
 __all__ = ["find_targets"]
@@ -136,8 +138,8 @@ def _found(
             if known is not None:
                 offloaded = layout is not None and layout.holds(name)
                 build = builds.of(name)
-                mlp = fused_mlp_of(name, by_path) if known[0].place is not None else None
-                yield _target(found, *known, build, offloaded=offloaded, mlp=mlp)
+                opened = _opened(found, by_path) if known[0].place is not None else None
+                yield _target(found, *known, build, offloaded=offloaded, opened=opened)
 
 
 def _layers(
@@ -198,6 +200,12 @@ def _facts(found: Found) -> tuple[LayerKind, LayerFacts] | None:
     return None
 
 
+def _opened(found: Found, modules: Mapping[str, nn.Module]) -> Opened | None:
+    """What runs a packed layer inside a kernel, and can run it by itself."""
+    fused_mlp = fused_mlp_of(found.path, modules)
+    return fused_mlp or fused_attention_of(found.path, found.module, found.prefix, modules)
+
+
 def _target(
     found: Found,
     kind: LayerKind,
@@ -205,7 +213,7 @@ def _target(
     build: BlockBuild,
     *,
     offloaded: bool,
-    mlp: nn.Module | None,
+    opened: Opened | None,
 ) -> Target:
     path, module = found.path, found.module
     place = None if kind.place is None else kind.place(found)
@@ -224,9 +232,9 @@ def _target(
         pattern(path),
         found.has_tensors("bias"),
         build.value,
-        # Where something else runs around the MLP's forward, it stays as it is.
-        opens=mlp is not None and "forward" not in mlp.__dict__,
+        # Where something else runs around its forward, it stays as it is.
+        opens=opened is not None and "forward" not in opened.module.__dict__,
     )
     order = kind.row_order if build is BlockBuild.NUNCHAKU else RowOrder.PLANAR
     prefix = found.prefix
-    return Target(module, kind.kind, facts.dtype, device, row, order, place, owner, prefix, mlp)
+    return Target(module, kind.kind, facts.dtype, device, row, order, place, owner, prefix, opened)

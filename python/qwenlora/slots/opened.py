@@ -1,73 +1,72 @@
-"""Fused MLPs that are run as their two linears, because something runs beside one of them.
+"""Modules that run layers inside a kernel, opened because something runs beside one of them.
 
-An MLP is opened exactly where one of its linears carries a branch. So whether it is follows from
-the branches at any time: what an interrupt leaves is seen, and put right by looking again.
+Such a module is opened exactly where one of its layers carries a branch. So whether it is follows
+from the branches at any time: what an interrupt leaves is seen, and put right by looking again.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from qwenlora.errors import UnsupportedModelError
-from qwenlora.model.fused_mlp import layers_of
+from qwenlora.model.opened import OpenedForm
 from qwenlora.model.subclass import forward_of, is_marked, mark_hooked, unmark_hooked
 from qwenlora.slots.branch_layout import LAYOUT
-from qwenlora.slots.unsigned import takes_unsigned, unsigned_output
+from qwenlora.slots.opened_attention import run_attention, run_by_processor, run_projection
+from qwenlora.slots.opened_mlp import run_mlp
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor, nn
-
+    from qwenlora.model.opened import Opened
+    from qwenlora.model.subclass import Forward
     from qwenlora.model.target import Target
 
-__all__ = ["is_as_needed", "require_openable", "run_opened", "set_as_needed"]
+__all__ = ["is_as_needed", "require_openable", "set_as_needed"]
 
 
-def run_opened(
-    module: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Forward of a fused MLP: both linears with what runs beside them, GELU between them.
+_FORWARDS: dict[OpenedForm, Forward] = {
+    OpenedForm.MLP: run_mlp,
+    OpenedForm.PROJECTION: run_projection,
+    OpenedForm.ATTENTION: run_attention,
+    OpenedForm.PROCESSOR: run_by_processor,
+}
+_NAMES = {
+    OpenedForm.MLP: "the MLP of",
+    OpenedForm.PROJECTION: "the module of",
+    OpenedForm.ATTENTION: "the attention of",
+    OpenedForm.PROCESSOR: "the attention of",
+}
+"""What a module is to one of its layers, in messages."""
 
-    Without a branch it is the class's own: a host may have kept it.
-    """
-    first, second = layers_of(module)
-    if not (LAYOUT in first.__dict__ or LAYOUT in second.__dict__):
-        return plain(module, *args, **kwargs)
-    x: Tensor = args[0] if args else next(iter(kwargs.values()))
-    # Where a host casts automatically, a branch may have another dtype than the kernels take.
-    hidden = torch.nn.functional.gelu(first(x), approximate="tanh").to(x.dtype)
-    return unsigned_output(second, hidden) if takes_unsigned(second) else second(hidden)
 
-
-def set_as_needed(mlp: nn.Module) -> None:
-    """Open a fused MLP where one of its linears carries a branch, else close it."""
-    if _is_needed(mlp):
-        mark_hooked(mlp, run_opened)
+def set_as_needed(opened: Opened) -> None:
+    """Open a module where one of its layers carries a branch, else close it."""
+    if _is_needed(opened):
+        mark_hooked(opened.module, _FORWARDS[opened.form])
     else:
-        unmark_hooked(mlp)
+        unmark_hooked(opened.module)
 
 
-def is_as_needed(mlp: nn.Module) -> bool:
-    """Tell if a fused MLP is opened where it must be, and nowhere else."""
-    return forward_of(mlp) is run_opened if _is_needed(mlp) else not is_marked(mlp)
+def is_as_needed(opened: Opened) -> bool:
+    """Tell if a module is opened where it must be, and nowhere else."""
+    if _is_needed(opened):
+        return forward_of(opened.module) is _FORWARDS[opened.form]
+    return not is_marked(opened.module)
 
 
 def require_openable(target: Target) -> None:
-    """Check that the MLP of a linear that gets a branch can be opened.
+    """Check that what runs a layer that gets a branch can be opened.
 
     Raises:
         UnsupportedModelError: Something else runs around its forward.
     """
-    if target.mlp is not None and "forward" in target.mlp.__dict__:
+    opened = target.opened
+    if opened is not None and "forward" in opened.module.__dict__:
         raise UnsupportedModelError(
-            f"the MLP of `{target.path}` has a forward of its own, which something else put there:"
-            " what runs beside the layer would be missed"
-            '\nhint: take off what hooks the MLP, or pass `ComposeOptions(mlp="rank")`'
+            f"{_NAMES[opened.form]} `{target.path}` has a forward of its own, which something else"
+            " put there: what runs beside the layer would be missed"
+            '\nhint: take off what hooks it, or pass `ComposeOptions(mlp="rank")`'
         )
 
 
-def _is_needed(mlp: nn.Module) -> bool:
-    return any(LAYOUT in layer.__dict__ for layer in layers_of(mlp))
+def _is_needed(opened: Opened) -> bool:
+    return any(LAYOUT in layer.__dict__ for layer in opened.held())
