@@ -152,7 +152,8 @@ class ComposeOptions:
         lokr_scale: The factor of a LoKr whose factors are both stored whole.
         mlp: How Nunchaku's fused MLPs are computed where a delta is more than rank. "exact" runs
             them as their two layers, which takes longer. "rank" keeps the kernel, which takes ranks
-            alone: a LoKr is cut to `truncated_rank`, and what stretches or turns is left out.
+            alone: a LoKr is cut to `truncated_rank`, and what stretches or turns is left out. The
+            same holds for the kernel that norms and rotates Z-Image's query, key and value.
         dense_budget: Bytes that full deltas may take beside quantized layers, all together, where
             they are exact. Beyond them they are cut to `truncated_rank`.
         placement: How the new stack takes the old one's place.

@@ -23,8 +23,10 @@ from torch import nn
 
 from qwenlora.emulation import Precision, SVDQW4A4Linear
 from qwenlora.emulation.dense import random_smooth
+from qwenlora.emulation.fused_qkv import ROWS_PADDED
 from qwenlora.packing import pack
 from qwenlora.packing.layout import LowRankSide
+from qwenlora.packing.rotation import pack_rotations, unpack_rotations
 
 from .small_qwen import devices
 
@@ -128,7 +130,7 @@ def fused_qkv_norm_rotary(
     qkv: SVDQW4A4Linear,
     query_norm: torch.Tensor,
     key_norm: torch.Tensor,
-    sin_cos: torch.Tensor,
+    packed: torch.Tensor,
     head_dim: int,
 ) -> list[torch.Tensor]:
     """The kernel: it reads the layer's tensors, so that no hook on the layer runs.
@@ -138,7 +140,7 @@ def fused_qkv_norm_rotary(
         qkv: Rows of query, key and value.
         query_norm: (D,).
         key_norm: (D,).
-        sin_cos: (B or 1, S, D/2, 1, 2), what `RotaryHooks` makes.
+        packed: (B or 1, S and more, D) float32, what `RotaryHooks` makes.
         head_dim: D.
 
     Returns:
@@ -146,8 +148,9 @@ def fused_qkv_norm_rotary(
     """
     qkv.check(x)
     rows = qkv.product(*qkv.rounded(x.reshape(-1, x.shape[-1])))  # (B*S, 3*H*D) float32
-    parts = rows.view(*x.shape[:-1], 3, -1, head_dim).unbind(2)
-    sin, cos = sin_cos[..., 0, :].unsqueeze(2).unbind(-1)  # (B or 1, S, 1, D/2)
+    parts = rows.view(*x.shape[:-1], 3, qkv.qweight.shape[0] // (3 * head_dim), head_dim).unbind(2)
+    sin_cos = unpack_rotations(packed)[:, : x.shape[1], None]
+    sin, cos = sin_cos.unbind(-1)  # (B or 1, S, 1, D/2)
     turned = []
     for part, norm in zip(parts, (query_norm, key_norm), strict=False):
         size = part.square().mean(-1, keepdim=True).add(NORM_EPSILON).rsqrt()
@@ -192,11 +195,14 @@ class RotaryHooks:
                 self._handles.append(handle)
 
     def replace(self, module, args, kwargs):
-        """Pass on sine and cosine alone, made once for each rotation."""
+        """Pass on sine and cosine in the kernel's layout, made once for each rotation."""
         rotation = args[2]
         key = (rotation.data_ptr(), rotation.shape)
         if key not in self._made:
-            self._made[key] = rotation[..., [1], :].squeeze(2)
+            sin_cos = rotation[:, :, 0, :, 1]  # (B or 1, S, D/2, 2)
+            missing = -rotation.shape[1] % ROWS_PADDED
+            padded = torch.nn.functional.pad(sin_cos, (0, 0, 0, 0, 0, missing))
+            self._made[key] = pack_rotations(padded)
         return (*args[:2], self._made[key], *args[3:]), kwargs
 
     def end(self, transformer: nn.Module, args: tuple[Any, ...], output: object) -> None:

@@ -47,7 +47,7 @@ def fused_qkv_norm_rotary(
             more than one sample, S is a multiple of 256, since rows are padded at the end alone.
     """
     qkv.check(x)
-    _check_heads(x, qkv.out_features, norm_q, norm_k)
+    _check_heads(x, qkv.qweight.shape[0], norm_q, norm_k)
     if rotation is not None:
         _check_rotation(x, rotation)
     rows = x.reshape(-1, qkv.in_features)  # (M, K)

@@ -48,7 +48,7 @@ __all__ = [
 class SlotRow(NamedTuple):
     """A slot's facts for planning; plain data, which Rust takes by these names.
 
-    `opens` says that the layer lies in a fused MLP that can be run as its two layers.
+    `opens` says that what runs the layer inside a kernel can be run with the layer by itself.
     """
 
     path: str

@@ -155,33 +155,14 @@ fn every_module_has_its_adapter_rank_and_scale() {
     assert_eq!(modules, 5256);
 }
 
-/// Files of which a part is refused, because Nunchaku's model computes it inside a kernel: (name, what
-/// the reason says, how the refused modules' names begin after the block).
-const CLOSED: [(&str, &str, &str); 1] = [(
-    "z_image_dora",
-    "DoRA is more than rank, and Nunchaku computes this layer inside a kernel",
-    "attention.to_",
-)];
-
-fn closed(name: &str) -> Option<(&'static str, &'static str)> {
-    let row = CLOSED.iter().find(|(closed, ..)| *closed == name);
-    row.map(|(_, says, modules)| (*says, *modules))
-}
-
 #[test]
 fn verdicts_are_the_corpus_own() {
     for (name, file) in &*CORPUS {
         let document = document(name, file);
-        let expected = match closed(name) {
-            Some(_) => "partial",
-            None => file["expect"].as_str().unwrap(),
-        };
+        let expected = file["expect"].as_str().unwrap();
         assert_eq!(document["verdict"], expected, "{name}");
         let reason = document["reason"].as_str().unwrap_or_default();
         assert_eq!(expected == "apply", reason.is_empty(), "{name}: {reason}");
-        if let Some((says, _)) = closed(name) {
-            assert!(reason.contains(says), "{name}: {reason}");
-        }
         let model = document["model"].as_str().unwrap_or("none");
         assert_eq!(model, file["model"].as_str().unwrap(), "{name}");
     }
@@ -194,11 +175,7 @@ fn every_module_but_the_refused_is_supported() {
         for module in document["modules"].as_array().unwrap() {
             let target = module["target"].as_str().unwrap();
             let reshaped = name == "control_lora_img_in" && target == "img_in";
-            let is_closed = |(_, modules): (&str, &str)| {
-                target.contains(modules) && !target.ends_with("to_out.0")
-            };
-            let supported = !reshaped && !closed(name).is_some_and(is_closed);
-            assert_eq!(module["supported"], supported, "{name}: {module}");
+            assert_eq!(module["supported"], !reshaped, "{name}: {module}");
         }
     }
 }
@@ -252,11 +229,6 @@ fn every_file_is_planned_whole_or_refused() {
         let stack = StackPlan::new(&[item], own, options);
         if file["expect"] == "reject" {
             assert!(stack.is_err(), "{name}");
-            continue;
-        }
-        if let Some((says, _)) = closed(name) {
-            let text = stack.unwrap_err().to_string();
-            assert!(text.contains(says), "{text}");
             continue;
         }
         if name == "control_lora_img_in" {
@@ -480,25 +452,23 @@ fn what_is_applied_but_cut_is_said() {
             .iter()
             .any(|note| note.contains(words))
     };
-    let kron = "LoKr in the fused attention";
     let full = "full deltas of quantized layers";
     let rank = "more ranks than a quantized layer";
-    let file = "z_image_ai_toolkit_lokr";
-    assert!(said(file, kron) && !said(file, full), "{file}");
     for file in ["lycoris_full", "ai_toolkit_fullrank"] {
-        assert!(said(file, full) && !said(file, kron), "{file}");
+        assert!(said(file, full) && !said(file, rank), "{file}");
     }
     for file in [
         "musubi_loha",
         "lycoris_lokr_both",
         "musubi_lora_full60",
         "lycoris_norms",
-        // Qwen-Image's fused MLP is opened for them.
+        // Fused kernels are opened for them.
+        "z_image_ai_toolkit_lokr",
         "simpletuner_lycoris_lokr",
         "ai_toolkit_lokr_full_bf16",
     ] {
         assert!(
-            ![kron, full, rank].iter().any(|words| said(file, words)),
+            ![full, rank].iter().any(|words| said(file, words)),
             "{file}"
         );
     }

@@ -270,12 +270,9 @@ fn kronecker_products_in_z_image_s_fused_attention() {
       adapters   LoKr (2)
       ranks      up to 3840
       scales     1
-      exactness  exact (1), truncated (1)
+      exactness  exact (2)
       slots      2
       attention  1/30 layers (3): attention.to_q attention.to_out.0
-      note       LoKr in the fused attention has more ranks than its kernel takes (1
-                 of 2 modules): cut to the best `truncated_rank`; the report of
-                 composing says what that loses
     ");
 }
 

@@ -202,14 +202,9 @@ impl KnownModule {
         !self.split.is_empty()
     }
 
-    /// Whether Nunchaku computes it inside the kernel of an MLP, which can be run as its two layers.
+    /// Whether Nunchaku computes it inside a kernel, of which the layer can be run by itself.
     pub fn opens(&self) -> bool {
-        self.layer == Some(Layer::SvdqInKernel) && self.section == Section::Mlp
-    }
-
-    /// Whether Nunchaku computes it inside a kernel that nothing opens, and that takes ranks alone.
-    pub fn is_closed(&self) -> bool {
-        self.layer == Some(Layer::SvdqInKernel) && !self.opens()
+        self.layer == Some(Layer::SvdqInKernel)
     }
 
     /// The number of its block, where the model's blocks are counted by it.

@@ -47,11 +47,11 @@ pub enum BlockBuild {
     Stock,
 }
 
-/// The way in which Nunchaku's fused MLPs are computed.
+/// The way in which layers are computed that Nunchaku fuses with what comes behind them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum MlpPath {
-    /// As two layers where a delta is more than rank, so that it is exact.
+    /// By themselves where a delta is more than rank, so that it is exact.
     #[default]
     Exact,
     /// In one kernel, which takes ranks alone.
@@ -83,7 +83,7 @@ pub struct Slot {
     /// The build of its block; of no weight for a slot outside of blocks.
     #[serde(default)]
     pub build: BlockBuild,
-    /// Whether the kernel that it runs in is one of a fused MLP, which can be run as its two layers.
+    /// Whether what runs it inside a kernel can be run with the layer by itself.
     #[serde(default)]
     pub opens: bool,
 }

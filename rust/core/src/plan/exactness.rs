@@ -50,7 +50,7 @@ impl FilePlan {
             .filter(|module| module.deltas.iter().any(is_full));
         let mut slots: Vec<ModuleId> = with_full
             .map(|module| model::table().module(module.id))
-            .filter(|known| known.layer.is_some_and(Layer::is_quantized) && !known.is_closed())
+            .filter(|known| known.layer.is_some_and(Layer::is_quantized))
             .map(|known| known.place.module)
             .collect();
         slots.sort_unstable();
@@ -90,14 +90,16 @@ fn class_of(known: &KnownModule, delta: &Delta, is_whole: bool) -> Exactness {
     // With a magnitude it runs beside the layer, where no kernel limits ranks.
     let is_cut = match delta.form {
         Form::Full { .. } => is_quantized && !is_whole,
-        Form::Kronecker { .. } => known.is_closed() && bound > MOST_RANKS,
         Form::Pair { .. }
         | Form::Tucker { .. }
         | Form::Packed { .. }
         | Form::Hadamard { .. }
         | Form::Glora { .. }
         | Form::Householder { .. } => is_packed && bound > MOST_RANKS && delta.magnitude.is_none(),
-        Form::Diagonal { .. } | Form::Rotation(_) | Form::Vector { .. } => false,
+        Form::Kronecker { .. }
+        | Form::Diagonal { .. }
+        | Form::Rotation(_)
+        | Form::Vector { .. } => false,
     };
     match (is_cut, delta.magnitude) {
         (true, _) => Exactness::Truncated,

@@ -2,7 +2,7 @@
 
 use crate::adapter::delta::{Delta, Form, Parameter, Sides};
 use crate::adapter::module::Module;
-use crate::adapter::{Adapter, PieceKind, set_weight};
+use crate::adapter::{Adapter, set_weight};
 use crate::model::{self, Model, ModuleKind};
 
 /// How a module's shapes compare with the released model.
@@ -41,15 +41,9 @@ pub fn fit(module: &Module) -> Fit {
 /// Why a released model takes no such adapter at this module, although its shapes fit.
 pub fn refusal(module: &Module) -> Option<String> {
     let known = model::table().module(module.id);
-    let kind = module.deltas.first()?.piece_kind();
-    let is_more = matches!(kind, PieceKind::Diagonal | PieceKind::Rotation);
-    if module.adapter == Adapter::Set && known.layer?.is_quantized() {
-        Some(set_weight::OF_QUANTIZED.to_owned())
-    } else if is_more && known.is_closed() {
-        Some(module.adapter.in_kernel())
-    } else {
-        None
-    }
+    module.deltas.first()?;
+    let is_set = module.adapter == Adapter::Set && known.layer?.is_quantized();
+    is_set.then(|| set_weight::OF_QUANTIZED.to_owned())
 }
 
 /// Deltas beside the weight's that do not fit the released model: (tensor, how).

@@ -84,9 +84,6 @@ fn cut_notes(plan: &FilePlan) -> Vec<String> {
         .flat_map(|(known, module)| module.deltas.iter().map(move |delta| (known, delta)))
         .collect();
     let mut notes = Vec::new();
-    let krons = |(known, delta): &&(&KnownModule, &Delta)| {
-        matches!(delta.form, Form::Kronecker { .. }) && known.is_closed()
-    };
     let ranks = |(known, delta): &&(&KnownModule, &Delta)| {
         let is_rank = delta.piece_kind() == PieceKind::LowRank;
         is_rank && !matches!(known.layer, Some(Layer::Awq { .. }))
@@ -99,11 +96,6 @@ fn cut_notes(plan: &FilePlan) -> Vec<String> {
             notes.push(format!("{what} ({count} of {all} modules): {becomes}"));
         }
     };
-    say(
-        deltas.iter().filter(krons).filter(beyond).count(),
-        "LoKr in the fused attention has more ranks than its kernel takes",
-        "cut to the best `truncated_rank`; the report of composing says what that loses",
-    );
     say(
         deltas.iter().filter(ranks).filter(beyond).count(),
         "more ranks than a quantized layer takes",

@@ -85,7 +85,7 @@ fn check_more_than_rank(
     let title = delta.adapter.title();
     let text = if slot.opens {
         format!(
-            "{title} is more than rank, and `mlp=\"rank\"` keeps Nunchaku's fused MLP, which takes \
+            "{title} is more than rank, and `mlp=\"rank\"` keeps Nunchaku's fused kernel, which takes \
              ranks alone: `mlp=\"exact\"` applies it"
         )
     } else {
