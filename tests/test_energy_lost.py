@@ -21,13 +21,9 @@ OUT = f"{BLOCK}.attn.to_out.0"
 QKV = f"{BLOCK}.attn.to_qkv"
 MOD = f"{BLOCK}.img_mod.1"
 PLAIN = "norm_out.linear"
-<<<<<<< HEAD
-EVERYTHING = ComposeOptions(max_energy_lost=1.0, truncated_rank=16, dense_budget=0, mlp="rank")
-=======
 CUT = ComposeOptions(truncated_rank=16, mlp="rank", dense_budget=0)
 """What could run whole beside its layer is cut."""
 EVERYTHING = replace(CUT, max_energy_lost=1.0)
->>>>>>> d9702be (Tests of what was cut or refused: whole beside its layer now; PEFT's own layers as oracles of the kinds that need the base)
 CLOSE = 2e-5
 """Of an energy: float32, and the rounding of the iterations of a large sum."""
 
@@ -357,11 +353,7 @@ def test_a_bound_is_near_where_little_is_lost(wanted, model, Draft):
         diff = draft.random(128, 12) @ draft.random(12, 128) + 0.01 * draft.random(128, 128)
         draft.tensors[draft.key(OUT, "diff")] = diff
         stack.add(draft, 1.0, (0, diff))
-<<<<<<< HEAD
-    options = ComposeOptions(truncated_rank=16, dense_budget=0, mlp="rank")
-=======
     options = CUT
->>>>>>> d9702be (Tests of what was cut or refused: whole beside its layer now; PEFT's own layers as oracles of the kinds that need the base)
     slot = stack.composed(model, options=options)
     measured = energy(stack.whole - oracle.kept(model, OUT, 32)) / energy(stack.whole)
     assert slot.energy_is_bound
@@ -378,11 +370,7 @@ def test_a_refused_delta_is_in_nobodys_way(wanted, model, Draft):
     stack.stack[0] = ({**stack.stack[0][0], **Draft(3).add(PLAIN, 4).tensors}, 1.0)
     stack.whole.zero_()
     stack.add(draft, 1.0, (0, near))
-<<<<<<< HEAD
-    options = ComposeOptions(truncated_rank=16, dense_budget=0, mlp="rank")
-=======
     options = CUT
->>>>>>> d9702be (Tests of what was cut or refused: whole beside its layer now; PEFT's own layers as oracles of the kinds that need the base)
     report = qwenlora.compose_loras(model, stack.stack, options=options)
     assert not report.complete
     (slot,) = [slot for slot in report.slots if slot.path == OUT]
