@@ -68,11 +68,11 @@ def _together(x: Tensor, index: int, size: int) -> Tensor:
     """
     wide = 2**index * (size // 2)
     # (..., c g k) -> (..., c k g)
-    return x.unflatten(-1, (-1, 2, wide)).transpose(-1, -2).reshape(x.shape)
+    return torch.unflatten(x, -1, (-1, 2, wide)).transpose(-1, -2).reshape(x.shape)
 
 
 def _apart(x: Tensor, index: int, size: int) -> Tensor:
     """The inverse of `_together`."""
     wide = 2**index * (size // 2)
     # (..., c k g) -> (..., c g k)
-    return x.unflatten(-1, (-1, wide, 2)).transpose(-1, -2).reshape(x.shape)
+    return torch.unflatten(x, -1, (-1, wide, 2)).transpose(-1, -2).reshape(x.shape)
