@@ -53,7 +53,7 @@ def _normed(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _turned(x: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, S, H, 64) each
+    first, second = x.view(*x.shape[:-1], -1, 2).unbind(-1)  # (B, S, H, 64) each
     turned = (first * cosine - second * sine, first * sine + second * cosine)
     return torch.stack(turned, dim=-1).flatten(-2)
 
