@@ -588,6 +588,11 @@ class AdapterFile:
         self.merged[module.name] = merged
         self.kinds[module.name] = own
 
+    @property
+    def replaces(self) -> bool:
+        """True where it replaces values."""
+        return any(own.plain_only for own in self.kinds.values())
+
     def save(self, path: Path) -> Path:
         """Write a safetensors file, or PEFT's folder where it has a configuration."""
         tensors = {key: tensor.contiguous().clone() for key, tensor in self.tensors.items()}
@@ -604,9 +609,12 @@ class AdapterFile:
 def mixed(modules: Iterable[Module], seed: int = 0) -> list[AdapterFile]:
     """Files of all kinds: each module is trained by one, of one kind after the other."""
     files = {name: AdapterFile(own.config) for name, own in KINDS.items()}
-    names = itertools.cycle(KINDS)
+    names = itertools.cycle(name for name, own in KINDS.items() if not own.plain_only)
     for number, module in enumerate(modules):
-        name = next(own for own in names if KINDS[own].fits(module))
+        if KINDS["lora"].fits(module):
+            name = next(own for own in names if KINDS[own].fits(module))
+        else:
+            name = "set_weight"
         files[name].add(name, module, seed=1000 * seed + number)
     return [file for file in files.values() if file.merged]
 

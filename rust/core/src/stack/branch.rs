@@ -143,8 +143,8 @@ impl PartShape {
                 (pair.saturating_add(vectors), 0)
             }
             PartForm::Dense { columns } => (rows.saturating_mul(columns), 1),
-            PartForm::Factor { scales_bias: true } => (rows, 0),
-            PartForm::Factor { scales_bias: false } => (rows.saturating_mul(2), 0),
+            // What of the bias is not scaled is beside the factors.
+            PartForm::Factor { .. } => (rows.saturating_mul(2), 0),
             PartForm::InputFactor { columns } => (columns, 0),
             PartForm::Rotation { blocks, size } => (squares(blocks, size).saturating_add(rows), 0),
             PartForm::Pass { blocks, size } => (
