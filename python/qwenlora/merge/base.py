@@ -58,6 +58,11 @@ _LAYER = (
 _NAMES = frozenset((*_LAYER, "weight"))
 _FUSED = "to_qkv"
 """How the path of the projection ends that marks Nunchaku's own blocks, if it is one layer."""
+_RENAMED = {"feed_forward.w13": "feed_forward.net.0.proj"}
+"""ComfyUI-nunchaku's name of a quantized layer of value and gate, in this order, and Nunchaku's.
+
+Of a 16-bit weight of this name nothing tells the order of the rows.
+"""
 _SCALE_PLANES = (1, 4)
 """Planes of Nunchaku's modulation whose bias holds the 1 of 1 + scale."""
 
@@ -269,10 +274,18 @@ def _by_module(keys: Iterable[str], model: str) -> dict[str, dict[str, list[str]
     for key in keys:
         path, _, name = key.rpartition(".")
         if name in _NAMES:
-            module = next((own for own in names_of(path) if own in known), None)
+            names = names_of(path if name == "weight" else _renamed(path))
+            module = next((own for own in names if own in known), None)
             if module is not None:
                 found[module][name].append(key)
     return found
+
+
+def _renamed(path: str) -> str:
+    for end, other in _RENAMED.items():
+        if path.endswith(end):
+            return path.removesuffix(end) + other
+    return path
 
 
 def _known_names(model: str) -> Iterator[str]:

@@ -135,9 +135,9 @@ class MergePlan:
             raise NothingToApplyError("every strength is 0: there is nothing to merge")
         documents = [json.loads(source.plan.to_json()) for source in wanted.sources]
         model = _common_model(wanted.names, documents)
-        if base is not None:
+        if base is not None and model is not None:
             base.check_model(model, wanted.names[0])
-        known = known_slots(model) if known is None else known
+        known = known_slots(model or _ANY_MODEL) if known is None else known
         items = [
             StackItem(name, source.plan, spec.strength, True, spec.factors.zeros(known))
             for name, spec, source in zip(wanted.names, wanted.specs, wanted.sources, strict=True)
@@ -263,10 +263,10 @@ def pair_shapes(
     )
 
 
-def _common_model(names: Sequence[str], documents: Sequence[Mapping[str, Any]]) -> str:
+def _common_model(names: Sequence[str], documents: Sequence[Mapping[str, Any]]) -> str | None:
     """The name of the model that the sources are for; planning refuses those that are for none."""
     first = ""
-    model = _ANY_MODEL
+    model = None
     for name, document in zip(names, documents, strict=True):
         own = document["model"]
         if own is None:
