@@ -366,10 +366,10 @@ def check_branches(targets: Iterable[Target]) -> None:
     """Check that no part of a side branch was taken away, and that all of it runs.
 
     Raises:
-        ModelStateError: A layer's branch lacks a part, or its fused MLP passes over it.
+        ModelStateError: A layer's branch lacks a part, or the kernel around it passes over it.
     """
     for target in targets:
-        runs = target.mlp is None or is_as_needed(target.mlp)
+        runs = target.opened is None or is_as_needed(target.opened)
         if not (runs and is_whole(target.module)):
             raise ModelStateError(
                 f"`{target.path}` lacks a part of the branch that was left beside it:"
