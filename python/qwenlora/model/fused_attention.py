@@ -7,7 +7,6 @@ stands in for a base that calls its layers, and that base's code does all that c
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from qwenlora.model.code import arguments_of, names_in, names_in_forward
@@ -88,7 +87,6 @@ def plain_base(attention: nn.Module, form: OpenedForm) -> type | None:
     return next(others, None)
 
 
-@lru_cache(maxsize=64)
 def _is_understood(called: object, form: OpenedForm, *, is_fused: bool) -> bool:
     """Tell if a method runs the kernel, or calls its layers, and takes what is expected."""
     names, arguments = names_in(called), arguments_of(called)
