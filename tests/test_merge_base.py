@@ -207,6 +207,17 @@ def input_oft(target, weight):
     return tensors, reference.input_oft_weight(weight, turns)
 
 
+def peft_boft(target, weight):
+    blocks = random(1, weight.shape[1] // 8, 8, 8, seed=16, size=0.1)
+    scale = 1 + random(weight.shape[0], 1, seed=17, size=0.05)
+    tensors = {
+        f"base_model.model.{target}.boft_R": blocks,
+        f"base_model.model.{target}.boft_s": scale,
+    }
+    turns = torch.stack([reference.cayley(own) for own in (blocks[0].mT - blocks[0]).double() / 2])
+    return tensors, scale.double() * reference.input_oft_weight(weight, turns)
+
+
 KINDS = {
     "DoRA of rows": lambda t, w: dora(t, w, axis=0),
     "DoRA of columns": lambda t, w: dora(t, w, axis=1),
@@ -219,6 +230,7 @@ KINDS = {
     "OFT, rescaled": lambda t, w: diag_oft(t, w, rescaled=True),
     "BOFT": boft,
     "OFT of inputs": input_oft,
+    "BOFT of inputs": peft_boft,
 }
 LOW_RANK = ("GLoRA", "HRA")
 
@@ -237,10 +249,10 @@ def test_a_kind_becomes_plain(kind, target, base, merged):
     assert report.base.form == "quantized"
 
 
-@pytest.mark.parametrize("kind", [*KINDS][::2])
+@pytest.mark.parametrize("kind", KINDS)
 def test_composed_a_merged_file_does_what_its_source_does(kind, base, merged, probe):
     tensors = {}
-    for target in (TO_K, f"{BLOCK}.attn.to_out.0", MOD, "proj_out"):
+    for target in (TO_K, f"{BLOCK}.attn.to_out.0", FC1, FC2, MOD, "proj_out"):
         tensors |= KINDS[kind](target, base.weights[target])[0]
     _, path = merged(base.slots, (tensors, 1.0), base=whole_state(base.model))
     plain = probe.output(base.model)
@@ -341,17 +353,24 @@ def test_without_a_base_a_kind_is_left_out_by_name(kind, base, merged):
         assert error(deltas_of(path)["proj_out"], delta) < FLOAT32
 
 
-def test_factors_on_a_bias_need_diffs(base, merged):
-    factors = 1 + random(768, seed=30, size=0.1)
-    tensors = {f"base_model.model.{MOD}.ia3_l": factors.view(-1, 1)}
-    state = whole_state(base.model)
-    report, _ = merged(base.slots, (tensors, 1.0), base=state)
-    assert [skip.name for skip in report.loras[0].skipped] == [MOD]
+@pytest.mark.parametrize("target", PLACES)
+@pytest.mark.parametrize("form", ["16-bit", "exact", "W4A4"])
+def test_factors_on_a_bias_need_diffs(form, target, make_model, merged):
+    four_bits = {"dtype": torch.bfloat16, "precision": Precision.W4A4} if form == "W4A4" else {}
+    base = Base.of(make_model(num_layers=1, **four_bits))
+    factors = 1 + random(len(base.weights[target]), seed=30, size=0.1)
+    tensors = {f"base_model.model.{target}.ia3_l": factors.view(-1, 1)}
+    state = base.dense() if form == "16-bit" else whole_state(base.model)
+    report, path = merged(base.slots, (tensors, 1.0), base=state)
+    (skip,) = report.loras[0].skipped
+    assert (skip.name, skip.reason[:22]) == (target, "its factors on a bias,")
+    assert [*deltas_of(path)] == [target]
     report, path = merged(base.slots, (tensors, 0.5), base=state, diffs=True)
     assert report.complete
-    found = load_file(path)[f"{PREFIX}{MOD}.diff_b"].double()
-    expected = 0.5 * (factors.double() - 1) * base.trained_biases()[MOD]
-    assert error(found, expected) < FLOAT32
+    by = 0.5 * (factors.double() - 1)
+    found = load_file(path)[f"{PREFIX}{target}.diff_b"].double()
+    assert error(found, by * base.trained_biases()[target]) < FLOAT32
+    assert error(deltas_of(path)[target], by.unsqueeze(1) * base.weights[target]) < FLOAT32
 
 
 def test_what_the_base_lacks_is_left_out_by_name(base, merged):
@@ -380,8 +399,12 @@ def test_what_the_base_lacks_is_left_out_by_name(base, merged):
 def test_a_wrong_base_is_refused(base, merged, tmp_path):
     tensors = dora(TO_K, base.weights[TO_K], axis=0)[0]
     other = {"layers.0.attention.qkv.weight": torch.ones(4, 4)}
-    with pytest.raises(errors.OtherModelError, match="is `z-image`, but"):
-        merged(base.slots, (tensors, 1.0), base=other)
+    real, _ = pair(TO_K, 3072, 3072)
+    with pytest.raises(errors.OtherModelError, match="is `z-image`, but `source-0` is a LoRA for"):
+        merged(None, (real, 1.0), base=other)
+    nobodys = {f"single_transformer_blocks.0.{key}": own for key, own in real.items()}
+    with pytest.raises(errors.OtherModelError, match="a FLUX or HunyuanVideo LoRA"):
+        merged(None, (nobodys, 1.0), base=other)
     with pytest.raises(errors.OtherModelError, match="of no model that is known"):
         merged(base.slots, (tensors, 1.0), base=tensors)
     with pytest.raises(errors.LoraNotFoundError):

@@ -132,9 +132,11 @@ def merged(slots, tmp_path):
 
 def assert_changes(path, file, modules, strength=1.0):
     """What is written is W' - W of every module of the file, and of nothing else."""
-    found, expected = deltas_of(path), {}
-    for name, merged in file.merged.items():
-        expected[name] = strength * (merged.weight - modules[name].weight)
+    found = deltas_of(path)
+    expected = {
+        diffusers_name(name): strength * (own.weight - modules[diffusers_name(name)].weight)
+        for name, own in file.merged.items()
+    }
     assert found.keys() == expected.keys()
     assert max(error(found[name], expected[name]) for name in expected) < FLOAT32
 
@@ -189,12 +191,27 @@ def test_an_adapter_of_a_fused_layer_changes_each_part(naming, kind, dense, modu
         assert error(whole, file.merged[name].weight - modules[name].weight) < FLOAT32
 
 
+def named_by_diffusers(model):
+    """A model's modules by the names that merged files have."""
+    return {diffusers_name(name): own for name, own in modules_of(model).items()}
+
+
+def diffusers_name(name):
+    """Of a module of ComfyUI's."""
+    for own, other in (
+        (".attention.out", ".attention.to_out.0"),
+        ("final_layer.linear", "all_final_layer.2-1.linear"),
+    ):
+        if name.endswith(own) and not name.endswith(other):
+            return name.removesuffix(own) + other
+    return name
+
+
 @pytest.mark.parametrize("kind", KINDS[::3])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_quantized_base_by_every_name(form, kind, quantized, merged):
     model = quantized(form)
-    modules = modules_of(model)
-    assert modules.keys() >= {*PARTS}
+    modules = named_by_diffusers(model)
     file = AdapterFile.of(kind, [modules[name] for name in PARTS])
     report, path = merged(file, model.state_dict())
     assert report.complete
@@ -206,7 +223,7 @@ def test_a_quantized_base_by_every_name(form, kind, quantized, merged):
 @pytest.mark.parametrize("form", [ZImageForm.CALLED, ZImageForm.COMFYUI])
 def test_refiners_that_are_not_quantized(form, quantized, merged):
     model = quantized(form, refiners=False)
-    modules = modules_of(model)
+    modules = named_by_diffusers(model)
     names = [name.replace(BLOCK, "noise_refiner.0") for name in PARTS]
     file = AdapterFile.of("dora of rows", [modules[name] for name in (*names, PARTS[0])])
     report, path = merged(file, model.state_dict())
@@ -217,7 +234,7 @@ def test_refiners_that_are_not_quantized(form, quantized, merged):
 @pytest.mark.parametrize("form", [ZImageForm.CALLED, ZImageForm.COMFYUI])
 def test_packed_4_bit_values_are_dequantized(form, quantized, merged):
     model = quantized(form, precision=Precision.W4A4)
-    modules = modules_of(model)
+    modules = named_by_diffusers(model)
     file = AdapterFile.of("oft by peft", [modules[name] for name in PARTS])
     report, path = merged(file, model.state_dict())
     assert report.complete
@@ -226,15 +243,13 @@ def test_packed_4_bit_values_are_dequantized(form, quantized, merged):
 
 def test_composed_a_merged_file_does_what_its_source_does(quantized, merged):
     model = quantized(ZImageForm.COMFYUI)
-    modules = modules_of(model)
-    names = [*PARTS[3:], *LINEARS]
-    named = [name.replace("all_final_layer.2-1", "final_layer") for name in names]
-    file = AdapterFile.of("dora of columns", [modules[n] for n in named if n in modules])
+    modules = named_by_diffusers(model)
+    file = AdapterFile.of("dora of columns", [modules[name] for name in (*PARTS[3:], *LINEARS)])
     _, path = merged(file, model.state_dict())
-    plain, by_source, by_merge = model, copy.deepcopy(model), copy.deepcopy(model)
+    by_source, by_merge = copy.deepcopy(model), copy.deepcopy(model)
     qwenlora.compose_loras(by_source, (file.tensors, 0.5), strict=True)
     qwenlora.compose_loras(by_merge, (path, 0.5), strict=True)
-    base = outputs(plain)
+    base = outputs(model)
     assert error(outputs(by_merge) - base, outputs(by_source) - base) < COMPOSED
 
 

@@ -260,10 +260,13 @@ def test_the_screen_of_a_partial_merge(run, folder):
         == """\
 PARTIAL      o.safetensors
              1 module, exact to the rounding of BF16
-  left out   1 of c: DoRA needs the base weight: `--base CHECKPOINT`
-    e.g.     img_in
   left out   1 of c: text encoder
     e.g.     text_encoder.x.lora_A.weight
+  left out   1 of c: DoRA needs the base weight: `--base CHECKPOINT`
+    e.g.     img_in
+  left out   1 of c: a delta of a bias, norm or table, which diffusers refuses
+             in a file (`--diffs`)
+    e.g.     img_in.diff_b
 
   source     c x 1: 1 module
   file       25.3 KiB, BF16, in [time]

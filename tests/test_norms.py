@@ -28,7 +28,7 @@ from qwenlora.errors import (
 )
 from qwenlora.norms import job, modules
 from qwenlora.norms.job import write_norms
-from qwenlora.weight.norms_file import METADATA, NormsFile
+from qwenlora.source.norms_file import METADATA, NormsFile
 
 QKV = ("layers.0.attention.to_q", "layers.0.attention.to_k", "layers.0.attention.to_v")
 KNOWN = {

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from qwenlora import cache
 from qwenlora.errors import QwenLoraError, RankError
 from qwenlora.names import names_of
+from qwenlora.source.norms_file import NormsFile
 from qwenlora.source.open import known_source, open_source
 from qwenlora.spec import ComposeOptions, LoraSpec, as_specs
-from qwenlora.weight.norms_file import NormsFile
 from qwenlora.work.jobs import Job, Jobs
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qwenlora.model.target import Target
-    from qwenlora.weight.norms_file import NormsFile
+    from qwenlora.source.norms_file import NormsFile
 
 __all__ = ["SlotBase"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenlora.delta.parts import PartKind, PartShape, ScaledPart
-from qwenlora.delta.scale import factor_at
+from qwenlora.delta.strength import factor_at
 from qwenlora.plan.documents import Side
 
 if TYPE_CHECKING:

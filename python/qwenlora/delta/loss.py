@@ -21,7 +21,8 @@ import torch
 from qwenlora import sizes
 from qwenlora.delta.adapters.lokr import kron_rows
 from qwenlora.delta.adapters.table import adapter_named
-from qwenlora.delta.scale import factor_at, scaled_energy
+from qwenlora.delta.scale import scaled_energy
+from qwenlora.delta.strength import factor_at
 from qwenlora.packing.layout import RowOrder
 from qwenlora.packing.pack import interleave_modulation
 

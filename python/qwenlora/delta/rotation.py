@@ -9,7 +9,7 @@ import torch
 
 from qwenlora.delta.diagonal import bias_rows
 from qwenlora.delta.parts import PartKind, PartShape, ScaledPart
-from qwenlora.delta.scale import factor_at
+from qwenlora.delta.strength import factor_at
 from qwenlora.plan.documents import Side
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ import torch
 
 from qwenlora.delta.balance import balanced, exponent_of, is_narrow, loses_small_values
 from qwenlora.delta.parts import PartKind, PartShape, ScaledPart
+from qwenlora.delta.strength import factor_at, factors_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ScaledPair",
-    "factor_at",
-    "factors_at",
     "scaled",
     "scaled_dense",
     "scaled_energy",
@@ -32,24 +31,6 @@ __all__ = [
     "scaled_matrix",
     "scaled_values",
 ]
-
-
-def factors_at(scales: Tensor, strength: float) -> Tensor:
-    """Each scale times the strength, in float64 and rounded once to float32.
-
-    A product of zero is not negative: where a rank has no values, all ways of composing leave the
-    same bits.
-
-    Args:
-        scales: Float64, on the host, of any shape.
-        strength: Factor on the whole delta.
-    """
-    return (scales * strength + 0.0).to(torch.float32)
-
-
-def factor_at(scale: float, strength: float) -> float:
-    """One scale times the strength; see `factors_at`."""
-    return float(factors_at(torch.tensor(scale, dtype=torch.float64), strength))
 
 
 def scaled_matrix(delta: Tensor, strength: float) -> Tensor:

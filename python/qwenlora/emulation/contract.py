@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
@@ -10,9 +10,6 @@ from qwenlora.emulation.precision import Precision
 from qwenlora.errors import QwenLoraError
 from qwenlora.packing.activation import GROUP, ROWS
 from qwenlora.packing.layout import MAX_RANK, RANK_MULTIPLE
-
-if TYPE_CHECKING:
-    from qwenlora.emulation.arithmetic import SVDQArithmetic
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Activation types of the emulation; the real kernels take the last two only."""
@@ -30,6 +27,26 @@ class KernelContractError(QwenLoraError, ValueError):
     non-contiguous tensor, too many rows for an AWQ layer, a layer called by itself that only runs
     fused. On a GPU the real kernels read garbage or abort the process in these cases.
     """
+
+
+class Multiplying(Protocol):
+    """What checks ask of a layer that multiplies quantized activations."""
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+
+    @property
+    def precision(self) -> Precision:
+        """See `Precision`."""
+
+    @property
+    def proj_up(self) -> torch.Tensor:
+        """(N, R) packed."""
 
 
 def check_low_rank(proj_down: torch.Tensor, proj_up: torch.Tensor) -> None:
@@ -108,7 +125,7 @@ def check_activation(x: torch.Tensor, in_features: int) -> None:
 
 
 def check_quantized(
-    layer: SVDQArithmetic, values: torch.Tensor, scales: torch.Tensor, low_rank: torch.Tensor
+    layer: Multiplying, values: torch.Tensor, scales: torch.Tensor, low_rank: torch.Tensor
 ) -> None:
     """Check what the GEMM kernel takes from the quantizing kernel.
 

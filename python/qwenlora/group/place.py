@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from qwenlora.delta.scale import factors_at
+from qwenlora.delta.strength import factors_at
 from qwenlora.group.arena import Part
 
 if TYPE_CHECKING:

@@ -71,10 +71,11 @@ Options:
 
 Without --rank and --energy the result is exact: ranks add up, equal halves are
 shared, and only the rounding to the dtype is lost. LoKr of whole factors, full
-deltas, DoRA, IA3, OFT and BOFT have full rank: exact files of them are large. The energy of a
-delta is its squared Frobenius norm; what is lost is reported and written into
-the file's metadata. There stand the sources' own entries, too: those of one
-source as they were; of several what all agree on, and every trigger phrase.
+deltas, DoRA, IA3, OFT and BOFT have full rank: exact files of them are large.
+The energy of a delta is its squared Frobenius norm; what is lost is reported
+and written into the file's metadata. There stand the sources' own entries, too:
+those of one source as they were; of several what all agree on, and every
+trigger phrase.
 
 The file appears when it is whole: an error, a full disk or Ctrl-C leaves what
 was there before. Memory stays near what one layer takes.

@@ -48,11 +48,10 @@ def layer_target(
     place = _PLACE if SlotKind(row.kind) is SlotKind.SVDQ else None
     if place is not None:
         row = row._replace(base_rank=_base_rank(row, layer))
-    # Packed 4-bit integers alone are quantized without a sign; 4-bit floats have one.
+    # 4-bit integers alone are quantized without a sign; 4-bit floats have one.
     scales = getattr(layer, "wscales", None)
     is_int4 = isinstance(scales, torch.Tensor) and scales.itemsize > 1
-    is_packed = tensors["qweight"].dtype == torch.int8
-    is_unsigned = is_fused and is_int4 and is_packed and row.path.endswith(_UNSIGNED)
+    is_unsigned = is_fused and is_int4 and row.path.endswith(_UNSIGNED)
     layer.__dict__["act_unsigned"] = is_unsigned
     return Target(
         module=layer,

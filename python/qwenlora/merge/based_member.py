@@ -13,7 +13,7 @@ from qwenlora.delta.factors import Factors
 from qwenlora.delta.finite import is_finite
 from qwenlora.delta.pieces import is_zero
 from qwenlora.delta.replaced import is_replacement, replaced_rows
-from qwenlora.delta.scale import factor_at
+from qwenlora.delta.strength import factor_at
 from qwenlora.merge.changed import changed_rows
 from qwenlora.merge.member import has_full_rank
 from qwenlora.plan.documents import PieceKind

@@ -14,7 +14,7 @@ import torch
 
 from qwenlora.delta.finite import damaged, is_finite, non_finite_in
 from qwenlora.delta.pieces import is_zero, read_pieces
-from qwenlora.delta.scale import factor_at
+from qwenlora.delta.strength import factor_at
 from qwenlora.errors import NonFiniteError, NothingToApplyError
 from qwenlora.merge.balanced import round_pair, value_dtype
 from qwenlora.merge.base import MergeBase
@@ -216,10 +216,12 @@ class _Job:
                         piece, tensors = replaced_value(piece, tensors, base.value(known))
                 yield Value(piece, tensors, strength)
             elif scales_bias(piece) and base is not None:
+                rows = (piece.row_begin, piece.row_begin + piece.row_count)
+                if not base.has_bias(known, rows):
+                    continue
                 with self._naming(piece.lora):
                     made = based[id(piece)].made
                 assert made.diagonal is not None, "it scales the bias"
-                rows = (piece.row_begin, piece.row_begin + piece.row_count)
                 delta = made.diagonal.values.double() * base.bias(known, rows)
                 yield Value(scaled_bias(piece), {"vector": delta}, strength)
 

@@ -1,7 +1,7 @@
 """`qwenlora norms`: exact norms of the weights of a 16-bit checkpoint, for DoRA on a quantized one.
 
 Reached through `qwenlora.cli`. `arguments` parses, `checkpoint` reads, `modules` knows the keys,
-`job` goes through them. `qwenlora.weight.norms_file` reads the result.
+`job` goes through them. `qwenlora.source.norms_file` reads the result.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from qwenlora.merge.output import atomic_file, check_output
 from qwenlora.merge.writer import SafetensorsWriter
 from qwenlora.norms.modules import Modules, Sides, Stored, modules_of
 from qwenlora.source.checkpoint import Checkpoint, files_of
+from qwenlora.source.norms_file import COLUMN_NORMS, METADATA, ROW_NORMS, SCHEMA
 from qwenlora.weight.norms import add_column_norms, row_norms
-from qwenlora.weight.norms_file import COLUMN_NORMS, METADATA, ROW_NORMS, SCHEMA
 
 if TYPE_CHECKING:
     from pathlib import Path
