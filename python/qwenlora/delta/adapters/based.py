@@ -11,6 +11,7 @@ from qwenlora.delta.adapters.glora import glora
 from qwenlora.delta.adapters.hra import hra
 from qwenlora.delta.adapters.ia3 import ia3
 from qwenlora.delta.adapters.rotation import boft_of_inputs, oft_of_inputs, rotation_of_rows
+from qwenlora.errors import NormsFileError
 from qwenlora.plan.documents import PieceKind, Side, SlotKind
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def has_estimated_norms(piece: Piece, target: Target, base: Base) -> bool:
     """Tell if a piece divides by norms of a quantized weight, for want of the 16-bit one's."""
     if piece.adapter != "dora" or target.kind not in (SlotKind.SVDQ, SlotKind.AWQ):
         return False
-    return _norms(piece, base) is None
+    return _stored_norms(piece, base) is None
 
 
 def based_delta(piece: Piece, tensors: Mapping[str, Tensor], base: Base) -> Based:
@@ -108,7 +109,28 @@ def _dora(piece: Piece, tensors: Mapping[str, Tensor], base: Base) -> Based:
 
 
 def _norms(piece: Piece, base: Base) -> Tensor | None:
-    """Exact squared norms of the rows or columns that a DoRA divides by."""
+    """Exact squared norms of the rows or columns that a DoRA divides by; None for none.
+
+    Raises:
+        NormsFileError: They are not of the weight that the layer's was quantized from.
+    """
+    exact = _stored_norms(piece, base)
+    if exact is None:
+        return None
+    at = (piece.row_begin, piece.row_count)
+    weight = base.weight
+    own = weight.row_norms(*at) if _side(piece) is Side.OUT else weight.column_norms(*at)
+    ratio = float(exact.sum() / own.sum())
+    if not abs(ratio - 1) < _MOST_DIFFERENCE:
+        raise NormsFileError(
+            f"the norms of `{piece.target}` are of another checkpoint: squared, they sum up to"
+            f" {ratio:.3g} times those of the model's weight"
+            "\nhint: make them of the checkpoint that the model was quantized from"
+        )
+    return exact
+
+
+def _stored_norms(piece: Piece, base: Base) -> Tensor | None:
     side = _side(piece)
     length = piece.row_count if side is Side.OUT else base.weight.columns
     return base.norms(piece.target, side, length=length)
@@ -205,4 +227,6 @@ _ADAPTERS: Mapping[str, Callable[[Piece, Mapping[str, Tensor], Base], Based]] = 
     "oft": _oft,
     "boft": _boft,
 }
+_MOST_DIFFERENCE = 0.03
+"""Of sums of squared norms: quantizing leaves 0.1 %, checkpoints that were trained apart more."""
 _KINDS = (PieceKind.LOW_RANK, PieceKind.DIAGONAL, PieceKind.ROTATION)
