@@ -105,8 +105,9 @@ def _pack_rotations(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
 
 def _turned(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn (B, S, H, D) by matrices (B, S, 1, D/2, 2, 2)."""
-    pairs = x.float().unflatten(-1, (-1, 2))  # (B, S, H, D/2, 2)
-    return (rotation @ pairs[..., None]).squeeze(-1).flatten(-2).to(x.dtype)
+    pairs = x.float().reshape(*x.shape[:-1], -1, 2)  # (B, S, H, D/2, 2)
+    turned: Tensor = rotation @ pairs[..., None]
+    return turned.squeeze(-1).flatten(-2).to(x.dtype)
 
 
 class ComfyFeedForward(nn.Module):
@@ -280,8 +281,8 @@ class ComfyZImageTransformer(nn.Module):
         places[..., 1] = torch.arange(rows, device=device)[:, None]
         places[..., 2] = torch.arange(columns, device=device)
         turn: Tensor = self.rope_embedder(torch.cat([text_ids, image_ids]))  # (T+S, D/2)
-        rows = torch.stack([turn.real, -turn.imag, turn.imag, turn.real], dim=-1)
-        matrices = rows.view(1, -1, 1, turn.shape[1], 2, 2)
+        entries = torch.stack([turn.real, -turn.imag, turn.imag, turn.real], dim=-1)
+        matrices = entries.view(1, -1, 1, turn.shape[1], 2, 2)
         return matrices.expand(image.shape[0], *matrices.shape[1:]).contiguous()
 
 

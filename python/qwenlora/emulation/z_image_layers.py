@@ -148,7 +148,8 @@ class PassedProcessor(StockProcessor):
         del encoder_hidden_states
         norms = (attn.norm_q.weight, attn.norm_k.weight)
         fused = fused_qkv_norm_rotary(hidden_states, attn.to_qkv, *norms, freqs_cis)
-        merged = attend(*split(fused, attn.heads), attention_mask)
+        query, key, value = split(fused, attn.heads)
+        merged = attend(query, key, value, attention_mask)
         projected: Tensor = attn.to_out[1](attn.to_out[0](merged))
         return projected
 
