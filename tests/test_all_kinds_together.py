@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 
@@ -15,6 +16,7 @@ from qwenlora.weight.base_weight import BaseWeight
 
 from . import adapter_files, faults
 from .adapter_files import KINDS, AdapterFile, modules_of
+from .test_atomicity import _Interruption
 from .test_every_kind import Layers, make_base
 
 BLOCK = "transformer_blocks.0"
@@ -150,7 +152,31 @@ def test_a_fault_at_every_write(placement, change, model, mixed, probe, monkeypa
             wanted = before if placement is Placement.WHOLE else base
             assert probe.snapshot(model).tensors == wanted.tensors, at_write
         at_write += 1
-    assert at_write > (4 if change == "reset" else len(TRAINED))
+    assert at_write > 4
+    qwenlora.reset_loras(model)
+    assert probe.snapshot(model).differences(base) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["compose", "replace", "reset"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_an_interruption_at_lines_that_write(placement, change, model, mixed, probe):
+    base = probe.snapshot(model)
+    begin = [] if change == "compose" else at(mixed[::2], 0.5)
+    end = [] if change == "reset" else at(mixed, -0.7)
+    options = ComposeOptions(placement=placement)
+    line, happened = 0, True
+    while happened:
+        qwenlora.compose_loras(model, begin)
+        before = probe.snapshot(model)
+        with _Interruption(line) as interruption, contextlib.suppress(KeyboardInterrupt):
+            qwenlora.compose_loras(model, end, options=options)
+        happened = interruption.happened
+        if happened:
+            wanted = before if placement is Placement.WHOLE else base
+            assert probe.snapshot(model).tensors == wanted.tensors, line
+        line += 7
+    assert line > 70
     qwenlora.reset_loras(model)
     assert probe.snapshot(model).differences(base) == []
 

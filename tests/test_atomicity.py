@@ -16,11 +16,12 @@ from qwenlora import ComposeOptions, Placement
 from qwenlora.errors import ModelStateError, NonFiniteError
 from qwenlora.group.arena import BranchArena
 from qwenlora.group.host_arena import HostPackedArena
+from qwenlora.model import subclass
 from qwenlora.model.state import read_state
 from qwenlora.model.target import factors_of
 from qwenlora.packing.layout import LowRankSide
 from qwenlora.plan.documents import SlotKind
-from qwenlora.slots import branch, packed, point, value, whole
+from qwenlora.slots import branch, opened, packed, point, value, whole
 from qwenlora.slots.find import find_targets
 from qwenlora.slots.packed import PackedSlot
 
@@ -296,6 +297,9 @@ _WRITERS = {
         point.point_all,
         branch.set_branch,
         branch._remove_hook,
+        opened.set_as_needed,
+        subclass.mark_hooked,
+        subclass.unmark_hooked,
     )
 }
 
