@@ -61,7 +61,7 @@ def shape_of(kind: PartKind, columns: int, begin: int, count: int) -> PartShape:
     sizes = {
         PartKind.KRON: (count // 16, columns // 16, 16, 16, 1, 1),
         PartKind.DENSE: (columns,),
-        PartKind.FACTOR: (0,),
+        PartKind.FACTOR: (),
         PartKind.INPUT_FACTOR: (columns,),
         PartKind.ROTATION: (count // BLOCK, BLOCK),
         PartKind.INPUT_ROTATION: (columns // BLOCK, BLOCK),
@@ -106,8 +106,6 @@ def delta_of(part: ScaledPart, dense: Dense) -> Dense:
         change = own["unscale"] * own["values"]
     elif shape.kind is PartKind.FACTOR:
         change = own["factor"][:, None] * base
-        if shape.sizes[0]:
-            bias[rows] = own["factor"] * dense.bias[rows]
     elif shape.kind is PartKind.INPUT_FACTOR:
         change = base * own["factor"]
     elif shape.kind is PartKind.ROTATION:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from qwenlora.delta.parts import PartKind, PartShape
+from qwenlora.delta.parts import PartKind
 from qwenlora.delta.scale import ScaledPair
 from qwenlora.delta.slot_deltas import BuiltSlot, SlotDeltas, uniform
 from qwenlora.emulation import Precision
@@ -142,15 +142,6 @@ def test_all_parts_at_once(path, targets):
     expected = wanted.output(x) + logical(target, x.double() @ (up.double() @ down.double()).mT)
     assert error(run(target, x), expected) < CLOSE
     require_base(target, before, x)
-
-
-def test_a_bias_that_is_scaled(targets):
-    target, x = targets[ATTENTION], inputs(targets[ATTENTION])
-    shape = PartShape(PartKind.FACTOR, 0, target.row.out_features, (1,))
-    one, dense = random_part(shape, Dense.of(target), target.dtype), Dense.of(target)
-    assert set(one.tensors) == {"factor"}
-    install(target, [one])
-    assert error(run(target, x), sum_of([one], dense).output(x)) < CLOSE
 
 
 def test_factors_of_products_are_optional(targets):

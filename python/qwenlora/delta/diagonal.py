@@ -70,16 +70,13 @@ class DiagonalDelta:
             One FACTOR with t (D - 1), or one INPUT_FACTOR with it.
         """
         factor = (self.values * factor_at(1.0, strength)).to(device, dtype)
+        rows = (self.row_begin, self.row_count)
         if self.side is Side.IN:
-            kind, sizes = PartKind.INPUT_FACTOR, (len(factor),)
-        else:
-            kind, sizes = PartKind.FACTOR, (0,)
-        tensors = {"factor": factor}
-        shape = PartShape(kind, self.row_begin, self.row_count, sizes)
-        if kind is PartKind.FACTOR:
-            still = kept if self.scales_bias else bias
-            tensors["bias"] = bias_rows(still, self.row_begin, self.row_count, dtype, device)
-        return (ScaledPart(shape, tensors),)
+            shape = PartShape(PartKind.INPUT_FACTOR, *rows, (len(factor),))
+            return (ScaledPart(shape, {"factor": factor}),)
+        still = bias_rows(kept if self.scales_bias else bias, *rows, dtype, device)
+        shape = PartShape(PartKind.FACTOR, *rows, ())
+        return (ScaledPart(shape, {"factor": factor, "bias": still}),)
 
 
 def summed(diagonals: Sequence[tuple[DiagonalDelta, float]]) -> list[DiagonalDelta]:

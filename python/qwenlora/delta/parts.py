@@ -30,8 +30,7 @@ class PartKind(enum.IntEnum):
     DENSE = 1
     """Adds unscale * values x. Sizes: K. Tensors: `values` (rows, K), `unscale` () float32."""
     FACTOR = 2
-    """Adds factor * (y - bias). Sizes: 1 where the layer's bias is scaled, too, else 0. Tensors:
-    `factor` (rows), and `bias` (rows) unless it is scaled."""
+    """Adds factor * (y - bias). No sizes. Tensors: `factor` (rows), `bias` (rows)."""
     INPUT_FACTOR = 3
     """Adds W (x * factor). Sizes: K. Tensors: `factor` (K)."""
     ROTATION = 4
@@ -101,9 +100,8 @@ def _dense(shape: PartShape) -> Mapping[str, tuple[int, ...]]:
 
 
 def _factor(shape: PartShape) -> Mapping[str, tuple[int, ...]]:
-    (scales_bias,) = shape.sizes
     rows = (shape.row_count,)
-    return {"factor": rows} if scales_bias else {"factor": rows, "bias": rows}
+    return {"factor": rows, "bias": rows}
 
 
 def _input_factor(shape: PartShape) -> Mapping[str, tuple[int, ...]]:

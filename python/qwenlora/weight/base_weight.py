@@ -28,7 +28,7 @@ __all__ = ["BaseWeight", "weight_identity"]
 
 
 _PANEL_BYTES = {"cpu": 4 << 20}
-_DEVICE_PANEL_BYTES = 64 << 20
+_DEVICE_PANEL_BYTES = 80 << 20
 """Bytes of one float32 panel on a GPU; unpacking it takes up to four times as much."""
 _MOSTLY_NOISE = 0.5
 """Where rounding makes up more than this share of a norm, the estimate of it is not used."""

@@ -359,7 +359,7 @@ fn the_side_of_an_ia3_is_told_by_its_marker_or_by_its_shape() {
     for (tensors, role, side, scales_bias, bytes) in [
         (ia3(FC2, 3072, 0.0), "ia3", Side::Out, false, 2 * 3072 * 2),
         (ia3(FC2, 12288, 1.0), "ia3", Side::In, false, 12288 * 2),
-        (peft(&[3072, 1]), "ia3_l", Side::Out, true, 3072 * 2),
+        (peft(&[3072, 1]), "ia3_l", Side::Out, true, 2 * 3072 * 2),
         (peft(&[1, 12288]), "ia3_l", Side::In, false, 12288 * 2),
     ] {
         let stack = stack(tensors);
@@ -790,7 +790,7 @@ fn under_offload_all_blocks_go_beside_with_one() {
     let group = &stack.uniform[0];
     assert_eq!((group.route, group.rank), (Route::Beside, 24));
     let forms: Vec<_> = group.room.iter().map(|r| (r.shape.form, r.count)).collect();
-    assert_eq!(forms, [(PartForm::Factor { scales_bias: false }, 1)]);
+    assert_eq!(forms, [(PartForm::Factor, 1)]);
     assert_eq!(group.branch_bytes, 2 * 3072 * 2);
     // Three offloaded blocks have the room and the ranks, the fourth ranks of its own.
     let per_rank = (9216 + 3072) * 2;
@@ -808,7 +808,7 @@ fn rooms_are_the_most_of_each_shape_over_all_blocks() {
     let second = oft(&block(0, "to_q"), &[96, 32, 32]).plan();
     let stack = stack_on(&[&first, &second], &offloaded(4), StackOptions::default());
     let squares = 96 * 32 * 32;
-    let each = 2 * (2 * (squares + 3072) + 3072 + 3072);
+    let each = 2 * (2 * (squares + 3072) + 3072 + 2 * 3072);
     let group = &stack.uniform[0];
     assert_eq!((group.rank, group.branch_bytes), (0, each));
     let counts: Vec<_> = group.room.iter().map(|room| room.count).collect();

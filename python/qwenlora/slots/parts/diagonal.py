@@ -17,14 +17,12 @@ __all__ = ["factor_change", "with_input_factor", "without_bias"]
 
 
 def factor_change(part: Held, output: Tensor) -> Tensor:
-    """Give factor * (y - bias), or factor * y where the bias is scaled, too: (..., rows).
+    """Give factor * (y - bias): (..., rows).
 
     One kernel goes over the output, and rounds once.
     """
-    factor, bias = at(output, part.tensors["factor"]), part.tensors.get("bias")
-    if bias is None:
-        return output.to(factor.dtype) * factor
-    taken = -(factor * at(output, bias))
+    factor, bias = (at(output, part.tensors[name]) for name in ("factor", "bias"))
+    taken = -(factor * bias)
     return torch.addcmul(taken, output.to(factor.dtype), factor)
 
 
@@ -34,9 +32,9 @@ def with_input_factor(part: Held, x: Tensor, total: Tensor) -> Tensor:
 
 
 def without_bias(part: Held, output: Tensor) -> Tensor:
-    """Give y - bias in the part's dtype, or y where the part holds no bias.
+    """Give y - bias in the part's dtype.
 
     It is rounded once. That is an error of a small change's own size, as the factors are less one.
     """
-    bias = part.tensors.get("bias")
-    return output if bias is None else output.to(bias.dtype) - at(output, bias)
+    bias = at(output, part.tensors["bias"])
+    return output.to(bias.dtype) - bias

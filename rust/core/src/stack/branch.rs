@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashSet};
 use serde::Serialize;
 
 use super::placed::{Placed, Takes};
-use crate::adapter::delta::{Delta, Form, Parameter, Side, StoredDiagonal};
+use crate::adapter::delta::{Delta, Form, Parameter, Side};
 use crate::adapter::rotation::{Rotation, StoredRotation};
 use crate::model::slot::Slot;
 
@@ -39,10 +39,7 @@ pub enum PartForm {
         columns: u64,
     },
     /// Stretches the layer's output.
-    Factor {
-        /// Whether the layer's bias is stretched, too.
-        scales_bias: bool,
-    },
+    Factor,
     /// Stretches the layer's input.
     InputFactor {
         /// How many inputs there are.
@@ -144,7 +141,7 @@ impl PartShape {
             }
             PartForm::Dense { columns } => (rows.saturating_mul(columns), 1),
             // What of the bias is not scaled is beside the factors.
-            PartForm::Factor { .. } => (rows.saturating_mul(2), 0),
+            PartForm::Factor => (rows.saturating_mul(2), 0),
             PartForm::InputFactor { columns } => (columns, 0),
             PartForm::Rotation { blocks, size } => (squares(blocks, size).saturating_add(rows), 0),
             PartForm::Pass { blocks, size } => (
@@ -236,19 +233,17 @@ fn parts_of(placed: &Placed, delta: &Delta, slot: &Slot) -> Vec<PartForm> {
             has_columns: side == Some(Side::In),
         }],
         (Form::Full { .. }, None) => vec![PartForm::Dense { columns }],
-        (Form::Diagonal { side, stored, .. }, None) => {
-            vec![diagonal(side, stored == StoredDiagonal::Whole, columns)]
-        }
+        (Form::Diagonal { side, .. }, None) => vec![diagonal(side, columns)],
         (Form::Rotation(rotation), None) => turned(rotation, columns),
         _ => Vec::new(),
     };
-    parts.extend(side.map(|side| diagonal(side, false, columns)));
+    parts.extend(side.map(|side| diagonal(side, columns)));
     parts
 }
 
-fn diagonal(side: Side, scales_bias: bool, columns: u64) -> PartForm {
+fn diagonal(side: Side, columns: u64) -> PartForm {
     match side {
-        Side::Out => PartForm::Factor { scales_bias },
+        Side::Out => PartForm::Factor,
         Side::In => PartForm::InputFactor { columns },
     }
 }
