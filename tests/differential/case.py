@@ -165,6 +165,8 @@ class Case:
             "placement": draw.choice(list(Placement)),
             "truncated_rank": draw.choice([256, 256, 16, 48]),
             "max_energy_lost": draw.choice([0.1, 0.1, 1.0]),
+            "dense_budget": draw.choice([0, 0, 1 << 30]),
+            "mlp": draw.choice(["exact", "exact", "rank"]),
             "modulation": draw.random() < 0.8,
             "cache_bytes": draw.choice([0, 100_000, 1 << 30]),
             "threads": draw.choice([None, 1, 3]),
@@ -262,6 +264,11 @@ class Case:
             if is_modulation(path) and not self._settings["modulation"]:
                 continue
             if factors.is_off(path):
+                continue
+            is_fused = "_mlp." in path and self._settings["mlp"] == "rank"
+            if self._settings["dense_budget"] and not is_fused:
+                name = piece.layer.name
+                require(name not in refused, f"{name}: refused, though it may run whole")
                 continue
             rank = self._settings["max_rank"]
             room = models.MOST_RANK - models.base_rank(self._base, path)

@@ -86,7 +86,7 @@ class Writer:
             (self._loha, 2),
             (self._full, 2),
             (self._bias, 1),
-            (self._dora, 1),
+            (self._reshaped, 1),
             (self._broken, 1),
         ]
         functions, weights = zip(*kinds, strict=True)
@@ -208,9 +208,10 @@ class Writer:
         value = self._put(layer, "diff", self._random(layer.columns))
         self.lora.pieces.append(Piece(layer, value=value))
 
-    def _dora(self, layer: Layer) -> None:
+    def _reshaped(self, layer: Layer) -> None:
         self._halves(layer, self._rank)
-        self._put(layer, "dora_scale", 1 + self._random(layer.rows, 1).abs())
+        sizes = torch.tensor([layer.rows, layer.columns], dtype=torch.int64)
+        self.lora.tensors[self._key(layer, "reshape_weight")] = sizes
         self.lora.left_out.add(layer.name)
 
     def _broken(self, layer: Layer) -> None:

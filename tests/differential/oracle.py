@@ -63,17 +63,17 @@ def kept(model: torch.nn.Module, path: str, base_rank: int) -> torch.Tensor:
     beside = torch.zeros_like(delta)
     if "qwenlora_down" in buffers:
         beside += buffers["qwenlora_up"] @ buffers["qwenlora_down"]
-    for name in buffers:
-        found = DENSE.fullmatch(name)
-        if found:
-            beside += buffers[name] * buffers[f"qwenlora_{found[1]}_unscale"]
     if is_modulation(path):
         beside = beside[modulation_positions(len(beside))]
     for name in buffers:
-        found = KRON.fullmatch(name)
+        found = DENSE.fullmatch(name) or KRON.fullmatch(name)
         if found:
+            part = f"qwenlora_{found[1]}_"
             first = module._qwenlora_branch.parts[int(found[1])].row_begin
-            product = torch.kron(buffers[name], buffers[name[:-1] + "2"])
+            if name.endswith("w1"):
+                product = torch.kron(buffers[name], buffers[f"{part}w2"])
+            else:
+                product = buffers[name] * buffers[f"{part}unscale"]
             beside[first : first + len(product)] += product
     return delta + beside
 
