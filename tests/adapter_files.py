@@ -90,8 +90,9 @@ def modules_of(model: nn.Module) -> dict[str, Module]:
     found = {}
     for path, target in find_targets(model, {}).items():
         if target.kind in (SlotKind.NORM, SlotKind.EMBEDDING):
-            weight = target.module.weight.detach().double()
-            found[path] = Module(path, path, 0, weight, None, target.kind)
+            weight = getattr(target.module, f"{target.prefix}weight").detach().double()
+            name = path.replace(".fused_module.", ".")
+            found[name] = Module(name, path, 0, weight, None, target.kind)
             continue
         base = BaseWeight.of(target)
         weight = base.rows(0, base.rows_total).double()

@@ -2,7 +2,7 @@
 
 A layer is called with and without the adapters, and the difference is compared with
 x (t (W' - W))^T, where W is the weight that the base layer computes with. Of an MLP that runs in
-one kernel the whole MLP is called.
+one kernel the whole MLP is called, and of query, key and value that do the whole attention.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qwenlora.packing.pack import deinterleave_modulation
 from qwenlora.plan.documents import SlotKind
 from qwenlora.slots.find import find_targets
 
-from . import adapter_files
+from . import adapter_files, z_image_attention
 from .adapter_files import KINDS, AdapterFile, modules_of
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .adapter_files import Module, Stack
+    from .z_image_attention import FusedAttention
 
 EXACT = 1e-5
 """Relative error of a delta that is a difference of float32 outputs ten times its size."""
@@ -78,7 +79,8 @@ def tokens(count: int, columns: int, dtype: torch.dtype = torch.float32) -> Tens
 class Layers:
     """The layers of a model as they are called, and what float64 says that they do.
 
-    A layer is one by its path; a fused MLP is one by the path of the MLP.
+    A layer is one by its path; a fused MLP is one by the path of the MLP, and query, key and value
+    of a fused attention by the path of the attention.
     """
 
     def __init__(self, base: nn.Module, *, count: int = FEW) -> None:
@@ -86,22 +88,36 @@ class Layers:
         self.count = count
         self.modules = modules_of(base)
         self.targets = find_targets(base, {})
+        self.attentions = z_image_attention.attentions_of(self.targets)
+        self._inside = {
+            path: attention
+            for attention, own in self.attentions.items()
+            for path in (own.qkv, *own.norms)
+        }
         self._outputs = {path: self.output(base, path) for path in self._paths()}
 
     def _paths(self) -> dict[str, None]:
-        return dict.fromkeys(self._called(path) for path in self.targets if self._is_matrix(path))
+        return dict.fromkeys(self._called(path) for path in self.targets if self._is_called(path))
+
+    def _is_called(self, path: str) -> bool:
+        return self._is_matrix(path) or path in self._inside
 
     def _is_matrix(self, path: str) -> bool:
         return self.targets[path].kind not in (SlotKind.NORM, SlotKind.EMBEDDING)
 
     def _called(self, path: str) -> str:
-        """The path of the module that is called: the layer, or the MLP around it."""
+        """The path of the module that is called: the layer, or what is fused around it."""
+        if path in self._inside:
+            return self._inside[path]
         head = path.partition(".net.")[0]
         is_fused = head != path and isinstance(self.base.get_submodule(head), EmulatedFeedForward)
         return head if is_fused else path
 
     def output(self, model: nn.Module, path: str) -> Tensor:
         """(tokens, N) float64, rows as in files."""
+        if path in self.attentions:
+            x = self._tokens_of(self.attentions[path])
+            return z_image_attention.call(model.get_submodule(path), x)[0].double()
         target = self.targets.get(path)
         columns = WIDTH if target is None else target.row.in_features
         dtype = torch.float32 if target is None else target.dtype
@@ -118,6 +134,11 @@ class Layers:
         if target is not None and target.row_order is RowOrder.INTERLEAVED:
             output = deinterleave_modulation(output, dim=-1)
         return output
+
+    def _tokens_of(self, attention: FusedAttention) -> Tensor:
+        """(1, tokens, K): the kernel takes few tokens of one sample alone."""
+        target = self.targets[attention.qkv]
+        return tokens(self.count, target.row.in_features, target.dtype).flatten(0, 1).unsqueeze(0)
 
     def weights(self, path: str, stack: Stack) -> tuple[Tensor, Tensor | None]:
         """W + sum of t (W' - W), and the bias likewise, of a layer."""
@@ -136,7 +157,9 @@ class Layers:
         return weight, bias
 
     def expected(self, path: str, stack: Stack) -> Tensor:
-        """What float64 gives for the output of a layer, or of an MLP."""
+        """What float64 gives for the output of a layer, an MLP or an attention."""
+        if path in self.attentions:
+            return self._expected_attention(self.attentions[path], stack)
         if path in self.targets:
             x = tokens(self.count, self.targets[path].row.in_features, self.targets[path].dtype)
             return F.linear(x.flatten(0, -2).double(), *self.weights(path, stack))
@@ -145,10 +168,18 @@ class Layers:
         hidden = F.gelu(hidden, approximate="tanh")
         return F.linear(hidden, *self.weights(f"{path}.net.2", stack))
 
+    def _expected_attention(self, attention: FusedAttention, stack: Stack) -> Tensor:
+        x = self._tokens_of(attention).double()
+        qkv = F.linear(x, *self.weights(attention.qkv, stack))
+        norms = [self.weights(path, stack)[0] for path in attention.norms]
+        merged = z_image_attention.attended(qkv, norms)
+        return F.linear(merged, *self.weights(attention.out, stack))[0]
+
     def changed(self, stack: Stack) -> dict[str, None]:
         """The paths of what is called that a stack changes."""
         slots = [self.modules[name].slot for file, _ in stack for name in file.merged]
-        return dict.fromkeys(self._called(slot) for slot in slots if self._is_matrix(slot))
+        called = (self._called(path) for path in slots if self._is_called(path))
+        return dict.fromkeys(called)
 
     def errors(self, model: nn.Module, stack: Stack) -> dict[str, float]:
         """The relative error of the delta of each layer that a stack changes."""
@@ -173,7 +204,8 @@ class Layers:
             if self._is_matrix(path):
                 continue
             weight, _ = self.weights(path, stack)
-            found = model.get_submodule(path).weight.double()
+            holder = model.get_submodule(path.removesuffix(f".{target.prefix.rstrip('_')}"))
+            found = getattr(holder, f"{target.prefix}weight").double()
             torch.testing.assert_close(found, weight, rtol=1e-6, atol=1e-6)
             assert target.dtype is torch.float32
 
@@ -440,12 +472,13 @@ def lite():
     )
 
 
-Z_IMAGE = (ZImageForm.CALLED, ZImageForm.STOCK, ZImageForm.COMFYUI_CALLED)
-
-
-@pytest.fixture(scope="module", params=some(Z_IMAGE, quick=()), ids=lambda form: form.value)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(form, marks=pytest.mark.slow) for form in ZImageForm],
+    ids=lambda form: form.value,
+)
 def z_image(request):
-    """Z-Image in the forms in which every layer is called."""
+    """Z-Image of every software."""
     pytest.importorskip("diffusers.models.transformers.transformer_z_image")
     model = emulation.z_image_transformer(
         emulation.tiny_z_image(),
