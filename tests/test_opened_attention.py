@@ -12,7 +12,6 @@ from qwenlora import emulation
 from qwenlora.delta.parts import PartKind
 from qwenlora.delta.slot_deltas import SlotDeltas
 from qwenlora.emulation import Precision, ZImageForm
-from qwenlora.emulation.fused_qkv import EPSILON
 from qwenlora.emulation.z_image_layers import CalledProcessor, PassedProcessor
 from qwenlora.errors import UnsupportedModelError
 from qwenlora.model.opened import OpenedForm
@@ -27,6 +26,7 @@ from qwenlora.slots.rotary import norm_and_rotate
 from qwenlora.slots.whole import slot_of
 
 from .parts import Dense, install, random_part, shape_of, sum_of
+from .z_image_attention import attended, call, rotation, turned
 
 pytest.importorskip("diffusers.models.transformers.transformer_z_image")
 
@@ -79,25 +79,9 @@ def qkv_of(model, form):
     return find_targets(model, {})[LAYERS[form]]
 
 
-def rotation(tokens=TOKENS):
-    angles = torch.randn(1, tokens, HEAD // 2, generator=torch.Generator().manual_seed(1))
-    return torch.polar(torch.ones_like(angles), 3 * angles)
-
-
 def inputs(dtype=torch.float32, tokens=TOKENS):
     generator = torch.Generator().manual_seed(5)
     return torch.randn(1, tokens, WIDTH, generator=generator).to(dtype)
-
-
-def call(attention, form, x):
-    """An attention as its block calls it."""
-    turn = rotation(x.shape[1])
-    with torch.no_grad():
-        if form is not ZImageForm.COMFYUI:
-            return attention(x, attention_mask=None, freqs_cis=turn)
-        rows = torch.stack([turn.real, -turn.imag, turn.imag, turn.real], dim=-1)
-        matrices = rows.view(1, -1, 1, HEAD // 2, 2, 2)
-        return attention(x, None, matrices, transformer_options={})
 
 
 def layers_of(target, attention, form):
@@ -126,24 +110,10 @@ def layers_of(target, attention, form):
     return base, [norm.detach().double() for norm in norms], out
 
 
-def turned(weights, norms, x):
-    """Query, key and value in float64, normed and rotated."""
-    parts = list(weights.output(x).unflatten(-1, (3, -1, HEAD)).unbind(2))
-    turn = rotation(x.shape[1]).to(torch.complex128)[:, :, None]
-    for place, weight in enumerate(norms):
-        own = parts[place]
-        own = own * (own.square().mean(dim=-1, keepdim=True) + EPSILON).rsqrt() * weight
-        pairs = torch.view_as_complex(own.unflatten(-1, (-1, 2)).contiguous())
-        parts[place] = torch.view_as_real(pairs * turn).flatten(-2)
-    return parts
-
-
 def expected(weights, norms, out, x):
     """The attention in float64, but for its last linear."""
-    query, key, value = (part.transpose(1, 2) for part in turned(weights, norms, x))
-    attended = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     with torch.no_grad():
-        return out(attended.transpose(1, 2).flatten(2).to(x.dtype))
+        return out(attended(weights.output(x), norms).to(x.dtype))
 
 
 def part(target, kind, begin=0, count=3 * WIDTH, seed=0):
@@ -175,17 +145,17 @@ def test_what_is_called_is_not_opened(form, made):
 def test_a_part_adds_what_it_says(kind, form, made):
     model, x = made(form), inputs()
     attention, target = model.get_submodule(ATTENTION), qkv_of(model, form)
-    before = call(attention, form, x)
+    before = call(attention, x)
     base, norms, out = layers_of(target, attention, form)
     assert error(before, expected(base, norms, out, x)) < CLOSE
     one = part(target, kind, WIDTH, WIDTH)
     install(target, [one])
-    found = call(attention, form, x)
+    found = call(attention, x)
     assert error(found, before) > 100 * CLOSE
     assert error(found, expected(sum_of([one], base), norms, out, x)) < CLOSE
     slot_of(target).restore()
     assert slot_of(target).is_base()
-    assert torch.equal(call(attention, form, x), before)
+    assert torch.equal(call(attention, x), before)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=named)
@@ -198,7 +168,7 @@ def test_on_quantized_layers_the_delta_arrives(kind, made):
     base, norms, _ = layers_of(target, attention, form)
     one = part(target, kind)
     wanted, old = (
-        torch.cat([own.flatten(2) for own in turned(weights, norms, x)], dim=-1)
+        torch.cat([own.flatten(2) for own in turned(weights.output(x), norms)], dim=-1)
         for weights in (sum_of([one], base), base)
     )
     with torch.no_grad():
@@ -220,10 +190,10 @@ def test_opened_is_fused(precision, dtype, form, made):
     """With zeros beside the layer it gives what the kernel gave."""
     model, x = made(form, precision, dtype), inputs(dtype, 300)
     attention, target = model.get_submodule(ATTENTION), qkv_of(model, form)
-    fused = call(attention, form, x)
+    fused = call(attention, x)
     install(target, [], room=[shape_of(PartKind.KRON, WIDTH, 0, WIDTH)])
     assert is_marked(target.opened.module)
-    assert error(call(attention, form, x), fused) < NEAR[dtype]
+    assert error(call(attention, x), fused) < NEAR[dtype]
 
 
 @pytest.mark.parametrize("form", LAYERS, ids=named)
@@ -231,9 +201,9 @@ def test_opened_is_fused(precision, dtype, form, made):
 def test_copies_and_pickles_are_opened(kind, form, made):
     model, x = made(form), inputs()
     attention, target = model.get_submodule(ATTENTION), qkv_of(model, form)
-    before = call(attention, form, x)
+    before = call(attention, x)
     install(target, [part(target, kind)])
-    found = call(attention, form, x)
+    found = call(attention, x)
     saved = io.BytesIO()
     torch.save(model, saved)
     saved.seek(0)
@@ -241,10 +211,10 @@ def test_copies_and_pickles_are_opened(kind, form, made):
     slot_of(target).restore()
     for other in others:
         own = other.get_submodule(ATTENTION)
-        assert torch.equal(call(own, form, x), found)
+        assert torch.equal(call(own, x), found)
 
         slot_of(qkv_of(other, form)).restore()
-        assert torch.equal(call(own, form, x), before)
+        assert torch.equal(call(own, x), before)
 
 
 @pytest.mark.parametrize("form", LAYERS, ids=named)
@@ -253,15 +223,15 @@ def test_compiled_models_run_what_is_there(form, made):
     attention, target = model.get_submodule(ATTENTION), qkv_of(model, form)
     torch._dynamo.reset()
     compiled = torch.compile(attention, backend="eager")
-    before = call(attention, form, x)
-    assert torch.equal(call(compiled, form, x), before)
+    before = call(attention, x)
+    assert torch.equal(call(compiled, x), before)
     for kind in (PartKind.KRON, PartKind.INPUT_FACTOR):
         install(target, [part(target, kind)])
-        found = call(attention, form, x)
+        found = call(attention, x)
         assert not torch.equal(found, before)
-        assert error(call(compiled, form, x), found) < CLOSE
+        assert error(call(compiled, x), found) < CLOSE
         slot_of(target).restore()
-        assert torch.equal(call(compiled, form, x), before)
+        assert torch.equal(call(compiled, x), before)
     torch._dynamo.reset()
 
 
@@ -271,7 +241,7 @@ def test_compiled_models_run_what_is_there(form, made):
 def test_what_an_interrupt_leaves_is_put_right(when, stage, form, made, monkeypatch):
     model, x = made(form), inputs()
     attention, target = model.get_submodule(ATTENTION), qkv_of(model, form)
-    before, original = call(attention, form, x), getattr(branch, stage)
+    before, original = call(attention, x), getattr(branch, stage)
 
     def interrupted(*args):
         if when == "after":
@@ -289,7 +259,43 @@ def test_what_an_interrupt_leaves_is_put_right(when, stage, form, made, monkeypa
     assert slot_of(target).is_base() is not is_begun
     change.unmake()
     assert slot_of(target).is_base()
-    assert torch.equal(call(attention, form, x), before)
+    assert torch.equal(call(attention, x), before)
+
+
+def offloaded(model, how):
+    cpu = torch.device("cpu")
+    if how == "model":
+        pytest.importorskip("accelerate").cpu_offload_with_hook(model, execution_device="cpu")
+        return
+    hooks = pytest.importorskip("diffusers.hooks")
+    options = {"offload_type": "block_level", "num_blocks_per_group": 1}
+    hooks.apply_group_offloading(model, onload_device=cpu, offload_device=cpu, **options)
+
+
+@pytest.mark.parametrize("form", LAYERS, ids=named)
+@pytest.mark.parametrize("how", ["model", "group"])
+def test_offload_that_moves_blocks_runs_what_is_opened(how, form, made):
+    model, twin = made(form), made(form)
+    offloaded(model, how)
+    generator = torch.Generator().manual_seed(7)
+    image = torch.randn(16, 1, 8, 8, generator=generator)
+    caption = torch.randn(20, 128, generator=generator)
+
+    def run(own):
+        with torch.no_grad():
+            return own([image], torch.tensor([0.4]), [caption]).sample[0]
+
+    before = run(twin)
+    for kind in (PartKind.KRON, PartKind.INPUT_FACTOR):
+        targets = [qkv_of(own, form) for own in (model, twin)]
+        for target in targets:
+            install(target, [part(target, kind)])
+        found = run(model)
+        assert not torch.equal(found, before)
+        assert torch.equal(found, run(twin))
+        for target in targets:
+            slot_of(target).restore()
+    assert torch.equal(run(model), before)
 
 
 @pytest.mark.parametrize("form", LAYERS, ids=named)
@@ -311,9 +317,9 @@ def test_a_processor_that_changed_meanwhile_is_refused(made):
     install(target, [part(target, PartKind.KRON)])
     attention.processor = CalledProcessor()
     with pytest.raises(UnsupportedModelError, match="CalledProcessor changed"):
-        call(attention, form, x)
+        call(attention, x)
     attention.processor = PassedProcessor()
-    call(attention, form, x)
+    call(attention, x)
 
 
 def test_packed_rotations_are_those_of_the_tokens():

@@ -391,8 +391,6 @@ def test_the_fused_kernels_contract(build):
     attention = build(ZImageForm.PASSED).layers[0].attention
     norms = (attention.norm_q.weight, attention.norm_k.weight)
     x, rotation = torch.zeros(1, 32, 384), torch.ones(1, 32, 64, dtype=torch.complex64)
-    with pytest.raises(KernelContractError, match="leaves out the norms"):
-        fused_qkv_norm_rotary(x, attention.to_qkv, *norms, None)
     with pytest.raises(KernelContractError, match="`rotation` must have shape"):
         fused_qkv_norm_rotary(x, attention.to_qkv, *norms, rotation[:, :31])
     with pytest.raises(KernelContractError, match=r"`norm_q` must have shape \(128,\)"):
@@ -406,6 +404,15 @@ def test_the_fused_kernels_contract(build):
     short.proj_up = torch.nn.Parameter(short.proj_up[:, :0])
     with pytest.raises(KernelContractError, match="must have one rank, got: 16 and 0"):
         fused_qkv_norm_rotary(x, short, *norms, rotation)
+
+
+def test_without_rotations_the_fused_kernel_leaves_out_the_norms(build):
+    attention = build(ZImageForm.PASSED).layers[0].attention
+    norms = (attention.norm_q.weight, attention.norm_k.weight)
+    x = torch.randn(1, 32, 384, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        fused = fused_qkv_norm_rotary(x, attention.to_qkv, *norms, None)
+        assert torch.equal(fused, attention.to_qkv(x))
 
 
 @pytest.mark.parametrize("form", [ZImageForm.CALLED, ZImageForm.FUSED, ZImageForm.COMFYUI])
