@@ -472,11 +472,25 @@ def lite():
     )
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(form, marks=pytest.mark.slow) for form in ZImageForm],
-    ids=lambda form: form.value,
+EACH_WAY = (
+    "dora of columns",
+    "dora of rows, lokr",
+    "ia3 of rows",
+    "glora",
+    "boft",
+    "oft by peft",
+    "boft by peft",
+    "set_weight",
 )
+"""One kind for each way to run."""
+ON_Z_IMAGE = [
+    pytest.param(form, name, marks=pytest.mark.slow, id=f"{form.value}-{name}")
+    for form in ZImageForm
+    for name in (KINDS if form is ZImageForm.FUSED else EACH_WAY)
+]
+
+
+@pytest.fixture(scope="module")
 def z_image(request):
     """Z-Image of every software."""
     pytest.importorskip("diffusers.models.transformers.transformer_z_image")
@@ -495,7 +509,7 @@ def test_on_diffusers_blocks(name, lite, probe, tmp_path):
     holds_in(lite, name, probe, tmp_path)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("z_image", "name"), ON_Z_IMAGE, indirect=["z_image"])
 def test_on_z_image(name, z_image, probe, tmp_path):
     holds_in(z_image, name, probe, tmp_path)
 

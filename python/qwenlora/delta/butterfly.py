@@ -8,6 +8,7 @@ axes, rows (c, g, k) become (c, k, g) with g of 2 and k of 2^i b / 2. That is wh
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,12 +65,13 @@ def butterfly_stage(values: Tensor, blocks: Tensor, stage: int) -> Tensor:
     count, size, _ = blocks.shape
     _check(count, size, stage)
     stride = _stride(size, stage)
-    lead = values.shape[:-1]
-    # (..., c, g, k) -> (..., c, k, g) -> (..., n, b)
-    permuted = values.reshape(*lead, -1, 2, stride).transpose(-2, -1).reshape(*lead, count, size)
-    mixed = torch.einsum("nij,...nj->...ni", blocks, permuted)
-    # (..., n, b) -> (..., c, k, g) -> (..., c, g, k)
-    return mixed.reshape(*lead, -1, stride, 2).transpose(-2, -1).reshape(values.shape)
+    pairs, rows = count * size // (2 * stride), math.prod(values.shape[:-1])
+    # (M, c, g, k) -> (M, c, k, g) -> (M, n, b) -> (n, b, M), where M may be 0
+    split = values.reshape(rows, pairs, 2, stride).transpose(2, 3)
+    permuted = split.reshape(rows, count, size).permute(1, 2, 0)
+    # (n, b, M) -> (M, n, b) -> (M, c, k, g) -> (M, c, g, k)
+    mixed = torch.bmm(blocks, permuted).permute(2, 0, 1)
+    return mixed.reshape(rows, pairs, stride, 2).transpose(2, 3).reshape(values.shape)
 
 
 def _stride(size: int, stage: int) -> int:

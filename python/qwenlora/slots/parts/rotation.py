@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qwenlora.delta.butterfly import butterfly_stage
 from qwenlora.slots.parts.diagonal import without_bias
 from qwenlora.slots.parts.part import at
 
@@ -46,9 +47,7 @@ def butterfly_change(part: Held, output: Tensor) -> Tensor:
     begin = without_bias(part, output)
     change = torch.zeros_like(begin)
     for index in range(stages.shape[0]):
-        permuted = _together(begin + change, index, stages.shape[-1])
-        turned = blockwise(permuted, stages[index].mT)
-        change = change + _apart(turned, index, stages.shape[-1])
+        change = change + butterfly_stage(begin + change, stages[index], index)
     return (change + (begin + change) * rescale) * strength
 
 
@@ -59,20 +58,3 @@ def blockwise(x: Tensor, blocks: Tensor) -> Tensor:
     by_block = x.reshape(math.prod(x.shape[:-1]), count, size).transpose(0, 1)
     # (n, M, b) -> (M, n, b) -> (..., n b)
     return torch.bmm(by_block, blocks).transpose(0, 1).reshape(x.shape)
-
-
-def _together(x: Tensor, index: int, size: int) -> Tensor:
-    """The rows that a butterfly's stage turns together, side by side.
-
-    Stage `index` turns rows `c`, `g` and `k` of (c, g, k) with g of 2 and k of 2^index size / 2.
-    """
-    wide = 2**index * (size // 2)
-    # (..., c g k) -> (..., c k g)
-    return torch.unflatten(x, -1, (-1, 2, wide)).transpose(-1, -2).reshape(x.shape)
-
-
-def _apart(x: Tensor, index: int, size: int) -> Tensor:
-    """The inverse of `_together`."""
-    wide = 2**index * (size // 2)
-    # (..., c k g) -> (..., c g k)
-    return torch.unflatten(x, -1, (-1, wide, 2)).transpose(-1, -2).reshape(x.shape)
