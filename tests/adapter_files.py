@@ -303,7 +303,8 @@ def _dora(draw: Draw, module: Module, delta: Tensor, axis: int, *, flat: bool = 
     """Magnitudes near the lengths of W + D's rows (axis 1) or columns, and what they make of it."""
     # Of the weight before it was quantized, which is what adapters are trained on.
     stored = module.squares
-    before = module.weight.square().sum(dim=axis) if stored is None else stored[0 if axis else 1]
+    own = module.weight.square().sum(dim=axis, keepdim=True)
+    before = own if stored is None else stored[0 if axis else 1]
     change = (module.weight + delta).square() - module.weight.square()
     lengths = (before + change.sum(dim=axis, keepdim=True)).sqrt()
     magnitude = lengths.float() * draw.factors(*lengths.shape, size=0.03)
