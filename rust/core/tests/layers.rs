@@ -5,8 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// A folder may use itself and those before it.
-const ORDER: [&str; 10] = [
-    "work", "dtype", "header", "packed", "source", "model", "key", "adapter", "plan", "stack",
+const ORDER: [&str; 11] = [
+    "work", "dtype", "header", "packed", "weight", "source", "model", "key", "adapter", "plan",
+    "stack",
 ];
 
 fn sources(folder: &Path, into: &mut Vec<PathBuf>) {
