@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 import qwenlora
 from qwenlora import emulation
@@ -32,6 +33,9 @@ from .test_nunchaku_z_image import Peer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    Change = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+    """From a layer's plain output and an activation to what an adapter adds, in float64."""
 
 pytestmark = [pytest.mark.gpu, *WARNINGS]
 pytest.importorskip("diffusers.quantizers.nunchaku", reason="needs diffusers 0.40")
@@ -278,9 +282,20 @@ def _norms(attention: Any) -> tuple[Tensor, Tensor]:
 
 def _of_passed(host: Any, attention: Any) -> Projection:
     def turned(x: Tensor, freqs: Tensor) -> Tensor:
-        packed = host.module._pack_z_image_rotary_emb(freqs)
-        layers = (attention.to_qkv, attention.norm_q, attention.norm_k)
-        return host.module.fused_qkv_norm_rotary(x, *layers, rotary_emb=packed)
+        packed, attend = (
+            host.module._pack_z_image_rotary_emb(freqs),
+            functional.scaled_dot_product_attention,
+        )
+        taken: list[Tensor] = []
+
+        def take(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            taken.extend((query, key, value))
+            return attend(query, key, value, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(functional, "scaled_dot_product_attention", take)
+            attention(x, freqs_cis=packed)
+        return torch.stack([part.transpose(1, 2) for part in taken], dim=2).flatten(2)
 
     return Projection(attention.to_qkv, turned, lambda: _norms(attention))
 
@@ -411,6 +426,78 @@ def test_a_whole_lokr_beside_the_layers(host: Any, model: Any, tmp_path: Path) -
         errors[name] = relative(found, inputs[name].double() @ products[name].mT)
     record(f"Z-Image, {host.form.value}, LoKr of whole factors", **errors)
     assert max(errors.values()) < BOUND
+
+
+KEY = "attention.to_k"
+KEY_BLOCK = 16
+"""Rows of one rotation."""
+
+
+def _lokr(generator: torch.Generator) -> tuple[dict[str, Tensor], Change]:
+    w1 = torch.randn(16, 16, generator=generator) / 4
+    w2 = torch.randn(WIDTH // 16, WIDTH // 16, generator=generator) / 8
+    product = torch.kron(w1.double(), w2.double()).to(DEVICE)
+    return {"lokr_w1": w1, "lokr_w2": w2}, lambda plain, x: x.double() @ product.mT
+
+
+def _rows(generator: torch.Generator) -> tuple[dict[str, Tensor], Change]:
+    factors = torch.randn(WIDTH, generator=generator) / 2
+    stored = {"weight": factors[:, None], "on_input": torch.tensor(data=False)}
+    return stored, lambda plain, x: plain(x).double() * factors.double().to(DEVICE)
+
+
+def _columns(generator: torch.Generator) -> tuple[dict[str, Tensor], Change]:
+    # Halves and doubles are exact, so no value lands on another of the kernel's 4-bit steps.
+    factors = torch.tensor([-0.5, 0.0, 1.0])[torch.randint(3, (WIDTH,), generator=generator)]
+    stored = {"weight": factors[None], "on_input": torch.tensor(data=True)}
+
+    def change(plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        changed = x.double() * (1 + factors.double().to(DEVICE))
+        return plain(changed.to(DTYPE)).double() - plain(x).double()
+
+    return stored, change
+
+
+def _rotation(generator: torch.Generator) -> tuple[dict[str, Tensor], Change]:
+    shape = (WIDTH // KEY_BLOCK, KEY_BLOCK, KEY_BLOCK)
+    blocks = torch.randn(shape, generator=generator) / 8
+    skew = (blocks - blocks.mT).double().to(DEVICE)
+    one = torch.eye(KEY_BLOCK, dtype=torch.float64, device=DEVICE)
+    turns = torch.linalg.solve(one - skew, one + skew, left=False)
+
+    def change(plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        y = plain(x).double()
+        # Each block of rows times R^T.
+        turned = torch.einsum("...nj,nji->...ni", y.unflatten(-1, shape[:2]), turns)
+        return turned.flatten(-2) - y
+
+    return {"oft_blocks": blocks, "alpha": torch.tensor(0.0)}, change
+
+
+@pytest.mark.parametrize("kind", [_lokr, _rows, _columns, _rotation])
+def test_a_key_with_something_beside_it(
+    host: Any, model: Any, pairs: dict[str, Pair], file: Path, tmp_path: Path, kind: Any
+) -> None:
+    """Beside low ranks of all three: the kernel that norms and rotates is opened."""
+    block, freqs, x = "layers.1", rotations(TOKENS), random(1, TOKENS, WIDTH)
+    stored, change = kind(torch.Generator().manual_seed(21))
+    path = tmp_path / "key.safetensors"
+    save_file(
+        {f"lycoris_{block}_{KEY}".replace(".", "_") + f".{k}": t for k, t in stored.items()}, path
+    )
+    own = projections(host, model)[block]
+    plain, base = own.plain(x).double(), own.turned(x, freqs).clone()
+    wanted = plain + terms(pairs, block, QKV, x) * STRENGTH
+    wanted[..., WIDTH : 2 * WIDTH] += change(lambda x: own.plain(x)[..., WIDTH : 2 * WIDTH], x)
+    norms = own.norms()
+    expected = split(reference(wanted, norms, freqs) - reference(plain, norms, freqs))
+    assert qwenlora.compose_loras(model, [(file, STRENGTH), path]).complete
+    found = split(own.turned(x, freqs).double() - base.double())
+    errors = {name: relative(found[name], expected[name]) for name in found}
+    record(f"Z-Image, {host.form.value}, key{kind.__name__}", **errors)
+    assert max(errors.values()) < BOUND
+    qwenlora.reset_loras(model)
+    assert still(own.turned(x, freqs).double() - base.double(), base.double())
 
 
 # ---- strengths, sets, reset ----
