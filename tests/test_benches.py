@@ -155,6 +155,19 @@ class TestZImage:
         assert len(report.slots) == (len(linears) if form == "stock" else 5 + 5 + 4)
 
 
+@pytest.mark.slow
+def test_every_kind_opens_the_attention(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers.models.transformers.transformer_z_image")
+    path = tmp_path / "found.json"
+    bench = [sys.executable, BENCHES / "bench_opened.py", "--tokens", "64", "--repeat", "1"]
+    subprocess.run(
+        [*bench, "--json", path], check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    )
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    assert len({row["name"] for row in rows}) == len(rows) == 7
+    assert all(row["ms"] > 0 for row in rows)
+
+
 class TestKernels:
     """What the bench of the kernels knows without them."""
 
