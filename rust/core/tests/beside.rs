@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
+mod slots;
 mod state_dict;
 
 use qwenlora_core::adapter::PieceKind;
@@ -29,17 +30,8 @@ const Z_QKV: &str = "layers.0.attention.to_qkv";
 
 fn slot(path: &str, kind: SlotKind, out_features: u64, in_features: u64) -> Slot {
     Slot {
-        path: path.to_owned(),
-        kind,
-        in_features,
-        out_features,
-        base_rank: if kind == SlotKind::Svdq { 32 } else { 0 },
-        element_bytes: 2,
-        offloaded: false,
-        pattern: path.replacen(".0.", ".*.", 1).replacen(".1.", ".*.", 1),
-        has_bias: true,
-        build: BlockBuild::Nunchaku,
         opens: path.contains("_mlp."),
+        ..slots::slot(path, kind, out_features, in_features)
     }
 }
 

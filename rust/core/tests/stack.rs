@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
+mod slots;
 mod state_dict;
 
 use proptest::prelude::*;
@@ -14,6 +15,7 @@ use qwenlora_core::stack::{
     LokrScale, MAX_KRON_RANK, PartForm, Piece, Skip, SkipKind, StackError, StackItem, StackOptions,
     StackPlan, TRUNCATED_RANK,
 };
+use slots::slot;
 use state_dict::{TO_Q, Tensors};
 
 const MLP: &str = "transformer_blocks.0.img_mlp.net.0.proj";
@@ -21,22 +23,6 @@ const MOD: &str = "transformer_blocks.0.img_mod.1";
 const NORM: &str = "transformer_blocks.0.attn.norm_q";
 const EMBEDDING: &str = "time_text_embed.addition_t_embedding";
 const IMG_IN: &str = "img_in";
-
-fn slot(path: &str, kind: SlotKind, out_features: u64, in_features: u64) -> Slot {
-    Slot {
-        path: path.to_owned(),
-        kind,
-        in_features,
-        out_features,
-        base_rank: if kind == SlotKind::Svdq { 32 } else { 0 },
-        element_bytes: 2,
-        offloaded: false,
-        pattern: path.replacen(".0.", ".*.", 1).replacen(".1.", ".*.", 1),
-        has_bias: true,
-        build: BlockBuild::Nunchaku,
-        opens: false,
-    }
-}
 
 fn slots() -> Vec<Slot> {
     vec![

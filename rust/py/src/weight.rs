@@ -113,11 +113,7 @@ pub(crate) fn row_norms(
     columns: NonZeroUsize,
     threads: NonZeroUsize,
 ) -> PyResult<()> {
-    let (matrix, mut norms) = (Source::of(&matrix)?, Dest::of(&norms)?);
-    check_apart(vec![matrix.place(), norms.place()])?;
-    let (matrix, norms) = (matrix.bytes()?, norms.bytes()?);
-    py.detach(|| weight::row_norms(matrix, columns, norms, threads))
-        .map_err(raise)
+    norms_by(weight::row_norms, py, &matrix, &norms, columns, threads)
 }
 
 /// Adds the squared norms of the columns of (rows, `columns`) float32 to (`columns`) float64.
@@ -130,10 +126,23 @@ pub(crate) fn column_norms(
     columns: NonZeroUsize,
     threads: NonZeroUsize,
 ) -> PyResult<()> {
-    let (matrix, mut norms) = (Source::of(&matrix)?, Dest::of(&norms)?);
+    norms_by(weight::column_norms, py, &matrix, &norms, columns, threads)
+}
+
+type Norms = fn(&[u8], NonZeroUsize, &mut [u8], NonZeroUsize) -> Result<(), WeightFault>;
+
+fn norms_by(
+    compute: Norms,
+    py: Python<'_>,
+    matrix: &Object<'_>,
+    norms: &Object<'_>,
+    columns: NonZeroUsize,
+    threads: NonZeroUsize,
+) -> PyResult<()> {
+    let (matrix, mut norms) = (Source::of(matrix)?, Dest::of(norms)?);
     check_apart(vec![matrix.place(), norms.place()])?;
     let (matrix, norms) = (matrix.bytes()?, norms.bytes()?);
-    py.detach(|| weight::column_norms(matrix, columns, norms, threads))
+    py.detach(|| compute(matrix, columns, norms, threads))
         .map_err(raise)
 }
 
