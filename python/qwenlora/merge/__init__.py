@@ -126,9 +126,7 @@ def main(args: Sequence[str] | None = None) -> int:
         with ending_on_sigterm():
             return _run(arguments, talk)
     except UsageError as error:
-        text = str(error)
-        hint = "" if "\nhint: " in text else "\nhint: `qwenlora merge --help` shows how to call it"
-        talk.say("error", text + hint)
+        talk.say_usage(error, "qwenlora merge")
         return Exit.USAGE
     except OSError as error:
         talk.say("error", _words(error))

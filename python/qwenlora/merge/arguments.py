@@ -14,9 +14,9 @@ from qwenlora.source.module_names import SAFETENSORS_ENDINGS
 from qwenlora.spec import LokrScale
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Container, Iterator, Sequence
 
-__all__ = ["DTYPE_NAMES", "Arguments", "UsageError", "parse"]
+__all__ = ["DTYPE_NAMES", "Arguments", "UsageError", "options_of", "output_path", "parse"]
 
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
 """The values that `--dtype` takes."""
@@ -66,36 +66,57 @@ def parse(args: Sequence[str]) -> Arguments:
     Raises:
         UsageError: They make no sense.
     """
-    arguments, rest = Arguments(), list(args)
+    arguments = Arguments()
+    for name, value in options_of(args, flags=_FLAGS, values=(*_VALUES, "--blocks")):
+        if not name:
+            arguments.sources.append(_source(value))
+        elif name in _FLAGS:
+            setattr(arguments, _FLAGS[name], True)
+        elif name == "--blocks":
+            _add_blocks(arguments, value)
+        else:
+            attribute, read = _VALUES[name]
+            setattr(arguments, attribute, read(name, value))
+    if not arguments.is_help:
+        _check(arguments)
+    return arguments
+
+
+def options_of(
+    args: Sequence[str], *, flags: Container[str], values: Container[str]
+) -> Iterator[tuple[str, str]]:
+    """Options and their values, in order: ("", argument) for what is no option.
+
+    Args:
+        args: The arguments.
+        flags: Options without a value; theirs is "".
+        values: Options with one.
+
+    Raises:
+        UsageError: An option is unknown, lacks its value, or has one too many.
+    """
+    rest = list(args)
     while rest:
         name = rest.pop(0)
         if name == "--":
-            arguments.sources += map(_source, rest)
-            break
+            yield from (("", own) for own in rest)
+            return
         if not name.startswith("-") or name == "-":
-            arguments.sources.append(_source(name))
+            yield "", name
             continue
         name, has_value, value = name.partition("=") if name.startswith("--") else (name, "", "")
-        if name in _FLAGS:
+        if name in flags:
             if has_value:
                 raise UsageError(f"`{name}` takes no value: `{value}`")
-            setattr(arguments, _FLAGS[name], True)
-        elif name in _VALUES or name == "--blocks":
+            yield name, ""
+        elif name in values:
             if not has_value and not rest:
                 raise UsageError(f"`{name}` needs a value")
-            own = value if has_value else rest.pop(0)
-            if name == "--blocks":
-                _add_blocks(arguments, own)
-                continue
-            attribute, read = _VALUES[name]
-            setattr(arguments, attribute, read(name, own))
+            yield name, value if has_value else rest.pop(0)
         else:
             raise UsageError(
                 f"unknown option: `{name}`\nhint: a file of this name is written `./{name}`"
             )
-    if not arguments.is_help:
-        _check(arguments)
-    return arguments
 
 
 def _check(arguments: Arguments) -> None:
@@ -148,7 +169,12 @@ def _source(text: str) -> tuple[Path, float]:
     return Path(text), 1.0
 
 
-def _output(_: str, value: str) -> Path:
+def output_path(value: str) -> Path:
+    """The file to write.
+
+    Raises:
+        UsageError: It has another ending.
+    """
     path = Path(value)
     if path.suffix.lower() not in SAFETENSORS_ENDINGS:
         raise UsageError(
@@ -156,6 +182,10 @@ def _output(_: str, value: str) -> Path:
             "\nhint: programs tell the format by the name"
         )
     return path
+
+
+def _output(_: str, value: str) -> Path:
+    return output_path(value)
 
 
 def _path(_: str, value: str) -> Path:

@@ -33,6 +33,12 @@ class Talk:
         sys.stderr.write(f"{kind}: {_HINT.join(map(plain, message.split(_HINT)))}\n")
         sys.stderr.flush()
 
+    def say_usage(self, error: Exception, command: str) -> None:
+        """What is wrong with the arguments of a command, and where its help is."""
+        text = str(error)
+        hint = "" if _HINT in text else f"{_HINT}`{command} --help` shows how to call it"
+        self.say("error", text + hint)
+
     def progress(self, done: int, everything: int) -> None:
         """Show how far the work is: on a terminal, if it has taken long, and not too often."""
         now = time.monotonic()

@@ -18,6 +18,7 @@ from qwenlora.errors import (
     ShapeMismatchError,
     UnknownWeightError,
 )
+from qwenlora.merge import ending_on_sigterm
 from qwenlora.merge.talk import Talk
 from qwenlora.norms.arguments import UsageError, parse
 from qwenlora.words import counted
@@ -88,8 +89,6 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit status, an `Exit`.
     """
-    from qwenlora.merge import ending_on_sigterm
-
     talk = Talk("reading")
     try:
         arguments = parse(list(args or ()))
@@ -99,9 +98,7 @@ def main(args: Sequence[str] | None = None) -> int:
         with ending_on_sigterm():
             return _run(arguments, talk)
     except UsageError as error:
-        text = str(error)
-        hint = "" if "\nhint: " in text else "\nhint: `qwenlora norms --help` shows how to call it"
-        talk.say("error", text + hint)
+        talk.say_usage(error, "qwenlora norms")
         return Exit.USAGE
     except QwenLoraError as error:
         talk.say("error", str(error))

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenlora.merge.arguments import UsageError
-from qwenlora.source.module_names import SAFETENSORS_ENDINGS
+from qwenlora.merge.arguments import UsageError, options_of, output_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,33 +41,19 @@ def parse(args: Sequence[str]) -> Arguments:
     Raises:
         UsageError: They make no sense.
     """
-    arguments, rest = Arguments(), list(args)
+    arguments = Arguments()
     named: list[str] = []
     output: str | None = None
-    while rest:
-        name = rest.pop(0)
-        if name == "--":
-            named += rest
-            break
-        if not name.startswith("-") or name == "-":
-            named.append(name)
-            continue
-        name, has_value, value = name.partition("=") if name.startswith("--") else (name, "", "")
-        if name in _FLAGS:
-            if has_value:
-                raise UsageError(f"`{name}` takes no value: `{value}`")
+    for name, value in options_of(args, flags=_FLAGS, values=("-o", "--output")):
+        if not name:
+            named.append(value)
+        elif name in _FLAGS:
             setattr(arguments, _FLAGS[name], True)
-        elif name in ("-o", "--output"):
-            if not has_value and not rest:
-                raise UsageError(f"`{name}` needs a value")
-            output = value if has_value else rest.pop(0)
         else:
-            raise UsageError(
-                f"unknown option: `{name}`\nhint: a file of this name is written `./{name}`"
-            )
+            output = value
     if not arguments.is_help:
         arguments.checkpoint = _only(named)
-        arguments.output = _default(arguments.checkpoint) if output is None else _output(output)
+        arguments.output = _default(arguments.checkpoint) if output is None else output_path(output)
     return arguments
 
 
@@ -87,16 +72,6 @@ def _default(checkpoint: Path) -> Path:
     """The checkpoint's name with another ending, in the working folder."""
     name = checkpoint.resolve().name
     return Path(name.removesuffix(".index.json").removesuffix(".safetensors") + _ENDING)
-
-
-def _output(value: str) -> Path:
-    path = Path(value)
-    if path.suffix.lower() not in SAFETENSORS_ENDINGS:
-        raise UsageError(
-            f"`{value}` does not end in {' or '.join(SAFETENSORS_ENDINGS)}"
-            "\nhint: programs tell the format by the name"
-        )
-    return path
 
 
 _FLAGS = {
