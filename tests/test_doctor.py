@@ -162,7 +162,7 @@ class cuda:
 
     def pack_qwenlora(self, name: str) -> Path:
         pack = self.nodes / name
-        write(pack / "comfy" / "qwenlora_nodes" / "nodes.py")
+        write(pack / "comfy" / "qwenlora_nodes" / "registry.py")
         write(pack / "Cargo.toml", '[workspace]\n[workspace.package]\nversion = "0.1.0"\n')
         return pack
 

@@ -22,6 +22,6 @@ except ImportError as error:
     )
 else:
     from .host import warn_of_rivals
-    from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+    from .registry import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
-    warn_of_rivals(NODE_CLASS_MAPPINGS)
+    warn_of_rivals()

@@ -343,8 +343,10 @@ def warn_once(text: str, event: Hashable = None) -> None:
     _log.warning("%s", text)
 
 
-def warn_of_rivals(ours: Mapping[str, type]) -> None:
+def warn_of_rivals() -> None:
     """Say which of our ids another pack has registered, too: the pack loaded last has them."""
+    from .registry import NODE_CLASS_MAPPINGS as ours  # it imports the nodes, which import this
+
     registered = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
     rivals: dict[str, list[str]] = {}
     for node_id, node in ours.items():

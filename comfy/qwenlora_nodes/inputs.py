@@ -10,6 +10,7 @@ from .rows import MAX_STRENGTH
 from .saved import OFFLOAD_MODES, ROWS
 
 __all__ = [
+    "CATEGORY",
     "CLIP_TIP",
     "ENABLED_TIP",
     "NAME_TIP",
@@ -27,6 +28,9 @@ __all__ = [
 
 Inputs = Mapping[str, Any]
 Schema = dict[str, dict[str, Any]]
+
+CATEGORY = "qwenlora"
+"""Where the host's menu of nodes has ours."""
 
 _MODEL_TIP = (
     "The model that the LoRAs are applied to. Make sure the model is loaded by"

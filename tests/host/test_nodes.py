@@ -119,7 +119,7 @@ def bench(pack, files, graph, emulated_qwen, qwen, nunchaku):
 
 def modules():
     """The pack's modules, under the name that the host made up."""
-    names = ("host", "nodes", "rows", "saved")
+    names = ("host", "registry", "rows", "saved")
     return SimpleNamespace(**{name: sys.modules[f"{PACK}.{name}"] for name in names})
 
 
@@ -829,7 +829,7 @@ def test_every_shape_of_rows(bench, monkeypatch, inputs, grows):
 
 def restored(node, values):
     """What a frontend without the old pack's script posts: values by position, then defaults."""
-    optional = modules().nodes.NODE_CLASS_MAPPINGS[node].INPUT_TYPES()["optional"]
+    optional = modules().registry.NODE_CLASS_MAPPINGS[node].INPUT_TYPES()["optional"]
     widgets = [(name, drawn) for name, drawn in optional.items() if name != "clip"]
     inputs = {}
     for index, (name, (kind, options)) in enumerate(widgets):

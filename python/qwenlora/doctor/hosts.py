@@ -122,7 +122,9 @@ def _kind(path: Path) -> PackKind | None:
     def has(*names: str) -> bool:
         return all((path / name).is_file() for name in names)
 
-    if has("comfy/qwenlora_nodes/nodes.py") or has("saved.py", "rows.py", "host.py", "nodes.py"):
+    if has("comfy/qwenlora_nodes/registry.py") or has(
+        "saved.py", "rows.py", "host.py", "registry.py"
+    ):
         return PackKind.QWENLORA
     if has("models/qwenimage.py", "nodes/models/qwenimage.py"):
         return PackKind.COMFYUI_NUNCHAKU
