@@ -8,7 +8,7 @@ RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) 
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-rust test-rust-fast test-models test-python lint format bench fuzz \
-	differential clean
+	differential browser clean
 
 # Python keeps the bytecode of what it imports, whatever the shell says. Without it every process
 # of a test compiles PyTorch and its kin anew, which takes longer than most tests.
@@ -25,6 +25,23 @@ $(UV):
 $(VENV)/.tools: pyproject.toml | $(UV)
 	VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet --group dev --group host
 	@touch $@
+
+# ComfyUI's frontend as tests/browser use it: ComfyUI 0.3.75's own, the one before growing rows, and
+# the newest. One environment holds one of them, so each has a folder.
+FRONTENDS := 1.32.9 1.49.6 1.58.1
+
+$(VENV)/.frontends: Makefile | $(UV)
+	for version in $(FRONTENDS); do \
+		$(UV) pip install --quiet --no-deps --python $(BIN)/python --target $(VENV)/frontends/$$version \
+			comfyui-frontend-package==$$version || exit 1; \
+	done
+	@touch $@
+
+# The browser of the tests. Where it cannot be installed they are skipped.
+browser:
+	@command -v chromium >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
+		(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+			--no-install-recommends chromium fonts-noto-cjk >/dev/null) || true
 
 # --no-deps is not given: the wheel's own requirements are what a user gets.
 $(VENV)/.installed: pyproject.toml $(RUST_SOURCES) | $(VENV)/.tools
@@ -57,7 +74,7 @@ test-models:
 JOBS ?= 2
 PYTEST_ARGS ?=
 
-test-python: setup
+test-python: setup $(VENV)/.frontends browser
 	$(BIN)/pytest -q -n $(JOBS) $(PYTEST_ARGS)
 
 lint: setup ## Check formatting, lints, types and stubs

@@ -1,0 +1,102 @@
+"""A real ComfyUI, a real browser, and a person's hands in it."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ..host.comfy_host import comfy_root
+from .comfy_process import ComfyProcess
+from .frontends import INSTALL, Frontend, Renderer
+from .workbench import Workbench
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from playwright.sync_api import Browser
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+INSTALL_CHROMIUM = "apt-get install --no-install-recommends chromium fonts-noto-cjk"
+
+WAYS = [
+    pytest.param((Frontend.NEWEST, Renderer.CANVAS), id="newest-canvas"),
+    pytest.param((Frontend.NEWEST, Renderer.NODES_2), id="newest-nodes2"),
+    pytest.param((Frontend.BEFORE_ROWS, Renderer.CANVAS), id="1.49-canvas"),
+    pytest.param((Frontend.OLDEST, Renderer.CANVAS), id="oldest-canvas"),
+]
+"""Every way in which people see nodes; `pytest.mark.parametrize("way", WAYS, indirect=True)`."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "workbench" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.browser)
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyProcess]:
+    """ComfyUI with our pack and the pack of emulated models; skips where it is not installed."""
+    try:
+        comfy_root()
+    except ModuleNotFoundError as missing:
+        pytest.skip(str(missing))
+    _require(Frontend.NEWEST)
+    running = ComfyProcess.start(tmp_path_factory.mktemp("browser"), Frontend.NEWEST.folder)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """The browser; of one module, since its driver keeps an event loop that others would meet."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: make setup")
+    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if path is None:
+        pytest.skip(f"needs Chromium: {INSTALL_CHROMIUM}")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest) -> tuple[Frontend, Renderer]:
+    """The frontend and renderer of a test; parametrized (`indirect`) with `WAYS` where it matters."""
+    return getattr(request, "param", (Frontend.NEWEST, Renderer.CANVAS))
+
+
+@pytest.fixture
+def loras(comfy: ComfyProcess, Draft) -> Iterator[Path]:
+    """The folder with three LoRAs: `style`, `character`, and `qwen/light`; others go afterwards."""
+    for name, seed in (("style", 1), ("character", 2), ("qwen/light", 3)):
+        path = comfy.loras / f"{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        Draft.full(seed, rank=4, blocks=2).save(path)
+    yield comfy.loras
+    shutil.rmtree(comfy.loras)
+    comfy.loras.mkdir()
+
+
+@pytest.fixture
+def workbench(
+    comfy: ComfyProcess,
+    loras: Path,
+    chromium: Browser,
+    way: tuple[Frontend, Renderer],
+    request: pytest.FixtureRequest,
+) -> Iterator[Workbench]:
+    """An empty canvas in a fresh browser profile."""
+    frontend, renderer = way
+    _require(frontend)
+    bench = Workbench.open(comfy, chromium, frontend, renderer)
+    yield bench
+    bench.close()
+
+
+def _require(frontend: Frontend) -> None:
+    if not frontend.folder.is_dir():
+        pytest.skip(f"needs ComfyUI's frontend {frontend.value}: {INSTALL}")
