@@ -65,7 +65,7 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture
 def way(request: pytest.FixtureRequest) -> tuple[Frontend, Renderer]:
-    """The frontend and renderer of a test; parametrized (`indirect`) with `WAYS` where it matters."""
+    """The frontend and renderer of a test: one of `WAYS` where it is parametrized, indirectly."""
     return getattr(request, "param", (Frontend.NEWEST, Renderer.CANVAS))
 
 
