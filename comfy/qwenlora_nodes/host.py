@@ -6,13 +6,11 @@ import functools
 import importlib.metadata
 import logging
 import os
-import re
 import sys
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
@@ -20,7 +18,7 @@ import folder_paths
 import torch
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 
-from qwenlora import ComfyQwenImageWrapper, LoraSet
+from qwenlora import ComfyQwenImageWrapper, ComposeOptions, LoraSet
 from qwenlora.compose.structure import composed_bytes
 from qwenlora.errors import LoraNotFoundError, UnsupportedModelError
 from qwenlora.model.families import FAMILIES
@@ -28,7 +26,6 @@ from qwenlora.model.lock import lock_of
 from qwenlora.model.modules import inner_of, modules_of
 from qwenlora.model.state import read_state
 from qwenlora.runtime import OPTIONS_KEY
-from qwenlora.words import counted
 
 from .names import nearest, same_name
 
@@ -37,13 +34,19 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "announced_bytes",
+    "branch_of",
+    "compose_options",
     "draws_groups",
     "file_identity",
+    "find_lora",
     "lora_names",
     "lora_path",
     "offloads_blocks",
     "patches_notice",
     "progress",
+    "put_set",
+    "running_prompts",
     "set_of",
     "spare_bytes",
     "transformer_of",
@@ -55,16 +58,16 @@ __all__ = [
 _log = logging.getLogger("qwenlora")
 
 _KEY = "qwenlora"
+_ENABLE = "`Enable LoRA nodes (Nunchaku)`"
 _LORAS = "loras"
+_OPTIONS = "transformer_options"
 _LOADERS = "`Nunchaku Qwen Image DiT Loader` or `Nunchaku Z-Image DiT Loader`"
 _OTHER_WRAPPERS = ("ComfyQwenImageWrapper", "ComfyZImageTurboWrapper")
 """Classes that other node packs put in the transformer's place, some with an ending to the name."""
 
-_IN_BLOCKS = re.compile(r"transformer_blocks|(?<!post)[._]attention[._]|feed_forward")
-"""In the name of every quantized layer's weight, whichever way a file spells it."""
-
-_PACKED = ".qweight"
 _FIRST_WITH_GROUPS = (1, 57)
+_PINNED_BYTES = 1 << 30
+"""Most bytes of deltas that are kept in host memory, pinned where the model is on a GPU."""
 _EVENTS = 1024
 _PROGRESS_STEPS = 50
 _SPARE_SHARE = 4
@@ -85,13 +88,21 @@ def lora_path(name: str) -> str:
     Raises:
         LoraNotFoundError: There is none.
     """
+    path = find_lora(name)
+    if path is None:
+        raise LoraNotFoundError(
+            f"LoRA {name!r} is in none of ComfyUI's folders for `{_LORAS}`\nhint: {_instead(name)}"
+        )
+    return path
+
+
+def find_lora(name: str) -> str | None:
+    """The same; None where there is none."""
     for spelling in (name, name.replace("\\", "/"), name.replace("/", "\\")):
         path = folder_paths.get_full_path(_LORAS, spelling)
         if path is not None:
             return str(path)
-    raise LoraNotFoundError(
-        f"LoRA {name!r} is in none of ComfyUI's folders for `{_LORAS}`\nhint: {_instead(name)}"
-    )
+    return None
 
 
 def _instead(name: str) -> str:
@@ -188,45 +199,25 @@ def patches_notice(model: ModelPatcher) -> str:
         reach = "reach its plain layers alone"
     text = (
         "this Nunchaku model carries patches of ComfyUI's own LoRA loaders or merging nodes, which"
-        f" {reach}: load LoRAs with a qwenlora node"
+        f" {reach}: put {_ENABLE} between the model loader and LoRA loaders"
     )
     warn_once(text, model.patches_uuid)
     return text
 
 
-def _warn_of_hooks(
-    model: ModelPatcher,
-    hooks: comfy.hooks.HookGroup,
-    target: Mapping[str, Any],
-    model_options: Mapping[str, Any] | None,
-    registered: comfy.hooks.HookGroup,
-) -> None:
-    """Say what becomes of the LoRA hooks that a run's prompts bring; ComfyUI calls it before it."""
-    del hooks, target, model_options
-    for hook in registered.get_type(comfy.hooks.EnumHookType.Weight):
-        # A keyframe's strength is that of the run before, and may be 0 where its own is not.
-        is_off = hook.strength_model == 0 and hook.strength != 0
-        if is_off or not any(map(_IN_BLOCKS.search, hook.weights or ())):
-            continue
-        reached = model.hook_patches.get(hook.hook_ref, {})
-        if any(key.endswith(_PACKED) for key in reached):
-            fate = "changes packed weights as if they were plain numbers, which makes them wrong"
-        elif reached:
-            count = counted(len(reached), "weight")
-            fate = f"reaches the plain layers alone ({count}), not the quantized blocks"
-        else:
-            fate = "has no effect"
-        warn_once(
-            "on this Nunchaku model a LoRA hook of ComfyUI's (Create Hook LoRA and the like)"
-            f" {fate}: load the LoRA with a qwenlora node",
-            hook.hook_ref,
-        )
-
-
 def set_of(model: ModelPatcher) -> LoraSet | None:
     """The stack that a MODEL carries already."""
-    found = model.model_options.get("transformer_options", {}).get(OPTIONS_KEY)
+    found = model.model_options.get(_OPTIONS, {}).get(OPTIONS_KEY)
     return found if isinstance(found, LoraSet) else None
+
+
+def compose_options() -> ComposeOptions:
+    """The options of the stacks that nodes ask for.
+
+    The host plans its device's memory without what we would keep there besides the model, and an
+    offloaded model leaves little host memory to pin.
+    """
+    return ComposeOptions(progress=progress, device_cache_bytes=0, cache_bytes=_PINNED_BYTES)
 
 
 def with_set(
@@ -234,27 +225,45 @@ def with_set(
 ) -> ModelPatcher:
     """A clone that asks for a stack and announces its memory; the model itself is unchanged.
 
+    ComfyUI's own LoRA nodes work on it.
+
     Args:
         model: What is cloned.
         wanted: The whole stack, that of nodes before included.
         transformer: The model's transformer.
         added_bytes: What the whole stack adds to the model.
     """
+    clone = branch_of(model, transformer)
+    put_set(clone, wanted, added_bytes)
+    return clone
+
+
+def put_set(clone: ModelPatcher, wanted: LoraSet, added_bytes: int) -> None:
+    """Have a clone that nobody runs yet ask for a stack and announce its memory."""
+    clone.model_options.setdefault(_OPTIONS, {})[OPTIONS_KEY] = wanted
+    # The host frees this much before it samples; a clone hands its size on to its own clones.
+    clone.size += added_bytes - announced_bytes(clone)
+    clone.set_attachments(_KEY, added_bytes)
+
+
+def announced_bytes(model: ModelPatcher) -> int:
+    """Bytes that a model's stack adds to its size."""
+    return int(model.get_attachment(_KEY) or 0)
+
+
+def branch_of(model: ModelPatcher, transformer: nn.Module) -> ModelPatcher:
+    """A clone that composes what it asks for, and on which ComfyUI's own LoRA nodes work."""
+    from .native.patcher import make_enabled  # it imports this
+
     _measure(model, transformer)
     clone = model.clone()
-    clone.model_options.setdefault("transformer_options", {})[OPTIONS_KEY] = wanted
-    # The host frees this much before it samples; a clone hands its size on to its own clones.
-    announced = clone.get_attachment(_KEY) or 0
-    clone.size = clone.model_size() - announced + added_bytes
-    clone.set_attachments(_KEY, added_bytes)
+    make_enabled(clone)
     # Graphs that were compiled before the first LoRA do not run the hook on the transformer. First
     # is outermost: before a wrapper of ComfyUI's puts compiled modules in their places.
     wrappers = clone.wrappers.setdefault(WrappersMP.APPLY_MODEL, {})
     others = {key: found for key, found in wrappers.items() if key != _KEY}
     wrappers.clear()
     wrappers.update({_KEY: [_reconcile], **others})
-    clone.remove_callbacks_with_key(CallbacksMP.ON_REGISTER_ALL_HOOK_PATCHES, _KEY)
-    clone.add_callback_with_key(CallbacksMP.ON_REGISTER_ALL_HOOK_PATCHES, _KEY, _warn_of_hooks)
     if _joins_patches(clone):
         _leave_between_runs(clone)
     # The hook serves the branches without a set, which have no wrapper.
@@ -286,11 +295,15 @@ def _leave_between_runs(clone: ModelPatcher) -> None:
 
 def _leave(model: ModelPatcher) -> None:
     """Take out what this clone has composed; ComfyUI's patches stay."""
-    transformer, wanted = inner_of(model.model.diffusion_model), set_of(model)
+    from .native.patcher import last_sets  # it imports this
+
+    transformer = inner_of(model.model.diffusion_model)
     # Clones that are let go are ejected, too, at any time: also while another one runs.
-    if wanted is None or read_state(transformer).stack not in (None, wanted.key):
+    stack = read_state(transformer).stack
+    own = [wanted for wanted in last_sets(model) if stack in (None, wanted.key)]
+    if not own:
         return
-    options = replace(wanted.options, progress=None, offload=False)
+    options = replace(own[0].options, progress=None, offload=False)
     bare = LoraSet.of(options=options)
     ComfyQwenImageWrapper.of(transformer).reconcile({OPTIONS_KEY: bare})
 
@@ -313,16 +326,39 @@ def _measure(model: ModelPatcher, transformer: nn.Module) -> None:
 
 
 def _reconcile(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    options = kwargs.get("transformer_options")
-    if options is None:
-        # Their position has changed between versions, but they come last.
-        options = next((arg for arg in reversed(args) if isinstance(arg, Mapping)), None)
+    """Compose what a forward asks for, outside of compiled code, and run it."""
+    from .native.patcher import running_set  # it imports this
+
     model = executor.class_obj
     patcher = getattr(model, "current_patcher", None)
     if patcher is not None:
         patches_notice(patcher)
-    ComfyQwenImageWrapper.of(model.diffusion_model).reconcile(options)
+        wanted = running_set(patcher)
+        if wanted is not None:
+            args, kwargs = _asking_for(wanted, args, kwargs)
+    ComfyQwenImageWrapper.of(model.diffusion_model).reconcile(_options_of(args, kwargs))
     return executor(*args, **kwargs)
+
+
+def _options_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any] | None:
+    """A forward's options: their position has changed between versions, but they come last."""
+    options = kwargs.get(_OPTIONS)
+    if options is None:
+        options = next((arg for arg in reversed(args) if isinstance(arg, Mapping)), None)
+    return options
+
+
+def _asking_for(
+    wanted: LoraSet, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A forward's arguments with a set in its options."""
+    options = _options_of(args, kwargs)
+    if options is not None and options.get(OPTIONS_KEY) is wanted:
+        return args, kwargs
+    asking = {**(options or {}), OPTIONS_KEY: wanted}
+    if options is None or kwargs.get(_OPTIONS) is options:
+        return args, {**kwargs, _OPTIONS: asking}
+    return tuple(asking if arg is options else arg for arg in args), kwargs
 
 
 # ---- what the person sees ----
@@ -334,6 +370,17 @@ def progress(phase: str, done: int, total: int) -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
     if done % max(1, total // _PROGRESS_STEPS) == 0:
         comfy.utils.ProgressBar(total).update_absolute(done)
+
+
+def running_prompts() -> list[Mapping[str, Any]]:
+    """The graphs that the server runs at this moment; none without a server."""
+    server = getattr(sys.modules.get("server"), "PromptServer", None)
+    queue = getattr(getattr(server, "instance", None), "prompt_queue", None)
+    if queue is None:
+        return []
+    running = getattr(queue, "get_current_queue_volatile", queue.get_current_queue)()[0]
+    # Number, id and graph; what follows has changed between versions.
+    return [item[2] for item in running]
 
 
 @functools.lru_cache(maxsize=_EVENTS)

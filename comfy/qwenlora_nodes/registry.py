@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .enable_node import QwenLoraEnable
 from .inspect_node import QwenLoraInspect
 from .loader_nodes import QwenLoraLoader, QwenLoraStack
 from .saved_nodes import (
@@ -21,6 +22,7 @@ __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 NODE_CLASS_MAPPINGS: dict[str, type] = {
     "QwenLoraLoader": QwenLoraLoader,
     "QwenLoraStack": QwenLoraStack,
+    "QwenLoraEnable": QwenLoraEnable,
     "QwenLoraInspect": QwenLoraInspect,
     "NunchakuQwenImageLoraLoader": NunchakuQwenImageLoraLoader,
     "NunchakuQwenImageLoraStack": NunchakuQwenImageLoraStack,
@@ -36,6 +38,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
 NODE_DISPLAY_NAME_MAPPINGS = {
     "QwenLoraLoader": "Load LoRA (Nunchaku Qwen-Image, Z-Image)",
     "QwenLoraStack": "LoRA Stack (Nunchaku Qwen-Image, Z-Image)",
+    "QwenLoraEnable": "Enable LoRA nodes (Nunchaku)",
     "QwenLoraInspect": "Inspect LoRA (Nunchaku Qwen-Image, Z-Image)",
     "NunchakuQwenImageLoraLoader": "Nunchaku Qwen Image LoRA Loader",
     "NunchakuQwenImageLoraStack": "Nunchaku Qwen Image LoRA Stack (Legacy)",

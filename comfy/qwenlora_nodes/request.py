@@ -6,11 +6,11 @@ import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qwenlora import ComposeOptions, LoraSet, LoraSpec
+from qwenlora import LoraSet, LoraSpec
 from qwenlora.compose.planning import plan_report
 from qwenlora.errors import LoraNotFoundError
 
-from . import host
+from . import host, native
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from .rows import Row
 
 __all__ = ["Request", "extend_model"]
-
-_PINNED_BYTES = 1 << 30
-"""Most bytes of deltas that are kept in host memory, pinned where the model is on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +79,7 @@ def extend_model(model: ModelPatcher, request: Request) -> tuple[ModelPatcher, s
     if not request.active:
         return model, "no LoRA is active here: the model is passed on as it is"
     transformer = host.transformer_of(model)
-    # The host plans its device's memory without what we would keep there besides the model, and an
-    # offloaded model leaves little host memory to pin.
-    options = ComposeOptions(
-        progress=host.progress, device_cache_bytes=0, cache_bytes=_PINNED_BYTES
-    )
-    before = host.set_of(model) or LoraSet.of(options=options)
+    before = native.wanted_set(model) or LoraSet.of(options=host.compose_options())
     wanted = before.extended(
         [
             LoraSpec(path, row.strength, modulation=request.modulation)
