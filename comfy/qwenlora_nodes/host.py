@@ -27,6 +27,7 @@ from qwenlora.model.modules import inner_of, modules_of
 from qwenlora.model.state import read_state
 from qwenlora.runtime import OPTIONS_KEY
 
+from .course import resolved
 from .names import nearest, same_name
 
 if TYPE_CHECKING:
@@ -300,7 +301,7 @@ def _leave(model: ModelPatcher) -> None:
     transformer = inner_of(model.model.diffusion_model)
     # Clones that are let go are ejected, too, at any time: also while another one runs.
     stack = read_state(transformer).stack
-    own = [wanted for wanted in last_sets(model) if stack in (None, wanted.key)]
+    own = [wanted for wanted in last_sets(model) if stack is None or wanted.passes(stack)]
     if not own:
         return
     options = replace(own[0].options, progress=None, offload=False)
@@ -336,7 +337,11 @@ def _reconcile(executor: Any, *args: Any, **kwargs: Any) -> Any:
         wanted = running_set(patcher)
         if wanted is not None:
             args, kwargs = _asking_for(wanted, args, kwargs)
-    ComfyQwenImageWrapper.of(model.diffusion_model).reconcile(_options_of(args, kwargs))
+    options = _options_of(args, kwargs)
+    if options is not None:
+        options = resolved(model, args[1] if len(args) > 1 else kwargs.get("t"), options)
+        args, kwargs = _asking_for(options.get(OPTIONS_KEY), args, kwargs)
+    ComfyQwenImageWrapper.of(model.diffusion_model).reconcile(options)
     return executor(*args, **kwargs)
 
 
@@ -349,11 +354,11 @@ def _options_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, A
 
 
 def _asking_for(
-    wanted: LoraSet, args: tuple[Any, ...], kwargs: dict[str, Any]
+    wanted: LoraSet | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A forward's arguments with a set in its options."""
+    """A forward's arguments with a set in its options; None leaves them as they are."""
     options = _options_of(args, kwargs)
-    if options is not None and options.get(OPTIONS_KEY) is wanted:
+    if wanted is None or (options is not None and options.get(OPTIONS_KEY) is wanted):
         return args, kwargs
     asking = {**(options or {}), OPTIONS_KEY: wanted}
     if options is None or kwargs.get(_OPTIONS) is options:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qwenlora.plan.documents import read_keys
     from qwenlora.report import ComposeReport
     from qwenlora.runtime import ComfyQwenImageWrapper
+    from qwenlora.schedule import Schedule, ScheduleMode
     from qwenlora.spec import ComposeOptions, LoraSpec, Placement
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "LoraSpec",
     "Placement",
     "QwenLoraError",
+    "Schedule",
+    "ScheduleMode",
     "__version__",
     "applied",
     "attach",
@@ -54,6 +57,8 @@ _HOMES = {
     "LoraSpec": "spec",
     "Placement": "spec",
     "QwenLoraError": "errors",
+    "Schedule": "schedule",
+    "ScheduleMode": "schedule",
     "__version__": "_core",
     "applied": "compose.compose",
     "attach": "pipeline.attach",

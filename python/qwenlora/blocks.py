@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qwenlora import _core
+from qwenlora.entries import Piece, number_of, number_text, sections, shown
 from qwenlora.errors import BlockFactorsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-__all__ = ["ALL_ONES", "KINDS", "BlockFactors", "count_blocks"]
+__all__ = ["ALL_ONES", "KINDS", "LARGEST", "BlockFactors", "count_blocks"]
 
 KINDS = {
     "attn": "the attention",
@@ -31,11 +32,9 @@ KINDS = {
 }
 """The kinds of layer that have factors, in the order of the canonical text."""
 _MOST_BLOCKS = 10_000
-_LARGEST = 3.4e38
+LARGEST = 3.4e38
 """Products of a few factors and a strength stay numbers below this, which float32 holds."""
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _RANGE = re.compile(r"([0-9]+)\s*(?:-\s*([0-9]+))?")
-_SHOWN = 40
 _WAY_OUT = "\nhint: for example `0-19:1, 20-39:0.5; mod:0`; the kinds are " + ", ".join(KINDS)
 
 
@@ -121,10 +120,10 @@ class BlockFactors:
     def __str__(self) -> str:
         """The canonical text: ascending ranges, then kinds; empty where every factor is 1."""
         blocks = ", ".join(
-            f"{_range_text(first, last)}:{_number_text(factor)}"
+            f"{_range_text(first, last)}:{number_text(factor)}"
             for first, last, factor in self.blocks
         )
-        kinds = ", ".join(f"{kind}:{_number_text(factor)}" for kind, factor in self.kinds)
+        kinds = ", ".join(f"{kind}:{number_text(factor)}" for kind, factor in self.kinds)
         return "; ".join(filter(None, (blocks, kinds)))
 
     def __bool__(self) -> bool:
@@ -192,57 +191,39 @@ def _facts(path: str) -> tuple[int | None, tuple[str, ...]] | None:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """A piece of a text without white space around it, and where it begins there."""
-
-    text: str
-    begin: int
-
-    @classmethod
-    def of(cls, text: str, begin: int) -> _Piece:
-        return cls(text.strip(), begin + len(text) - len(text.lstrip()))
-
-
-@dataclass(frozen=True)
 class _Range:
     first: int
     last: int
     factor: float
-    name: _Piece
+    name: Piece
 
 
-def _entries(text: str) -> Iterator[_Piece]:
+def _entries(text: str) -> Iterator[Piece]:
     """The entries; a section may be empty, an entry may not."""
-    begin = 0
-    for section in text.split(";"):
-        at = begin
-        for entry in section.split(",") if section.strip() else ():
-            piece = _Piece.of(entry, at)
-            if not piece.text:
-                raise _wrong(piece, "is an empty entry", "leave out one comma")
-            yield piece
-            at += len(entry) + 1
-        begin += len(section) + 1
+    for section in sections(text):
+        for entry in section:
+            if not entry.text:
+                raise _wrong(entry, "is an empty entry", "leave out one comma")
+            yield entry
 
 
-def _split(entry: _Piece) -> tuple[_Piece, _Piece]:
-    name, colon, number = entry.text.partition(":")
-    if not colon:
+def _split(entry: Piece) -> tuple[Piece, Piece]:
+    parts = entry.split()
+    if parts is None:
         raise _wrong(entry, "has no factor", "write the factor behind a colon")
-    return _Piece.of(name, entry.begin), _Piece.of(number, entry.begin + len(name) + 1)
+    return parts
 
 
-def _factor(number: _Piece) -> float:
-    if not _NUMBER.fullmatch(number.text):
+def _factor(number: Piece) -> float:
+    factor = number_of(number.text)
+    if factor is None:
         raise _wrong(number, "is no factor", "a factor is a number such as 0.5 or -1")
-    factor = float(number.text)
-    if abs(factor) > _LARGEST:
+    if abs(factor) > LARGEST:
         raise _wrong(number, "is too large a factor", "a factor is a number such as 0.5 or -1")
-    # Zero has one sign.
-    return factor + 0.0
+    return factor
 
 
-def _range(name: _Piece) -> tuple[int, int]:
+def _range(name: Piece) -> tuple[int, int]:
     found = _RANGE.fullmatch(name.text)
     if found is None:
         raise _wrong(name, "is no block and no range of blocks", "write `3` or `0-19`")
@@ -256,7 +237,7 @@ def _range(name: _Piece) -> tuple[int, int]:
     return first, last
 
 
-def _kind(name: _Piece) -> str:
+def _kind(name: Piece) -> str:
     kind = name.text.lower()
     if kind not in KINDS:
         raise _wrong(name, "is neither a block nor a kind of layer", "write `3`, `0-19` or a kind")
@@ -270,7 +251,7 @@ def _joined(ranges: Iterable[_Range]) -> tuple[tuple[int, int, float], ...]:
     for own in sorted(ranges, key=lambda own: (own.first, own.name.begin)):
         if before is not None and own.first <= before.last:
             earlier, later = sorted((before.name, own.name), key=lambda name: name.begin)
-            raise _wrong(later, f"overlaps `{_shown(earlier.text)}`", "name each block once")
+            raise _wrong(later, f"overlaps `{shown(earlier.text)}`", "name each block once")
         before = own
         if own.factor == 1:
             continue
@@ -289,19 +270,9 @@ def _range_text(first: int, last: int) -> str:
     return f"{first}" if first == last else f"{first}-{last}"
 
 
-def _number_text(factor: float) -> str:
-    """The shortest text of a number that reads as the same."""
-    return repr(factor).removesuffix(".0")
-
-
-def _wrong(piece: _Piece, what: str, way_out: str) -> BlockFactorsError:
+def _wrong(piece: Piece, what: str, way_out: str) -> BlockFactorsError:
     return BlockFactorsError(
-        f"`{_shown(piece.text)}` at character {piece.begin + 1} {what}: {way_out}{_WAY_OUT}",
+        f"`{shown(piece.text)}` at character {piece.begin + 1} {what}: {way_out}{_WAY_OUT}",
         part=piece.text,
         position=piece.begin,
     )
-
-
-def _shown(text: str) -> str:
-    text = " ".join(text[: 2 * _SHOWN].split())
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -24,6 +24,7 @@ __all__ = [
     "PickleFileError",
     "QwenLoraError",
     "RankError",
+    "ScheduleError",
     "ShapeMismatchError",
     "UnknownWeightError",
     "UnsupportedAdapterError",
@@ -40,6 +41,21 @@ class BlockFactorsError(QwenLoraError, ValueError):
 
     Attributes:
         part: The part of the text that is at fault.
+        position: Where that begins in the text, from 0.
+    """
+
+    def __init__(self, message: str, *, part: str = "", position: int = 0) -> None:
+        """Take the message and what it is about."""
+        super().__init__(message)
+        self.part = part
+        self.position = position
+
+
+class ScheduleError(QwenLoraError, ValueError):
+    """A text of a schedule has another form, or nothing tells how far sampling is.
+
+    Attributes:
+        part: The part of the text that is at fault; empty where it is not the text.
         position: Where that begins in the text, from 0.
     """
 

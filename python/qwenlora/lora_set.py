@@ -26,6 +26,8 @@ __all__ = ["NO_LORAS", "LoraSet", "Unmakeable"]
 
 _READERS = 8
 """Most files that are planned at a time."""
+_LAST = "_at_last"
+"""Attribute of a set: the factors that it was last asked for, and what they gave."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,7 @@ class LoraSet:
     after its file changed is refused when the file is read.
 
     Attributes:
-        specs: The LoRAs, in order; none has strength 0.
+        specs: The LoRAs, in order; none has strength 0 throughout.
         sources: Their plans and files, in the same order.
         max_rank: Most ranks that the LoRAs may add to a slot, or "auto".
         options: How to compose.
@@ -49,11 +51,11 @@ class LoraSet:
     max_rank: MaxRank
     options: ComposeOptions
     norms: NormsFile | None = None
-    key: Hashable = field(init=False)
+    key: tuple[Any, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         loras = tuple(
-            (source.identity, spec.strength, spec.title, spec.modulation, spec.blocks)
+            ((source.identity, spec.title, spec.modulation, spec.blocks), spec.strength, spec.schedule)
             for source, spec in zip(self.sources, self.specs, strict=True)
         )
         options = self.options
@@ -104,6 +106,40 @@ class LoraSet:
         more = LoraSet.of(loras, max_rank=self.max_rank, options=self.options)
         return replace(self, specs=self.specs + more.specs, sources=self.sources + more.sources)
 
+    @cached_property
+    def has_schedule(self) -> bool:
+        """True where strengths change over the course of sampling."""
+        return any(spec.schedule is not None for spec in self.specs)
+
+    def at(self, share: float) -> LoraSet:
+        """The set at a share of the course of sampling; what has no schedule is itself.
+
+        The same factors give the same object, as long as no others were asked for.
+
+        Raises:
+            ValueError: The share is not a number, or a strength would not be finite.
+        """
+        if not self.has_schedule:
+            return self
+        factors = tuple(spec.course.factor(share) for spec in self.specs)
+        last: tuple[tuple[float, ...], LoraSet] | None = self.__dict__.get(_LAST)
+        if last is None or last[0] != factors:
+            last = (factors, self._of_specs([spec.at(share) for spec in self.specs]))
+            self.__dict__[_LAST] = last
+        return last[1]
+
+    def passes(self, key: Hashable) -> bool:
+        """Tell if a key may be that of this set at a share of the course, whatever the strengths.
+
+        That is so where it is of these LoRAs, some of them left out, and of the same settings.
+        """
+        if key in ((), self.key):
+            return True
+        if not (self.has_schedule and isinstance(key, tuple)) or key[1:] != self.key[1:]:
+            return False
+        rest = iter(self.key[0])
+        return all(any(own == lasting for own, *_ in rest) for lasting, *_ in key[0])
+
     def scaled(self, factor: float) -> LoraSet:
         """The set with every strength times a factor; none is left where that is 0.
 
@@ -112,8 +148,13 @@ class LoraSet:
         """
         if factor == 1:
             return self
-        scaled = [replace(spec, strength=spec.strength * factor) for spec in self.specs]
-        kept = [pair for pair in zip(scaled, self.sources, strict=True) if pair[0].strength != 0]
+        return self._of_specs(
+            [replace(spec, strength=spec.strength * factor) for spec in self.specs]
+        )
+
+    def _of_specs(self, changed: Sequence[LoraSpec]) -> LoraSet:
+        """The set with other strengths; LoRAs that are absent are left out."""
+        kept = [pair for pair in zip(changed, self.sources, strict=True) if not pair[0].is_absent]
         specs, sources = tuple(spec for spec, _ in kept), tuple(source for _, source in kept)
         return replace(self, specs=specs, sources=sources)
 

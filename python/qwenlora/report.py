@@ -82,6 +82,7 @@ class LoraReport:
         zero_slots: Slots in which its delta is all zero.
         all_zero: Whether its whole delta is zero.
         blocks: Its factors by block and kind, as text; empty where all are 1.
+        schedule: Its factors over the course of sampling, as text; empty where none is to come.
         blocks_note: A sentence on blocks that these name and the model lacks; empty where none.
         inexact: Of the modules that are applied, those that are not exact.
     """
@@ -96,6 +97,7 @@ class LoraReport:
     blocks: str = ""
     blocks_note: str = ""
     inexact: tuple[Inexact, ...] = ()
+    schedule: str = ""
 
     @property
     def exactness(self) -> dict[str, int]:
@@ -111,8 +113,9 @@ class LoraReport:
 
     @property
     def weight_text(self) -> str:
-        """Its strength, and its factors by block where these are not all 1."""
-        return f"{self.strength:g} ({self.blocks})" if self.blocks else f"{self.strength:g}"
+        """Its strength, and its factors by block and over the steps where these are not all 1."""
+        text = f"{self.strength:g} ({self.blocks})" if self.blocks else f"{self.strength:g}"
+        return f"{text} over the steps ({self.schedule})" if self.schedule else text
 
     @property
     def turned_off(self) -> tuple[Skip, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numbers
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,8 @@ OPTIONS_KEY = "qwenlora"
 """Key of a branch's `LoraSet` in `transformer_options`; present with an empty set it means base."""
 
 _ATTRIBUTE = "_qwenlora_runtime"
+_BOUND = ("_transformer", "_settled", "_scaled")
+"""What a runtime has of its process and of its transformer."""
 _SCALE = "scale"
 _SCALED = ("attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs")
 """Arguments of diffusers' forwards that may hold a factor on all LoRAs, under `scale`."""
@@ -58,12 +60,16 @@ class ComfyQwenImageWrapper:
             the next forward that carries no set composes it.
         max_rank: As in `compose_loras`, for `loras`.
         options: As in `compose_loras`, for `loras`.
+        course: Tells the share of the course of sampling, from 0 to 1, at which a forward is that
+            begins. LoRAs with a schedule need it, unless the forward's own set is resolved
+            (`LoraSet.at`).
     """
 
     def __init__(self) -> None:
         self.loras: list[Item] = []
         self.max_rank: MaxRank = None
         self.options = ComposeOptions()
+        self.course: Callable[[], float] | None = None
         self._transformer: weakref.ref[nn.Module] | None = None
         self._asked: tuple[object, ...] = ()
         self._settled: tuple[LoraSet | Unmakeable, object, object] | None = None
@@ -164,6 +170,8 @@ class ComfyQwenImageWrapper:
         """Compose where what is wanted is not what is applied; the lock is held."""
         module = self.transformer
         wanted = self._wanted(module, transformer_options)
+        if isinstance(wanted, LoraSet) and wanted.has_schedule and self.course is not None:
+            wanted = wanted.at(self.course())
         # Also without a scale: what was scaled before may hold tensors that nobody needs now.
         wanted = self._times(wanted, scale)
         if isinstance(wanted, LoraSet) and wanted.options.offload:
@@ -222,12 +230,12 @@ class ComfyQwenImageWrapper:
         # The copy of the transformer brings its own: it is bound when that runs.
         copied = type(self)()
         copied.loras = list(self.loras)
-        copied.max_rank, copied.options = self.max_rank, self.options
+        copied.max_rank, copied.options, copied.course = self.max_rank, self.options, self.course
         copied._asked = self._asked
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_transformer": None, "_settled": None, "_scaled": None}
+        return {**self.__dict__, "course": None, **dict.fromkeys(_BOUND)}
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -7,17 +7,20 @@ import math
 import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
 from qwenlora.blocks import BlockFactors
+from qwenlora.schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Literal, TypeAlias
 
     from torch import Tensor
+
+    from qwenlora.schedule import Keyframes
 
 __all__ = [
     "ComposeOptions",
@@ -86,10 +89,14 @@ class LoraSpec:
         blocks: More factors, by the number of the block and by the kind of layer. Takes text, as
             `"0-19:1, 20-39:0.5; mod:0"` (`BlockFactors.parse`), or `BlockFactors`; holds the
             latter, or None where all are 1. A layer of factor 0 gets nothing of the LoRA.
+        schedule: One more factor, by the share of the course of sampling. Takes text, as
+            `"0:1, 0.5:0.3"` (`Schedule.parse`), pairs of a share and a factor, or `Schedule`; holds
+            the latter, or None where it is 1 throughout. While it is 0 the LoRA is absent.
 
     Raises:
         ValueError: The strength is not finite.
         BlockFactorsError: `blocks` is a text of another form.
+        ScheduleError: `schedule` is of another form.
     """
 
     source: Source
@@ -97,17 +104,35 @@ class LoraSpec:
     name: str | None = None
     modulation: bool = field(default=True, kw_only=True)
     blocks: str | BlockFactors | None = field(default=None, kw_only=True)
+    schedule: Keyframes | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.strength):
             raise ValueError(f"strength is {self.strength}: it must be finite")
         # All ones are the same LoRA as none.
         object.__setattr__(self, "blocks", BlockFactors.of(self.blocks) or None)
+        object.__setattr__(self, "schedule", Schedule.of(self.schedule) or None)
 
     @property
     def factors(self) -> BlockFactors:
         """The factors of `blocks`."""
         return BlockFactors.of(self.blocks)
+
+    @property
+    def course(self) -> Schedule:
+        """The factors of `schedule`."""
+        return Schedule.of(self.schedule)
+
+    @property
+    def is_absent(self) -> bool:
+        """True where its strength is 0 throughout."""
+        return self.strength == 0 or self.course.is_zero
+
+    def at(self, share: float) -> LoraSpec:
+        """The LoRA at a share of the course of sampling, its schedule carried out."""
+        if self.schedule is None:
+            return self
+        return replace(self, strength=self.strength * self.course.factor(share), schedule=None)
 
     def strength_at(self, path: str) -> float:
         """The strength times the factors of the layer at a path of the model, in float64."""
@@ -126,7 +151,7 @@ class LoraSpec:
     def _key(self) -> tuple[object, ...]:
         # A state dict is itself only: its contents are compared when a stack is made.
         source = id(self.source) if isinstance(self.source, Mapping) else os.fspath(self.source)
-        return (source, self.strength, self.name, self.modulation, self.blocks)
+        return (source, self.strength, self.name, self.modulation, self.blocks, self.schedule)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LoraSpec) and self._key() == other._key()
@@ -208,7 +233,7 @@ class ComposeOptions:
 
 
 def as_specs(loras: Item | Sequence[Item]) -> tuple[LoraSpec, ...]:
-    """Bring every accepted form of a stack to specs; strength 0 is absent.
+    """Bring every accepted form of a stack to specs; strength 0 throughout is absent.
 
     Raises:
         TypeError: An item is of no accepted form.
@@ -221,7 +246,7 @@ def as_specs(loras: Item | Sequence[Item]) -> tuple[LoraSpec, ...]:
         specs = [_required(item) for item in loras]
     else:
         raise _not_a_lora(loras)
-    return tuple(spec for spec in specs if spec.strength != 0)
+    return tuple(spec for spec in specs if not spec.is_absent)
 
 
 def _as_spec(value: object) -> LoraSpec | None:

@@ -18,6 +18,7 @@ from qwenlora.compose.reports import judge_refusals
 from qwenlora.compose.rescale import prepare_rescaling
 from qwenlora.compose.steps import Task, compose
 from qwenlora.compose.structure import forget_structure, structure_of
+from qwenlora.errors import ScheduleError
 from qwenlora.memory import DeviceMemory
 from qwenlora.model.offload import turn_on
 from qwenlora.model.state import EMPTY, AppliedState, read_state, write_state
@@ -40,6 +41,7 @@ _log = logging.getLogger("qwenlora")
 
 def bring(model: nn.Module, wanted: LoraSet, *, strict: bool = False) -> ComposeReport:
     """Bring a transformer, its lock held, to exactly this set; raises as `compose_loras` does."""
+    _require_resolved(wanted)
     if wanted.options.offload:
         turn_on(model)
     before = read_state(model)
@@ -50,6 +52,17 @@ def bring(model: nn.Module, wanted: LoraSet, *, strict: bool = False) -> Compose
         finally:
             if read_state(model) is not before:
                 forget_steps(model)
+
+
+def _require_resolved(wanted: LoraSet) -> None:
+    """Compose nothing whose strengths depend on how far sampling is, which is not known here."""
+    for name, spec in zip(wanted.names, wanted.specs, strict=True):
+        if spec.schedule is not None:
+            raise ScheduleError(
+                f"`{name}` has a schedule, and nothing tells how far sampling is"
+                "\nhint: set `course` of the model's ComfyQwenImageWrapper, or compose one step's"
+                " strengths with `LoraSpec.at(share)`"
+            )
 
 
 def _brought(model: nn.Module, wanted: LoraSet, *, strict: bool) -> ComposeReport:

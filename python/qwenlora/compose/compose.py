@@ -61,6 +61,7 @@ def compose_loras(
         ShapeMismatchError: With `strict`, a delta that does not fit the model.
         EnergyLossError: With `strict`, a delta whose truncation would lose too much.
         RankError: `max_rank` leaves nothing, or a slot has no room.
+        ScheduleError: A LoRA has a schedule: see `ComfyQwenImageWrapper.course`.
         NonFiniteError: A composed tensor would hold NaN or infinity.
         UnsupportedModelError: The model has no slots, or it is not known, or not understood.
         ModelStateError: Something else changed the model's slots.

@@ -137,6 +137,7 @@ def lora_reports(
                 blocks=str(spec.factors),
                 blocks_note=spec.factors.outside(block_count),
                 inexact=_inexact(index, planned, done, {skip.name for skip in refused}),
+                schedule=str(spec.course),
             )
         )
     return tuple(reports)

@@ -13,7 +13,7 @@ import torch
 
 from qwenlora.blocks import count_blocks
 from qwenlora.console import size
-from qwenlora.errors import NothingToApplyError, OtherModelError
+from qwenlora.errors import NothingToApplyError, OtherModelError, ScheduleError
 from qwenlora.lora_set import LoraSet
 from qwenlora.merge.balanced import ALPHA_DTYPE
 from qwenlora.merge.diffs import is_value, value_keys
@@ -128,9 +128,11 @@ class MergePlan:
             OtherModelError: A source is for a model that is not known, or for another one than
                 the sources before it, or than the base.
             NothingToApplyError: Nothing of a source can be merged.
+            ScheduleError: A LoRA has a schedule, which a file cannot hold.
         """
         settings = ComposeOptions(lokr_scale=options.lokr_scale)
         wanted = LoraSet.of(list(specs), options=settings)
+        _require_one_strength(wanted)
         if not wanted.specs:
             raise NothingToApplyError("every strength is 0: there is nothing to merge")
         documents = [json.loads(source.plan.to_json()) for source in wanted.sources]
@@ -310,6 +312,15 @@ def _applied_modules(
                 f"nothing of `{name}` can be merged: {_why(own, wanted.specs[at])}"
             )
     return tuple(len(modules) for modules in applied)
+
+
+def _require_one_strength(wanted: LoraSet) -> None:
+    for name, spec in zip(wanted.names, wanted.specs, strict=True):
+        if spec.schedule is not None:
+            raise ScheduleError(
+                f"`{name}` has the schedule `{spec.schedule}`: a file holds one strength"
+                "\nhint: merge one step's strengths, with `LoraSpec.at(share)`"
+            )
 
 
 def _why(skipped: Sequence[Skip], spec: LoraSpec) -> str:
