@@ -18,7 +18,7 @@ import folder_paths
 import torch
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 
-from qwenlora import ComfyQwenImageWrapper, ComposeOptions, LoraSet
+from qwenlora import ComfyQwenImageWrapper, ComposeOptions, LoraSet, blocks
 from qwenlora.compose.structure import composed_bytes
 from qwenlora.errors import LoraNotFoundError, UnsupportedModelError
 from qwenlora.model.families import FAMILIES
@@ -38,6 +38,7 @@ __all__ = [
     "announced_bytes",
     "branch_of",
     "compose_options",
+    "count_blocks",
     "draws_groups",
     "file_identity",
     "find_lora",
@@ -175,6 +176,11 @@ def _is_known(transformer: nn.Module) -> bool:
         bool(names) and all(f"{blocks}.0.{name}" in paths for name in names)
         for blocks, names in lists
     )
+
+
+def count_blocks(transformer: nn.Module) -> int:
+    """The numbered blocks of a transformer."""
+    return blocks.count_blocks(path for path, _ in modules_of(transformer))
 
 
 def offloads_blocks(transformer: nn.Module) -> bool:

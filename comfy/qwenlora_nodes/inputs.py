@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qwenlora import ScheduleMode
+
 from . import host
+from .presets import ALL, CUSTOM, PRESETS
 from .rows import MAX_STRENGTH
 from .saved import OFFLOAD_MODES, ROWS
 
@@ -19,6 +22,7 @@ __all__ = [
     "Inputs",
     "Schema",
     "clip_input",
+    "control_inputs",
     "flag_input",
     "model_input",
     "name_input",
@@ -51,6 +55,20 @@ _OFFLOAD_TIP = (
     " off. Z-Image has none of its own: ComfyUI places it."
 )
 _SAVE_TIP = "Without effect: nothing needs to be saved for a LoRA to load fast."
+
+_BLOCKS_TIP = (
+    "The blocks of the model in which the LoRAs act. 'style' fades out the first blocks,"
+    " 'composition' the last ones: a rule of thumb. 'custom' takes `custom_blocks`."
+)
+_CUSTOM_TIP = (
+    "With blocks 'custom': factors by block and kind of layer, such as '0-19:1, 20-39:0.5; mod:0'."
+    " The kinds are attn, mlp, mod, img, txt and rest."
+)
+_SCHEDULE_TIP = (
+    "Factors on the strength over the steps, by the share of the course of sampling: '0:1, 0.5:0.3'"
+    " begins at the whole strength and is at 30 % of it half way. Empty: the same all the way."
+)
+_MODE_TIP = "Between two places of the schedule: 'linear' fades, 'steps' stays until the next."
 
 
 class _Unconverted(str):
@@ -103,6 +121,18 @@ def model_input() -> dict[str, Any]:
 def clip_input() -> dict[str, Any]:
     """The CLIP that a node passes on."""
     return {"clip": ("CLIP", {"tooltip": CLIP_TIP})}
+
+
+def control_inputs() -> dict[str, Any]:
+    """In which blocks and steps a node's LoRAs act; the defaults change nothing."""
+    modes = [mode.value for mode in ScheduleMode]
+    hidden = {"advanced": True}
+    return {
+        "blocks": ([*PRESETS, CUSTOM], {"default": ALL, "tooltip": _BLOCKS_TIP, **hidden}),
+        "custom_blocks": ("STRING", {"default": "", "tooltip": _CUSTOM_TIP, **hidden}),
+        "schedule": ("STRING", {"default": "", "tooltip": _SCHEDULE_TIP, **hidden}),
+        "schedule_mode": (modes, {"default": modes[0], "tooltip": _MODE_TIP, **hidden}),
+    }
 
 
 def saved_input(name: str) -> tuple[Any, dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from qwenlora import QwenLoraError
 
 from . import host
+from .control import Control
 from .inputs import (
     CATEGORY,
     ENABLED_TIP,
@@ -15,6 +16,7 @@ from .inputs import (
     AnyInputs,
     Inputs,
     Schema,
+    control_inputs,
     flag_input,
     model_input,
     name_input,
@@ -66,7 +68,7 @@ class LoraNode:
         Raises:
             InputError: A value is of no use.
         """
-        return Request(read_rows(inputs))
+        return Request(read_rows(inputs), control=Control.read(inputs))
 
     @classmethod
     def VALIDATE_INPUTS(cls, **inputs: Any) -> bool | str:
@@ -111,7 +113,7 @@ class QwenLoraLoader(LoraNode):
         """The inputs that the host draws."""
         return {
             "required": {**model_input(), "lora_name": name_input(NAME_TIP)},
-            "optional": {"strength": strength_input()},
+            "optional": {"strength": strength_input(), **control_inputs()},
         }
 
     @classmethod
@@ -122,7 +124,7 @@ class QwenLoraLoader(LoraNode):
     @classmethod
     def request(cls, inputs: Inputs) -> Request:
         """One row."""
-        return Request((as_row(inputs),))
+        return Request((as_row(inputs),), control=Control.read(inputs))
 
 
 class QwenLoraStack(LoraNode):
@@ -154,4 +156,4 @@ class QwenLoraStack(LoraNode):
         else:
             numbers = range(1, ROWS + 1)
             rows = {f"{field}_{i}": kind for i in numbers for field, kind in row.items()}
-        return {"required": model_input(), "optional": AnyInputs(rows)}
+        return {"required": model_input(), "optional": AnyInputs(rows | control_inputs())}

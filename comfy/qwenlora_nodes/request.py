@@ -11,6 +11,7 @@ from qwenlora.compose.planning import plan_report
 from qwenlora.errors import LoraNotFoundError
 
 from . import host, native
+from .control import EVERYWHERE, Control
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -28,11 +29,13 @@ class Request:
         rows: The rows that are in use.
         modulation: As in `LoraSpec`, for these rows; nodes before and after keep their own.
         offload: Whether block offload is turned on where it is off; False does not change it.
+        control: In which blocks and steps these rows act.
     """
 
     rows: tuple[Row, ...]
     modulation: bool = True
     offload: bool = False
+    control: Control = EVERYWHERE
 
     @property
     def active(self) -> tuple[Row, ...]:
@@ -43,7 +46,7 @@ class Request:
     def fingerprint(self) -> str:
         """Equal for requests that lead to the same model: settings, and each file's identity."""
         loras = [(row.name, row.strength, _identity(row.name)) for row in self.active]
-        return json.dumps([loras, self.modulation, self.offload])
+        return json.dumps([loras, self.modulation, self.offload, self.control.fingerprint])
 
     def find_files(self) -> tuple[str, ...]:
         """Paths of the active rows' files.
@@ -80,9 +83,15 @@ def extend_model(model: ModelPatcher, request: Request) -> tuple[ModelPatcher, s
         return model, "no LoRA is active here: the model is passed on as it is"
     transformer = host.transformer_of(model)
     before = native.wanted_set(model) or LoraSet.of(options=host.compose_options())
+    control = request.control
+    everywhere = {
+        "modulation": request.modulation,
+        "blocks": control.factors(host.count_blocks(transformer)),
+        "schedule": control.schedule,
+    }
     wanted = before.extended(
         [
-            LoraSpec(path, row.strength, modulation=request.modulation)
+            LoraSpec(path, row.strength, **everywhere)
             for path, row in zip(request.find_files(), request.active, strict=True)
         ]
     )
@@ -99,6 +108,6 @@ def extend_model(model: ModelPatcher, request: Request) -> tuple[ModelPatcher, s
     ]
     if without:
         text += f"\n  modulation layers are switched off (apply_awq_mod) for: {', '.join(without)}"
-    if notice := host.patches_notice(model):
+    for notice in filter(None, (control.note, host.patches_notice(model))):
         text += f"\n  {notice}"
     return host.with_set(model, wanted, transformer, report.added_bytes), text

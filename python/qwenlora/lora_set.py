@@ -55,7 +55,11 @@ class LoraSet:
 
     def __post_init__(self) -> None:
         loras = tuple(
-            ((source.identity, spec.title, spec.modulation, spec.blocks), spec.strength, spec.schedule)
+            (
+                (source.identity, spec.title, spec.modulation, spec.blocks),
+                spec.strength,
+                spec.schedule,
+            )
             for source, spec in zip(self.sources, self.specs, strict=True)
         )
         options = self.options

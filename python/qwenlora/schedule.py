@@ -7,7 +7,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING
 
 from qwenlora.blocks import LARGEST
 from qwenlora.entries import Piece, number_of, number_text, sections, shown
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ONE_THROUGHOUT", "Keyframes", "Schedule", "ScheduleMode"]
 
-Keyframes: TypeAlias = "Union[str, Schedule, Iterable[tuple[float, float]]]"
+Keyframes: TypeAlias = "str | Schedule | Iterable[tuple[float, float]]"
 """Every form in which a schedule is given."""
 
 _MOST_KEYFRAMES = 10_000
@@ -92,9 +92,7 @@ class Schedule:
         return cls._canonical(found, mode if named is None else _MODES[named.text.lower()])
 
     @classmethod
-    def of(
-        cls, value: Keyframes | None, *, mode: ScheduleMode = ScheduleMode.LINEAR
-    ) -> Schedule:
+    def of(cls, value: Keyframes | None, *, mode: ScheduleMode = ScheduleMode.LINEAR) -> Schedule:
         """Bring every accepted form to a schedule; None is 1 throughout.
 
         Args:
