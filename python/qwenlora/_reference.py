@@ -6,6 +6,7 @@ of one step in float64, so that it can be read next to the vectorised code and c
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -380,3 +381,26 @@ def input_oft_weight(
     """Return the weight of a layer that sees x R per block, and whose rows are scaled."""
     adapted = weight.to(torch.float64) @ block_diagonal(rotations).T
     return adapted if scale is None else ia3_weight(adapted, scale.flatten(), 0)
+
+
+# ---- schedules ----
+
+
+def schedule_factor(keyframes: list[tuple[float, float]], share: float, *, linear: bool) -> float:
+    """The factor at a share of the course: exact, rounded once to float64.
+
+    Args:
+        keyframes: (share, factor) in any order, no share twice.
+        share: From 0 to 1.
+        linear: Whether the factor runs straight from one keyframe to the next, instead of staying.
+    """
+    before = [own for own in keyframes if own[0] <= share]
+    behind = [own for own in keyframes if own[0] > share]
+    if not before:
+        return min(keyframes)[1]
+    begin, factor = max(before)
+    if not (linear and behind):
+        return factor
+    end, other = min(behind)
+    part = (Fraction(share) - Fraction(begin)) / (Fraction(end) - Fraction(begin))
+    return float((1 - part) * Fraction(factor) + part * Fraction(other))
