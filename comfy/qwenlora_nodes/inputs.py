@@ -113,9 +113,9 @@ def name_input(tooltip: str, *, skippable: bool = False) -> tuple[list[str], dic
     return names + host.lora_names(), {"tooltip": tooltip}
 
 
-def model_input() -> dict[str, Any]:
-    """The MODEL."""
-    return {"model": ("MODEL", {"tooltip": _MODEL_TIP, "lazy": True})}
+def model_input(**options: Any) -> dict[str, Any]:
+    """The MODEL, with more options for our part in the browser."""
+    return {"model": ("MODEL", {"tooltip": _MODEL_TIP, "lazy": True, **options})}
 
 
 def clip_input() -> dict[str, Any]:

@@ -3,11 +3,24 @@
 A frontend restores widgets by position. Versions of those nodes inserted widgets, and some saved
 one more than the server knows, so that values arrive under their neighbours' names. Which order a
 file was saved in shows in the kinds of its values.
+
+The browser restores by the same tables. Each stack's `model` input tells them in two options:
+
+- `qwenlora_layouts`: lists of widget names, today's first, then those of past versions. Of those
+  that fit the saved values, the one holds that names most of them; the first of equals.
+- `qwenlora_kinds`: field to kind (`Kind`); a field is a widget's name without its number.
+
+A list begins with the widgets before the rows, one name per saved value. All of them must be of
+their kinds. Then come rows, `lora_name_1` and so on, as many as were saved: the first row that
+lacks a value, or holds one of another kind, ends them. What follows it is of no use. A list without
+any row does not fit. A saved value that is a dict with `lora_name` or `lora` is a row by itself,
+wherever it stands.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +38,7 @@ __all__ = [
     "Z_IMAGE_STACK_V2",
     "Z_IMAGE_STACK_V3",
     "Z_IMAGE_STACK_V4",
+    "Kind",
     "Saved",
 ]
 
@@ -39,6 +53,62 @@ _COUNT_SHOWN = "count shown"
 _PAIR = ("lora_name", "lora_strength")
 _SWITCHED = ("enabled", *_PAIR)
 _SAVE = "save_precompiled_lora"
+
+
+class Kind(str, Enum):
+    """The kind of value that a widget holds."""
+
+    NAME = "name"
+    """A file's name."""
+
+    STRENGTH = "strength"
+    """A number."""
+
+    COUNT = "count"
+    """A whole number, or its digits as text."""
+
+    OFFLOAD = "offload"
+    """One of `OFFLOAD_MODES`."""
+
+    FLAG = "flag"
+    """True or false."""
+
+    @classmethod
+    def of(cls, name: str) -> Kind:
+        """The kind of a widget's values, by its name."""
+        return _KINDS[_field(name)]
+
+    def holds(self, value: object) -> bool:
+        """Tell if a value is of this kind."""
+        is_flag = isinstance(value, bool)
+        if self is Kind.NAME:
+            return isinstance(value, str)
+        if self is Kind.STRENGTH:
+            return isinstance(value, (int, float)) and not is_flag
+        if self is Kind.COUNT:
+            return not is_flag and str(value).isdecimal()
+        if self is Kind.OFFLOAD:
+            return value in OFFLOAD_MODES
+        return is_flag
+
+
+_KINDS = {
+    "lora_name": Kind.NAME,
+    "lora_strength": Kind.STRENGTH,
+    "lora_count": Kind.COUNT,
+    _COUNT_SHOWN: Kind.COUNT,
+    "cpu_offload": Kind.OFFLOAD,
+    "enabled": Kind.FLAG,
+    "toggle_all": Kind.FLAG,
+    "stack_enabled": Kind.FLAG,
+    "apply_awq_mod": Kind.FLAG,
+    _SAVE: Kind.FLAG,
+}
+
+
+def _field(name: str) -> str:
+    """A widget's name without its number."""
+    return name.rstrip("0123456789").rstrip("_")
 
 
 @dataclass(frozen=True)
@@ -88,6 +158,17 @@ class Saved:
     today: Layout
     earlier: tuple[Layout, ...] = ()
 
+    @property
+    def published(self) -> dict[str, Any]:
+        """The layouts and the kinds of their values, as the browser is told of them."""
+        every = dict.fromkeys(layout.names for layout in (self.today, *self.earlier))
+        layouts = [list(names) for names in every]
+        fields = dict.fromkeys(_field(name) for names in layouts for name in names)
+        return {
+            "qwenlora_layouts": layouts,
+            "qwenlora_kinds": {field: _KINDS[field].value for field in fields},
+        }
+
     def restore(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Put values that were restored one place off under their own names."""
         today = self.today.names
@@ -103,17 +184,8 @@ class Saved:
 
 
 def _is_kind(name: str, value: object) -> bool:
-    """Tell if a value is of the kind that a widget of this name holds; names may carry numbers."""
-    field = name.rstrip("0123456789").rstrip("_")
-    if field == "lora_name":
-        return isinstance(value, str)
-    if field == "lora_strength":
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if field in ("lora_count", _COUNT_SHOWN):
-        return not isinstance(value, bool) and str(value).isdecimal()
-    if field == "cpu_offload":
-        return value in OFFLOAD_MODES
-    return isinstance(value, bool)
+    """Tell if a value is of the kind that a widget of this name holds."""
+    return Kind.of(name).holds(value)
 
 
 STACK = Saved(
@@ -124,8 +196,10 @@ STACK_V1 = Saved(Layout(("cpu_offload", "apply_awq_mod", "stack_enabled", _SAVE)
 STACK_V2 = Saved(
     Layout(("lora_count", "cpu_offload", "apply_awq_mod", _SAVE), _PAIR),
     tuple(
-        Layout((*shown, "lora_count", "cpu_offload", "apply_awq_mod", *save), _PAIR)
-        for shown, save in product(((_COUNT_SHOWN,), ()), ((_SAVE,), ()))
+        Layout((*shown, "lora_count", "cpu_offload", *switches), _PAIR)
+        for shown, switches in product(
+            ((_COUNT_SHOWN,), ()), (("apply_awq_mod", _SAVE), ("apply_awq_mod",), ())
+        )
     ),
 )
 STACK_V3 = Saved(

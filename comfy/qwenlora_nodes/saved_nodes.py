@@ -65,7 +65,8 @@ class _SavedStack(LoraNode):
     def INPUT_TYPES(cls) -> Schema:
         """The inputs that the host draws."""
         drawn = {name: saved_input(name) for name in cls.saved.today.names}
-        return {"required": model_input(), "optional": AnyInputs(drawn)}
+        model = model_input(**cls.saved.published)
+        return {"required": model, "optional": AnyInputs(drawn)}
 
     @classmethod
     def request(cls, inputs: Inputs) -> Request:
