@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import logging
 import os
 import sys
@@ -39,7 +38,6 @@ __all__ = [
     "branch_of",
     "compose_options",
     "count_blocks",
-    "draws_groups",
     "file_identity",
     "find_lora",
     "lora_names",
@@ -67,9 +65,9 @@ _LOADERS = "`Nunchaku Qwen Image DiT Loader` or `Nunchaku Z-Image DiT Loader`"
 _OTHER_WRAPPERS = ("ComfyQwenImageWrapper", "ComfyZImageTurboWrapper")
 """Classes that other node packs put in the transformer's place, some with an ending to the name."""
 
-_FIRST_WITH_GROUPS = (1, 57)
 _PINNED_BYTES = 1 << 30
 """Most bytes of deltas that are kept in host memory, pinned where the model is on a GPU."""
+
 _EVENTS = 1024
 _PROGRESS_STEPS = 50
 _SPARE_SHARE = 4
@@ -418,14 +416,3 @@ def warn_of_rivals() -> None:
             f"`{pack}` registers {what} as qwenlora ({', '.join(sorted(ids))}):"
             " the one loaded last is used; remove one of the two packs from custom_nodes"
         )
-
-
-@functools.cache
-def draws_groups() -> bool:
-    """Tell if the installed frontend draws a growing group of rows."""
-    try:
-        version = importlib.metadata.version("comfyui-frontend-package")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
-    return numbers >= _FIRST_WITH_GROUPS

@@ -17,6 +17,8 @@ __all__ = [
     "CLIP_TIP",
     "ENABLED_TIP",
     "NAME_TIP",
+    "ROWS_TIP",
+    "ROWS_TYPE",
     "SLOT_TIP",
     "AnyInputs",
     "Inputs",
@@ -45,6 +47,10 @@ NAME_TIP = "The file name of the LoRA."
 SLOT_TIP = "The file name of the LoRA. Select 'None' to skip this slot."
 _STRENGTH_TIP = "How strongly to modify the diffusion model. This value can be negative."
 ENABLED_TIP = "Whether this LoRA is used."
+ROWS_TYPE = "QWENLORA_ROWS"
+"""The widget that `web/rows.js` draws; its value is a list of rows."""
+
+ROWS_TIP = "The LoRAs: each a file, its strength, and whether it is used."
 _AWQ_TIP = (
     "Whether the modulation layers (Qwen-Image's img_mod and txt_mod) of this node's LoRAs are"
     " applied."

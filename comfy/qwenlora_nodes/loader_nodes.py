@@ -10,28 +10,26 @@ from . import host
 from .control import Control
 from .inputs import (
     CATEGORY,
-    ENABLED_TIP,
     NAME_TIP,
-    SLOT_TIP,
+    ROWS_TIP,
+    ROWS_TYPE,
     AnyInputs,
     Inputs,
     Schema,
     control_inputs,
-    flag_input,
     model_input,
     name_input,
     strength_input,
 )
 from .request import Request, extend_model
 from .rows import InputError, as_row, read_rows
-from .saved import ROWS
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 __all__ = ["LoraNode", "QwenLoraLoader", "QwenLoraStack", "validate_name"]
 
-_GROUP_ROWS = 20
+_MOST_ROWS = 20
 
 
 def validate_name(lora_name: object) -> bool | str:
@@ -137,23 +135,12 @@ class QwenLoraStack(LoraNode):
 
     @classmethod
     def INPUT_TYPES(cls) -> Schema:
-        """The inputs that the host draws: a growing group where it can, plain rows otherwise."""
-        row = {
-            "lora_name": name_input(SLOT_TIP, skippable=True),
-            "strength": strength_input(),
-            "enabled": flag_input(True, ENABLED_TIP),
+        """The inputs; our own element in the browser draws the rows."""
+        rows = {
+            "names": host.lora_names(),
+            "min": 1,
+            "max": _MOST_ROWS,
+            "tooltip": ROWS_TIP,
         }
-        if host.draws_groups():
-            names, options = row["lora_name"]
-            template = {"required": {**row, "lora_name": ("COMBO", {"options": names, **options})}}
-            limits = {"min": 1, "max": _GROUP_ROWS}
-            rows: dict[str, Any] = {
-                "loras": (
-                    "COMFY_DYNAMICGROUP_V3",
-                    {"template": template, **limits, "group_name": "LoRA"},
-                )
-            }
-        else:
-            numbers = range(1, ROWS + 1)
-            rows = {f"{field}_{i}": kind for i in numbers for field, kind in row.items()}
-        return {"required": model_input(), "optional": AnyInputs(rows | control_inputs())}
+        shown = {"loras": (ROWS_TYPE, rows), **control_inputs()}
+        return {"required": model_input(), "optional": AnyInputs(shown)}

@@ -1,7 +1,7 @@
 """Rows of a stack: which LoRA, how strongly, whether at all; from every shape that prompts have.
 
-- `loras.0.lora_name`, `loras.0.strength`, `loras.0.enabled`: the host's growing group, flat
-- `loras`: the same as a list of dicts
+- `loras`: a list of dicts, in an envelope where the frontend sent it
+- `loras.0.lora_name`, `loras.0.strength`, `loras.0.enabled`: ComfyUI's growing group, flat
 - `lora_1`: a dict, as nodes that draw their own rows send it
 - `lora_name_1`, `lora_strength_1`, `enabled_1`: plain widgets
 """

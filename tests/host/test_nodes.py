@@ -182,20 +182,12 @@ def test_widgets_of_saved_nodes_keep_their_order(host, bench, node, begin):
     assert info[name]["output"] == outputs
 
 
-@pytest.mark.parametrize("grows", [True, False])
-def test_rows_grow_where_the_frontend_draws_it(host, bench, monkeypatch, grows):
-    monkeypatch.setattr(modules().host, "draws_groups", lambda: grows)
+def test_a_stack_has_one_input_for_its_rows(host, bench):
     _, info = host.request("GET", "/object_info/QwenLoraStack")
-    optional = info["QwenLoraStack"]["input"]["optional"]
-    if grows:
-        kind, options = optional["loras"]
-        assert kind == "COMFY_DYNAMICGROUP_V3"
-        assert list(options["template"]["required"]) == ["lora_name", "strength", "enabled"]
-        assert options["template"]["required"]["lora_name"][1]["options"] == ["None", A, B, C]
-        assert (options["min"], options["max"]) == (1, 20)
-    else:
-        assert list(optional)[:3] == ["lora_name_1", "strength_1", "enabled_1"]
-        assert optional["lora_name_1"][0] == ["None", A, B, C]
+    kind, options = info["QwenLoraStack"]["input"]["optional"]["loras"]
+    assert kind == "QWENLORA_ROWS"
+    assert options["names"] == [A, B, C]
+    assert (options["min"], options["max"]) == (1, 20)
 
 
 # ---- what is sampled ----
@@ -820,9 +812,7 @@ V2_ROWS = {"lora_name_1": A, "lora_strength_1": 0.7, "lora_name_2": B, "lora_str
         pytest.param({**V2_ROWS, "lora_name_3": C, "enabled_3": False}, id="plain"),
     ],
 )
-@pytest.mark.parametrize("grows", [True, False])
-def test_every_shape_of_rows(bench, monkeypatch, inputs, grows):
-    monkeypatch.setattr(modules().host, "draws_groups", lambda: grows)
+def test_every_shape_of_rows(bench, inputs):
     (model,) = bench.models(one=[("QwenLoraStack", inputs)])
     assert wanted(model) == AB
 

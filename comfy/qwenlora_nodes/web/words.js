@@ -1,0 +1,62 @@
+/** What our elements say, in the language that the person has chosen. */
+
+import { app } from "../../scripts/app.js";
+
+const EN = {
+  "rows.add": "Add LoRA",
+  "rows.all_off": "Switch all off",
+  "rows.all_on": "Switch all on",
+  "rows.choose": "choose a file",
+  "rows.down": "Move down",
+  "rows.drag": "Drag to move; with the keyboard: Alt+Up, Alt+Down",
+  "rows.fallback": "The rows cannot be drawn here; their values are kept.",
+  "rows.full": "There is room for {max} LoRAs; chain another stack for more",
+  "rows.heading": "LoRA",
+  "rows.missing": "{name}\nThis file is not in ComfyUI's list. Press R if it has just come.",
+  "rows.none": "None",
+  "rows.nothing_found": "no file's name fits",
+  "rows.off": "Switched off",
+  "rows.on": "Switched on",
+  "rows.remove": "Remove",
+  "rows.search": "part of a name or folder",
+  "rows.shown": "{shown} of {all}: type to narrow it down",
+  "rows.strength": "Strength",
+  "rows.strength_hint": "Strength: type, drag sideways, or use the Up and Down keys",
+  "rows.up": "Move up",
+};
+
+const ZH = {
+  "rows.add": "添加 LoRA",
+  "rows.all_off": "全部关闭",
+  "rows.all_on": "全部开启",
+  "rows.choose": "选择文件",
+  "rows.down": "下移",
+  "rows.drag": "拖动以移动；键盘：Alt+上、Alt+下",
+  "rows.fallback": "此处无法绘制各行；其值会保留。",
+  "rows.full": "最多 {max} 个 LoRA；需要更多时请再串联一个堆栈",
+  "rows.heading": "LoRA",
+  "rows.missing": "{name}\n此文件不在 ComfyUI 的列表中。若刚放入，请按 R 刷新。",
+  "rows.none": "无",
+  "rows.nothing_found": "没有匹配的文件名",
+  "rows.off": "已关闭",
+  "rows.on": "已开启",
+  "rows.remove": "移除",
+  "rows.search": "文件名或文件夹的一部分",
+  "rows.shown": "显示 {all} 个中的 {shown} 个：输入以缩小范围",
+  "rows.strength": "强度",
+  "rows.strength_hint": "强度：可输入、左右拖动，或使用上下键",
+  "rows.up": "上移",
+};
+
+/**
+ * The words of a key, with the values that stand in it.
+ *
+ * @param {string} key
+ * @param {Record<string, unknown>} values
+ */
+export function word(key, values = {}) {
+  const locale = app.extensionManager?.setting?.get?.("Comfy.Locale") ?? "en";
+  const words = String(locale).startsWith("zh") ? ZH : EN;
+  const text = words[key] ?? EN[key] ?? key;
+  return text.replace(/\{(\w+)\}/g, (braced, name) => values[name] ?? braced);
+}
