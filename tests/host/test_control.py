@@ -75,7 +75,9 @@ def hand_set(patcher, stack_at):
         shift = math.exp(model.model_sampling.shift)
         share = 1 - level / (shift - (shift - 1) * level)
         options = {**model_options["transformer_options"], OPTIONS_KEY: stack_at(share)}
-        return executor(model, conds, x, timestep, {**model_options, "transformer_options": options})
+        return executor(
+            model, conds, x, timestep, {**model_options, "transformer_options": options}
+        )
 
     clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "by hand", put)
     return clone
@@ -278,9 +280,7 @@ def test_every_sampler_has_the_strength_of_its_noise_level(
     reference = hand_set(fresh(), lambda share: LoraSet.of([files[B], (files[A], strength(share))]))
     expected = stage(reference, qwen.empty_latent(), 0, STEPS, sampler)["samples"]
     model, _ = loaded(emulated_qwen, lora_name=B)
-    model, report = loaded(
-        model, lora_name=A, strength=0.8, schedule=schedule, schedule_mode=mode
-    )
+    model, report = loaded(model, lora_name=A, strength=0.8, schedule=schedule, schedule_mode=mode)
     assert f"a x 0.8 over the steps ({schedule}" in report
     found = stage(model, qwen.empty_latent(), 0, STEPS, sampler)["samples"]
     assert torch.equal(found, expected) if mode == "steps" else close(found, expected)
@@ -301,7 +301,9 @@ def test_an_image_refined_begins_in_the_middle_of_the_course(
     assert torch.equal(qwen.ksample(other, **options), qwen.ksample(twin, **options))
 
 
-def test_a_shifted_sampling_moves_the_course(host, loaded, emulated_qwen, fresh, files, stage, qwen):
+def test_a_shifted_sampling_moves_the_course(
+    host, loaded, emulated_qwen, fresh, files, stage, qwen
+):
     from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 
     def shifted_model(model):
@@ -493,9 +495,7 @@ def test_texts_are_judged_before_the_model_is_loaded(
 def test_a_wrong_text_stops_the_prompt_at_its_node(graph, pack, emulated_qwen):
     prompt = {
         "model": graph.source(emulated_qwen),
-        "load": graph.node(
-            "QwenLoraLoader", model=["model", 0], lora_name=A, schedule="0:1, 2:0"
-        ),
+        "load": graph.node("QwenLoraLoader", model=["model", 0], lora_name=A, schedule="0:1, 2:0"),
         "out": graph.sink("model", ["load", 0]),
     }
     done = graph.run(prompt)
@@ -504,7 +504,10 @@ def test_a_wrong_text_stops_the_prompt_at_its_node(graph, pack, emulated_qwen):
     assert done.error["exception_message"].startswith("schedule: `2` at character 6 is outside")
     assert "model" not in done.executed
     refused = graph.run(
-        {**prompt, "load": graph.node("QwenLoraLoader", model=["model", 0], lora_name=A, blocks="x")}
+        {
+            **prompt,
+            "load": graph.node("QwenLoraLoader", model=["model", 0], lora_name=A, blocks="x"),
+        }
     )
     assert refused.status == 400
     (error,) = refused.node_errors["load"]["errors"]
