@@ -22,7 +22,7 @@ from qwenlora.source import read_ahead
 
 REPOSITORY = Path(__file__).parents[2]
 PACK = REPOSITORY / "comfy" / "qwenlora_nodes"
-OURS = {"QwenLoraLoader", "QwenLoraStack", "QwenLoraInspect"}
+OURS = {"QwenLoraEnable", "QwenLoraInspect", "QwenLoraLoader", "QwenLoraStack"}
 SAVED = {f"NunchakuQwenImageLora{kind}" for kind in ("Loader", "Stack")}
 SAVED |= {f"NunchakuQwenImageLoraStackV{number}" for number in (1, 2, 3)}
 SAVED |= {f"NunchakuZImageTurboLoraStackV{number}" for number in (1, 2, 3, 4)}
