@@ -80,9 +80,12 @@ class NativeLoras(_Base):
             calls = (*self._qwenlora_calls, Call(taken, float(strength_patch)))
             if len(taken) > 1:
                 _settle(self, calls)
-            else:
-                # A node that hands over weight by weight is planned once, when it is done.
-                self._qwenlora_calls = calls
+                return list(taken)
+            # A node that hands over weight by weight is planned when it is done, since nothing
+            # tells if more will come. The first may be a whole file, whose faults belong here.
+            if not self._qwenlora_calls:
+                _planned(self, calls)
+            self._qwenlora_calls = calls
         return list(taken)
 
     def _taken(self, patches: Patches, strength_model: float) -> dict[Any, Any]:
@@ -231,17 +234,23 @@ def last_sets(model: ModelPatcher) -> list[LoraSet]:
 
 def _settle(model: Any, calls: tuple[Call, ...]) -> LoraSet | None:
     """Make calls a part of the set that a patcher asks for."""
-    if not calls:
-        return host.set_of(model)
-    before = host.set_of(model) or LoraSet.of(options=host.compose_options())
-    wanted = before.extended(loras_of(calls, _LOADER))
-    if wanted.specs:
-        transformer = host.transformer_of(model)
-        report = plan_report(transformer, wanted)
-        _warn_of_left_out(report, len(before.specs))
+    planned = _planned(model, calls) if calls else None
+    if planned is not None:
+        wanted, report = planned
+        before = host.set_of(model)
+        _warn_of_left_out(report, 0 if before is None else len(before.specs))
         host.put_set(model, wanted, report.added_bytes)
     model._qwenlora_calls = ()
     return host.set_of(model)
+
+
+def _planned(model: Any, calls: tuple[Call, ...]) -> tuple[LoraSet, ComposeReport] | None:
+    """The set that a patcher asks for with calls, and its plan; None where they bring nothing."""
+    before = host.set_of(model) or LoraSet.of(options=host.compose_options())
+    wanted = before.extended(loras_of(calls, _LOADER))
+    if len(wanted.specs) == len(before.specs):
+        return None
+    return wanted, plan_report(host.transformer_of(model), wanted)
 
 
 def _warn_of_left_out(report: ComposeReport, first: int) -> None:
