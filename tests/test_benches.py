@@ -323,3 +323,19 @@ def test_serving_is_measured_at_every_number_of_adapters(tmp_path: Path) -> None
     ]  # fmt: skip
     assert all(float(row[-1]) > 0 for row in rows[1:])
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.slow
+def test_schedules_are_measured_step_by_step() -> None:
+    options = ("--device", "cpu", "--blocks", "1", "--rank", "1", "--steps", "4", "--runs", "1")
+    run = subprocess.run(
+        (sys.executable, BENCHES / "bench_schedule.py", *options),
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    rows = [line.split("|")[1:-1] for line in run.stdout.splitlines() if line.startswith("| ")]
+    assert [row[1].strip() for row in rows[1:]] == [
+        f"{count} of 4" for count in (0, 0, 2, 2, 4, 4, 2, 2)
+    ]

@@ -7,6 +7,8 @@ import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
 import qwenlora
+from qwenlora import ComfyQwenImageWrapper, LoraSpec
+from qwenlora.schedule import course_of
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def pipeline(make_model):
     )
 
 
-def latents(pipeline, steps=2):
+def latents(pipeline, steps=2, **options):
     generator = torch.Generator().manual_seed(0)
     embeds = torch.randn(1, 6, pipeline.transformer.config.joint_attention_dim, generator=generator)
     device = pipeline._execution_device
@@ -37,6 +39,7 @@ def latents(pipeline, steps=2):
         true_cfg_scale=1.0,
         generator=torch.Generator().manual_seed(1),
         output_type="latent",
+        **options,
     ).images
 
 
@@ -53,6 +56,47 @@ def test_eager(pipeline, style):
     assert not torch.equal(changed, base)
     qwenlora.reset_loras(pipeline.transformer)
     assert torch.equal(latents(pipeline), base)
+
+
+def test_a_schedule_follows_the_pipelines_scheduler(pipeline, style):
+    """Against strengths that are composed by hand between the steps."""
+
+    def strength(step):
+        return 0.8 * (1 - 0.7 * min(step / 4 / 0.5, 1))
+
+    def between(pipe, step, timestep, kwargs):
+        qwenlora.compose_loras(pipe.transformer, (style, strength(step + 1)))
+        return kwargs
+
+    qwenlora.compose_loras(pipeline.transformer, (style, strength(0)))
+    expected = latents(pipeline, steps=4, callback_on_step_end=between)
+    qwenlora.reset_loras(pipeline.transformer)
+    base = latents(pipeline, steps=4)
+    wrapper = ComfyQwenImageWrapper.of(pipeline.transformer)
+    wrapper.loras[:] = [LoraSpec(style, 0.8, schedule="0:1, 50%:0.3")]
+    wrapper.course = course_of(pipeline.scheduler)
+    for _ in range(2):
+        assert torch.equal(latents(pipeline, steps=4), expected)
+    wrapper.loras[:] = []
+    assert torch.equal(latents(pipeline, steps=4), base)
+
+
+def test_the_course_of_a_scheduler():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    course = course_of(scheduler)
+    scheduler.set_timesteps(4)
+    shares = []
+    sample = torch.zeros(1, 2)
+    for timestep in scheduler.timesteps:
+        shares.append(course())
+        scheduler.step(sample, timestep, sample)
+    assert shares == [0, 0.25, 0.5, 0.75]
+    # From an image: the first step is not the schedule's first.
+    scheduler.set_timesteps(4)
+    scheduler.set_begin_index(2)
+    assert course() == 0.5
+    with pytest.raises(TypeError, match="object has no `timesteps`: a scheduler of diffusers"):
+        course_of(object())
 
 
 def test_lazy(pipeline, style):

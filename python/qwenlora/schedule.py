@@ -5,9 +5,9 @@ from __future__ import annotations
 import enum
 import math
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwenlora.blocks import LARGEST
 from qwenlora.entries import Piece, number_of, number_text, sections, shown
@@ -16,7 +16,7 @@ from qwenlora.errors import ScheduleError
 if TYPE_CHECKING:
     from typing import TypeAlias
 
-__all__ = ["ONE_THROUGHOUT", "Keyframes", "Schedule", "ScheduleMode"]
+__all__ = ["ONE_THROUGHOUT", "Keyframes", "Schedule", "ScheduleMode", "course_of"]
 
 Keyframes: TypeAlias = "str | Schedule | Iterable[tuple[float, float]]"
 """Every form in which a schedule is given."""
@@ -165,6 +165,37 @@ class Schedule:
 ONE_THROUGHOUT = Schedule()
 """Every factor is 1."""
 
+
+def course_of(scheduler: Any) -> Callable[[], float]:
+    """What tells the share of the course that a scheduler of diffusers is at.
+
+    That is the steps before the current one over all steps of its schedule. A pipeline that starts
+    from an image begins behind 0.
+
+    Args:
+        scheduler: A scheduler that a pipeline runs: with `timesteps`, `step_index`, `begin_index`.
+
+    Raises:
+        TypeError: It has not all of these.
+    """
+    missing = [name for name in _OF_SCHEDULER if not hasattr(scheduler, name)]
+    if missing:
+        raise TypeError(
+            f"{type(scheduler).__name__} has no `{missing[0]}`: a scheduler of diffusers tells the"
+            " course by it"
+        )
+
+    def course() -> float:
+        step = scheduler.step_index
+        # None before the first step is made.
+        if step is None:
+            step = scheduler.begin_index or 0
+        return float(step) / max(len(scheduler.timesteps), 1)
+
+    return course
+
+
+_OF_SCHEDULER = ("timesteps", "step_index", "begin_index")
 _MODES = {mode.value: mode for mode in ScheduleMode}
 
 

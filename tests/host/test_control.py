@@ -75,9 +75,8 @@ def hand_set(patcher, stack_at):
         shift = math.exp(model.model_sampling.shift)
         share = 1 - level / (shift - (shift - 1) * level)
         options = {**model_options["transformer_options"], OPTIONS_KEY: stack_at(share)}
-        return executor(
-            model, conds, x, timestep, {**model_options, "transformer_options": options}
-        )
+        model_options = {**model_options, "transformer_options": options}
+        return executor(model, conds, x, timestep, model_options)
 
     clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "by hand", put)
     return clone
@@ -145,7 +144,6 @@ def samplings():
         kinds.ModelSamplingFlux(),
         kinds.ModelSamplingDiscrete(),
         kinds.ModelSamplingContinuousEDM(),
-        kinds.StableCascadeSampling(),
     ]
 
 
@@ -202,7 +200,7 @@ def test_a_sampling_that_tells_no_share_is_named(pack, loaded, emulated_qwen, qw
     class Levels(torch.nn.Module):
         """A sampling of another pack's."""
 
-    with pytest.raises(qwenlora.errors.ScheduleError, match="`?Levels`? does not tell how far"):
+    with pytest.raises(qwenlora.errors.ScheduleError, match="Levels does not tell how far"):
         pack.course.resolved(
             SimpleNamespace(model_sampling=Levels()),
             torch.tensor([0.5]),
@@ -301,9 +299,7 @@ def test_an_image_refined_begins_in_the_middle_of_the_course(
     assert torch.equal(qwen.ksample(other, **options), qwen.ksample(twin, **options))
 
 
-def test_a_shifted_sampling_moves_the_course(
-    host, loaded, emulated_qwen, fresh, files, stage, qwen
-):
+def test_a_shifted_sampling_moves_the_course(loaded, emulated_qwen, fresh, files, stage, qwen):
     from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 
     def shifted_model(model):
@@ -394,16 +390,6 @@ def test_the_hosts_step_cache(host, loaded, emulated_qwen, fresh, files, stage, 
     assert torch.isfinite(skipping).all()
     assert not torch.equal(skipping, plain)
     assert torch.equal(stage(model, qwen.empty_latent(), 0, STEPS)["samples"], plain)
-
-
-# ---- Z-Image, whose patcher puts its factors back between runs ----
-
-
-def test_z_image(host, pack, loaded, z_image, nunchaku_z_image, Draft, graph):
-    draft = Draft(3)
-    stems = ("attention.to_q", "attention.out", "feed_forward.w2")
-    del draft, stems
-    pytest.skip("written below")
 
 
 # ---- blocks ----
@@ -503,12 +489,8 @@ def test_a_wrong_text_stops_the_prompt_at_its_node(graph, pack, emulated_qwen):
     assert done.error["node_id"] == "load"
     assert done.error["exception_message"].startswith("schedule: `2` at character 6 is outside")
     assert "model" not in done.executed
-    refused = graph.run(
-        {
-            **prompt,
-            "load": graph.node("QwenLoraLoader", model=["model", 0], lora_name=A, blocks="x"),
-        }
-    )
+    prompt["load"] = graph.node("QwenLoraLoader", model=["model", 0], lora_name=A, blocks="x")
+    refused = graph.run(prompt)
     assert refused.status == 400
     (error,) = refused.node_errors["load"]["errors"]
     assert error["extra_info"]["input_name"] == "blocks"

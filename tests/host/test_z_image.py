@@ -114,10 +114,10 @@ class Loads:
         save_file(tensors, str(self._host.loras / name))
         return name
 
-    def ours(self, model, name=A, strength=1.0):
+    def ours(self, model, name=A, strength=1.0, **control):
         node = self._nodes["QwenLoraLoader"]()
         with torch.inference_mode():
-            return node.load(model, lora_name=name, strength=strength)[0]
+            return node.load(model, lora_name=name, strength=strength, **control)[0]
 
     def stock(self, model, name=A, strength=1.0):
         node = self._nodes["LoraLoaderModelOnly"]()
@@ -374,6 +374,25 @@ def test_nothing_stays_composed_between_runs(emulated, loads, two, z_image, monk
         with pytest.raises(KeyboardInterrupt):
             z_image.ksample(model)
     assert read_state(transformer) is EMPTY
+    del model
+    gc.collect()
+    assert torch.equal(z_image.ksample(loads.stock(emulated, A)), expected)
+    assert torch.equal(z_image.ksample(emulated), base)
+
+
+def test_a_schedule_leaves_nothing_composed_between_runs(emulated, loads, two, z_image, composed):
+    transformer = emulated.model.diffusion_model
+    base, whole = z_image.ksample(emulated), z_image.ksample(loads.ours(emulated, A))
+    expected = z_image.ksample(loads.stock(emulated, A))
+    z_image.ksample(emulated)
+    control = {"schedule_mode": "steps", "blocks": "custom", "custom_blocks": "rest:1"}
+    model = loads.ours(emulated, A, schedule="0:1, 0.7:0.25", **control)
+    composed.clear()
+    found = z_image.ksample(model, steps=4)
+    assert [[spec.strength for spec in wanted.specs] for wanted in composed] == [[1.0], [0.25], []]
+    assert read_state(transformer) is EMPTY
+    assert not torch.equal(found, whole)
+    assert torch.equal(z_image.ksample(model, steps=4), found)
     del model
     gc.collect()
     assert torch.equal(z_image.ksample(loads.stock(emulated, A)), expected)
