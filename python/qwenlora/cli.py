@@ -15,6 +15,8 @@ _USAGE = """\
 usage: qwenlora keys FILE... [options]  what LoRA files contain, what is applied
        qwenlora merge FILE[:STRENGTH]... -o FILE
                                         several LoRA files to one plain LoRA
+       qwenlora map FILE[:STRENGTH]... [-o PICTURE]
+                                        where LoRA files act, and how strongly
        qwenlora norms CHECKPOINT [-o FILE]
                                         exact norms of a 16-bit model's weights,
                                         for DoRA
@@ -41,6 +43,10 @@ def main(args: Sequence[str] | None = None) -> int:
         from qwenlora.merge import main as merge
 
         return merge(args[1:])
+    if command == "map":
+        from qwenlora.map import main as map_
+
+        return map_(args[1:])
     if command == "norms":
         from qwenlora.norms import main as norms
 
@@ -61,9 +67,18 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def keys_main(args: Sequence[str] | None = None) -> int:
     """Run `qwenlora-keys` with these arguments, by default the process's own."""
-    from qwenlora import _core
-
     # Rust runs without the interpreter: Ctrl-C must end the process by itself.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.stdout.flush()
-    return _core.run_keys(list(sys.argv[1:] if args is None else args))
+    args = list(sys.argv[1:] if args is None else args)
+    if "--map" in args:
+        from qwenlora.map.keys import keys_with_map
+
+        return keys_with_map(args, _run_keys)
+    return _run_keys(args)
+
+
+def _run_keys(args: list[str]) -> int:
+    from qwenlora import _core
+
+    return _core.run_keys(args)

@@ -16,7 +16,17 @@ from qwenlora.spec import LokrScale
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Sequence
 
-__all__ = ["DTYPE_NAMES", "Arguments", "UsageError", "options_of", "output_path", "parse"]
+__all__ = [
+    "DTYPE_NAMES",
+    "Arguments",
+    "UsageError",
+    "add_blocks",
+    "one_of",
+    "options_of",
+    "output_path",
+    "parse",
+    "source_of",
+]
 
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
 """The values that `--dtype` takes."""
@@ -69,11 +79,11 @@ def parse(args: Sequence[str]) -> Arguments:
     arguments = Arguments()
     for name, value in options_of(args, flags=_FLAGS, values=(*_VALUES, "--blocks")):
         if not name:
-            arguments.sources.append(_source(value))
+            arguments.sources.append(source_of(value))
         elif name in _FLAGS:
             setattr(arguments, _FLAGS[name], True)
         elif name == "--blocks":
-            _add_blocks(arguments, value)
+            add_blocks(arguments.blocks, arguments.sources, value)
         else:
             attribute, read = _VALUES[name]
             setattr(arguments, attribute, read(name, value))
@@ -130,27 +140,41 @@ def _check(arguments: Arguments) -> None:
         raise UsageError("every strength is 0: there is nothing to merge")
 
 
-def _add_blocks(arguments: Arguments, text: str) -> None:
-    """Give factors by block to the source that is named before them."""
-    at = len(arguments.sources) - 1
+def add_blocks(
+    blocks: dict[int, BlockFactors], sources: Sequence[tuple[Path, float]], text: str
+) -> None:
+    """Give factors by block to the source that is named before them.
+
+    Args:
+        blocks: The factors so far, by the place of their source.
+        sources: The sources that are named so far.
+        text: The factors.
+
+    Raises:
+        UsageError: They are of no form that is known, or for no source.
+    """
+    at = len(sources) - 1
     if at < 0:
         raise UsageError("`--blocks` stands behind the file that it is for")
-    if at in arguments.blocks:
+    if at in blocks:
         raise UsageError(
-            f"`--blocks` is given twice for `{arguments.sources[at][0]}`"
+            f"`--blocks` is given twice for `{sources[at][0]}`"
             "\nhint: one text has all factors, as `0-19:1, 20-39:0.5; mod:0`"
         )
     try:
-        arguments.blocks[at] = BlockFactors.parse(text)
+        blocks[at] = BlockFactors.parse(text)
     except BlockFactorsError as error:
         raise UsageError(f"`--blocks`: {error}") from error
 
 
-def _source(text: str) -> tuple[Path, float]:
+def source_of(text: str) -> tuple[Path, float]:
     r"""A path, and the strength behind its last colon where there is one.
 
     A colon may be the path's own, as in `C:\loras\a.safetensors`; what ends like a strength is
     one, unless only the whole names a file.
+
+    Raises:
+        UsageError: It is beyond any number, or a file's name ends in what is none.
     """
     head, colon, tail = text.rpartition(":")
     if not colon or not head:
@@ -205,7 +229,9 @@ def _energy(name: str, value: str) -> float:
     return share
 
 
-def _one_of(values: Sequence[str]) -> Callable[[str, str], str]:
+def one_of(values: Sequence[str]) -> Callable[[str, str], str]:
+    """A reader of an option's value that is one of these words."""
+
     def read(name: str, value: str) -> str:
         if value not in values:
             *first, last = values
@@ -216,7 +242,7 @@ def _one_of(values: Sequence[str]) -> Callable[[str, str], str]:
 
 
 def _lokr_scale(name: str, value: str) -> LokrScale:
-    return LokrScale(_one_of([scale.value for scale in LokrScale])(name, value))
+    return LokrScale(one_of([scale.value for scale in LokrScale])(name, value))
 
 
 _FLAGS = {
@@ -234,7 +260,7 @@ _VALUES: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "--base": ("base", _path),
     "--rank": ("rank", _rank),
     "--energy": ("energy", _energy),
-    "--dtype": ("dtype", _one_of(DTYPE_NAMES)),
+    "--dtype": ("dtype", one_of(DTYPE_NAMES)),
     "--lokr-scale": ("lokr_scale", _lokr_scale),
 }
 """Options with a value: what they set, and how the value is read."""

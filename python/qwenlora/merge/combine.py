@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qwenlora.merge.cut import Cut
     from qwenlora.merge.member import ModuleDelta
 
-__all__ = ["Joined", "combine"]
+__all__ = ["Joined", "combine", "stacked"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def combine(members: Sequence[ModuleDelta], sides: tuple[int, int], cut: Cut | N
         return _lone(members[0], cut, min(sides))
     if any(member.has_full_rank(min(sides)) for member in members):
         return _of_dense(members, sides, cut)
-    down, up = _stacked(members)
+    down, up = stacked(members)
     rank = down.shape[0]
     if cut is None:
         # A stored pair is kept, even one with more ranks than its module has.
@@ -80,7 +80,7 @@ def combine(members: Sequence[ModuleDelta], sides: tuple[int, int], cut: Cut | N
     return _of_sum(LowRankSum.of([(down.to(torch.float32), up)]), cut)
 
 
-def _stacked(members: Sequence[ModuleDelta]) -> tuple[Tensor, Tensor]:
+def stacked(members: Sequence[ModuleDelta]) -> tuple[Tensor, Tensor]:
     """All pairs side by side; members of equal `down` share its ranks, as `stack_downs` finds."""
     pairs = [member.factors() for member in members]
     starts, down = stack_downs(same_dtype([pair.down for pair in pairs]))

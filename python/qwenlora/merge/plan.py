@@ -44,7 +44,15 @@ if TYPE_CHECKING:
     from qwenlora.plan.documents import Piece
     from qwenlora.source.source import LoraSource
 
-__all__ = ["PREFIX", "MergeOptions", "MergePlan", "pair_shapes"]
+__all__ = [
+    "PREFIX",
+    "MergeOptions",
+    "MergePlan",
+    "carrying",
+    "common_model",
+    "covers",
+    "pair_shapes",
+]
 
 PREFIX = "diffusion_model."
 """The beginning of every key."""
@@ -136,7 +144,7 @@ class MergePlan:
         if not wanted.specs:
             raise NothingToApplyError("every strength is 0: there is nothing to merge")
         documents = [json.loads(source.plan.to_json()) for source in wanted.sources]
-        model = _common_model(wanted.names, documents)
+        model = common_model(wanted.names, documents)
         if base is not None and model is not None:
             base.check_model(model, wanted.names[0])
         known = known_slots(model or _ANY_MODEL) if known is None else known
@@ -145,7 +153,7 @@ class MergePlan:
             for name, spec, source in zip(wanted.names, wanted.specs, wanted.sources, strict=True)
         ]
         stack = plan_stack(
-            items, slot_map(_carrying(known)), max_rank=None, strict=False, options=settings
+            items, slot_map(carrying(known)), max_rank=None, strict=False, options=settings
         )
         slots, skipped = split_by_base(stack.slots, known, base, diffs=options.diffs)
         if not options.diffs:
@@ -265,8 +273,12 @@ def pair_shapes(
     )
 
 
-def _common_model(names: Sequence[str], documents: Sequence[Mapping[str, Any]]) -> str | None:
-    """The name of the model that the sources are for; planning refuses those that are for none."""
+def common_model(names: Sequence[str], documents: Sequence[Mapping[str, Any]]) -> str | None:
+    """The name of the model that the sources are for; planning refuses those that are for none.
+
+    Raises:
+        OtherModelError: They are for several.
+    """
     first = ""
     model = None
     for name, document in zip(names, documents, strict=True):
@@ -282,7 +294,7 @@ def _common_model(names: Sequence[str], documents: Sequence[Mapping[str, Any]]) 
     return model
 
 
-def _carrying(known: Mapping[str, KnownSlot]) -> Iterator[KnownSlot]:
+def carrying(known: Mapping[str, KnownSlot]) -> Iterator[KnownSlot]:
     """The slots as what a file can carry: no kernel takes ranks alone in it."""
     for slot in known.values():
         yield replace(slot, row=slot.row._replace(opens=True))

@@ -155,6 +155,12 @@ pub(crate) enum UsageError {
         /// The other.
         other: String,
     },
+    /// A flag for which the package for Python is needed.
+    #[error(
+        "`--map` reads the weights, which takes PyTorch\nhint: `pip install qwenlora` brings a \
+         `qwenlora-keys` that draws maps"
+    )]
+    MapWithoutPython,
     /// Anything else that the parser says.
     #[error("{message}")]
     Other {
@@ -187,6 +193,11 @@ pub(crate) fn command() -> Command {
                 .value_name("KEY")
                 .value_hint(ValueHint::Other)
                 .help("why a key maps there: prefix, path, suffix, scale"),
+        )
+        .arg(
+            flag("map")
+                .conflicts_with_all(["explain", "json"])
+                .help("also draw where the file acts, and how strongly"),
         )
         .arg(flag("json").help("one JSON object per file, one per line (schema 1)"))
         .arg(
@@ -246,6 +257,8 @@ pub(crate) fn help() -> String {
 pub(crate) fn parse(args: Vec<OsString>) -> Result<Request, UsageError> {
     let args = std::iter::once(OsString::from(PROGRAM)).chain(args);
     match command().try_get_matches_from(args) {
+        // The package draws the map itself, and hands on what else is asked for.
+        Ok(matches) if matches.get_flag("map") => Err(UsageError::MapWithoutPython),
         Ok(matches) => Ok(request(matches)),
         Err(error) => match error.kind() {
             ErrorKind::DisplayHelp => Ok(Request::Help),

@@ -33,6 +33,7 @@ use std::ffi::OsString;
 use std::io::{self, ErrorKind, Write};
 
 use clap_complete::Shell;
+use qwenlora_core::plan::FilePlan;
 use qwenlora_core::plan::explain::Reading;
 
 use crate::args::{Format, Request};
@@ -41,6 +42,11 @@ pub use crate::console::Console;
 pub use crate::exit::Exit;
 use crate::run::Run;
 use crate::talk::Talk;
+
+/// Which program wrote a file, in a few words, with the ground for saying so.
+pub fn producer(plan: &FilePlan) -> String {
+    producer::describe(plan)
+}
 
 /// Runs the program with its arguments, without its name.
 ///

@@ -138,6 +138,12 @@ impl FilePlan {
         self.core.notes().to_vec()
     }
 
+    /// Which program wrote the file, and how that is known.
+    #[getter]
+    fn producer(&self) -> String {
+        qwenlora_keys::producer(&self.core)
+    }
+
     /// Size of the file or of the tensors.
     #[getter]
     fn size_bytes(&self) -> u64 {

@@ -22,6 +22,7 @@ fn every_shell_is_told_every_flag_under_the_programs_name() {
         for flag in [
             "all",
             "explain",
+            "map",
             "json",
             "color",
             "completions",
@@ -49,6 +50,7 @@ fn the_script_for_fish() {
     powershell\t''
     zsh\t''"
     complete -c qwenlora-keys -l all -d 'also list every tensor, and what it is taken for'
+    complete -c qwenlora-keys -l map -d 'also draw where the file acts, and how strongly'
     complete -c qwenlora-keys -l json -d 'one JSON object per file, one per line (schema 1)'
     complete -c qwenlora-keys -s h -l help -d 'this text'
     complete -c qwenlora-keys -s V -l version -d 'the version'

@@ -107,6 +107,17 @@ fn usage_errors() {
     --- stderr
     error: `--explain` and `--all` cannot be used together
     ");
+    assert_snapshot!(usage(&["x", "--map", "--json"]), @"
+    exit 64
+    --- stderr
+    error: `--map` and `--json` cannot be used together
+    ");
+    assert_snapshot!(usage(&["x", "--map"]), @"
+    exit 64
+    --- stderr
+    error: `--map` reads the weights, which takes PyTorch
+    hint: `pip install qwenlora` brings a `qwenlora-keys` that draws maps
+    ");
     assert_snapshot!(usage(&["--completions", "tcsh"]), @"
     exit 64
     --- stderr
@@ -169,6 +180,7 @@ fn help() {
     Options:
           --all                  also list every tensor, and what it is taken for
           --explain <KEY>        why a key maps there: prefix, path, suffix, scale
+          --map                  also draw where the file acts, and how strongly
           --json                 one JSON object per file, one per line (schema 1)
           --color <WHEN>         auto (a terminal without NO_COLOR), always or never
           --completions <SHELL>  completions: bash, elvish, fish, powershell or zsh
