@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
@@ -31,6 +32,7 @@ from .names import nearest, same_name
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
+    from PIL.Image import Image
     from torch import nn
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "lora_path",
     "offloads_blocks",
     "patches_notice",
+    "preview",
     "progress",
     "put_set",
     "running_prompts",
@@ -390,6 +393,21 @@ def running_prompts() -> list[Mapping[str, Any]]:
     running = getattr(queue, "get_current_queue_volatile", queue.get_current_queue)()[0]
     # Number, id and graph; what follows has changed between versions.
     return [item[2] for item in running]
+
+
+def preview(image: Image, prefix: str) -> dict[str, str]:
+    """Save a picture in the host's folder for temporary files, and name it as the host draws it.
+
+    Args:
+        image: The picture.
+        prefix: The beginning of its file's name.
+    """
+    folder = folder_paths.get_temp_directory()
+    os.makedirs(folder, exist_ok=True)
+    name = f"{prefix}_{secrets.token_hex(8)}.png"
+    # It is shown on this machine, once: time counts, size does not.
+    image.save(os.path.join(folder, name), compress_level=1)
+    return {"filename": name, "subfolder": "", "type": "temp"}
 
 
 @functools.lru_cache(maxsize=_EVENTS)

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import qwenlora
@@ -1051,23 +1053,68 @@ def test_inspect(bench, graph, host):
     prompt["out"] = graph.sink("text", ["look", 0])
     done = graph.run(prompt)
     assert done.success, done.error
-    assert done.values["text"].splitlines() == [
+    assert done.values["text"].splitlines()[:5] == [
         "real.safetensors: apply",
-        "  model: qwen-image, 0.2 MB",
+        "  model: Qwen-Image, 0.2 MB",
+        "  producer: unknown (diffusers keys)",
         "  2 modules: lora of rank 4",
+        "  attention: 2 exact",
     ]
     one = {key.format("q", part): tensors[key.format("q", part)] for part in "AB"}
     save_file({**one, "unknown": torch.ones(1)}, str(host.loras / "one.safetensors"))
     prompt["look"]["inputs"]["lora_name"] = "one.safetensors"
     lines = graph.run(prompt).values["text"].splitlines()
     assert "  1 module: lora of rank 4" in lines
-    assert lines[-1].startswith("  left out: 1 tensor, ")
+    assert any(line.startswith("  left out: 1 tensor, ") for line in lines)
     prompt["look"]["inputs"]["lora_name"] = C  # made for the small model
     done = graph.run(prompt)
     assert done.success, done.error
     assert done.values["text"].startswith(f"{C}: reject")
     prompt["look"]["inputs"]["lora_name"] = "missing.safetensors"
     assert graph.run(prompt).status == 400
+
+
+def test_inspect_draws_what_the_file_does(bench, graph, host):
+    key = "transformer.transformer_blocks.0.attn.to_{}.lora_{}.weight"
+    tensors = {key.format(part, "A"): torch.ones(4, 3072) for part in "qk"}
+    tensors |= {key.format(part, "B"): torch.full((3072, 4), 1e-4) for part in "qk"}
+    words = {"modelspec.title": "Ink", "modelspec.trigger_phrase": "ink style, sketch"}
+    save_file(tensors, str(host.loras / "real.safetensors"), words)
+    prompt = {"look": graph.node("QwenLoraInspect", lora_name="real.safetensors")}
+    for at, name in enumerate(("text", "image", "words")):
+        prompt[name] = graph.sink(name, ["look", at])
+    done = graph.run(prompt)
+    assert done.success, done.error
+    alone = done.values["image"]
+    assert alone.ndim == 4
+    assert (alone.shape[0], alone.shape[3], alone.dtype) == (1, 3, torch.float32)
+    assert 0 <= float(alone.min()) < float(alone.max()) <= 1
+    assert done.values["words"] == "ink style, sketch"
+    assert "  title: Ink" in done.values["text"].splitlines()
+    (shown,) = (
+        data["output"]["images"]
+        for name, data in done.events
+        if name == "executed" and data["node"] == "look"
+    )
+    assert [image["type"] for image in shown] == ["temp"]
+    with Image.open(host.base / "temp" / shown[0]["filename"]) as image:
+        pixels = np.asarray(image, dtype=np.float32) / 255
+    assert np.array_equal(pixels, alone[0].numpy())
+    # With another file both are drawn on one scale: the picture grows.
+    prompt["look"]["inputs"]["other"] = "real.safetensors"
+    both = graph.run(prompt).values["image"]
+    assert both.shape[1] > alone.shape[1]
+    assert both.shape[2] == alone.shape[2]
+    # What cannot be mapped is a picture of the reason.
+    prompt["look"]["inputs"] = {"lora_name": C}
+    done = graph.run(prompt)
+    assert done.success, done.error
+    assert done.values["image"].shape[1] < alone.shape[1]
+    prompt["look"]["inputs"] = {"lora_name": "real.safetensors", "other": "missing.safetensors"}
+    done = graph.run(prompt)
+    assert done.status == 400
+    places = [error["extra_info"]["input_name"] for error in done.node_errors["look"]["errors"]]
+    assert places == ["other"]
 
 
 # ---- installing ----

@@ -6,10 +6,12 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qwenlora import _core
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
-__all__ = ["Grid", "GridColumns", "GridRow"]
+__all__ = ["Grid", "GridColumns", "GridRow", "kind_of"]
 
 _BLOCK = re.compile(r"([a-z_]+)\.([0-9]+)\.(.+)")
 _ROWS: Mapping[str, str] = {
@@ -74,6 +76,15 @@ _OUTSIDE: Mapping[str, str] = {
     "all_final_layer.2-1.linear": "image out",
 }
 """Names of modules outside of the blocks, in their order."""
+
+
+_KINDS: Mapping[str, str] = {
+    "attn": "attention",
+    "mlp": "MLPs",
+    "mod": "modulation",
+    "rest": "outside of the blocks",
+}
+"""Names of kinds of layer, by the names that factors have."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +157,13 @@ class Grid:
     def width(self) -> int:
         """How many blocks there are."""
         return sum(columns.count for columns in self.columns)
+
+
+def kind_of(path: str) -> str:
+    """The kind of layer that a module is, in words."""
+    found = _core.layer_kinds(path)
+    kinds = () if found is None else found[1]
+    return next((title for kind, title in _KINDS.items() if kind in kinds), "other layers")
 
 
 def _is_rare(path: str) -> bool:

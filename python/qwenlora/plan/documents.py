@@ -41,6 +41,7 @@ __all__ = [
     "TensorRef",
     "plan_stack",
     "read_keys",
+    "read_producer",
     "slot_map",
 ]
 
@@ -407,3 +408,13 @@ def read_keys(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     document: dict[str, Any] = json.loads(_core.FilePlan.read(path).to_json())
     return document
+
+
+def read_producer(path: str | os.PathLike[str]) -> str:
+    """Say which program wrote a LoRA file, and how that is known, as `qwenlora-keys` does.
+
+    Raises:
+        LoraReadError: The file cannot be read.
+        LoraFileError: It is not a well-formed safetensors file.
+    """
+    return _core.FilePlan.read(path).producer
