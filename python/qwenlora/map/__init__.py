@@ -37,8 +37,8 @@ Several files give maps one below the other, on one scale. A file is a
 .safetensors or .sft file, or a PEFT folder; its strength is 1 unless given.
 
 Options:
-  -o, --output PICTURE      write the picture: .svg, or .png, which needs Pillow.
-                            Otherwise the map is drawn on the terminal
+  -o, --output PICTURE      write a picture: .svg, or .png, which needs Pillow;
+                            without it the map is drawn on the terminal
       --sum                 one map of all files together, at their strengths
       --blocks FACTORS      factors for the file before it, by block and kind of
                             layer: `0-19:1, 20-39:0.5; mod:0`
@@ -47,9 +47,9 @@ Options:
       --json                each map as one JSON object, a line each (schema 1)
   -h, --help                this text
 
-The number of a module is the rms of its delta, in shares of the rms of a typical
-weight of its width, 1 / sqrt(inputs). Deltas that are made of the base weight,
-as DoRA's and OFT's, have no size without it, and are hatched.
+The number of a module is the rms of its delta, in shares of the rms that a
+weight of its width typically has, 1 / sqrt(inputs). Deltas that are made of
+the base weight, as DoRA's and OFT's, have no size without it, and are hatched.
 
 Exit status:
    0  the size of all that is trained is in the maps

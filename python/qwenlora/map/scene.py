@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from unicodedata import east_asian_width
 
 from qwenlora.console import plain
 from qwenlora.map.change import DeltaMap, State
@@ -15,12 +17,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import TypeAlias
 
-__all__ = ["Line", "Rect", "Scene", "Text", "scene_of", "scene_of_text"]
+__all__ = ["MEANING", "Line", "Rect", "Scene", "Text", "scene_of", "scene_of_text", "summary"]
+
+MEANING = "rms of the delta; 100 % is a typical weight, of rms 1 / sqrt(inputs)"
+"""What the numbers are."""
 
 _GROUND: Color = (22, 24, 29)
 _TEXT: Color = (230, 232, 235)
 _QUIET: Color = (160, 168, 178)
-_EMPTY: Color = (34, 38, 45)
+_EMPTY: Color = (40, 44, 52)
 _HATCHED: Color = (58, 64, 74)
 _MARK: Color = (214, 219, 226)
 _ALARM: Color = (255, 128, 114)
@@ -126,7 +131,7 @@ class _Panel:
         self._text(_MARGIN, y, _short(self._map.title, self._scene.width), _LARGE, _TEXT)
         y += 20
         self._text(_MARGIN, y, _short(summary(self._map), self._scene.width), _NORMAL, _QUIET)
-        y += 24
+        y += 24 if len(self._grid.columns) == 1 else 40
         self._columns(y)
         y += 7
         for row in self._grid.rows:
@@ -222,7 +227,7 @@ def _marked_cell(x: float, y: float, state: State | None) -> list[Shape]:
 
 _LEGEND: tuple[tuple[State | None, str], ...] = (
     (None, "not trained"),
-    (State.ZERO, "delta is zero"),
+    (State.ZERO, "zero"),
     (State.NEEDS_BASE, "needs the base weight"),
     (State.LEFT_OUT, "not applied"),
     (State.DAMAGED, "NaN or infinity"),
@@ -245,8 +250,7 @@ def _legend(scene: Scene, maps: Sequence[DeltaMap], scale: Scale, y: float) -> f
         scene.shapes.append(Line(x + at, y + _CELL - 4, x + at, y + _CELL, _QUIET))
         label = percent(tick)
         scene.shapes.append(Text(x + at, y + _CELL + 12, label, _SMALL, _QUIET, "middle"))
-    text = "rms of the delta in shares of a typical weight's, 1 / sqrt(inputs)"
-    scene.shapes.append(Text(x + _LEGEND_WIDTH + 24, y + 10, text, _SMALL, _QUIET))
+    scene.shapes.append(Text(x + _LEGEND_WIDTH + 24, y + 10, MEANING, _SMALL, _QUIET))
     own = {None} | {change.state for own in maps for change in own.modules.values()}
     y += _CELL + 26
     for state, label in _LEGEND:
@@ -273,7 +277,10 @@ def summary(own: DeltaMap) -> str:
 
 
 def _short(text: str, width: float) -> str:
-    """As much of a text as surely fits, on one line."""
-    most = int((width - 2 * _MARGIN) / _TITLE_WIDTH)
+    """As much of a text as surely fits, on one line; letters of some scripts are twice as wide."""
+    most = (width - 2 * _MARGIN) / _TITLE_WIDTH
     own = plain(text)
-    return own if len(own) <= most else f"{own[: most - 3]}..."
+    ends = list(itertools.accumulate(2 if east_asian_width(c) in "WF" else 1 for c in own))
+    if not ends or ends[-1] <= most:
+        return own
+    return own[: sum(end <= most - 3 for end in ends)] + "..."

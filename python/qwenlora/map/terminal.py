@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from qwenlora.console import plain
 from qwenlora.map.change import DeltaMap, State
 from qwenlora.map.grid import Grid
 from qwenlora.map.scale import Scale, color_at, percent
-from qwenlora.map.scene import summary
+from qwenlora.map.scene import MEANING, summary
 
 if TYPE_CHECKING:
     from qwenlora.map.scale import Color
@@ -24,12 +25,14 @@ COLOR_CHOICES = ("auto", "always", "never")
 _LEVELS = 10
 _MARKS: Mapping[State | None, tuple[str, str]] = {
     None: (".", "not trained"),
-    State.ZERO: ("o", "delta is zero"),
+    State.ZERO: ("o", "zero"),
     State.NEEDS_BASE: ("/", "needs the base weight"),
     State.LEFT_OUT: ("-", "not applied"),
     State.DAMAGED: ("!", "NaN or infinity"),
 }
 _GROUND: Color = (58, 64, 74)
+_CUBE = (0, 95, 135, 175, 215, 255)
+"""Values of the cube's sides."""
 _WIDTH = 80
 _RESET = "\x1b[0m"
 
@@ -81,7 +84,7 @@ def _panel(own: DeltaMap, scale: Scale, colors: Colors) -> Iterator[str]:
     labels = [row.label for row in grid.rows]
     margin = max(map(len, labels), default=0) + 2
     yield plain(own.title)
-    yield plain(summary(own))
+    yield from textwrap.wrap(plain(summary(own)), _WIDTH)
     yield from _heads(grid, margin)
     for row in grid.rows:
         lists = [
@@ -149,7 +152,9 @@ def _mark(state: State | None, colors: Colors) -> str:
 def _background(color: Color, colors: Colors) -> str:
     if colors is Colors.TRUE:
         return "\x1b[48;2;{};{};{}m".format(*color)
-    red, green, blue = (max(0, round((own - 35) / 40)) for own in color)
+    red, green, blue = (
+        min(range(len(_CUBE)), key=lambda at: abs(_CUBE[at] - own)) for own in color
+    )
     return f"\x1b[48;5;{16 + 36 * red + 6 * green + blue}m"
 
 
@@ -162,9 +167,9 @@ def _legend(maps: Sequence[DeltaMap], scale: Scale, colors: Colors) -> Iterator[
     else:
         cells = (f"{_background(color_at(at / 29), colors)} {_RESET}" for at in range(30))
         yield f"{percent(scale.low)} {''.join(cells)} {percent(scale.high)}"
-    yield "rms of the delta in shares of a typical weight's, 1 / sqrt(inputs)"
+    yield MEANING
     states = {None} | {change.state for own in maps for change in own.modules.values()}
     marks = [
         f"{_mark(state, colors)} {label}" for state, (_, label) in _MARKS.items() if state in states
     ]
-    yield "   ".join(marks)
+    yield "  ".join(marks)
