@@ -77,6 +77,20 @@ def test_merge_commands(command: str, tmp_path: Path) -> None:
     assert (tmp_path / output[1]).exists()
 
 
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("qwenlora map")])
+def test_map_commands(command: str, tmp_path: Path) -> None:
+    write_lora(tmp_path / "style.safetensors", 3072, 4)
+    write_lora(tmp_path / "lightning.safetensors", 3072, 8)
+    program = [sys.executable, "-m", "qwenlora", *command.split()[1:]]
+    run = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    output = re.search(r"-o (\S+)", command)
+    if output is None:
+        assert "1 module, median " in run.stdout
+    else:
+        assert (tmp_path / output[1]).exists()
+
+
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make")])
 def test_make_verbs_exist(command: str) -> None:
     # Run whole by CI itself; running them here would recurse.
@@ -113,7 +127,7 @@ def test_install_commands(tmp_path: Path) -> None:
 
 
 def test_commands_are_all_run() -> None:
-    known = ("pip install ", "qwenlora-keys ", "qwenlora merge ", "make ")
+    known = ("pip install ", "qwenlora-keys ", "qwenlora map ", "qwenlora merge ", "make ")
     assert all(command.startswith(known) for command in commands())
 
 
