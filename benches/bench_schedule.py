@@ -2,11 +2,11 @@
 
     python benches/bench_schedule.py [--device cpu|cuda] [--blocks 8] [--rank 32] [--steps 20]
 
-A run of so many steps on a model whose low-rank branches have the real widths of Qwen-Image. Each step
-asks for its strengths as a forward does, and no forward runs. Shown are milliseconds a step: the
-median with the spread, the longest, and how many steps composed anything. Deltas are kept in host
-memory, as our ComfyUI nodes have it, or with `--keep` on the device, too. The first run is not
-counted: it reads the file.
+A run of so many steps on a model whose low-rank branches have the real widths of Qwen-Image. Each
+step asks for its strengths as a forward does, and no forward runs. Shown are milliseconds a step:
+the median with the spread, the longest, and how many steps composed anything. Deltas are kept in
+host memory, as our ComfyUI nodes have it, or with `--keep` on the device, too. The first run is
+not counted: it reads the file.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def main() -> None:
         size = first.stat().st_size / 1e6
         print(f"{args.device}, {args.blocks} blocks, rank {args.rank}, {size:.1f} MB a file")
         print(
-            "| schedule of one LoRA | steps that compose | a step that composes | longest | others |"
+            "| schedule of one LoRA | steps that compose"
+            " | a step that composes | longest | others |"
         )
         model = build_model(args.blocks, 32, args.device, Weights.LEAN)
         for name, schedule in _CASES.items():
