@@ -1,4 +1,7 @@
-"""ComfyUI's own LoRA loaders, hooks and merging nodes on a Nunchaku model: said, never silent."""
+"""ComfyUI's own LoRA loaders and merging nodes before ours: said, never silent.
+
+What they do behind ours is in `test_native.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,10 @@ import pytest
 import torch
 
 from . import test_nodes
-from .test_nodes import A, B, C, load
+from .test_nodes import A, B, load
 
 # The fixtures of the nodes' own tests.
 bench, files, pack = test_nodes.bench, test_nodes.files, test_nodes.pack
-
-NOTHING = "has no effect"
-PLAIN = "reaches the plain layers alone (6 weights), not the quantized blocks"
 
 
 def warned(caplog):
@@ -73,99 +73,6 @@ def runs(bench, graph):
 
 
 # ---- hooks ----
-
-
-def test_a_lora_hook_is_warned_of_once(runs, caplog):
-    nodes = {"hook": runs.hook(), "hooked": runs.cond("positive", "hook"), "lora": runs.ours()}
-    runs.run(nodes, ["lora", 0], positive=["hooked", 0])
-    (text,) = warned(caplog)
-    assert "LoRA hook of ComfyUI's" in text
-    assert PLAIN in text
-    assert "load the LoRA with a qwenlora node" in text
-    runs.run(nodes, ["lora", 0], positive=["hooked", 0])
-    assert warned(caplog) == []
-    nodes["hook"]["inputs"]["strength_model"] = 0.5
-    runs.run(nodes, ["lora", 0], positive=["hooked", 0])
-    assert len(warned(caplog)) == 1
-
-
-def test_a_hook_on_both_conds_and_down_a_chain_is_one(runs, caplog):
-    nodes = {
-        "hook": runs.hook(),
-        "hooked": runs.cond("positive", "hook"),
-        "other": runs.cond("negative", "hook"),
-        "lora": runs.ours(),
-        "more": runs.graph.node("QwenLoraLoader", model=["lora", 0], lora_name=C),
-    }
-    runs.run(nodes, ["more", 0], positive=["hooked", 0], negative=["other", 0])
-    assert len(warned(caplog)) == 1
-
-
-def test_two_hooks_are_two(runs, caplog):
-    nodes = {
-        "first": runs.hook(),
-        "second": runs.hook(C, prev_hooks=["first", 0]),
-        "hooked": runs.cond("positive", "second"),
-        "lora": runs.ours(),
-    }
-    runs.run(nodes, ["lora", 0], positive=["hooked", 0])
-    assert len(warned(caplog)) == 2
-
-
-@pytest.mark.parametrize("first", [0.0, 1.0])
-def test_a_hook_with_keyframes_is_warned_of(runs, caplog, first):
-    nodes = {
-        "hook": runs.hook(),
-        "frame": runs.graph.node("CreateHookKeyframe", strength_mult=first, start_percent=0.0),
-        "frames": runs.graph.node(
-            "CreateHookKeyframe", strength_mult=1.0, start_percent=0.5, prev_hook_kf=["frame", 0]
-        ),
-        "scheduled": runs.graph.node("SetHookKeyframes", hooks=["hook", 0], hook_kf=["frames", 0]),
-        "hooked": runs.cond("positive", "scheduled"),
-        "lora": runs.ours(),
-    }
-    for _ in range(2):
-        runs.run(nodes, ["lora", 0], positive=["hooked", 0])
-    (text,) = warned(caplog)
-    assert PLAIN in text
-
-
-def test_a_hook_of_blocks_alone_has_no_effect(runs, host, Draft, caplog):
-    draft = Draft(4)
-    draft.add("transformer_blocks.0.attn.to_q", 4).save(host.loras / "blocks.safetensors")
-    nodes = {
-        "hook": runs.hook("blocks.safetensors"),
-        "hooked": runs.cond("positive", "hook"),
-        "lora": runs.ours(),
-    }
-    runs.run(nodes, ["lora", 0], positive=["hooked", 0])
-    (text,) = warned(caplog)
-    assert NOTHING in text
-
-
-def test_a_hook_of_one_plain_layer_reaches_one_weight(runs, host, Draft, caplog):
-    draft = Draft(4).add("transformer_blocks.0.attn.to_q", 4).add("img_in", 4)
-    draft.save(host.loras / "some.safetensors")
-    nodes = {
-        "hook": runs.hook("some.safetensors"),
-        "hooked": runs.cond("positive", "hook"),
-        "lora": runs.ours(),
-    }
-    runs.run(nodes, ["lora", 0], positive=["hooked", 0])
-    (text,) = warned(caplog)
-    assert "(1 weight)" in text
-
-
-def test_a_model_as_a_hook_is_said_to_make_weights_wrong(runs, caplog):
-    import comfy.hooks
-
-    weights = runs.bench.model.model.state_dict()
-    hooks = comfy.hooks.create_hook_model_as_lora(weights, None, 1.0, 1.0)
-    model = runs.bench.models(one=[load(B)])[0].clone()
-    target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
-    model.register_all_hook_patches(hooks, target, {})
-    (text,) = warned(caplog)
-    assert "packed weights" in text
 
 
 @pytest.mark.parametrize(
@@ -232,9 +139,8 @@ def test_a_stock_loader_before_ours_is_in_the_report(bench, graph, caplog):
 
 
 @pytest.mark.parametrize("node", ["LoraLoaderModelOnly", "LoraLoader", "ModelMergeSimple"])
-@pytest.mark.parametrize("before", [True, False])
-def test_stock_patches_are_warned_of_once_for_each_change(
-    runs, graph, emulated_qwen, caplog, node, before
+def test_stock_patches_before_ours_are_warned_of_once_for_each_change(
+    runs, graph, emulated_qwen, caplog, node
 ):
     inputs = {"lora_name": A, "strength_model": 1.0, "strength_clip": 1.0, "clip": ["no clip", 0]}
     nodes = {"no clip": graph.source(None)}
@@ -245,17 +151,18 @@ def test_stock_patches_are_warned_of_once_for_each_change(
         nodes = {"other": graph.source(emulated_qwen)}
     field = "model1" if node == "ModelMergeSimple" else "model"
     nodes |= {"stock": graph.node(node, **inputs), "lora": runs.ours()}
-    nodes["stock"]["inputs"][field] = ["model", 0] if before else ["lora", 0]
-    nodes["lora"]["inputs"]["model"] = ["stock", 0] if before else ["model", 0]
+    nodes["stock"]["inputs"][field] = ["model", 0]
+    nodes["lora"]["inputs"]["model"] = ["stock", 0]
     for again in (False, False, True):
         if again and node != "ModelMergeSimple":
             nodes["stock"]["inputs"]["strength_model"] = 0.5
         elif again:
             nodes["stock"]["inputs"]["ratio"] = 0.25
-        runs.run(nodes, ["lora", 0] if before else ["stock", 0])
+        runs.run(nodes, ["lora", 0])
     texts = warned(caplog)
     assert len(texts) == 2
     assert all("have no effect on it" in text for text in texts)
+    assert all("put `Enable LoRA nodes (Nunchaku)` between" in text for text in texts)
 
 
 def test_a_patcher_that_applies_patches_reaches_the_plain_layers(bench, graph, caplog):

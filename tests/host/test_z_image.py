@@ -479,20 +479,82 @@ def test_the_report_says_that_comfyuis_patches_are_there(emulated, loads, two, c
     assert not [record for record in caplog.records if record.name == "qwenlora"]
 
 
-def test_a_lora_hook_reaches_the_plain_layers_alone(emulated, loads, two, z_image, caplog):
+@pytest.fixture
+def enabled(emulated, pack):
+    return _enable(emulated)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_enabled_all_goes_through_our_engine(dense, emulated, enabled, loads, z_image, spelling):
+    loads.put(A, SPELLINGS[spelling]())
+    base = z_image.ksample(emulated)
+    assert torch.equal(z_image.ksample(enabled), base)
+    stock = loads.stock(enabled, A, 0.7)
+    assert stock.patches == {}
+    found, expected = z_image.ksample(stock), z_image.ksample(loads.stock(dense, A, 0.7))
+    assert error(expected, base) > 0.05
+    assert error(found, expected) < EXACT
+    assert torch.equal(z_image.ksample(loads.ours(emulated, A, 0.7)), found)
+    assert torch.equal(z_image.ksample(emulated), base)
+    assert read_state(emulated.model.diffusion_model) is EMPTY
+
+
+def kron(modules, seed):
+    """LoKrs, which the loader's own patcher does not take."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name in modules:
+        inputs, outputs = MODULES[name]
+        tensors[f"diffusion_model.{name}.lokr_w1"] = 0.2 * torch.randn(4, 4, generator=generator)
+        small = torch.randn(outputs // 4, inputs // 4, generator=generator)
+        tensors[f"diffusion_model.{name}.lokr_w2"] = 0.05 * small
+    return tensors
+
+
+def test_enabled_takes_more_than_pairs(dense, emulated, enabled, loads, z_image):
+    loads.put(A, kron(["layers.0.attention.to_out.0", "layers.1.adaLN_modulation.0"], 4))
+    base = z_image.ksample(emulated)
+    found = z_image.ksample(loads.stock(enabled, A, 0.7))
+    assert error(found, base) > 1e-3
+    assert error(found, z_image.ksample(loads.stock(dense, A, 0.7))) < EXACT
+
+
+def hooked(z_image, seed, name, strength):
     import nodes
 
-    (hooks,) = nodes.NODE_CLASS_MAPPINGS["CreateHookLora"]().create_hook(A, 1.0, 1.0)
-    hooked = [[cond, {**options, "hooks": hooks}] for cond, options in z_image.conditioning(1)]
+    create = nodes.NODE_CLASS_MAPPINGS["CreateHookLora"]()
+    (hooks,) = create.create_hook(name, strength, 1.0)
+    return [[cond, {**own, "hooks": hooks}] for cond, own in z_image.conditioning(seed)]
+
+
+@pytest.mark.parametrize("loader", ["none", "behind", "before"])
+def test_enabled_lora_hooks_work(
+    dense, emulated, enabled, loads, two, z_image, loader, composed, caplog
+):
     base = z_image.ksample(emulated)
-    model = loads.ours(emulated, B)
-    expected = z_image.ksample(model)
-    assert not torch.equal(z_image.ksample(model, positive=hooked, cfg=2.0), expected)
-    (text,) = [r.getMessage() for r in caplog.records if r.name == "qwenlora"]
-    # Three modulations and the six plain linears outside of blocks.
-    assert "reaches the plain layers alone (9 weights), not the quantized blocks" in text
-    assert torch.equal(z_image.ksample(model), expected)
+    models = [enabled, dense]
+    if loader == "behind":
+        models = [loads.stock(model, B, 0.6) for model in models]
+    elif loader == "before":
+        # The loader's own patcher joins these with the layers, and ours come on top.
+        early = loads.stock(emulated, B, 0.6)
+        models = [_enable(early), loads.stock(dense, B, 0.6)]
+    conds = {
+        "positive": hooked(z_image, 1, A, 0.8),
+        "negative": hooked(z_image, 2, B, -0.5),
+        "cfg": 2.0,
+    }
+    found, expected = (z_image.ksample(model, **conds) for model in models)
+    assert error(found, base) > 0.05
+    assert error(found, expected) < EXACT
+    assert read_state(emulated.model.diffusion_model) is EMPTY
     assert torch.equal(z_image.ksample(emulated), base)
+
+
+def _enable(model):
+    import nodes
+
+    return nodes.NODE_CLASS_MAPPINGS["QwenLoraEnable"]().enable(model)[0]
 
 
 def test_a_text_encoders_hook_is_not_warned_of(emulated, loads, two, z_image, caplog):

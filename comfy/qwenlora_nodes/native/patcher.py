@@ -234,7 +234,9 @@ def last_sets(model: ModelPatcher) -> list[LoraSet]:
 
 def _settle(model: Any, calls: tuple[Call, ...]) -> LoraSet | None:
     """Make calls a part of the set that a patcher asks for."""
-    planned = _planned(model, calls) if calls else None
+    if not calls:
+        return host.set_of(model)
+    planned = _planned(model, calls)
     if planned is not None:
         wanted, report = planned
         before = host.set_of(model)
