@@ -48,16 +48,16 @@ class Twins:
         seed: Noise of the next sampling.
     """
 
-    def __init__(self, graph: Graph, qwen: Any, dense: ModelPatcher, packed: ModelPatcher) -> None:
-        self.graph, self.qwen, self.dense, self.packed = graph, qwen, dense, packed
+    def __init__(self, graph: Graph, small: Any, dense: ModelPatcher, packed: ModelPatcher) -> None:
+        self.graph, self.dense, self.packed = graph, dense, packed
         self.seed = 5
         self.sources = {
             "dense": graph.source(dense),
             "packed": graph.source(packed),
-            "positive": graph.source(qwen.conditioning(1)),
-            "negative": graph.source(qwen.conditioning(2)),
-            "other": graph.source(qwen.conditioning(3, tokens=7)),
-            "latent": graph.source(qwen.empty_latent()),
+            "positive": graph.source(small.conditioning(1)),
+            "negative": graph.source(small.conditioning(2)),
+            "other": graph.source(small.conditioning(3, tokens=7)),
+            "latent": graph.source({"samples": torch.zeros(1, 16, 8, 8)}),
             "no clip": graph.source(None),
         }
 
