@@ -286,18 +286,31 @@ def test_other_nodes_of_a_models_way(twins, chain):
     twins.agree(chain, nodes, **HOOKED)
 
 
+def test_a_patcher_that_writes_patches_into_dense_layers(twins):
+    """ComfyUI's own: what a loader gives is applied once there, too."""
+    from comfy.model_patcher import ModelPatcher
+
+    packed = twins.packed
+    plain = ModelPatcher(packed.model, packed.load_device, packed.offload_device)
+    twins.sources["packed"] = twins.graph.source(plain)
+    base = twins.sample("packed")
+    nodes = {"hook": twins.hook(C, 0.8), "hooked": twins.hooked("positive", ["hook", 0])}
+    twins.agree([native(A, 0.8), ours(B, 0.5)], nodes, **HOOKED)
+    assert torch.equal(twins.sample("packed"), base)
+
+
 # ---- Z-Image ----
 
 ALL, SOME = "z.safetensors", "some.safetensors"
 
 
-@pytest.fixture(params=[False, True], ids=["packed refiners", "dense refiners"])
-def z_twins(pack, graph, host, z_image, untouched, made, request):
+@pytest.fixture
+def z_twins(pack, graph, host, z_image, untouched, made):
     some = [name for name in MODULES if "to_k" in name or "w3" in name or "embedder" in name]
     for name, modules in ((ALL, MODULES), (SOME, some)):
         save_file(draft(modules, len(modules)), host.loras / name)
-    packed = made(dense_refiners=request.param)
-    yield Twins(graph, z_image, anew(untouched), packed)
+    # Dense layers beside packed ones: ComfyUI's loader and ours reach both.
+    yield Twins(graph, z_image, anew(untouched), made(dense_refiners=True))
     for name in (ALL, SOME):
         (host.loras / name).unlink()
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import qwenlora
+import qwenlora.runtime
 
 from . import test_compiled, test_native_proof, test_nodes
 from .test_nodes import A, B, C
@@ -127,12 +128,6 @@ def test_what_is_given_stays_as_it_is(twins):
 # ---- memory ----
 
 
-def added(model, bare):
-    """Bytes that a MODEL announces beyond the bare one, and those that its LoRAs take."""
-    applied = qwenlora.applied(model.model.diffusion_model)
-    return model.model_size() - bare, applied.added_bytes
-
-
 def model_of(twins, chain, nodes=None, **sampler):
     """A MODEL that was sampled."""
     made, model = twins.way("packed", ["packed", 0], chain)
@@ -143,25 +138,45 @@ def model_of(twins, chain, nodes=None, **sampler):
     return twins.run(prompt).values["model"]
 
 
+def announced(twins, chain, nodes=None, **sampler):
+    """Bytes that a MODEL says it takes when it is loaded, beyond those of the bare one."""
+    return model_of(twins, chain, nodes, **sampler).model_size() - twins.packed.model_size()
+
+
 @pytest.mark.parametrize(
-    "chain",
+    ("chain", "same"),
     [
-        [ENABLE],
-        [ENABLE, native(A, 0.8)],
-        [ENABLE, native(A, 0.8), native(B), ENABLE],
-        [ours(A, 0.8), native(B)],
-        [native(A)],
+        ([ENABLE], []),
+        ([ENABLE, native(A, 0.8)], [ours(A)]),
+        ([ENABLE, native(A, 0.8), native(B), ENABLE], [ours(A), ours(B)]),
+        ([ours(A, 0.8), native(B)], [ours(A), ours(B)]),
+        ([native(A)], []),
     ],
 )
-def test_a_model_announces_what_its_loras_take(twins, chain):
-    bare = twins.packed.model_size()
-    model = model_of(twins, chain)
-    announced, taken = added(model, bare)
-    assert announced == taken
-    assert (taken > 0) == any(node != "QwenLoraEnable" for node, _ in chain[1:] or chain)
-    clone = model.clone().clone()
-    assert clone.model_size() - bare == taken
-    assert twins.packed.model_size() == bare
+def test_a_model_announces_what_our_own_loaders_would(twins, chain, same):
+    found = announced(twins, chain)
+    taken = qwenlora.applied(twins.packed.model.diffusion_model).added_bytes
+    clone = model_of(twins, chain).clone().clone()
+    assert clone.model_size() - twins.packed.model_size() == found
+    assert found >= taken
+    assert found == announced(twins, same)
+    assert (taken > 0) == bool(same)
+
+
+def test_hooks_are_announced_before_they_are_loaded(twins, monkeypatch):
+    import comfy.model_management
+
+    bare, seen = twins.packed.model_size(), []
+    load = comfy.model_management.load_models_gpu
+
+    def spy(models, *args, **kwargs):
+        seen.extend(model.model_size() - bare for model in models)
+        return load(models, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", spy)
+    twins.sample("packed", [ENABLE, native(C)], two_hooks(twins), **HOOKED)
+    monkeypatch.undo()
+    assert seen == [announced(twins, [ours(A), ours(B), ours(C)])]
 
 
 def test_200_alternations_of_two_hooks_grow_nothing(twins, graph):
@@ -193,24 +208,46 @@ def test_200_alternations_of_two_hooks_grow_nothing(twins, graph):
     assert seen[1:] == seen[:1] * 4
 
 
-def test_a_hook_again_composes_from_what_is_kept(twins, composed):
-    """The host's own objects are the identity: no other step, node or run makes them new."""
-    nodes, prompt = two_hooks(twins), {}
-    made, link = twins.way("packed", ["packed", 0], [ENABLE])
-    for seed in range(2):
-        twins.seed = seed
-        prompt = {**nodes, **made, "sampler": twins.ksampler(link, **HOOKED)}
-        prompt["out"] = twins.graph.sink("out", ["sampler", 0])
-        twins.run(prompt)
-    assert len({wanted.key for wanted in composed}) == 2
-    assert len(composed) == 2 * 2 * 4
+@pytest.fixture
+def keys(monkeypatch):
+    """Keys of the stacks that the runtime composed, which keep no stack alive."""
+    seen = []
+    bring = qwenlora.runtime.bring
+
+    def noting(module, wanted, **options):
+        seen.append(hash(wanted.key))
+        return bring(module, wanted, **options)
+
+    monkeypatch.setattr("qwenlora.runtime.bring", noting)
+    return seen
 
 
-def test_the_same_loader_again_composes_nothing(twins, composed):
+def in_turns(twins, chain, nodes=None, **links):
+    """Three runs of which the host keeps all but the sampler."""
+    made, link = twins.way("packed", ["packed", 0], chain)
     for seed in range(3):
         twins.seed = seed
-        twins.sample("packed", [ENABLE, native(A, 0.8)])
-    assert len(composed) == 1
+        prompt = {**(nodes or {}), **made, "sampler": twins.ksampler(link, **links)}
+        twins.run(prompt | {"out": twins.graph.sink("out", ["sampler", 0])})
+
+
+def test_a_hook_of_the_run_before_is_the_same_lora(twins, keys):
+    in_turns(twins, [ENABLE], two_hooks(twins), **HOOKED)
+    assert len(set(keys)) == 2
+    # Twice at each of four steps; the first of a run may be in place from the one before.
+    assert 3 * 2 * 4 - 2 <= len(keys) <= 3 * 2 * 4
+
+
+def test_one_hook_on_both_prompts_is_composed_once(twins, keys):
+    nodes = two_hooks(twins)
+    nodes["avoided"] = twins.hooked("negative", ["hook", 0])
+    in_turns(twins, [ENABLE], nodes, **HOOKED)
+    assert len(keys) == 1
+
+
+def test_the_same_loader_again_composes_nothing(twins, keys):
+    in_turns(twins, [ENABLE, native(A, 0.8), native(B)])
+    assert len(keys) == 1
 
 
 # ---- block offload ----
@@ -244,7 +281,9 @@ def compiled(model):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("before", [True, False], ids=["before", "behind"])
-def test_compiled_before_and_behind_the_enabling_node(twins, before):
+def test_compiled_before_and_behind_the_enabling_node(graph, pack, files, qwen, nunchaku, before):
+    dense = qwen.small_qwen(num_layers=1)
+    twins = test_native_proof.Twins(graph, qwen, dense, nunchaku.emulated_qwen(dense))
     nodes, base = two_hooks(twins), twins.sample("packed")
     (chain, dense) = ([ENABLE, native(C, 0.5)], [native(C, 0.5)])
     expected = {
@@ -346,10 +385,10 @@ def saved(twins, host, chain, name):
     return load_file(path)
 
 
-@pytest.mark.parametrize("chain", [[ENABLE], [ENABLE, native(A, 0.8)], [ours(B), native(A)]])
+@pytest.mark.parametrize("chain", [[], [ENABLE], [ENABLE, native(A, 0.8)], [ours(B), native(A)]])
 def test_saving_writes_the_base_whatever_was_composed(twins, host, chain):
     before = saved(twins, host, [], "before")
-    twins.sample("packed", chain)
+    twins.sample("packed", chain or [ours(A)])
     found = saved(twins, host, chain, "after")
     for path in (host.base / "output").rglob("*.safetensors"):
         path.unlink()
