@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 
 from qwenlora import LoraSpec, cli, errors
 from qwenlora.map.change import DeltaMap, ModuleChange, State
-from qwenlora.map.energy import energies_of
 from qwenlora.map.grid import Grid
 from qwenlora.map.job import map_loras
 from qwenlora.map.png import to_image, to_png
@@ -337,8 +336,20 @@ def test_refusals(mapped, tmp_path):
         mapped((tmp_path / "none.safetensors", 1.0))
 
 
-def test_no_module_is_none():
-    assert energies_of([]) == []
+def test_torchs_threads_are_as_they_were(mapped):
+    """Also after an error; meanwhile there is one."""
+    threads = torch.get_num_threads()
+    file = File(1).pair("proj_out", 16, 48)
+    mapped((file, 1.0))
+    assert torch.get_num_threads() == threads
+
+    def progress(_done, _all):
+        assert torch.get_num_threads() == 1
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        map_loras([LoraSpec(file.tensors)], known=KNOWN, progress=progress)
+    assert torch.get_num_threads() == threads
 
 
 # ---- scale ----

@@ -9,6 +9,7 @@ is formed whole. NaN and infinity in a tensor make the result NaN or infinite.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,16 +20,13 @@ from qwenlora.delta.adapters.table import adapter_named
 from qwenlora.merge.combine import stacked
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
     from qwenlora.merge.member import Member
 
-__all__ = ["energies_of"]
-
-Module = tuple["Sequence[Member]", tuple[int, int]]
-"""The deltas of a module, at least one, none of which needs the base weight; and its (out, in)."""
+__all__ = ["energy_of"]
 
 _CANCELLED = 1e-2
 """A sum below this share of its ranks' own energies loses digits in float32: float64 follows."""
@@ -38,70 +36,31 @@ _ROUNDED_ROWS = 1e-11
 """The same of rows that are formed in float32."""
 
 
-def energies_of(modules: Sequence[Module]) -> list[float]:
-    """The squared norms of the sums of modules' deltas, strengths and scales included.
+def energy_of(members: Sequence[Member], sides: tuple[int, int]) -> float:
+    """The squared norm of the sum of a module's deltas, strengths and scales included.
 
-    Pairs of one shape are measured together: one product over many of them takes less than many
-    products, and far less where the cores are busy with something else.
+    Args:
+        members: At least one; none that needs the base weight.
+        sides: (out, in) of the module.
 
     Returns:
-        NaN or infinity where a tensor, or a sum, is not finite.
+        NaN or infinity where a tensor, or the sum, is not finite.
     """
-    alike: dict[Hashable, list[int]] = {}
-    energies = [0.0] * len(modules)
-    for at, (members, sides) in enumerate(modules):
-        if all(member.is_stored for member in members):
-            alike.setdefault(tuple(map(_form, members)), []).append(at)
-        else:
-            energies[at] = _energy_of(members, sides)
-    for places in alike.values():
-        for at, energy in zip(places, _of_alike([modules[at][0] for at in places]), strict=True):
-            energies[at] = energy
-    return energies
-
-
-def _form(member: Member) -> Hashable:
-    pair = member.factors()
-    return pair.down.shape, pair.down.dtype, pair.up.shape, pair.up.dtype
-
-
-def _of_alike(modules: Sequence[Sequence[Member]]) -> list[float]:
-    """The squared norms of modules whose stored pairs have the same shapes."""
-    downs, ups, factors = [], [], []
-    for members in zip(*modules, strict=True):
-        pairs = [member.factors() for member in members]
-        downs.append(torch.stack([pair.down for pair in pairs]).to(torch.float32))
-        ups.append(torch.stack([pair.up for pair in pairs]).to(torch.float32))
-        own = torch.tensor([member.factor for member in members], dtype=torch.float64)
-        factors.append(own.unsqueeze(1).expand(-1, ups[-1].shape[2]))
-    # (n, R, in), (n, out, R) and (n, R)
-    down, up, factor = _joined(downs, dim=1), _joined(ups, dim=2), torch.cat(factors, dim=1)
-    # (n, R, R)
-    products = (up.mT @ up).double() * (down @ down.mT).double()
-    products *= factor.unsqueeze(1) * factor.unsqueeze(2)
-    totals = products.sum(dim=(1, 2)).tolist()
-    alone = products.diagonal(dim1=1, dim2=2).sum(dim=1).tolist()
-    return [
-        # False for NaN, too.
-        total if total > _CANCELLED * most else _of_pair(*stacked(members))
-        for total, most, members in zip(totals, alone, modules, strict=True)
-    ]
-
-
-def _joined(tensors: Sequence[Tensor], *, dim: int) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=dim)
-
-
-def _energy_of(members: Sequence[Member], sides: tuple[int, int]) -> float:
-    if all(_is_small_pair(member, sides) for member in members):
-        return _of_pair(*stacked(members))
-    if len(members) == 1:
-        member = members[0]
-        if member.piece.adapter == "lokr":
-            return _of_kron(member) * member.factor**2
-        if member.piece.adapter == "full":
-            return _square(member.tensors["diff"][_rows(member)]) * member.factor**2
-    return _of_rows(members, sides)
+    if len(members) > 1:
+        if all(_is_small_pair(member, sides) for member in members):
+            return _of_pair(*stacked(members))
+        return _of_rows(members, sides)
+    member = members[0]
+    if _is_small_pair(member, sides):
+        pair = member.factors()
+        energy = _of_pair(pair.down, pair.up)
+    elif member.piece.adapter == "lokr":
+        energy = _of_kron(member)
+    elif member.piece.adapter == "full":
+        energy = _square(member.tensors["diff"][_rows(member)])
+    else:
+        return _of_rows(members, sides)
+    return energy * member.factor**2
 
 
 def _is_small_pair(member: Member, sides: tuple[int, int]) -> bool:
@@ -116,11 +75,15 @@ def _is_small_pair(member: Member, sides: tuple[int, int]) -> bool:
 
 
 def _of_pair(down: Tensor, up: Tensor) -> float:
-    """The squared norm of up (out, r) times down (r, in), in float64."""
-    left, right = up.double(), down.double()
-    # (r, r)
-    products = (left.mT @ left) * (right @ right.mT)
-    total, alone = float(products.sum()), float(products.diagonal().sum())
+    """The squared norm of up (out, r) times down (r, in)."""
+    for dtype in (torch.float32, torch.float64):
+        left, right = up.to(dtype), down.to(dtype)
+        # (r, r)
+        products = (left.mT @ left).double() * (right @ right.mT).double()
+        total, alone = float(products.sum()), float(products.diagonal().sum())
+        # False for NaN, too.
+        if total > _CANCELLED * alone and math.isfinite(total):
+            return total
     return 0.0 if total <= _ROUNDED * alone else total
 
 

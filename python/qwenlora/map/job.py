@@ -17,7 +17,7 @@ from qwenlora.delta.strength import factor_at
 from qwenlora.errors import NothingToApplyError
 from qwenlora.lora_set import LoraSet
 from qwenlora.map.change import DeltaMap, ModuleChange, State
-from qwenlora.map.energy import energies_of
+from qwenlora.map.energy import energy_of
 from qwenlora.merge.based_member import needs_base
 from qwenlora.merge.diffs import Value, is_value, sum_values
 from qwenlora.merge.folder import check_folder
@@ -38,10 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["map_loras"]
 
 Progress = Callable[[int, int], None]
-"""Called as `progress(done, all)` before some slots are read."""
+"""Called as `progress(done, all)` before each slot."""
 _Read = tuple["Piece", dict[str, "Tensor"]]
-_CHUNK_BYTES = 64 << 20
-"""Bytes that are read at once; much less would make products small."""
 _ANY_MODEL = "qwen-image"
 """On its slots files are planned that are for no known model, to be refused."""
 
@@ -55,12 +53,12 @@ def map_loras(
 ) -> DeltaMap:
     """Measure how strongly each module is changed by the sum of LoRAs at their strengths.
 
-    The tensors of some slots are in memory at a time.
+    The tensors of one slot are in memory at a time.
 
     Args:
         specs: Files and PEFT folders with strengths; at least one is not 0.
         title: What the map is called; by default the LoRAs' names and strengths.
-        progress: Called before some slots are read.
+        progress: Called before each slot.
         known: The model's slots by path; by default those of the released model that the LoRAs
             are for.
 
@@ -76,16 +74,14 @@ def map_loras(
             check_folder(Path(spec.source))
     plan = _Plan.of(specs, known)
     found = _Findings(plan.known)
-    with contextlib.ExitStack() as closing, torch.no_grad():
+    with contextlib.ExitStack() as closing, torch.no_grad(), _one_thread():
         fetchers = []
         for source in plan.wanted.sources:
             fetchers.append(source.open())
             closing.callback(fetchers[-1].close)
-        done = 0
-        for slots in _chunks(plan.slots):
+        for done, slot in enumerate(plan.slots):
             progress(done, len(plan.slots))
-            found.measure(slots, _read(slots, fetchers), plan.wanted.specs)
-            done += len(slots)
+            found.measure(slot, _read(slot, fetchers), plan.wanted.specs)
         for fetcher in fetchers:
             fetcher.finish()
     for skip in plan.skipped:
@@ -97,6 +93,21 @@ def map_loras(
         modules=found.in_model_order(),
         left_out=found.left_out,
     )
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Have torch compute on this thread alone.
+
+    Its threads wait for each other in every operation, of which there are hundreds. Where something
+    else keeps the cores busy, each wait takes a time slice: a map takes ten times as long.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -134,38 +145,13 @@ class _Plan:
         return " + ".join(f"{name} x {spec.strength:g}" for name, spec in names)
 
 
-def _chunks(slots: Sequence[SlotPlan]) -> Iterator[list[SlotPlan]]:
-    """Slots in order, as many at a time as are read at once."""
-    chunk: list[SlotPlan] = []
-    size = 0
-    for slot in slots:
-        own = sum(ref.len_bytes for piece in slot.pieces for ref in piece.tensors.values())
-        if chunk and size + own > _CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(slot)
-        size += own
-    if chunk:
-        yield chunk
-
-
-def _read(slots: Sequence[SlotPlan], fetchers: Sequence[TensorFetcher]) -> list[list[_Read]]:
-    """Each slot's pieces with their tensors; with none where they need the base weight."""
-    read: list[list[_Read]] = [[] for _ in slots]
+def _read(slot: SlotPlan, fetchers: Sequence[TensorFetcher]) -> list[_Read]:
+    """The slot's pieces with their tensors; with none where they need the base weight."""
+    read: list[_Read] = []
     for lora, fetcher in enumerate(fetchers):
-        own = [
-            (at, piece)
-            for at, slot in enumerate(slots)
-            for piece in slot.pieces
-            if piece.lora == lora
-        ]
-        stored = [(at, piece) for at, piece in own if not needs_base(piece)]
-        tensors = read_pieces([piece for _, piece in stored], fetcher)
-        for (at, _), row in zip(stored, tensors, strict=True):
-            read[at].append(row)
-        for at, piece in own:
-            if needs_base(piece):
-                read[at].append((piece, {}))
+        own = [piece for piece in slot.pieces if piece.lora == lora]
+        read += read_pieces([piece for piece in own if not needs_base(piece)], fetcher)
+        read += [(piece, {}) for piece in own if needs_base(piece)]
     return read
 
 
@@ -179,31 +165,21 @@ class _Findings:
         self.paths = dict.fromkeys(path for slot in known.values() for path in slot.rows)
         self.left_out = 0
 
-    def measure(
-        self,
-        slots: Sequence[SlotPlan],
-        read: Sequence[Sequence[_Read]],
-        specs: Sequence[LoraSpec],
-    ) -> None:
-        """Measure the modules of some slots."""
-        found: list[tuple[str, KnownSlot, list[Member], float]] = []
-        for slot, rows_read in zip(slots, read, strict=True):
-            known = self._known[slot.path]
-            values = _values(slot, rows_read, specs, known)
-            for path, rows in known.rows.items():
-                own = [row for row in rows_read if covers(row[0], rows)]
-                based = dict.fromkeys(piece.adapter for piece, _ in own if needs_base(piece))
-                if based:
-                    reason = f"its delta is made of the base weight ({', '.join(based)})"
-                    self._found[path] = ModuleChange(State.NEEDS_BASE, reason=reason)
-                elif own:
-                    weights = [row for row in own if not is_value(row[0], slot)]
-                    members = [_member(*row, rows, specs) for row in weights]
-                    found.append((path, known, members, values.get(path, 0.0)))
-        energies = energies_of([(own, known.sides) for _, known, own, _ in found if own])
-        rest = iter(energies)
-        for path, known, members, value in found:
-            self._found[path] = _change(known, next(rest) if members else 0.0, value)
+    def measure(self, slot: SlotPlan, read: Sequence[_Read], specs: Sequence[LoraSpec]) -> None:
+        """Measure the modules of a slot."""
+        known = self._known[slot.path]
+        values = _values(slot, read, specs, known)
+        for path, rows in known.rows.items():
+            own = [row for row in read if covers(row[0], rows)]
+            based = dict.fromkeys(piece.adapter for piece, _ in own if needs_base(piece))
+            if based:
+                reason = f"its delta is made of the base weight ({', '.join(based)})"
+                self._found[path] = ModuleChange(State.NEEDS_BASE, reason=reason)
+            elif own:
+                weights = [row for row in own if not is_value(row[0], slot)]
+                members = [_member(*row, rows, specs) for row in weights]
+                weight = energy_of(members, known.sides) if members else 0.0
+                self._found[path] = _change(known, weight, values.get(path, 0.0))
 
     def leave_out(self, skip: Skip) -> None:
         """Note a module, or a tensor, that is not applied."""

@@ -243,13 +243,13 @@ def _legend(scene: Scene, maps: Sequence[DeltaMap], scale: Scale, y: float) -> f
         scene.shapes.append(Rect(x + at * step, y, step + 0.5, _CELL - 4, color))
     before = -float(_TICK_DISTANCE)
     for tick in scale.ticks():
-        at = _LEGEND_WIDTH * scale.place(tick)
-        if at - before < _TICK_DISTANCE:
+        along = _LEGEND_WIDTH * scale.place(tick)
+        if along - before < _TICK_DISTANCE:
             continue
-        before = at
-        scene.shapes.append(Line(x + at, y + _CELL - 4, x + at, y + _CELL, _QUIET))
+        before = along
+        scene.shapes.append(Line(x + along, y + _CELL - 4, x + along, y + _CELL, _QUIET))
         label = percent(tick)
-        scene.shapes.append(Text(x + at, y + _CELL + 12, label, _SMALL, _QUIET, "middle"))
+        scene.shapes.append(Text(x + along, y + _CELL + 12, label, _SMALL, _QUIET, "middle"))
     scene.shapes.append(Text(x + _LEGEND_WIDTH + 24, y + 10, MEANING, _SMALL, _QUIET))
     own = {None} | {change.state for own in maps for change in own.modules.values()}
     y += _CELL + 26
