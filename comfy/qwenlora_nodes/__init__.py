@@ -25,5 +25,7 @@ except ImportError as error:
 else:
     from .host import warn_of_rivals
     from .registry import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+    from .reports import add_route
 
+    add_route()
     warn_of_rivals()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qwenlora.compose.planning import plan_report
 
 from . import host, native
 from .inputs import CATEGORY, Schema
+from .node_report import NodeReport, with_report
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -42,14 +44,16 @@ class QwenLoraEnable:
         """The inputs that the host draws."""
         return {"required": {"model": ("MODEL", {"tooltip": _MODEL_TIP})}}
 
-    def enable(self, model: ModelPatcher) -> tuple[ModelPatcher, str]:
+    def enable(self, model: ModelPatcher) -> dict[str, Any]:
         """Run the node; a model that is enabled already is passed on as it is."""
         host.warn_of_rivals()
         enabled = native.enable(model)
-        lines = ["LoRA nodes of ComfyUI and of other packs work on this model"]
+        line = "LoRA nodes of ComfyUI and of other packs work on this model"
+        report = NodeReport(line, line)
         wanted = native.wanted_set(enabled)
         if wanted is not None and wanted.specs:
-            lines = [plan_report(host.transformer_of(enabled), wanted).text()]
+            plan = plan_report(host.transformer_of(enabled), wanted)
+            report = NodeReport.of(plan, plan.text())
         if notice := host.patches_notice(enabled):
-            lines.append(f"  {notice}")
-        return enabled, "\n".join(lines)
+            report = replace(report, text=f"{report.text}\n  {notice}")
+        return with_report(report, enabled, report.text)

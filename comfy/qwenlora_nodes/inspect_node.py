@@ -19,9 +19,10 @@ from . import host
 from .description import describe
 from .inputs import CATEGORY, NAME_TIP, Schema, name_input
 from .loader_nodes import validate_name
+from .node_report import NodeReport, with_report
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from PIL.Image import Image
 
@@ -82,9 +83,20 @@ class QwenLoraInspect:
         words = About.of(plans[0]["metadata"]).prompt_words
         image = _picture(names)
         pixels = np.asarray(image, dtype=np.float32) / 255
-        shown = {"text": [text], "images": [host.preview(image, "qwenlora_map")]}
         # (1, height, width, 3), 0 to 1
-        return {"ui": shown, "result": (text, torch.from_numpy(pixels)[None], words)}
+        outputs = (text, torch.from_numpy(pixels)[None], words)
+        shown = {"text": [text], "images": [host.preview(image, "qwenlora_map")]}
+        return with_report(_report(names, plans, text), *outputs, **shown)
+
+
+def _report(names: Sequence[str], plans: Sequence[Mapping[str, Any]], text: str) -> NodeReport:
+    """What is shown on the node: the verdicts, the worse ones with their reasons."""
+    verdicts = [
+        f"{plan['verdict']}: {plan['reason'] or name}"
+        for name, plan in zip(names, plans, strict=True)
+    ]
+    whole = all(plan["verdict"] == "apply" for plan in plans)
+    return NodeReport("; ".join(verdicts), text, complete=whole)
 
 
 def _picture(names: Sequence[str]) -> Image:

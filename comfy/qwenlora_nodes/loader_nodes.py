@@ -21,6 +21,7 @@ from .inputs import (
     name_input,
     strength_input,
 )
+from .node_report import with_report
 from .request import Request, extend_model
 from .rows import InputError, as_row, read_rows
 
@@ -94,9 +95,10 @@ class LoraNode:
         self.request(inputs).find_files()
         return ["model"]
 
-    def load(self, model: ModelPatcher, **inputs: Any) -> tuple[ModelPatcher, str]:
+    def load(self, model: ModelPatcher, **inputs: Any) -> dict[str, Any]:
         """Run the node."""
-        return extend_model(model, self.request(inputs))
+        model, report = extend_model(model, self.request(inputs))
+        return with_report(report, model, report.text)
 
     load_lora = load_lora_stack = load
 

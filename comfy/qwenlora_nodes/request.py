@@ -12,6 +12,7 @@ from qwenlora.errors import LoraNotFoundError
 
 from . import host, native
 from .control import EVERYWHERE, Control
+from .node_report import NodeReport
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -73,14 +74,15 @@ def _identity(name: str) -> tuple[int, int] | None:
         return None
 
 
-def extend_model(model: ModelPatcher, request: Request) -> tuple[ModelPatcher, str]:
+def extend_model(model: ModelPatcher, request: Request) -> tuple[ModelPatcher, NodeReport]:
     """A clone of the model with more LoRAs, and the report of what its whole stack will do.
 
     Where the request is of no effect it is the model itself.
     """
     host.warn_of_rivals()
     if not request.active:
-        return model, "no LoRA is active here: the model is passed on as it is"
+        line = "no LoRA is active here: the model is passed on as it is"
+        return model, NodeReport(line, line)
     transformer = host.transformer_of(model)
     before = native.wanted_set(model) or LoraSet.of(options=host.compose_options())
     control = request.control
@@ -110,4 +112,5 @@ def extend_model(model: ModelPatcher, request: Request) -> tuple[ModelPatcher, s
         text += f"\n  modulation layers are switched off (apply_awq_mod) for: {', '.join(without)}"
     for notice in filter(None, (control.note, host.patches_notice(model))):
         text += f"\n  {notice}"
-    return host.with_set(model, wanted, transformer, report.added_bytes), text
+    extended = host.with_set(model, wanted, transformer, report.added_bytes)
+    return extended, NodeReport.of(report, text)

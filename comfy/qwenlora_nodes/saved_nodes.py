@@ -18,6 +18,7 @@ from .inputs import (
     strength_input,
 )
 from .loader_nodes import LoraNode, validate_name
+from .node_report import with_report
 from .request import Request, extend_model
 from .rows import as_flag, as_row, read_rows
 from .saved import (
@@ -80,10 +81,10 @@ class _SavedStack(LoraNode):
         limit = int(count) if count.isdecimal() else None
         return Request(read_rows(inputs, limit=limit), modulation, offload)
 
-    def load(self, model: ModelPatcher, **inputs: Any) -> tuple[ModelPatcher, str]:
+    def load(self, model: ModelPatcher, **inputs: Any) -> dict[str, Any]:
         """Run the node."""
         _warn_of_settings(self.saved.restore(inputs))
-        return extend_model(model, self.request(inputs))
+        return super().load(model, **inputs)
 
     load_lora = load_lora_stack = load
 
@@ -116,10 +117,11 @@ class NunchakuQwenImageLoraLoader(_SavedStack):
         """One row; this node never had a switch for the modulation."""
         return Request((as_row(inputs),), offload=inputs.get("cpu_offload") == "enable")
 
-    def load(self, model: ModelPatcher, **inputs: Any) -> tuple[ModelPatcher, str]:
+    def load(self, model: ModelPatcher, **inputs: Any) -> dict[str, Any]:
         """Run the node."""
         _warn_of_settings(inputs)
-        return extend_model(model, self.request(inputs))
+        model, report = extend_model(model, self.request(inputs))
+        return with_report(report, model, report.text)
 
     load_lora = load_lora_stack = load
 
@@ -165,12 +167,11 @@ class _SavedStackWithClip(_SavedStack):
         schema = super().INPUT_TYPES()
         return {**schema, "optional": AnyInputs({**clip_input(), **schema["optional"]})}
 
-    def load(  # type: ignore[override]
-        self, model: ModelPatcher, clip: object = None, **inputs: Any
-    ) -> tuple[ModelPatcher, object, str]:
+    def load(self, model: ModelPatcher, clip: object = None, **inputs: Any) -> dict[str, Any]:
         """Run the node."""
-        model, report = super().load(model, **inputs)
-        return model, clip, report
+        _warn_of_settings(self.saved.restore(inputs))
+        model, report = extend_model(model, self.request(inputs))
+        return with_report(report, model, clip, report.text)
 
     load_lora = load_lora_stack = load
 

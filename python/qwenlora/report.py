@@ -275,12 +275,7 @@ class ComposeReport:
             return f"base model: composing failed ({self.failure})"
         if not self.loras:
             return "base model: no LoRA"
-        parts = [
-            f"{counted(len(self.loras), 'LoRA')} on {counted(len(self.slots), 'slot')}",
-            f"rank {_span(slot.rank_added for slot, _ in self.slots.counted())}",
-            f"{self.added_bytes / 1e6:.1f} MB",
-            f"{self.seconds:.2f} s",
-        ]
+        parts = [*self._extent(), f"{self.seconds:.2f} s"]
         if self.bus_bytes:
             parts.append(f"{self.bus_bytes / 1e6:.1f} MB per forward over the bus")
         compressed = sum(
@@ -295,6 +290,12 @@ class ComposeReport:
         if self.saved_bytes:
             parts.append(f"{self.saved_bytes / 1e6:.1f} MB saved")
         return f"{', '.join(parts)}; {'; '.join(self._remarks())}"
+
+    def headline(self) -> str:
+        """One line for little room: whether all is applied stands first, then the extent."""
+        if self.failure is not None or not self.loras:
+            return self.summary()
+        return f"{'; '.join(self._remarks())}: {', '.join(self._extent())}"
 
     def text(self) -> str:
         """Several lines for a person: the summary, then each LoRA with what it lacks."""
@@ -322,6 +323,13 @@ class ComposeReport:
             "complete": self.complete,
             "summary": self.summary(),
         }
+
+    def _extent(self) -> list[str]:
+        return [
+            f"{counted(len(self.loras), 'LoRA')} on {counted(len(self.slots), 'slot')}",
+            f"rank {_span(slot.rank_added for slot, _ in self.slots.counted())}",
+            f"{self.added_bytes / 1e6:.1f} MB",
+        ]
 
     def _compression(self) -> list[str]:
         cut = [slot for slot in self.slots if slot.energy_lost is not None]

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 INSTALL_CHROMIUM = "apt-get install --no-install-recommends chromium fonts-noto-cjk"
 
+_ARGUMENTS = (
+    "--no-sandbox",
+    # A page whose files were laid over the server's own could not open its socket.
+    "--disable-features=LocalNetworkAccessChecks",
+)
+
 WAYS = [
     pytest.param((Frontend.NEWEST, Renderer.CANVAS), id="newest-canvas"),
     pytest.param((Frontend.NEWEST, Renderer.NODES_2), id="newest-nodes2"),
@@ -58,7 +64,7 @@ def chromium() -> Iterator[Browser]:
     if path is None:
         pytest.skip(f"needs Chromium: {INSTALL_CHROMIUM}")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=path, args=list(_ARGUMENTS))
         yield browser
         browser.close()
 

@@ -38,6 +38,13 @@ _LINK = """([from, output, to, input]) => {
     giver.connect(output, taker, slot);
 }"""
 
+_CLEAR = """async () => {
+    // The oldest frontend starts without any workflow, whose changes it would follow.
+    if (app.extensionManager.workflow?.activeWorkflow) app.graph.clear();
+    else await app.loadGraphData(
+        {version: 0.4, last_node_id: 0, last_link_id: 0, nodes: [], links: []});
+}"""
+
 _VALUES = """(id) => Object.fromEntries(
     app.graph.getNodeById(id).widgets.map((own) => [own.name, own.value])
 )"""
@@ -92,7 +99,7 @@ class Workbench:
             " && Object.keys(LiteGraph.registered_node_types).includes('QwenLoraStack')",
             timeout=_PATIENCE,
         )
-        self.page.evaluate("() => app.graph.clear()")
+        self.page.evaluate(_CLEAR)
         shown = self.page.evaluate("() => !!LiteGraph.vueNodesMode")
         assert shown == (self.renderer is Renderer.NODES_2)
 

@@ -48,7 +48,7 @@ def load(graph, host):
         if listed not in links:
             listed.symlink_to(path)
             links.add(listed)
-        return node().load(model, lora_name=path.name, strength=strength)[0]
+        return node().load(model, lora_name=path.name, strength=strength)["result"][0]
 
     yield run
     for link in links:

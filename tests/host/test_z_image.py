@@ -117,7 +117,7 @@ class Loads:
     def ours(self, model, name=A, strength=1.0, **control):
         node = self._nodes["QwenLoraLoader"]()
         with torch.inference_mode():
-            return node.load(model, lora_name=name, strength=strength, **control)[0]
+            return node.load(model, lora_name=name, strength=strength, **control)["result"][0]
 
     def stock(self, model, name=A, strength=1.0):
         node = self._nodes["LoraLoaderModelOnly"]()
@@ -474,7 +474,8 @@ def test_the_report_says_that_comfyuis_patches_are_there(emulated, loads, two, c
     import nodes
 
     stock = loads.stock(emulated, A)
-    _, report = nodes.NODE_CLASS_MAPPINGS["QwenLoraLoader"]().load(stock, lora_name=B)
+    loaded = nodes.NODE_CLASS_MAPPINGS["QwenLoraLoader"]().load(stock, lora_name=B)
+    _, report = loaded["result"]
     assert "its loader joins them with the quantized layers" in report.splitlines()[-1]
     assert not [record for record in caplog.records if record.name == "qwenlora"]
 
@@ -578,7 +579,7 @@ def test_offload_that_the_model_has_not_is_said(emulated, loads, two, z_image, c
     import nodes
 
     node = nodes.NODE_CLASS_MAPPINGS["NunchakuZImageTurboLoraStackV3"]()
-    model, _ = node.load(emulated, lora_name_1=A, cpu_offload="enable")
+    model, _ = node.load(emulated, lora_name_1=A, cpu_offload="enable")["result"]
     assert "`cpu_offload` is ignored" in caplog.text
     assert torch.equal(z_image.ksample(model), z_image.ksample(loads.ours(emulated, A)))
 

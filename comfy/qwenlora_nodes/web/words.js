@@ -3,6 +3,14 @@
 import { app } from "../../scripts/app.js";
 
 const EN = {
+  "report.amber": "Something was left out",
+  "report.close": "Close",
+  "report.complete": "Complete",
+  "report.copied": "Copied",
+  "report.copy": "Copy",
+  "report.none": "the report comes with a run",
+  "report.open": "Click for the whole report",
+  "report.stale": "Inputs have changed since this run",
   "rows.add": "Add LoRA",
   "rows.all_off": "Switch all off",
   "rows.all_on": "Switch all on",
@@ -26,6 +34,14 @@ const EN = {
 };
 
 const ZH = {
+  "report.amber": "有内容未被应用",
+  "report.close": "关闭",
+  "report.complete": "完整",
+  "report.copied": "已复制",
+  "report.copy": "复制",
+  "report.none": "运行后显示报告",
+  "report.open": "点击查看完整报告",
+  "report.stale": "此次运行之后输入已更改",
   "rows.add": "添加 LoRA",
   "rows.all_off": "全部关闭",
   "rows.all_on": "全部开启",
