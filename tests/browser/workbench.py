@@ -171,7 +171,8 @@ class Workbench:
 
     def saved(self) -> dict[str, Any]:
         """The workflow as it would be saved."""
-        return self.page.evaluate("() => app.graph.serialize()")
+        # As text: what is undefined is left out of a file, and would come out of the page as null.
+        return json.loads(self.page.evaluate("() => JSON.stringify(app.graph.serialize())"))
 
     def load(self, workflow: dict[str, Any]) -> None:
         """Open a workflow, as a file that is dropped on the canvas."""
