@@ -51,7 +51,7 @@ def loaded(pack):
     def run(model, node="QwenLoraLoader", **inputs):
         made = pack.registry.NODE_CLASS_MAPPINGS[node]()
         assert made.check_lazy_status(None, **inputs) == ["model"]
-        return made.load(model, **inputs)
+        return made.load(model, **inputs)["result"]
 
     return run
 

@@ -697,7 +697,7 @@ def test_a_set_weight_in_a_file_is_refused_at_its_node(runs, host):
 
 def test_enabling_again_gives_the_same_model(enabled):
     node = node_module("enable_node").QwenLoraEnable()
-    again, report = node.enable(enabled)
+    again, report = node.enable(enabled)["result"]
     assert again is enabled
     assert report == "LoRA nodes of ComfyUI and of other packs work on this model"
 

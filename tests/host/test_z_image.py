@@ -555,7 +555,7 @@ def test_enabled_lora_hooks_work(
 def _enable(model):
     import nodes
 
-    return nodes.NODE_CLASS_MAPPINGS["QwenLoraEnable"]().enable(model)[0]
+    return nodes.NODE_CLASS_MAPPINGS["QwenLoraEnable"]().enable(model)["result"][0]
 
 
 def test_a_text_encoders_hook_is_not_warned_of(emulated, loads, two, z_image, caplog):
