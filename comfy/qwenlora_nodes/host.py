@@ -52,6 +52,7 @@ __all__ = [
     "running_prompts",
     "set_of",
     "spare_bytes",
+    "take_out",
     "transformer_of",
     "warn_of_rivals",
     "warn_once",
@@ -311,8 +312,12 @@ def _leave(model: ModelPatcher) -> None:
     own = [wanted for wanted in last_sets(model) if stack is None or wanted.passes(stack)]
     if not own:
         return
-    options = replace(own[0].options, progress=None, offload=False)
-    bare = LoraSet.of(options=options)
+    take_out(transformer, own[0].options)
+
+
+def take_out(transformer: nn.Module, options: ComposeOptions) -> None:
+    """Bring a transformer to its base, now; the next forward composes what it asks for."""
+    bare = LoraSet.of(options=replace(options, progress=None, offload=False))
     ComfyQwenImageWrapper.of(transformer).reconcile({OPTIONS_KEY: bare})
 
 

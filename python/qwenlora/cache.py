@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from qwenlora.source.read_ahead import files
@@ -21,8 +23,10 @@ __all__ = [
     "PieceCache",
     "PlanCache",
     "Shelf",
+    "begin_composition",
     "clear_cache",
     "clear_devices",
+    "forget",
     "kept_bytes",
     "on_device",
     "pieces",
@@ -117,6 +121,12 @@ class PieceCache:
         with self._lock:
             return sum(kept.nbytes for key, (kept, _) in self._kept.items() if chosen(key))
 
+    def drop_where(self, chosen: Callable[[Hashable], bool]) -> None:
+        """Drop the deltas whose keys are chosen."""
+        with self._lock:
+            for key in [key for key in self._kept if chosen(key)]:
+                self._drop(key)
+
     def turn(self) -> None:
         """A composition begins."""
         with self._lock:
@@ -189,16 +199,41 @@ on_device = PieceCache()
 """The same on devices, where much memory is free."""
 
 
+_FORGOTTEN: deque[Hashable] = deque()
+
+
+def forget(identity: Hashable) -> None:
+    """Have the deltas of a LoRA dropped at the next composition.
+
+    Finalizers may call it: it takes no lock.
+    """
+    _FORGOTTEN.append(identity)
+
+
+def begin_composition() -> None:
+    """A composition begins: what was forgotten goes, and what it uses now stays while it lasts."""
+    forgotten = set()
+    while _FORGOTTEN:
+        forgotten.add(_FORGOTTEN.popleft())
+    for identity in forgotten:
+        pieces.drop_where(partial(_is_of, identity))
+        on_device.drop_where(partial(_is_on_device_of, identity))
+    pieces.turn()
+    on_device.turn()
+
+
 def kept_bytes(identity: Hashable) -> int:
     """Bytes of one LoRA's deltas that are kept, in host memory and on devices."""
+    there = on_device.bytes_where(partial(_is_on_device_of, identity))
+    return pieces.bytes_where(partial(_is_of, identity)) + there
 
-    def is_its(key: Hashable) -> bool:
-        return isinstance(key, tuple) and key[0] == identity
 
-    def is_its_on_device(key: Hashable) -> bool:
-        return isinstance(key, tuple) and is_its(key[0])
+def _is_of(identity: Hashable, key: Hashable) -> bool:
+    return isinstance(key, tuple) and bool(key[0] == identity)
 
-    return pieces.bytes_where(is_its) + on_device.bytes_where(is_its_on_device)
+
+def _is_on_device_of(identity: Hashable, key: Hashable) -> bool:
+    return isinstance(key, tuple) and _is_of(identity, key[0])
 
 
 _SHELVES: weakref.WeakSet[Shelf] = weakref.WeakSet()

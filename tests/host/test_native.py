@@ -583,6 +583,39 @@ def test_two_hooks_in_turns_compose_each_set_once_a_step(runs, composed):
     assert len({wanted.key for wanted in composed}) == 2
 
 
+def test_a_hook_is_the_same_lora_in_each_run(runs):
+    """Nothing more is kept after the last run than after the second."""
+    nodes, links = HOOKS["two different"](runs)
+    kept = []
+    for _ in range(4):
+        runs.sources["latent"] = runs.graph.source(runs.bench.qwen.empty_latent())
+        runs.latent(nodes, **links)
+        kept.append(qwenlora.cache.pieces.nbytes)
+    assert len(set(kept[1:])) == 1
+
+
+# ---- saving ----
+
+
+def test_a_model_is_saved_as_its_base(runs, host, caplog):
+    """Whatever is composed at that moment, and without the names that are not there."""
+    runs.latent({"lora": runs.load(A, 0.7)}, ("lora", 0))
+    nodes = {
+        "lora": runs.load(A, 0.7),
+        "save": runs.graph.node("ModelSave", model=["lora", 0], filename_prefix="saved"),
+    }
+    done = runs.graph.run(runs.prompt(nodes))
+    assert done.success, done.error
+    (path,) = (host.base / "output").glob("saved*.safetensors")
+    saved = load_file(path)
+    path.unlink()
+    runs.latent({})
+    base = runs.given.model.state_dict_for_saving()
+    assert saved.keys() == base.keys()
+    assert all(torch.equal(saved[name], base[name]) for name in base)
+    assert "saved without its LoRAs" in caplog.text
+
+
 # ---- sizes ----
 
 

@@ -61,6 +61,9 @@ class NativeLoras(_Base):
     """Calls for one weight each that are no LoRAs yet."""
 
     _qwenlora_hooked: _Hooked | None = None
+    _qwenlora_before: _Hooked | None = None
+    """The same of the run before, whose LoRAs are the same objects while something holds them."""
+
     _qwenlora_ran: LoraSet | None = None
     """The set of the last forward."""
 
@@ -115,8 +118,9 @@ class NativeLoras(_Base):
     # ---- hooks ----
 
     def register_all_hook_patches(self, *args: Any, **kwargs: Any) -> Any:
-        """Register the hooks of a run."""
-        self._qwenlora_hooked = None
+        """Register the hooks of a run; those of the last are held until then, to be the same."""
+        if self._qwenlora_hooked is not None:
+            self._qwenlora_before, self._qwenlora_hooked = self._qwenlora_hooked, None
         return super().register_all_hook_patches(*args, **kwargs)
 
     def add_hook_patches(

@@ -16,6 +16,8 @@ from torch import nn
 
 from qwenlora.model.modules import modules_of
 
+from .. import host
+
 __all__ = ["PREFIX", "is_view", "names_of", "view_of"]
 
 PREFIX = "diffusion_model."
@@ -29,6 +31,11 @@ _DENSE = {
     "w13": ("w1", "w3"),
 }
 """Fused layers, and the layers that ComfyUI's dense model has in their place."""
+
+_SAVED = (
+    "a Nunchaku model is saved without its LoRAs, as its file has no place for them: save them"
+    " as one file with `qwenlora merge`"
+)
 
 _views: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
 _names: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
@@ -75,7 +82,19 @@ def _view_class(model_class: type) -> type:
             state.setdefault(PREFIX + name, nothing)
         return cast(dict[str, Any], state)
 
-    members = {"state_dict": state_dict, "_qwenlora_is_view": True, "__module__": __name__}
+    def state_dict_for_saving(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # A file with the ranks of LoRAs, and without what runs beside layers, is no model.
+        host.take_out(self.diffusion_model, host.compose_options())
+        host.warn_once(_SAVED)
+        saved = model_class.state_dict_for_saving(self, *args, **kwargs)  # type: ignore[attr-defined]
+        return cast(dict[str, Any], saved)
+
+    members = {
+        "state_dict": state_dict,
+        "state_dict_for_saving": state_dict_for_saving,
+        "_qwenlora_is_view": True,
+        "__module__": __name__,
+    }
     return type(model_class.__name__, (model_class,), members)
 
 

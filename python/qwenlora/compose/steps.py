@@ -129,8 +129,7 @@ class Opened:
     def _entering(self) -> Mapping[str, KeptGroup]:
         """Take what is kept of the set that is wanted."""
         task, kept = self.task, self.task.structure.kept
-        cache.pieces.turn()
-        cache.on_device.turn()
+        cache.begin_composition()
         kept.watch(())
         if not kept.holds(task.wanted.key):
             return {}

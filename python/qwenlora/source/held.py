@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from qwenlora.cache import forget
 from qwenlora.source.state_dict import StateDictSource
 
 if TYPE_CHECKING:
@@ -25,7 +27,17 @@ class HeldTensors(Mapping[str, "torch.Tensor"]):
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = dict(tensors)
+        self._source: HeldSource | None = None
         self.token = _Token()
+        # Nothing can ask for its deltas again.
+        weakref.finalize(self, forget, self.token).atexit = False
+
+    def source(self, name: str) -> HeldSource:
+        """The source of these tensors, planned once for each name."""
+        found = self._source
+        if found is None or found.name != name:
+            found = self._source = HeldSource(self._tensors, name, self.token)
+        return found
 
     def __getitem__(self, key: str) -> torch.Tensor:
         return self._tensors[key]
@@ -49,15 +61,19 @@ class HeldTensors(Mapping[str, "torch.Tensor"]):
     def __deepcopy__(self, memo: dict[int, Any]) -> HeldTensors:
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (HeldTensors, (self._tensors,))
+
 
 class HeldSource(StateDictSource):
     """The source of `HeldTensors`."""
 
     cacheable = True
 
-    def __init__(self, tensors: HeldTensors, name: str) -> None:
+    def __init__(self, tensors: Mapping[str, torch.Tensor], name: str, token: Hashable) -> None:
         super().__init__(tensors, name)
-        self._token = tensors.token
+        self.name = name
+        self._token = token
 
     @property
     def identity(self) -> Hashable:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from qwenlora import _core
 from qwenlora.errors import LoraFileError, LoraReadError
 from qwenlora.source.file import FileSource
-from qwenlora.source.held import HeldSource, HeldTensors
+from qwenlora.source.held import HeldTensors
 from qwenlora.source.state_dict import StateDictSource
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def open_source(spec: LoraSpec, plans: _PlanCache, *, threads: int | None) -> Lo
         LoraFileError: It is not a well-formed safetensors file.
     """
     if isinstance(spec.source, HeldTensors):
-        return HeldSource(spec.source, spec.title)
+        return spec.source.source(spec.title)
     if isinstance(spec.source, Mapping):
         return StateDictSource(spec.source, spec.title)
     path = Path(spec.source)
