@@ -339,3 +339,27 @@ def test_schedules_are_measured_step_by_step() -> None:
     assert [row[1].strip() for row in rows[1:]] == [
         f"{count} of 4" for count in (0, 0, 2, 2, 4, 4, 2, 2)
     ]
+
+
+@pytest.mark.slow
+def test_hooks_are_measured_in_every_case(tmp_path: Path) -> None:
+    options = ("--blocks", "1", "--rank", "1", "--steps", "2", "--base-ranks", "32")
+    found = tmp_path / "hooks.json"
+    run = subprocess.run(
+        [sys.executable, BENCHES / "bench_hooks.py", *options, "--json", found],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    rows = json.loads(found.read_text(encoding="utf-8"))["rows"]
+    assert [row["case"] for row in rows] == [
+        "nothing changes",
+        "two hooks, kept on the device",
+        "two hooks, host memory",
+        "hook and base, kept on the device",
+        "hook and base, host memory",
+    ]
+    assert all(row["case"] in run.stdout for row in rows)
+    assert rows[0]["more_s"] == 0
+    assert all(row["more_s"] > 0 for row in rows[1:])

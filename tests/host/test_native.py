@@ -693,6 +693,13 @@ def test_a_model_as_a_hook_is_refused(runs, enabled):
         enabled.clone().register_all_hook_patches(group, target, {})
 
 
+def test_the_bypass_loader_is_refused(enabled):
+    """As ComfyUI from 0.11 on hands over what it puts into the model."""
+    with pytest.raises(UnsupportedAdapterError, match="use `Load LoRA` instead"):
+        enabled.clone().set_injections("bypass_lora", [])
+    enabled.clone().set_injections("of another pack", [])
+
+
 NAME = f"diffusion_model.{BLOCK}.attn.to_q.weight"
 REFUSED = {
     "set": (NAME, ("set", (torch.ones(128, 128),))),

@@ -15,7 +15,7 @@ from comfy.model_patcher import ModelPatcher
 
 from qwenlora import LoraSet, cache
 from qwenlora.compose.planning import plan_report
-from qwenlora.errors import UnsupportedModelError
+from qwenlora.errors import UnsupportedAdapterError, UnsupportedModelError
 
 from .. import host
 from .adapters import MERGED, Patches, check, weight_name
@@ -42,6 +42,7 @@ __all__ = [
 
 _LOADER = "native loader"
 _HOOK = "LoRA hook"
+_BYPASS = "bypass_lora"
 _MAX_SETS = 16
 """Sets of hooks that are kept: their strengths may change at every step."""
 
@@ -114,6 +115,19 @@ class NativeLoras(_Base):
         if filter_prefix is not None:
             raise UnsupportedModelError(MERGED)
         return super().model_state_dict()
+
+    def set_injections(self, key: str, injections: Any) -> None:
+        """Take what is put into the model for a run; refuse what ComfyUI's bypass loader puts.
+
+        Raises:
+            UnsupportedAdapterError: It is the bypass loader's.
+        """
+        if key == _BYPASS:
+            raise UnsupportedAdapterError(
+                "`Load LoRA (Bypass)` cannot reach the packed layers of a Nunchaku model: use"
+                " `Load LoRA` instead"
+            )
+        super().set_injections(key, injections)
 
     # ---- hooks ----
 
