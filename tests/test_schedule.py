@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import qwenlora
 import qwenlora.runtime
@@ -328,7 +329,7 @@ def test_a_lora_that_comes_and_goes(model, probe, files, composed):
     assert len(composed) == 5
 
 
-def test_adapters_that_read_the_base_weight(model, probe, composed):
+def test_adapters_that_read_the_base_weight(model, probe, composed, rescalings, tmp_path):
     # DoRA's delta is W' - W: a strength is a factor on it, whatever the kind.
     generator = torch.Generator().manual_seed(5)
     stem = "transformer.transformer_blocks.1.attn.to_out.0"
@@ -337,15 +338,18 @@ def test_adapters_that_read_the_base_weight(model, probe, composed):
         f"{stem}.lora_B.weight": torch.randn(128, 4, generator=generator),
         f"{stem}.lora_magnitude_vector": torch.rand(128, generator=generator) + 0.5,
     }
-    expected = by_hand(model, probe, lambda share: (tensors, 1.0 - share))
+    path = tmp_path / "dora.safetensors"
+    save_file(tensors, path)
+    expected = by_hand(model, probe, lambda share: (path, 1.0 - share))
     runtime = ComfyQwenImageWrapper.of(model)
-    runtime.loras[:] = [LoraSpec(tensors, schedule="0:1, 1:0")]
+    runtime.loras[:] = [LoraSpec(path, schedule="0:1, 1:0")]
     for found, wanted in zip(sampled(model, probe), expected, strict=True):
         assert torch.equal(found, wanted)
     assert len(composed) == len(SHARES)
+    assert rescalings == []
 
 
-def test_compressed_slots(model, probe, files):
+def test_compressed_slots(model, probe, files, rescalings):
     options = {"max_rank": 16}
     expected = by_hand(
         model, probe, lambda share: [(path, 1.0 - share) for path in files], **options
@@ -355,6 +359,7 @@ def test_compressed_slots(model, probe, files):
     runtime.loras[:] = [LoraSpec(path, schedule="0:1, 1:0") for path in files]
     for found, wanted in zip(sampled(model, probe), expected, strict=True):
         assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+    assert rescalings == []
 
 
 def test_sets_of_branches_are_resolved_by_their_host(model, probe, files):

@@ -8,7 +8,10 @@ times a step, in the second of two stages, and where an image is refined from ha
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+import comfy.model_management
 
 from qwenlora import LoraSet
 from qwenlora.errors import ScheduleError
@@ -63,4 +66,18 @@ def resolved(model: Any, sigma: Any, options: Mapping[str, Any]) -> Mapping[str,
             " changes the model's sampling"
         )
     level = float(sigma.reshape(-1)[0])
-    return {**options, OPTIONS_KEY: wanted.at(share_of(percent_to_sigma, level))}
+    now = wanted.at(share_of(percent_to_sigma, level))
+    if _is_under_way(level, options.get("sample_sigmas")):
+        now = replace(now, options=replace(now.options, progress=_stop_if_asked))
+    return {**options, OPTIONS_KEY: now}
+
+
+def _is_under_way(level: float, levels: Any) -> bool:
+    """Tell if a run has made its first step."""
+    return levels is not None and len(levels) > 0 and level < float(levels[0])
+
+
+def _stop_if_asked(phase: str, done: int, total: int) -> None:
+    """Compose out of sight: the node's bar shows the sampler's steps."""
+    del phase, done, total
+    comfy.model_management.throw_exception_if_processing_interrupted()

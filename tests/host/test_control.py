@@ -23,6 +23,7 @@ A, B = "a.safetensors", "b.safetensors"
 STEPS = 4
 SWITCH = 2
 SAMPLERS = ["euler", "heun", "dpm_2", "dpmpp_2m", "lcm", "uni_pc", "dpmpp_sde"]
+"""Some evaluate the model twice a step, or between steps."""
 OFF_AT_HALF = "0:1, 0.5:0"
 FADING = "0:1, 1:0.2"
 
@@ -216,7 +217,7 @@ def stage(host, qwen):
     """Do what KSampler (Advanced) does with steps `begin` to `end`."""
     import nodes
 
-    def run(model, latent, begin, end, sampler="euler", steps=STEPS):
+    def run(model, latent, begin, end, sampler="euler", steps=STEPS, positive=None):
         with torch.inference_mode():
             (result,) = nodes.KSamplerAdvanced().sample(
                 model,
@@ -226,7 +227,7 @@ def stage(host, qwen):
                 2.0,
                 sampler,
                 "simple",
-                qwen.conditioning(1),
+                positive or qwen.conditioning(1),
                 qwen.conditioning(2, tokens=3),
                 latent,
                 begin,
@@ -339,14 +340,75 @@ def test_custom_samplers(host, graph, loaded, emulated_qwen, fresh, files, qwen)
 def test_nothing_is_composed_in_vain(loaded, emulated_qwen, stage, qwen, composed):
     model, _ = loaded(emulated_qwen, lora_name=A, schedule="0:1, 0.5:0.4", schedule_mode="steps")
     for runs in (1, 2):
-        stage(model, qwen.empty_latent(), 0, 8, "heun", steps=8)
+        stage(model, qwen.empty_latent(), 0, STEPS, "heun")
         assert len(composed) == 2 * runs
+
+
+def test_the_bar_of_a_run_under_way_is_the_samplers(loaded, emulated_qwen, stage, qwen, pack):
+    """What a step composes is shown before the first one alone, and can be stopped in any."""
+    import comfy.model_management as management
+    import comfy.utils
+
+    shown = []
+    model, _ = loaded(emulated_qwen, lora_name=A, schedule=FADING)
+    with pytest.MonkeyPatch.context() as patch:
+        bar = comfy.utils.ProgressBar.update_absolute
+        patch.setattr(
+            comfy.utils.ProgressBar,
+            "update_absolute",
+            lambda self, *args: shown.append(self.total) or bar(self, *args),
+        )
+        stage(model, qwen.empty_latent(), 0, STEPS)
+    steps = [at for at, total in enumerate(shown) if total == STEPS]
+    assert steps == list(range(len(shown) - STEPS, len(shown)))
+    assert steps[0] > 0
+    asked = iter([False] * 3)
+
+    def stop():
+        if next(asked, True):
+            raise management.InterruptProcessingException
+
+    options = model.model_options["transformer_options"] | {"sample_sigmas": torch.tensor([1.0, 0])}
+    later = pack.course.resolved(emulated_qwen.model, torch.tensor([0.5]), options)[OPTIONS_KEY]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(management, "throw_exception_if_processing_interrupted", stop)
+        with pytest.raises(management.InterruptProcessingException):
+            qwenlora.ComfyQwenImageWrapper.of(emulated_qwen.model.diffusion_model).reconcile(
+                {OPTIONS_KEY: later}
+            )
+
+
+def test_hooks_beside_a_schedule(host, loaded, emulated_qwen, fresh, files, stage, qwen):
+    """ComfyUI's own LoRA hook on one condition: two sets in each step, one of them scheduled."""
+    import nodes
+
+    def with_hook(conditioning):
+        made = nodes.NODE_CLASS_MAPPINGS
+        (hooks,) = made["CreateHookLoraModelOnly"]().create_hook_model_only(B, 0.6)
+        setting = made["ConditioningSetProperties"]()
+        (found,) = setting.set_properties(conditioning, 1.0, "default", hooks=hooks)
+        return found
+
+    def run(first, last):
+        positive = with_hook(qwen.conditioning(1))
+        half = stage(first, qwen.empty_latent(), 0, SWITCH, positive=positive)
+        return stage(last, half, SWITCH, STEPS, positive=positive)["samples"]
+
+    whole, _ = loaded(fresh(), lora_name=A)
+    weak, _ = loaded(fresh(), lora_name=A, strength=0.3)
+    scheduled, report = loaded(
+        emulated_qwen, lora_name=A, schedule="0:1, 0.5:0.3", schedule_mode="steps"
+    )
+    assert "over the steps" in report
+    found = run(scheduled, scheduled)
+    assert torch.equal(found, run(whole, weak))
+    assert not close(found, run(whole, whole))
 
 
 def test_branches_of_different_schedules_over_one_model(
     loaded, emulated_qwen, fresh, files, stage, qwen
 ):
-    schedules = [OFF_AT_HALF, FADING, ""]
+    schedules = [OFF_AT_HALF, ""]
     models = [loaded(emulated_qwen, lora_name=A, schedule=own)[0] for own in schedules]
     expected = []
     for own in schedules:
@@ -389,7 +451,6 @@ def test_the_hosts_step_cache(host, loaded, emulated_qwen, fresh, files, stage, 
     skipping = stage(cached(model, 100.0), qwen.empty_latent(), 0, STEPS)["samples"]
     assert torch.isfinite(skipping).all()
     assert not torch.equal(skipping, plain)
-    assert torch.equal(stage(model, qwen.empty_latent(), 0, STEPS)["samples"], plain)
 
 
 # ---- blocks ----
@@ -444,6 +505,13 @@ def test_block_strengths_are_these_factors_written_into_the_file(
     qwenlora.compose_loras(twin.model.diffusion_model, files[B])
     model, _ = loaded(emulated_qwen, node, lora_name=A, lora_name_1=A, **inputs)
     assert torch.equal(qwen.ksample(model), qwen.ksample(twin))
+
+
+def test_a_schedule_of_no_strength_is_the_base(loaded, emulated_qwen, qwen):
+    base = qwen.ksample(emulated_qwen)
+    model, report = loaded(emulated_qwen, lora_name=A, schedule="0:0")
+    assert report.startswith("base model: no LoRA")
+    assert torch.equal(qwen.ksample(model), base)
 
 
 def test_custom_factors_beside_a_preset_are_said_to_be_without_effect(loaded, emulated_qwen):
