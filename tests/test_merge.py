@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import qwenlora
-from qwenlora import ComposeOptions, LokrScale, LoraSpec, errors
+from qwenlora import ComposeOptions, LokrScale, LoraSet, LoraSpec, errors
 from qwenlora.emulation import EmulatedConfig, random_transformer
 from qwenlora.merge import known
 from qwenlora.merge.cut import Cut
@@ -971,6 +971,36 @@ def test_a_source_that_changes_meanwhile_gives_no_file(Draft, tiny, tmp_path):
             progress=progress,
             known=tiny.slots,
         )
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_set_is_merged_as_its_loras(Draft, tiny, tmp_path):
+    """Files and state dicts alike; a LoRA's modulation that is off stays off."""
+    path = Draft.full(1, 4).save(tmp_path / "a.safetensors")
+    held = Draft.full(2, 4).tensors
+    specs = [LoraSpec(path, 0.5, modulation=False), LoraSpec(held, -1.0, name="held")]
+    outputs = [tmp_path / f"{kind}.safetensors" for kind in ("specs", "set", "no modulation")]
+    for loras, output in zip((specs, LoraSet.of(specs)), outputs, strict=False):
+        report = merge_loras(loras, output, MergeOptions(), known=tiny.slots)
+        assert [lora.name for lora in report.loras] == ["a", "held"]
+        assert [bool(lora.turned_off) for lora in report.loras] == [True, False]
+        assert report.complete
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    without = LoraSet.of(specs, options=ComposeOptions(modulation=False))
+    merge_loras(without, outputs[2], MergeOptions(), known=tiny.slots)
+    keys = [set(load_file(output)) for output in outputs]
+    gone = {key for key in keys[0] if "_mod.1." in key}
+    assert gone
+    assert keys[2] == keys[0] - gone
+
+
+def test_a_set_whose_file_changed_since_gives_no_file(Draft, tiny, tmp_path):
+    path = Draft.full(1, 4).save(tmp_path / "a.safetensors")
+    wanted = LoraSet.of(path)
+    with path.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(errors.LoraReadError, match="changed"):
+        merge_loras(wanted, tmp_path / "o.safetensors", MergeOptions(), known=tiny.slots)
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -9,6 +10,7 @@ import secrets
 import sys
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
@@ -29,6 +31,7 @@ from qwenlora.runtime import OPTIONS_KEY
 
 from .course import resolved
 from .names import nearest, same_name
+from .rows import InputError
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -38,12 +41,17 @@ if TYPE_CHECKING:
 __all__ = [
     "announced_bytes",
     "branch_of",
+    "check_prefix",
+    "checkpoint_names",
+    "checkpoint_path",
     "compose_options",
     "count_blocks",
     "file_identity",
     "find_lora",
+    "listed_name",
     "lora_names",
     "lora_path",
+    "new_output",
     "offloads_blocks",
     "patches_notice",
     "preview",
@@ -65,6 +73,7 @@ _KEY = "qwenlora"
 _ENABLE = "`Enable LoRA nodes (Nunchaku)`"
 _LORAS = "loras"
 _OPTIONS = "transformer_options"
+_MODELS = "diffusion_models"
 _LOADERS = "`Nunchaku Qwen Image DiT Loader` or `Nunchaku Z-Image DiT Loader`"
 _OTHER_WRAPPERS = ("ComfyQwenImageWrapper", "ComfyZImageTurboWrapper")
 """Classes that other node packs put in the transformer's place, some with an ending to the name."""
@@ -100,12 +109,31 @@ def lora_path(name: str) -> str:
     return path
 
 
+def listed_name(name: str) -> str:
+    """A file's name as the host lists it, by any spelling; the spelling where it has no file."""
+    path = find_lora(name)
+    return name if path is None else _name_in_folders(path) or name
+
+
 def find_lora(name: str) -> str | None:
-    """The same; None where there is none."""
+    """The path of a file by its name in any spelling, or by its path in one of the folders."""
+    inside = _name_in_folders(name) if os.path.isabs(name) else None
+    name = inside or name
     for spelling in (name, name.replace("\\", "/"), name.replace("/", "\\")):
         path = folder_paths.get_full_path(_LORAS, spelling)
         if path is not None:
             return str(path)
+    return None
+
+
+def _name_in_folders(path: str) -> str | None:
+    """A file's name in the folder that it lies in; None where that is none of the host's."""
+    for folder in folder_paths.get_folder_paths(_LORAS):
+        # Other drives have no way from one to the other.
+        with contextlib.suppress(ValueError):
+            name = os.path.relpath(path, folder)
+            if name.split(os.sep)[0] != os.pardir:
+                return name
     return None
 
 
@@ -121,6 +149,52 @@ def _instead(name: str) -> str:
     if not alike:
         return "no name there is like it: choose one from the list, or put the file there"
     return f"the nearest: {alike}"
+
+
+def checkpoint_names() -> list[str]:
+    """The files that the host offers as models."""
+    return list(folder_paths.get_filename_list(_MODELS))
+
+
+def checkpoint_path(name: str) -> str:
+    """The path of a model's file that the host lists.
+
+    Raises:
+        InputError: There is none.
+    """
+    path = folder_paths.get_full_path(_MODELS, name)
+    if path is None:
+        raise InputError(f"the model {name!r} is in none of ComfyUI's folders for `{_MODELS}`")
+    return str(path)
+
+
+def check_prefix(prefix: str) -> None:
+    """Check the beginning of a name of a file that is to be saved.
+
+    Raises:
+        InputError: It names no file in the output folder.
+    """
+    path = PurePosixPath(prefix.replace("\\", "/"))
+    is_outside = path.is_absolute() or PureWindowsPath(prefix).drive or os.pardir in path.parts
+    if is_outside or not path.name:
+        raise InputError(
+            f"the file name {prefix!r} leads out of ComfyUI's output folder, or is none"
+            "\nhint: a name like `loras/merged`"
+        )
+
+
+def new_output(prefix: str) -> Path:
+    """A path in the output folder where no file is yet; its folder is made.
+
+    Raises:
+        InputError: The prefix names no file in the output folder.
+    """
+    check_prefix(prefix)
+    folder, name, counter, *_ = folder_paths.get_save_image_path(
+        prefix.replace("\\", "/"), folder_paths.get_output_directory()
+    )
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder, f"{name}_{counter:05}_.safetensors")
 
 
 def file_identity(name: str) -> tuple[int, int]:

@@ -8,11 +8,13 @@ from typing import Any
 from qwenlora import ScheduleMode
 
 from . import host
+from .lora_stack import LORA_STACK, LORA_STACK_INPUT
 from .presets import ALL, CUSTOM, PRESETS
 from .rows import MAX_STRENGTH
 from .saved import OFFLOAD_MODES, ROWS
 
 __all__ = [
+    "APPLIED_TIP",
     "CATEGORY",
     "CLIP_TIP",
     "ENABLED_TIP",
@@ -20,15 +22,18 @@ __all__ = [
     "ROWS_TIP",
     "ROWS_TYPE",
     "SLOT_TIP",
+    "STACK_OUT_TIP",
     "AnyInputs",
     "Inputs",
     "Schema",
+    "choice_input",
     "clip_input",
     "control_inputs",
     "flag_input",
     "model_input",
     "name_input",
     "saved_input",
+    "stack_input",
     "strength_input",
 ]
 
@@ -51,6 +56,14 @@ ROWS_TYPE = "QWENLORA_ROWS"
 """The widget that `web/rows.js` draws; its value is a list of rows."""
 
 ROWS_TIP = "The LoRAs: each a file, its strength, and whether it is used."
+_STACK_TIP = (
+    "A LORA_STACK of another node. Its LoRAs come before this node's own; only the model strengths"
+    " are used here."
+)
+STACK_OUT_TIP = (
+    "What this node applies, and what came in by `lora_stack`, for nodes that take a LORA_STACK."
+)
+APPLIED_TIP = "All LoRAs of the model, those of nodes before included, as <lora:name:strength>."
 _AWQ_TIP = (
     "Whether the modulation layers (Qwen-Image's img_mod and txt_mod) of this node's LoRAs are"
     " applied."
@@ -113,6 +126,11 @@ def flag_input(default: bool, tooltip: str, kind: str = "BOOLEAN") -> tuple[str,
     return kind, {"default": default, "tooltip": tooltip}
 
 
+def choice_input(choices: list[str], tooltip: str) -> tuple[list[str], dict[str, Any]]:
+    """One of several texts, the first by default."""
+    return choices, {"default": choices[0], "tooltip": tooltip}
+
+
 def name_input(tooltip: str, *, skippable: bool = False) -> tuple[list[str], dict[str, Any]]:
     """A file out of the host's list; `skippable` puts "None" before them."""
     names = ["None"] if skippable else []
@@ -122,6 +140,11 @@ def name_input(tooltip: str, *, skippable: bool = False) -> tuple[list[str], dic
 def model_input(**options: Any) -> dict[str, Any]:
     """The MODEL, with more options for our part in the browser."""
     return {"model": ("MODEL", {"tooltip": _MODEL_TIP, "lazy": True, **options})}
+
+
+def stack_input() -> dict[str, Any]:
+    """The stack of another node."""
+    return {LORA_STACK_INPUT: (LORA_STACK, {"tooltip": _STACK_TIP})}
 
 
 def clip_input() -> dict[str, Any]:

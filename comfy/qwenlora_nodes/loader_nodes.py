@@ -6,24 +6,29 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qwenlora import QwenLoraError
 
-from . import host
+from . import host, native
+from .applied import applied_text
 from .control import Control
 from .inputs import (
+    APPLIED_TIP,
     CATEGORY,
     NAME_TIP,
     ROWS_TIP,
     ROWS_TYPE,
+    STACK_OUT_TIP,
     AnyInputs,
     Inputs,
     Schema,
     control_inputs,
     model_input,
     name_input,
+    stack_input,
     strength_input,
 )
+from .lora_stack import LORA_STACK, LORA_STACK_INPUT, read_stack, stack_of
 from .node_report import with_report
 from .request import Request, extend_model
-from .rows import InputError, as_row, read_rows
+from .rows import InputError, Row, as_row, read_rows
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -67,7 +72,17 @@ class LoraNode:
         Raises:
             InputError: A value is of no use.
         """
-        return Request(read_rows(inputs), control=Control.read(inputs))
+        rows = (*read_stack(inputs.get(LORA_STACK_INPUT)), *cls.rows(inputs))
+        return Request(rows, control=Control.read(inputs))
+
+    @classmethod
+    def rows(cls, inputs: Inputs) -> tuple[Row, ...]:
+        """Read the rows of the node itself.
+
+        Raises:
+            InputError: A value is of no use.
+        """
+        return read_rows(inputs)
 
     @classmethod
     def VALIDATE_INPUTS(cls, **inputs: Any) -> bool | str:
@@ -103,7 +118,36 @@ class LoraNode:
     load_lora = load_lora_stack = load
 
 
-class QwenLoraLoader(LoraNode):
+class StackNode(LoraNode):
+    """A loader that takes the stacks of other packs and makes them.
+
+    Its stack holds what this node applies, out of other stacks included. What nodes before have put
+    on the model is left out: it would be applied twice where the model is handed on as well.
+    """
+
+    RETURN_TYPES: ClassVar[tuple[str, ...]] = (*LoraNode.RETURN_TYPES, LORA_STACK, "STRING")
+    RETURN_NAMES: ClassVar[tuple[str, ...]] = (
+        *LoraNode.RETURN_NAMES,
+        LORA_STACK_INPUT,
+        "applied",
+    )
+    OUTPUT_TOOLTIPS: ClassVar[tuple[str, ...]] = (
+        *LoraNode.OUTPUT_TOOLTIPS,
+        STACK_OUT_TIP,
+        APPLIED_TIP,
+    )
+
+    def load(self, model: ModelPatcher, **inputs: Any) -> dict[str, Any]:
+        """Run the node."""
+        request = self.request(inputs)
+        model, report = extend_model(model, request)
+        applied = applied_text(native.wanted_set(model))
+        return with_report(report, model, report.text, stack_of(request.rows), applied)
+
+    load_lora = load_lora_stack = load
+
+
+class QwenLoraLoader(StackNode):
     """One LoRA."""
 
     DESCRIPTION = "Applies a LoRA to a Nunchaku Qwen-Image or Z-Image model. Chain it for more."
@@ -113,7 +157,7 @@ class QwenLoraLoader(LoraNode):
         """The inputs that the host draws."""
         return {
             "required": {**model_input(), "lora_name": name_input(NAME_TIP)},
-            "optional": {"strength": strength_input(), **control_inputs()},
+            "optional": {"strength": strength_input(), **control_inputs(), **stack_input()},
         }
 
     @classmethod
@@ -122,12 +166,12 @@ class QwenLoraLoader(LoraNode):
         return validate_name(lora_name)
 
     @classmethod
-    def request(cls, inputs: Inputs) -> Request:
+    def rows(cls, inputs: Inputs) -> tuple[Row, ...]:
         """One row."""
-        return Request((as_row(inputs),), control=Control.read(inputs))
+        return (as_row(inputs),)
 
 
-class QwenLoraStack(LoraNode):
+class QwenLoraStack(StackNode):
     """Several LoRAs."""
 
     DESCRIPTION = (
@@ -144,5 +188,5 @@ class QwenLoraStack(LoraNode):
             "max": _MOST_ROWS,
             "tooltip": ROWS_TIP,
         }
-        shown = {"loras": (ROWS_TYPE, rows), **control_inputs()}
+        shown = {"loras": (ROWS_TYPE, rows), **control_inputs(), **stack_input()}
         return {"required": model_input(), "optional": AnyInputs(shown)}

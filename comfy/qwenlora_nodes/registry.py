@@ -5,6 +5,7 @@ from __future__ import annotations
 from .enable_node import QwenLoraEnable
 from .inspect_node import QwenLoraInspect
 from .loader_nodes import QwenLoraLoader, QwenLoraStack
+from .merge_node import QwenLoraMerge
 from .saved_nodes import (
     NunchakuQwenImageLoraLoader,
     NunchakuQwenImageLoraStack,
@@ -24,6 +25,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "QwenLoraStack": QwenLoraStack,
     "QwenLoraEnable": QwenLoraEnable,
     "QwenLoraInspect": QwenLoraInspect,
+    "QwenLoraMerge": QwenLoraMerge,
     "NunchakuQwenImageLoraLoader": NunchakuQwenImageLoraLoader,
     "NunchakuQwenImageLoraStack": NunchakuQwenImageLoraStack,
     "NunchakuQwenImageLoraStackV1": NunchakuQwenImageLoraStackV1,
@@ -40,6 +42,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "QwenLoraStack": "LoRA Stack (Nunchaku Qwen-Image, Z-Image)",
     "QwenLoraEnable": "Enable LoRA nodes (Nunchaku)",
     "QwenLoraInspect": "Inspect LoRA (Nunchaku Qwen-Image, Z-Image)",
+    "QwenLoraMerge": "Merge applied LoRAs into one file",
     "NunchakuQwenImageLoraLoader": "Nunchaku Qwen Image LoRA Loader",
     "NunchakuQwenImageLoraStack": "Nunchaku Qwen Image LoRA Stack (Legacy)",
     "NunchakuQwenImageLoraStackV1": "Nunchaku Qwen Image LoRA Stack V1",

@@ -51,12 +51,15 @@ class Row:
         name: The file's name as the host lists it; empty where none is chosen.
         strength: Factor on the delta.
         enabled: Whether it is switched on.
+        clip_strength: Factor for a text encoder, which only nodes behind use; None where it is the
+            strength.
     """
 
     source: str
     name: str
     strength: float
     enabled: bool
+    clip_strength: float | None = None
 
     @property
     def active(self) -> bool:

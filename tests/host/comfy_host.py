@@ -29,7 +29,7 @@ _NEEDED = ("aiohttp", "av", "einops", "pydantic_settings", "scipy", "torchsde", 
 _OURS = ("app", "execution", "folder_paths", "nodes", "server", "utils")
 _CLIENT = "tests"
 _FAILURES = ("execution_error", "execution_interrupted")
-_ANY_TYPE = "MODEL,CONDITIONING,LATENT,STRING,CLIP,IMAGE"
+_ANY_TYPE = "MODEL,CONDITIONING,LATENT,STRING,CLIP,IMAGE,LORA_STACK"
 
 Prompt = dict[str, dict[str, Any]]
 """A graph as the server takes it: node id to `class_type` and `inputs`."""

@@ -24,7 +24,7 @@ from qwenlora.source import read_ahead
 
 REPOSITORY = Path(__file__).parents[2]
 PACK = REPOSITORY / "comfy" / "qwenlora_nodes"
-OURS = {"QwenLoraEnable", "QwenLoraInspect", "QwenLoraLoader", "QwenLoraStack"}
+OURS = {"QwenLoraEnable", "QwenLoraInspect", "QwenLoraLoader", "QwenLoraMerge", "QwenLoraStack"}
 SAVED = {f"NunchakuQwenImageLora{kind}" for kind in ("Loader", "Stack")}
 SAVED |= {f"NunchakuQwenImageLoraStackV{number}" for number in (1, 2, 3)}
 SAVED |= {f"NunchakuZImageTurboLoraStackV{number}" for number in (1, 2, 3, 4)}
@@ -148,7 +148,7 @@ def test_ids_and_what_the_frontend_is_told(host, bench, pack):
         status, info = host.request("GET", f"/object_info/{name}")
         assert status == 200
         required = info[name]["input"]["required"]
-        assert set(required) <= {"model", "lora_name"}
+        assert set(required) <= {"model", "lora_name", "filename_prefix"}
         assert info[name].get("deprecated", False) == (name in SAVED)
         assert all(kind[1]["tooltip"] for kind in required.values())
 

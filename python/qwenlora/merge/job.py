@@ -16,6 +16,7 @@ from qwenlora.delta.finite import damaged, is_finite, non_finite_in
 from qwenlora.delta.pieces import is_zero, read_pieces
 from qwenlora.delta.strength import factor_at
 from qwenlora.errors import NonFiniteError, NothingToApplyError
+from qwenlora.lora_set import LoraSet
 from qwenlora.merge.balanced import round_pair, value_dtype
 from qwenlora.merge.base import MergeBase
 from qwenlora.merge.based_member import BasedDelta, BasedMember, needs_base
@@ -51,7 +52,7 @@ Note = Callable[[str], None]
 
 
 def merge_loras(
-    specs: Sequence[LoraSpec],
+    specs: Sequence[LoraSpec] | LoraSet,
     output: Path,
     options: MergeOptions,
     *,
@@ -64,7 +65,8 @@ def merge_loras(
     The tensors of one slot are in memory at a time.
 
     Args:
-        specs: Files and PEFT folders with strengths; at least one is not 0.
+        specs: Files and PEFT folders with strengths; at least one is not 0. Or a set: its files
+            must be as they were when it was made, and `options` counts where its own differ.
         output: The file to write.
         options: How.
         progress: Called before each slot.
@@ -87,8 +89,9 @@ def merge_loras(
     """
     started = time.perf_counter()
     files = [] if options.base is None else files_of(options.base).files
-    check_output(output, [*_paths(specs), *files], force=options.force)
-    read = _paths([spec for spec in specs if spec.strength != 0])
+    named = specs.specs if isinstance(specs, LoraSet) else specs
+    check_output(output, [*_paths(named), *files], force=options.force)
+    read = _paths([spec for spec in named if spec.strength != 0])
     for path in read:
         check_folder(path)
     with contextlib.ExitStack() as closing, torch.no_grad():

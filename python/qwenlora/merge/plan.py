@@ -115,7 +115,7 @@ class MergePlan:
     @classmethod
     def of(
         cls,
-        specs: Sequence[LoraSpec],
+        specs: Sequence[LoraSpec] | LoraSet,
         options: MergeOptions,
         *,
         known: Mapping[str, KnownSlot] | None = None,
@@ -124,7 +124,7 @@ class MergePlan:
         """Plan a merge.
 
         Args:
-            specs: The LoRAs.
+            specs: The LoRAs, or a set of them.
             options: How to merge.
             known: The model's slots by path; by default those of the released model that the
                 sources are for.
@@ -139,7 +139,7 @@ class MergePlan:
             ScheduleError: A LoRA has a schedule, which a file cannot hold.
         """
         settings = ComposeOptions(lokr_scale=options.lokr_scale)
-        wanted = LoraSet.of(list(specs), options=settings)
+        wanted = _as_set(specs, settings)
         _require_one_strength(wanted)
         if not wanted.specs:
             raise NothingToApplyError("every strength is 0: there is nothing to merge")
@@ -149,7 +149,13 @@ class MergePlan:
             base.check_model(model, wanted.names[0])
         known = known_slots(model or _ANY_MODEL) if known is None else known
         items = [
-            StackItem(name, source.plan, spec.strength, True, spec.factors.zeros(known))
+            StackItem(
+                name,
+                source.plan,
+                spec.strength,
+                spec.modulation and wanted.options.modulation,
+                spec.factors.zeros(known),
+            )
             for name, spec, source in zip(wanted.names, wanted.specs, wanted.sources, strict=True)
         ]
         stack = plan_stack(
@@ -252,6 +258,12 @@ class MergePlan:
             rank = min(rank, side)
         cut = self.options.cut
         return rank if cut is None or cut.rank is None else min(rank, cut.rank)
+
+
+def _as_set(specs: Sequence[LoraSpec] | LoraSet, settings: ComposeOptions) -> LoraSet:
+    if isinstance(specs, LoraSet):
+        return specs
+    return LoraSet.of(list(specs), options=settings)
 
 
 def covers(piece: Piece, rows: tuple[int, int]) -> bool:
