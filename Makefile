@@ -7,8 +7,8 @@ UV := $(BIN)/uv
 RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) Cargo.toml Cargo.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-rust test-rust-fast test-models test-python lint format bench fuzz \
-	differential browser clean
+.PHONY: help setup demo test test-fast test-rust test-rust-fast test-models test-python lint format locales \
+	bench fuzz differential browser clean
 
 # Python keeps the bytecode of what it imports, whatever the shell says. Without it every process
 # of a test compiles PyTorch and its kin anew, which takes longer than most tests.
@@ -91,6 +91,9 @@ format: setup ## Format the sources
 	cargo fmt
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix --select I .
+
+locales: setup ## Write the nodes' English texts anew, for translators
+	$(BIN)/python tests/host/write_locales.py
 
 BENCH ?= --device cpu
 BENCH_OUT ?= target/bench

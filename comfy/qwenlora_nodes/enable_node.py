@@ -30,6 +30,14 @@ class QwenLoraEnable:
         " Lora Loader, LoRA hooks and schedules. Put it right after the model loader. The loaders"
         " of qwenlora do the same by themselves."
     )
+    SEARCH_ALIASES: ClassVar[list[str]] = [
+        "nunchaku lora",
+        "enable lora",
+        "lora hooks",
+        "load lora",
+        "power lora loader",
+        "qwen image lora",
+    ]
     RETURN_TYPES: ClassVar[tuple[str, ...]] = ("MODEL", "STRING")
     RETURN_NAMES: ClassVar[tuple[str, ...]] = ("model", "report")
     OUTPUT_TOOLTIPS: ClassVar[tuple[str, ...]] = (

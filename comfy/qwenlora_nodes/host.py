@@ -31,6 +31,7 @@ from qwenlora.runtime import OPTIONS_KEY
 
 from .course import resolved
 from .names import nearest, same_name
+from .rivals import rival_of
 from .rows import InputError
 
 if TYPE_CHECKING:
@@ -75,8 +76,6 @@ _LORAS = "loras"
 _OPTIONS = "transformer_options"
 _MODELS = "diffusion_models"
 _LOADERS = "`Nunchaku Qwen Image DiT Loader` or `Nunchaku Z-Image DiT Loader`"
-_OTHER_WRAPPERS = ("ComfyQwenImageWrapper", "ComfyZImageTurboWrapper")
-"""Classes that other node packs put in the transformer's place, some with an ending to the name."""
 
 _PINNED_BYTES = 1 << 30
 """Most bytes of deltas that are kept in host memory, pinned where the model is on a GPU."""
@@ -225,11 +224,13 @@ def transformer_of(model: ModelPatcher) -> nn.Module:
     """
     transformer = getattr(getattr(model, "model", None), "diffusion_model", None)
     kind = type(model if transformer is None else transformer)
-    if kind.__name__.startswith(_OTHER_WRAPPERS):
+    rival = rival_of(kind)
+    if rival is not None:
         raise UnsupportedModelError(
-            f"this model was wrapped by another LoRA loader (`{kind.__module__}`), which undoes"
-            " what others compose\nhint: take its nodes out of the workflow and load the model"
-            f" again with {_LOADERS}"
+            f"this model was wrapped by another LoRA loader, of {rival.pack} (`{kind.__module__}`),"
+            " which undoes what others compose, and stays in the loaded model"
+            f"\nhint: {rival.instead}, then unload the models and clear the cache (Edit > Unload"
+            " Models and Execution Cache), or restart ComfyUI"
         )
     inner = inner_of(transformer) if isinstance(transformer, torch.nn.Module) else None
     is_packed = inner is not None and any(hasattr(part, "proj_down") for part in inner.modules())

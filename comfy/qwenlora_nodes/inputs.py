@@ -73,7 +73,13 @@ _OFFLOAD_TIP = (
     "'auto' and 'disable' leave offload as the model loader set it; 'enable' turns it on if it is"
     " off. Z-Image has none of its own: ComfyUI places it."
 )
-_SAVE_TIP = "Without effect: nothing needs to be saved for a LoRA to load fast."
+_FLAG_TIPS = {
+    "enabled": ENABLED_TIP,
+    "stack_enabled": "Whether the LoRAs of this node are used.",
+    "toggle_all": "Without effect when the node runs: the switches of the rows count.",
+    "apply_awq_mod": _AWQ_TIP,
+    "save_precompiled_lora": "Without effect: nothing needs to be saved for a LoRA to load fast.",
+}
 
 _BLOCKS_TIP = (
     "The blocks of the model in which the LoRAs act. 'style' fades out the first blocks,"
@@ -177,5 +183,4 @@ def saved_input(name: str) -> tuple[Any, dict[str, Any]]:
         return name_input(SLOT_TIP, skippable=True)
     if field == "lora_strength":
         return strength_input(number)
-    tips = {"apply_awq_mod": _AWQ_TIP, "save_precompiled_lora": _SAVE_TIP}
-    return flag_input(field != "save_precompiled_lora", tips.get(field, ENABLED_TIP), boolean)
+    return flag_input(field != "save_precompiled_lora", _FLAG_TIPS[field], boolean)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -49,6 +49,12 @@ class QwenLoraInspect:
         "Says what a LoRA file holds and whether it can be applied, and draws where it acts; needs"
         " no model."
     )
+    SEARCH_ALIASES: ClassVar[list[str]] = [
+        "lora info",
+        "lora metadata",
+        "trigger words",
+        "lora inspector",
+    ]
 
     @classmethod
     def INPUT_TYPES(cls) -> Schema:

@@ -151,6 +151,14 @@ class QwenLoraLoader(StackNode):
     """One LoRA."""
 
     DESCRIPTION = "Applies a LoRA to a Nunchaku Qwen-Image or Z-Image model. Chain it for more."
+    SEARCH_ALIASES: ClassVar[list[str]] = [
+        "load lora",
+        "lora loader",
+        "lora loader model only",
+        "nunchaku lora",
+        "qwen image lora",
+        "z-image lora",
+    ]
 
     @classmethod
     def INPUT_TYPES(cls) -> Schema:
@@ -178,6 +186,14 @@ class QwenLoraStack(StackNode):
         "Applies LoRAs to a Nunchaku Qwen-Image or Z-Image model. Rows without a file, switched"
         " off or of strength 0 are skipped."
     )
+    SEARCH_ALIASES: ClassVar[list[str]] = [
+        "lora stack",
+        "lora stacker",
+        "power lora loader",
+        "multi lora loader",
+        "load lora",
+        "nunchaku lora stack",
+    ]
 
     @classmethod
     def INPUT_TYPES(cls) -> Schema:

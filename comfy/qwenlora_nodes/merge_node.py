@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -17,6 +17,7 @@ from qwenlora.merge.screen import paint
 
 from . import host, native
 from .inputs import CATEGORY, Schema, choice_input, flag_input
+from .node_report import NodeReport, with_report
 from .rows import InputError
 
 if TYPE_CHECKING:
@@ -68,6 +69,12 @@ class QwenLoraMerge:
         "Saves the LoRAs that the model has, each at its strength, as one plain LoRA file that"
         " ComfyUI and diffusers read. LoRA hooks are not part of it."
     )
+    SEARCH_ALIASES: ClassVar[list[str]] = [
+        "merge lora",
+        "save lora",
+        "combine loras",
+        "lora merger",
+    ]
 
     @classmethod
     def INPUT_TYPES(cls) -> Schema:
@@ -116,8 +123,9 @@ class QwenLoraMerge:
             note=lambda text: _log.info("%s", _in_our_words(text)),
         )
         text = _in_our_words(_text(report, options.cut, output))
-        _log.log(logging.INFO if report.complete else logging.WARNING, "%s", text.splitlines()[0])
-        return {"ui": {"text": [text]}, "result": (text,)}
+        line = text.splitlines()[0]
+        _log.log(logging.INFO if report.complete else logging.WARNING, "%s", line)
+        return with_report(NodeReport(line, text, report.complete), text, text=[text])
 
 
 def _options(

@@ -490,11 +490,21 @@ def test_a_transformer_that_is_no_module_is_named(bench):
 
 @pytest.mark.parametrize(
     "name",
-    ["ComfyQwenImageWrapper", "ComfyQwenImageWrapperLM", "ComfyZImageTurboWrapper"],
+    [
+        "ComfyQwenImageWrapper",
+        "ComfyQwenImageWrapperV2",
+        "ComfyQwenImageWrapperLM",
+        "ComfyZImageTurboWrapper",
+    ],
 )
 def test_another_packs_wrapper_is_named(bench, name):
     foreign = type(name, (torch.nn.Module,), {"__module__": "wrappers.other"})
-    assert "another LoRA loader (`wrappers.other`)" in refused(bench, holding(foreign()))
+    text = refused(bench, holding(foreign()))
+    is_manager = name.endswith("LM")
+    pack = "ComfyUI-Lora-Manager" if is_manager else "ComfyUI-QwenImageLoraLoader"
+    assert f"another LoRA loader, of {pack} (`wrappers.other`)" in text
+    assert ("`lora_stack`" in text) == is_manager
+    assert "Unload Models and Execution Cache" in text
 
 
 def test_a_model_that_the_engine_refuses_is_named(bench):

@@ -217,7 +217,8 @@ def merging(bench, *chain, **inputs):
 def merge(bench, *chain, **inputs):
     done = bench.graph.run(merging(bench, *chain, **inputs))
     assert done.success, done.error
-    (shown,) = (data["output"] for name, data in done.events if name == "executed")
+    executed = [data for name, data in done.events if name == "executed"]
+    (shown,) = (data["output"] for data in executed if data["node"] == "merge")
     assert shown["text"] == [done.values["said"]]
     return done.values["said"]
 
@@ -299,6 +300,39 @@ def test_what_needs_the_models_weights_is_told(bench, output, host, caplog):
     assert [r.levelname for r in caplog.records if "a part is left out" in r.getMessage()] == [
         "WARNING"
     ]
+
+
+@pytest.mark.usefixtures("small_table")
+def test_loras_of_comfyuis_own_nodes_are_part_of_it(bench, output):
+    native = ("LoraLoaderModelOnly", {"lora_name": A, "strength_model": 0.7})
+    chain = [("QwenLoraEnable", {}), native, load(B, -0.5)]
+    values = outputs(bench, bench.prompt(sample=False, one=chain), "one 2")
+    # Nodes of ours come first, whatever the order of the nodes.
+    assert sorted(values["applied"].split()) == ["<lora:a:0.7>", "<lora:b:-0.5>"]
+    assert values["lora_stack"] == [(B, -0.5, -0.5)]
+    said = merge(bench, *chain, dtype="fp32")
+    assert said.splitlines()[0].startswith("2 LoRAs saved as")
+    one, two = bench.latents(one=chain, two=[load("merged_00001_.safetensors")])
+    (base,) = bench.latents(base=[])
+    assert (two - one).norm() <= 1e-3 * (one - base).norm()
+
+
+@pytest.mark.usefixtures("small_table")
+def test_a_schedule_has_no_place_in_a_file(bench, output):
+    node = ("QwenLoraLoader", {"lora_name": A, "schedule": "0:1, 0.5:0.3"})
+    assert "`a` has the schedule `0:1, 0.5:0.3`: a file holds one strength" in not_merged(
+        bench, node
+    )
+    assert list((output / "loras").iterdir()) == []
+
+
+@pytest.mark.usefixtures("small_table")
+def test_factors_by_block_are_in_the_file(bench, output):
+    node = ("QwenLoraLoader", {"lora_name": A, "blocks": "custom", "custom_blocks": "0:0"})
+    merge(bench, node)
+    saved = load_file(output / "loras" / "merged_00001_.safetensors")
+    assert not [key for key in saved if ".0.attn" in key]
+    assert [key for key in saved if ".1.attn" in key]
 
 
 def test_a_model_without_loras_is_told(bench, output):
