@@ -24,6 +24,10 @@ _ADD = """([type, place, values]) => {
     const node = LiteGraph.createNode(type);
     app.graph.add(node);
     node.pos = place;
+    for (const widget of node.widgets ?? []) {
+        // Else a seed is another after each run.
+        if (widget.name === "control_after_generate") widget.value = "fixed";
+    }
     for (const [name, value] of Object.entries(values)) {
         const widget = node.widgets.find((own) => own.name === name);
         widget.value = value;
@@ -102,6 +106,12 @@ class Workbench:
         self.page.evaluate(_CLEAR)
         shown = self.page.evaluate("() => !!LiteGraph.vueNodesMode")
         assert shown == (self.renderer is Renderer.NODES_2)
+
+    def clear(self) -> None:
+        """Take everything off the canvas, and forget the problems."""
+        self.page.evaluate("() => app.graph.clear()")
+        self.problems.clear()
+        self.settle(50)
 
     # ---- nodes ----
 

@@ -44,13 +44,28 @@ function elementWidget(node, name, list) {
     height += more;
     grow(node, more);
   });
-  return node.addDOMWidget(name, TYPE, element, {
+  const widget = node.addDOMWidget(name, TYPE, element, {
     getValue: () => list.rows,
     setValue: (value) => list.read(value),
     getMinHeight: outerHeight,
     getMaxHeight: outerHeight,
     margin: MARGIN,
   });
+  showInPanels(widget, element);
+  return widget;
+}
+
+/** Panels beside the canvas have a small canvas of their own for widgets that they do not know. */
+function showInPanels(widget, element) {
+  const draw = widget.draw;
+  widget.draw = function (context, ...others) {
+    const small = context.canvas;
+    const isGraphs = small === app.canvas?.canvas || small === app.canvas?.bgcanvas;
+    if (isGraphs || !small?.isConnected) draw?.call(this, context, ...others);
+    else element.showAlsoAt(small);
+  };
+  // They set it to their own width, which the node's widget must not take.
+  Object.defineProperty(widget, "width", { get: () => undefined, set: () => {} });
 }
 
 /** Keeps the value where the frontend has no room for an element. */

@@ -61,6 +61,15 @@ class RowsElement extends HTMLElement {
     this.list?.removeEventListener("change", this.drawn);
   }
 
+  /** Puts another element of these rows in the place of a canvas. @param {HTMLCanvasElement} canvas */
+  showAlsoAt(canvas) {
+    const place = canvas.parentElement;
+    canvas.style.visibility = "hidden";
+    canvas.style.pointerEvents = "none";
+    if (place.querySelector(`:scope > ${TAG}`)) return;
+    place.append(document.createElement(TAG).show(this.list, this.node, this.change));
+  }
+
   build() {
     const heading = element("div", "qwenlora-heading");
     this.all = element("button", "qwenlora-switch");
