@@ -3,9 +3,8 @@
     python benches/bench_map.py [--rank R] [--repeat K] [--json FILE]
 
 The files train every linear of Qwen-Image, in bfloat16, and lie in the system's memory: a LoRA of
-rank R, a sum of two of them, a LoKr of whole factors, and both together, whose rows are formed. The
-CPU time is that of all threads; where the cores are busy with something else, the wall time is
-longer, and threads that wait for each other add to the CPU time.
+rank R, a sum of two of them, a LoKr of whole factors, and that beside the first. The CPU time is
+that of all threads: where the cores are free, the wall time is about as long.
 """
 
 from __future__ import annotations

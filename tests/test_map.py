@@ -254,6 +254,38 @@ def test_a_lora_less_itself_is_zero(mapped):
     assert found.complete
 
 
+def test_what_rounding_leaves_of_zero_is_zero(mapped):
+    """Neither 0.3 nor 0.1 is a float32, and a third of the one is not the other."""
+    once, thrice = File(1).pair("proj_out", 16, 48), File(1).pair("proj_out", 16, 48)
+    thrice.tensors["transformer.proj_out.lora_B.weight"] *= 3
+    found = mapped((once, 0.3), (thrice, -0.1))
+    assert found.modules["proj_out"].state is State.ZERO
+
+
+def test_fused_forms_are_cut_in_sums_too(mapped):
+    first, second = File(4), File(5)
+    first.lokr(f"{BLOCK}.attn.to_qkv", (16, 6), (9, 8))
+    second.full(f"{BLOCK}.attn.to_qkv", 144, 48)
+    deltas = {path: delta - 2 * second.deltas[path] for path, delta in first.deltas.items()}
+    require_norms(mapped((first, 1.0), (second, -2.0)), deltas)
+    third = File(6)
+    third.pair(f"{BLOCK}.attn.to_qkv", 144, 48)
+    deltas = {path: delta - 2 * third.deltas[path] for path, delta in first.deltas.items()}
+    require_norms(mapped((first, 1.0), (third, -2.0)), deltas)
+
+
+def test_a_lokr_that_a_pair_takes_back(mapped):
+    """What is left of it is a thousandth, of which the cross term alone would leave no digit."""
+    path = f"{BLOCK}.img_mlp.net.0.proj"
+    kron = File(7).lokr(path, (1, 1), (192, 48))
+    delta = kron.deltas[path].double()
+    left, values, right = torch.linalg.svd(delta, full_matrices=False)
+    pair = File(8)
+    pair.put(path, lora_A=right.float(), lora_B=(left * values * 0.999).float())
+    found = mapped((kron, 1.0), (pair, -1.0))
+    require_norms(found, {path: delta / 1000}, tolerance=1e-3)
+
+
 @pytest.mark.parametrize("small", [1e-2, 1e-3, 1e-4])
 def test_what_nearly_cancels_keeps_its_digits(mapped, small):
     """Gram matrices in float32 would have no digit of it left."""
@@ -753,6 +785,9 @@ def test_keys_without_screens_draw_no_map(keys):
     status, out, _ = keys("--map", "--help")
     assert status == 0
     assert "median" not in out
+    for other in ("--json", "--explain=img_in.alpha"):
+        status, out, _ = keys("--map", other, "a.safetensors")
+        assert (status, out) == (64, "")
     # Behind `--` it is a file's name.
     status, _, err = keys("--", "--map")
     assert status == 3
