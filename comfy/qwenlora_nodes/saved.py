@@ -192,7 +192,8 @@ STACK = Saved(
     Layout(("lora_count", "cpu_offload"), _PAIR, (_SAVE,)),
     (Layout(("lora_count",), _PAIR),),
 )
-STACK_V1 = Saved(Layout(("cpu_offload", "apply_awq_mod", "stack_enabled", _SAVE), _PAIR))
+_STACK_V1_HEAD = ("cpu_offload", "apply_awq_mod", "stack_enabled", _SAVE)
+STACK_V1 = Saved(Layout(_STACK_V1_HEAD, _SWITCHED), (Layout(_STACK_V1_HEAD, _PAIR),))
 STACK_V2 = Saved(
     Layout(("lora_count", "cpu_offload", "apply_awq_mod", _SAVE), _PAIR),
     tuple(
@@ -213,7 +214,9 @@ STACK_V3 = Saved(
         )
     ),
 )
-Z_IMAGE_STACK_V1 = Saved(Layout(("stack_enabled",), _PAIR))
+Z_IMAGE_STACK_V1 = Saved(
+    Layout(("stack_enabled",), _SWITCHED), (Layout(("stack_enabled",), _PAIR),)
+)
 Z_IMAGE_STACK_V2 = Saved(
     Layout(("lora_count", "cpu_offload"), _PAIR),
     (Layout((_COUNT_SHOWN, "lora_count", "cpu_offload"), _PAIR),),

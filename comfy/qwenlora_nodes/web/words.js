@@ -31,6 +31,19 @@ const EN = {
   "rows.strength": "Strength",
   "rows.strength_hint": "Strength: type, drag sideways, or use the Up and Down keys",
   "rows.up": "Move up",
+  "saved.add": "Add LoRA",
+  "saved.ask": "Convert, although something is lost?",
+  "saved.ask_more": "The new node has no place for:",
+  "saved.clip_edge": "its clip goes straight through a subgraph: link it past the node first",
+  "saved.convert_all": "Convert all {count} old LoRA nodes",
+  "saved.convert_loader": "Convert to Load LoRA",
+  "saved.convert_stack": "Convert to LoRA Stack",
+  "saved.failed": "The node was not converted: {reason}",
+  "saved.linked": "the link into {name}; its value here, {value}, is taken",
+  "saved.modulation": "apply_awq_mod off; the modulation layers are applied",
+  "saved.offload": "cpu_offload 'enable'; the model loader's setting decides",
+  "saved.stack_off": "stack_enabled off; every row is switched off instead",
+  "saved.too_many": "it has {rows} rows, a LoRA Stack holds {most}",
 };
 
 const ZH = {
@@ -62,6 +75,19 @@ const ZH = {
   "rows.strength": "强度",
   "rows.strength_hint": "强度：可输入、左右拖动，或使用上下键",
   "rows.up": "上移",
+  "saved.add": "添加 LoRA",
+  "saved.ask": "会丢失部分设置，仍要转换吗？",
+  "saved.ask_more": "新节点没有以下设置：",
+  "saved.clip_edge": "其 clip 直接穿过子图：请先将其绕过此节点连接",
+  "saved.convert_all": "转换全部 {count} 个旧 LoRA 节点",
+  "saved.convert_loader": "转换为加载 LoRA",
+  "saved.convert_stack": "转换为 LoRA 堆栈",
+  "saved.failed": "节点未转换：{reason}",
+  "saved.linked": "连到 {name} 的连线；采用此处的值 {value}",
+  "saved.modulation": "apply_awq_mod 关闭；将应用调制层",
+  "saved.offload": "cpu_offload 'enable'；由模型加载器的设置决定",
+  "saved.stack_off": "stack_enabled 关闭；改为关闭每一行",
+  "saved.too_many": "它有 {rows} 行，LoRA 堆栈最多 {most} 行",
 };
 
 /**
