@@ -361,3 +361,25 @@ def test_called_like_the_transformer(model, probe, two):
     assert wrapper.report.complete
     wrapper.vram_margin_gb = 2.0
     assert wrapper.options.margin_bytes == 2_000_000_000
+
+
+def test_a_hosts_base_keeps_nothing_of_what_it_leaves_on_the_device(
+    host, model, probe, two, monkeypatch
+):
+    kept = []
+    bring = qwenlora.runtime.bring
+
+    def noting(module, wanted, **options):
+        kept.append((len(wanted.specs), wanted.options.device_cache_bytes))
+        return bring(module, wanted, **options)
+
+    monkeypatch.setattr("qwenlora.runtime.bring", noting)
+    host(LoraSet.of(two))
+    host()
+    assert kept == [(2, None), (0, 0)]
+    # A script's own: what it leaves may come back.
+    qwenlora.compose_loras(model, two)
+    kept.clear()
+    ComfyQwenImageWrapper.of(model).want(LoraSet.of())
+    probe.output(model)
+    assert kept == [(0, None)]

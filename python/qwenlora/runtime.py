@@ -40,6 +40,10 @@ __all__ = ["OPTIONS_KEY", "ComfyQwenImageWrapper"]
 OPTIONS_KEY = "qwenlora"
 """Key of a branch's `LoraSet` in `transformer_options`; present with an empty set it means base."""
 
+_HOSTS_BASE = LoraSet.of(options=ComposeOptions(device_cache_bytes=0))
+"""The base of a forward that has options but no set in them: its host plans the device's memory
+without what would be kept there of the stack that is left."""
+
 _ATTRIBUTE = "_qwenlora_runtime"
 _BOUND = ("_transformer", "_settled", "_scaled")
 """What a runtime has of its process and of its transformer."""
@@ -189,7 +193,8 @@ class ComfyQwenImageWrapper:
                     "\nhint: call compose_loras again, or reset_loras for the base"
                 )
         else:
-            bring(module, wanted)
+            hosts = wanted is NO_LORAS and transformer_options is not None
+            bring(module, _HOSTS_BASE if hosts else wanted)
         self._settled = (wanted, manager, read_state(module))
 
     def _wanted(
