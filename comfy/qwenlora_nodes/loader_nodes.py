@@ -202,6 +202,7 @@ class QwenLoraStack(StackNode):
             "names": host.lora_names(),
             "min": 1,
             "max": _MOST_ROWS,
+            "socketless": True,
             "tooltip": ROWS_TIP,
         }
         shown = {"loras": (ROWS_TYPE, rows), **control_inputs(), **stack_input()}

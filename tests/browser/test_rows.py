@@ -206,7 +206,7 @@ def test_every_saved_shape_opens(workbench):
         {"last_node_id": len(nodes), "last_link_id": 0, "nodes": nodes, "links": [], "version": 0.4}
     )
     for node, shape in zip(nodes, SHAPES, strict=True):
-        expected = DEFAULTS | ({"blocks": "style"} if "control" in shape else {})
+        expected = DEFAULTS | ({"blocks": "style"} if "with control" in shape else {})
         assert workbench.values(node["id"]) == {"loras": list(THREE), **expected}, shape
         names = [own["name"] for own in saved_node(workbench, node["id"])["inputs"]]
         assert names[0] == "model"

@@ -50,6 +50,8 @@ function elementWidget(node, name, list) {
     getMinHeight: outerHeight,
     getMaxHeight: outerHeight,
     margin: MARGIN,
+    // A subgraph that took over its input would not draw it, and 1.58 could not save that workflow.
+    socketless: true,
   });
   showInPanels(widget, element);
   return widget;
@@ -70,7 +72,7 @@ function showInPanels(widget, element) {
 
 /** Keeps the value where the frontend has no room for an element. */
 function noticeWidget(node, name, list) {
-  const widget = node.addWidget("button", name, null, () => {}, {});
+  const widget = node.addWidget("button", name, null, () => {}, { socketless: true });
   widget.label = word("rows.fallback");
   Object.defineProperty(widget, "value", {
     get: () => list.rows,

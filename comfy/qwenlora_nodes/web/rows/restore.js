@@ -22,8 +22,8 @@ const FIELDS = 3;
  */
 export function inTodaysLayout(saved) {
   const found = restored(saved.widgets_values, saved.widgets_values_named);
-  if (!found) return saved;
-  const inputs = saved.inputs?.filter((input) => input.link != null || !isCell(input.name));
+  const inputs = saved.inputs?.filter((input) => input.link != null || !isOfRows(input.name));
+  if (!found) return inputs?.length === saved.inputs?.length ? saved : { ...saved, inputs };
   const named = saved.widgets_values_named && {
     ...Object.fromEntries(
       Object.entries(saved.widgets_values_named).filter(([key]) => !isCell(key)),
@@ -52,6 +52,11 @@ function restored(values, named) {
   const found = growing(positions) ?? plain(positions);
   const rows = rowsByName(named) ?? found?.rows;
   return rows ? { rows: withoutUnused(rows), rest: found?.rest ?? [] } : null;
+}
+
+/** Tells if an input is the rows', or one cell's. @param {string} name */
+function isOfRows(name) {
+  return name === "loras" || isCell(name);
 }
 
 /** Tells if a widget's name is that of one cell of a row. @param {string} name */
