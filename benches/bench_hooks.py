@@ -36,8 +36,8 @@ from composition.model import Weights, build_model
 from qwenlora import ComfyQwenImageWrapper, ComposeOptions, LoraSet, LoraSpec
 from qwenlora.cache import clear_cache
 from qwenlora.compose.structure import composed_bytes
+from qwenlora.held import HeldTensors
 from qwenlora.runtime import OPTIONS_KEY
-from qwenlora.source.held import HeldTensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

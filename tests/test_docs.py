@@ -11,12 +11,13 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "comfy/README.md", "examples/serve/README.md"]
 DOCUMENTS += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 PLACES = ["", "python/qwenlora", "rust/core/src", "tests"]
-PLACES += ["examples/serve", "examples/serve/qwenlora_serve"]
+PLACES += ["comfy/qwenlora_nodes", "examples/serve", "examples/serve/qwenlora_serve"]
 """Folders that a name may begin in."""
 TOP = "python|rust|comfy|tests|docs|benches|examples|fuzz|example_workflows"
 NAME = re.compile(rf"[\w./*-]+\.(?:py|pyi|rs|md)|(?:{TOP})/[\w./-]*\w|[a-z_][\w/]*/")
 """A file of ours by its ending, a path from the root, or a folder by its slash."""
 ELSEWHERE = {
+    "main.py",  # ComfyUI's
     "models/linear.py",  # Nunchaku's
     "fuzz/corpus",  # made by the fuzzer, and not kept
 }

@@ -12,7 +12,7 @@ import torch
 
 import qwenlora
 from qwenlora import LoraSet, LoraSpec, cache
-from qwenlora.source.held import HeldSource, HeldTensors
+from qwenlora.held import HeldSource, HeldTensors
 
 STEM = "transformer_blocks.0.attn.to_out.0"
 

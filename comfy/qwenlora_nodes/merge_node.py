@@ -14,6 +14,7 @@ from qwenlora.merge.cut import Cut
 from qwenlora.merge.job import merge_loras
 from qwenlora.merge.plan import MergeOptions
 from qwenlora.merge.screen import paint
+from qwenlora.words import counted
 
 from . import host, native
 from .inputs import CATEGORY, Schema, choice_input, flag_input
@@ -150,7 +151,7 @@ def _options(
 
 
 def _text(report: MergeReport, cut: Cut | None, output: Path) -> str:
-    count = "1 LoRA" if len(report.loras) == 1 else f"{len(report.loras)} LoRAs"
+    count = counted(len(report.loras), "LoRA")
     name = host.listed_name(str(output))
     place = f"as `{name}`" if name != str(output) else "outside of the folders for LoRAs"
     fate = "" if report.complete else "; a part is left out"

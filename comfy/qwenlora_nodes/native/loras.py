@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qwenlora import LoraSpec
-from qwenlora.source.held import HeldTensors
+from qwenlora.held import HeldTensors
 
 from .adapters import Patches, tensors_of
 from .file_names import file_name

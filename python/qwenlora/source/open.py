@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from qwenlora import _core
 from qwenlora.errors import LoraFileError, LoraReadError
 from qwenlora.source.file import FileSource
-from qwenlora.source.held import HeldTensors
 from qwenlora.source.state_dict import StateDictSource
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ def open_source(spec: LoraSpec, plans: _PlanCache, *, threads: int | None) -> Lo
         LoraReadError: The file cannot be read.
         LoraFileError: It is not a well-formed safetensors file.
     """
-    if isinstance(spec.source, HeldTensors):
+    if isinstance(spec.source, _HasSource):
         return spec.source.source(spec.title)
     if isinstance(spec.source, Mapping):
         return StateDictSource(spec.source, spec.title)
@@ -55,6 +54,13 @@ def known_source(spec: LoraSpec, plans: _PlanCache, *, threads: int | None) -> L
 
 def _kept_plan(path: Path, plans: _PlanCache) -> _core.FilePlan | None:
     return plans.get(str(path), _core.file_identity(path))
+
+
+@runtime_checkable
+class _HasSource(Protocol):
+    """A state dict that knows more of itself than its tensors tell."""
+
+    def source(self, name: str) -> LoraSource: ...
 
 
 class _PlanCache(Protocol):
