@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenlora.cache import forget
 from qwenlora.source.state_dict import StateDictSource
+from qwenlora.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -56,7 +57,7 @@ class HeldTensors(Mapping[str, "torch.Tensor"]):
         return id(self)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self)} tensors)"
+        return f"{type(self).__name__}({counted(len(self), 'tensor')})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeldTensors:
         return self
