@@ -279,6 +279,7 @@ def compiled(model):
     return clone
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("before", [True, False], ids=["before", "behind"])
 def test_compiled_before_and_behind_the_enabling_node(graph, pack, files, qwen, nunchaku, before):
