@@ -224,14 +224,7 @@ def transformer_of(model: ModelPatcher) -> nn.Module:
     """
     transformer = getattr(getattr(model, "model", None), "diffusion_model", None)
     kind = type(model if transformer is None else transformer)
-    rival = rival_of(kind)
-    if rival is not None:
-        raise UnsupportedModelError(
-            f"this model was wrapped by another LoRA loader, of {rival.pack} (`{kind.__module__}`),"
-            " which undoes what others compose, and stays in the loaded model"
-            f"\nhint: {rival.instead}, then unload the models and clear the cache (Edit > Unload"
-            " Models and Execution Cache), or restart ComfyUI"
-        )
+    _refuse_rivals(kind)
     inner = inner_of(transformer) if isinstance(transformer, torch.nn.Module) else None
     is_packed = inner is not None and any(hasattr(part, "proj_down") for part in inner.modules())
     if is_packed and _is_known(inner):
@@ -243,6 +236,22 @@ def transformer_of(model: ModelPatcher) -> nn.Module:
         "this LoRA loader only works with Nunchaku Qwen-Image and Z-Image models, but got"
         f" {kind.__name__}\nhint: load the model with {_LOADERS}, or {way_out}"
     )
+
+
+def _refuse_rivals(kind: type) -> None:
+    """See that no other pack has put a wrapper of its own in the transformer's place.
+
+    Raises:
+        UnsupportedModelError: One has.
+    """
+    rival = rival_of(kind)
+    if rival is not None:
+        raise UnsupportedModelError(
+            f"this model was wrapped by another LoRA loader, of {rival.pack} (`{kind.__module__}`),"
+            " which undoes what others compose, and stays in the loaded model"
+            f"\nhint: {rival.instead}, then unload the models and clear the cache (Edit > Unload"
+            " Models and Execution Cache), or restart ComfyUI"
+        )
 
 
 def _is_known(transformer: nn.Module) -> bool:
@@ -418,6 +427,8 @@ def _reconcile(executor: Any, *args: Any, **kwargs: Any) -> Any:
     from .native.patcher import running_set  # it imports this
 
     model = executor.class_obj
+    # A node behind ours may have put one there: it wraps what all clones share.
+    _refuse_rivals(type(model.diffusion_model))
     patcher = getattr(model, "current_patcher", None)
     if patcher is not None:
         patches_notice(patcher)

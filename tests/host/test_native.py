@@ -700,6 +700,20 @@ def test_the_bypass_loader_is_refused(enabled):
     enabled.clone().set_injections("of another pack", [])
 
 
+def test_another_packs_wrapper_behind_the_node_is_named(runs, enabled, files):
+    """Its loader puts it into the model that all clones share."""
+    model = load_directly(enabled, A)
+    inner = model.model.diffusion_model
+    wrapper = type("ComfyQwenImageWrapperLM", (torch.nn.Module,), {"forward": inner.forward})()
+    wrapper.model, wrapper.dtype, wrapper.to_safely = inner, inner.dtype, inner.to_safely
+    runs.given.model.diffusion_model = wrapper
+    try:
+        with pytest.raises(UnsupportedModelError, match="wrapped by another LoRA loader"):
+            runs.bench.qwen.ksample(model)
+    finally:
+        runs.given.model.diffusion_model = inner
+
+
 NAME = f"diffusion_model.{BLOCK}.attn.to_q.weight"
 REFUSED = {
     "set": (NAME, ("set", (torch.ones(128, 128),))),
