@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 INSTALL_CHROMIUM = "apt-get install --no-install-recommends chromium fonts-noto-cjk"
 
-_ARGUMENTS = (
+ARGUMENTS = (
     "--no-sandbox",
     # A page whose files were laid over the server's own could not open its socket.
     "--disable-features=LocalNetworkAccessChecks",
@@ -64,7 +64,7 @@ def chromium() -> Iterator[Browser]:
     if path is None:
         pytest.skip(f"needs Chromium: {INSTALL_CHROMIUM}")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=list(_ARGUMENTS))
+        browser = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
         yield browser
         browser.close()
 

@@ -1175,7 +1175,7 @@ def test_requirements_pin_nothing_of_the_hosts():
 def test_the_example_workflow(bench, graph):
     import nodes
 
-    path = REPOSITORY / "example_workflows" / "qwen_image_lora_stack.api.json"
+    path = REPOSITORY / "examples" / "api" / "qwen_image_lora_stack.json"
     example = json.loads(path.read_text())
     classes = {node["class_type"] for node in example.values()}
     assert classes - set(nodes.NODE_CLASS_MAPPINGS) == {"NunchakuQwenImageDiTLoader"}

@@ -27,6 +27,51 @@ class EmulatedModel:
         return (emulated_qwen.emulated_qwen(small_qwen.small_qwen()),)
 
 
+class NunchakuQwenImageDiTLoader:
+    """Stands in for ComfyUI-nunchaku's loader, under its id and with its inputs."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "load_model"
+    CATEGORY = CATEGORY
+    INPUT_TYPES = classmethod(
+        lambda cls: {
+            "required": {
+                "model_name": (
+                    [
+                        "svdq-int4_r128-qwen-image.safetensors",
+                        "svdq-int4_r128-qwen-image-edit-2509.safetensors",
+                    ],
+                    {},
+                ),
+                "cpu_offload": (["auto", "enable", "disable"], {"default": "auto"}),
+            },
+            "optional": {
+                "num_blocks_on_gpu": ("INT", {"default": 1, "min": 1, "max": 60}),
+                "use_pin_memory": (["enable", "disable"], {"default": "disable"}),
+            },
+        }
+    )
+
+    def load_model(self, **inputs: Any) -> tuple[Any]:
+        del inputs
+        return EmulatedModel().load("qwen-image")
+
+
+class NunchakuZImageDiTLoader:
+    """Stands in for ComfyUI-nunchaku's loader, under its id and with its input."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "load_model"
+    CATEGORY = CATEGORY
+    INPUT_TYPES = classmethod(
+        lambda cls: {"required": {"model_name": (["svdq-int4_r128-z-image-turbo.safetensors"], {})}}
+    )
+
+    def load_model(self, model_name: str) -> tuple[Any]:
+        del model_name
+        return EmulatedModel().load("z-image")
+
+
 class EmulatedText:
     """Random embeddings in place of a text encoder's."""
 
@@ -68,4 +113,6 @@ NODE_CLASS_MAPPINGS = {
     "EmulatedModel": EmulatedModel,
     "EmulatedText": EmulatedText,
     "LatentHash": LatentHash,
+    "NunchakuQwenImageDiTLoader": NunchakuQwenImageDiTLoader,
+    "NunchakuZImageDiTLoader": NunchakuZImageDiTLoader,
 }
