@@ -31,6 +31,11 @@ _NO_MENUS = {
     "Comfy.Graph.CanvasMenu": False,
     "Comfy.NodeBadge.NodeSourceBadgeMode": "None",
 }
+_NAMED = {
+    "CLIPLoader": "models/text_encoders",
+    "VAELoader": "models/vae",
+    "LoadImage": "input",
+}
 _FOCUS = "() => { app.extensionManager.focusMode = true; }"
 _FIT = """([width, height, margin, most]) => {
     const boxes = app.graph.nodes.map((own) => [own.pos[0], own.pos[1] - 30,
@@ -108,8 +113,22 @@ def put_loras(folder: Path) -> None:
         draft.save(path)
 
 
+def put_named(comfy: ComfyProcess) -> None:
+    """Empty files where the examples name some, so that the page marks none as missing."""
+    for path in EXAMPLES.glob("*.json"):
+        for node in json.loads(path.read_text())["nodes"]:
+            name, *_ = node.get("widgets_values") or [None]
+            if folder := _NAMED.get(node["type"]):
+                (comfy.base / folder).mkdir(parents=True, exist_ok=True)
+                (comfy.base / folder / name).touch()
+            elif node["type"] == "QwenLoraStack":
+                for row in name:
+                    (comfy.loras / row["lora_name"]).touch()
+
+
 def make_all(comfy: ComfyProcess, browser: Browser) -> None:
     """Make every picture."""
+    put_named(comfy)
     put_loras(comfy.loras)
     comfy.choose(**_NO_MENUS)
     DOCS.mkdir(exist_ok=True)
