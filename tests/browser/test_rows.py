@@ -272,8 +272,12 @@ def test_nodes_are_copied_undone_collapsed_and_grouped(workbench):
     stack.keys("Control+z")
     workbench.settle(600)
     assert stack.rows == [row("qwen/light", 0.8, False), *THREE[1:]]
-    stack.keys("Control+z")
-    workbench.settle(600)
+    # What else the frontend has noted meanwhile, the node's size for one, is a step of its own.
+    for _ in range(2):
+        if stack.rows != list(THREE):
+            stack.line(0).focus()
+            stack.keys("Control+z")
+            workbench.settle(600)
     assert stack.rows == list(THREE)
 
     page.evaluate("(id) => app.graph.getNodeById(id).collapse()", stack.node)

@@ -79,7 +79,6 @@ class Workbench:
         cls, comfy: ComfyProcess, browser: Browser, frontend: Frontend, renderer: Renderer
     ) -> Workbench:
         """Load the page and clear its canvas."""
-        comfy.choose(**{"Comfy.VueNodes.Enabled": renderer is Renderer.NODES_2})
         context = browser.new_context(viewport=SIZE, locale="en-US")
         page = context.new_page()
         page.set_default_timeout(_PATIENCE)
@@ -97,6 +96,8 @@ class Workbench:
 
     def reload(self) -> None:
         """Load the page anew, with an empty canvas."""
+        # Pages of another renderer may have been opened since.
+        self.comfy.choose(**{"Comfy.VueNodes.Enabled": self.renderer is Renderer.NODES_2})
         self.page.goto(self.comfy.url)
         self.page.wait_for_function(
             "() => window.app?.extensionManager && window.app.graph && window.app.canvas"
