@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from typing import Any
 
 import pytest
@@ -14,6 +15,9 @@ from .saved_files import DEFAULTS, AllBranches, SavedNode, saved_nodes
 from .workbench import SIZE, Workbench
 
 FIRST, SECOND, THIRD = "style.safetensors", "character.safetensors", "qwen/light.safetensors"
+_STEP_BACK = 10.0
+"""Seconds in which a busy machine has taken a step back."""
+
 FIELDS = ("enabled", "lora_name", "lora_strength")
 
 _SHOWN = """(ids) => ids.map((id) => {
@@ -269,17 +273,23 @@ def ends_of_links(bench: Workbench) -> set[tuple[str, int, str, int]]:
 
 
 def undo(bench: Workbench, types: set[str]) -> None:
-    """Take one step back, after which these nodes of ours are there."""
-    bench.page.keyboard.press("Control+z")
-    own = "(own) => /^(Nunchaku|QwenLora)/.test(own)"
-    bench.page.wait_for_function(
-        f"""(types) => {{
-            const found = new Set([...app.graph.nodes].map((own) => own.type).filter({own}));
-            return found.size === types.length && types.every((own) => found.has(own));
-        }}""",
-        arg=sorted(types),
-    )
-    bench.settle(500)
+    """Step back until these nodes of ours are there.
+
+    What else the frontend has noted meanwhile, a node's size for one, is a step of its own.
+    """
+    for _ in range(3):
+        bench.page.keyboard.press("Control+z")
+        end = time.monotonic() + _STEP_BACK
+        while time.monotonic() < end:
+            bench.settle(500)
+            if own_types(bench) == types:
+                return
+    raise AssertionError(f"after undoing: {own_types(bench)}, not {types}")
+
+
+def own_types(bench: Workbench) -> set[str]:
+    """The types of old and new loaders on the canvas."""
+    return {kind for kind in types_of(bench) if kind.startswith(("Nunchaku", "QwenLora"))}
 
 
 def open_the_canvas_menu(bench: Workbench) -> None:
@@ -314,6 +324,9 @@ def test_all_old_nodes_are_converted_at_once_with_the_same_result_and_back(workb
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)
 def test_a_button_on_the_node_converts_it(workbench):
+    if workbench.frontend is not Frontend.OLDEST:
+        # The workflow that the page begins with may come later than its graph.
+        workbench.page.wait_for_function("() => app.extensionManager.workflow.activeWorkflow")
     made = AllBranches.of((one("QwenImageLoraStackV3", "one row off"), one("LoraLoader")))
     workbench.load(made.graph)
     links = ends_of_links(workbench)
