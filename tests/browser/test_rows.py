@@ -151,7 +151,7 @@ def saved_node(bench, node_id):
 
 
 def as_node(number, **saved):
-    place = {"pos": [60 + 450 * (number % 3), 60 + 300 * (number // 3)], "size": [400, 200]}
+    place = {"pos": [60 + 450 * (number % 3), 60 + 300 * (number // 3)], "size": [400, 700]}
     inputs = [{"name": "model", "type": "MODEL", "link": None}, *saved.pop("inputs", [])]
     rest = {"flags": {}, "order": 0, "mode": 0, "outputs": [], "properties": {}}
     return {"id": number + 1, "type": "QwenLoraStack", "inputs": inputs, **place, **rest, **saved}
@@ -199,6 +199,9 @@ SHAPES = {
 }
 
 
+TODAYS = {"before control", "with control", "by name too"}
+
+
 @pytest.mark.parametrize("way", WAYS, indirect=True)
 def test_every_saved_shape_opens(workbench):
     nodes = [as_node(number, **saved) for number, saved in enumerate(SHAPES.values())]
@@ -214,6 +217,12 @@ def test_every_saved_shape_opens(workbench):
         assert names[0] == "model"
         assert not any(name.startswith("lora_name") for name in names)
         assert saved_node(workbench, node["id"])["widgets_values"][0] == list(THREE)
+        least = workbench.page.evaluate(
+            "(id) => app.graph.getNodeById(id).computeSize()[1]", node["id"]
+        )
+        # That of another layout's node says nothing of today's.
+        height = 700 if shape in TODAYS else least
+        assert saved_node(workbench, node["id"])["size"][1] == pytest.approx(height, abs=2), shape
     assert workbench.problems == []
 
 
@@ -313,6 +322,9 @@ def test_the_node_has_room_for_its_rows(workbench):
         assert last["y"] + last["height"] <= top + height
         heights.append(height)
         assert stack.element.locator(".qwenlora-add").is_enabled() == (count < 20)
+    workbench.load(workbench.saved())
+    workbench.settle(400)
+    assert workbench.box(stack.node)[3] == pytest.approx(heights[2], abs=2)
     scale = workbench.page.evaluate("() => app.canvas.ds.scale")
     assert heights[1] - heights[0] == pytest.approx(19 * 26 * scale, abs=2)
     assert heights[2] - heights[0] == pytest.approx(26 * scale, abs=2)
@@ -367,8 +379,10 @@ def test_thousands_of_files_are_found_at_once(workbench, loras):
     assert options.nth(1).text_content() == "style"
     stack.keys(*"299")
     found = [option.text_content() for option in options.all()]
-    assert found[:2] == ["many/2999", "many/some_lora_0299"]
-    assert len(found) == 12
+    # First where a name begins with it, then where a part of a name does.
+    assert found[:2] == ["many/2999", "many/some_lora_2990"]
+    assert found[-1] == "many/some_lora_2299"
+    assert len(found) == 14
     stack.keys("Enter")
     assert stack.rows == [row("many/2999")]
     assert time.monotonic() - begun < 10

@@ -16,6 +16,9 @@ const LEAST_WIDTH = 340;
 /** @type {WeakMap<object, RowList>} The rows by their node. */
 const lists = new WeakMap();
 
+/** @type {WeakSet<object>} Nodes that a file is read into: it has their size, too. */
+const opening = new WeakSet();
+
 const style = document.createElement("link");
 style.rel = "stylesheet";
 style.href = new URL("./rows/style.css", import.meta.url).href;
@@ -42,7 +45,7 @@ function elementWidget(node, name, list) {
   list.addEventListener("change", () => {
     const more = heightOf(list.rows.length) - height;
     height += more;
-    grow(node, more);
+    if (!opening.has(node)) grow(node, more);
   });
   const widget = node.addDOMWidget(name, TYPE, element, {
     getValue: () => list.rows,
@@ -102,6 +105,16 @@ function grow(node, pixels) {
   node.setDirtyCanvas?.(true, true);
 }
 
+/** What a file has of a node, in today's layout; as it is where that cannot be told. */
+function readable(saved) {
+  try {
+    return inTodaysLayout(saved);
+  } catch (error) {
+    console.warn("qwenlora: a saved stack cannot be read", error);
+    return saved;
+  }
+}
+
 /** All nodes, those in subgraphs too. */
 function* nodesOf(graph) {
   for (const node of graph?.nodes ?? graph?._nodes ?? []) {
@@ -142,7 +155,15 @@ app.registerExtension({
     if (nodeData.name !== STACK) return;
     const configure = nodeType.prototype.configure;
     nodeType.prototype.configure = function (saved, ...others) {
-      return configure.call(this, inTodaysLayout(saved), ...others);
+      const today = readable(saved);
+      opening.add(this);
+      try {
+        return configure.call(this, today, ...others);
+      } finally {
+        opening.delete(this);
+        // The size was that of the other layout.
+        if (today.widgets_values !== saved.widgets_values) this.setSize(this.computeSize());
+      }
     };
   },
   refreshComboInNodes(definitions) {
