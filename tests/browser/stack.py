@@ -60,8 +60,8 @@ class Stack:
 
     @property
     def element(self) -> Locator:
-        """All of it."""
-        return self.bench.page.locator(self.place).locator("qwenlora-rows").first
+        """All of it; the first on the page may be hidden, that of a node of before."""
+        return self.bench.page.locator(self.place).locator("qwenlora-rows:visible").first
 
     @property
     def all(self) -> Locator:

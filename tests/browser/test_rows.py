@@ -291,7 +291,7 @@ def test_nodes_are_copied_undone_collapsed_and_grouped(workbench):
 
     page.evaluate("(id) => app.graph.getNodeById(id).collapse()", stack.node)
     workbench.settle(300)
-    assert not page.locator("qwenlora-rows").first.is_visible()
+    assert page.locator("qwenlora-rows:visible").count() == 0
     page.evaluate("(id) => app.graph.getNodeById(id).collapse()", stack.node)
     workbench.settle(300)
     assert len(stack.shown) == 3
@@ -318,6 +318,7 @@ def test_the_node_has_room_for_its_rows(workbench):
         workbench.page.evaluate(script, [stack.node, rows])
         workbench.settle(400)
         _, top, _, height = workbench.box(stack.node)
+        stack.element.locator(".qwenlora-add").wait_for()
         last = stack.element.locator(".qwenlora-add").bounding_box()
         assert last["y"] + last["height"] <= top + height
         heights.append(height)
