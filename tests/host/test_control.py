@@ -52,7 +52,7 @@ def loaded(pack):
     def run(model, node="QwenLoraLoader", **inputs):
         made = pack.registry.NODE_CLASS_MAPPINGS[node]()
         assert made.check_lazy_status(None, **inputs) == ["model"]
-        return made.load(model, **inputs)["result"]
+        return made.load(model, **inputs)["result"][:2]
 
     return run
 
@@ -96,7 +96,7 @@ def test_inputs_are_appended_hidden_and_change_nothing(host, pack, node):
     _, info = host.request("GET", f"/object_info/{node}")
     optional = info[node]["input"]["optional"]
     names = ["blocks", "custom_blocks", "schedule", "schedule_mode"]
-    assert info[node]["input_order"]["optional"][-4:] == names
+    assert info[node]["input_order"]["optional"][-5:] == [*names, "lora_stack"]
     assert all(optional[name][1]["advanced"] and optional[name][1]["tooltip"] for name in names)
     defaults = {name: optional[name][1]["default"] for name in names}
     assert defaults == {

@@ -170,7 +170,7 @@ def test_ids_and_what_the_frontend_is_told(host, bench, pack):
             "QwenImageLoraStackV3",
             ["lora_count", "cpu_offload", "toggle_all", "save_precompiled_lora", "enabled_1"],
         ),
-        ("ZImageTurboLoraStackV1", ["clip", "stack_enabled", "lora_name_1", "lora_strength_1"]),
+        ("ZImageTurboLoraStackV1", ["clip", "stack_enabled", "enabled_1", "lora_name_1"]),
         ("ZImageTurboLoraStackV2", ["lora_count", "cpu_offload", "lora_name_1"]),
         ("ZImageTurboLoraStackV3", ["lora_count", "cpu_offload", "toggle_all", "enabled_1"]),
         ("ZImageTurboLoraStackV4", ["clip", "lora_count", "toggle_all", "enabled_1"]),

@@ -475,7 +475,7 @@ def test_the_report_says_that_comfyuis_patches_are_there(emulated, loads, two, c
 
     stock = loads.stock(emulated, A)
     loaded = nodes.NODE_CLASS_MAPPINGS["QwenLoraLoader"]().load(stock, lora_name=B)
-    _, report = loaded["result"]
+    report = loaded["result"][1]
     assert "its loader joins them with the quantized layers" in report.splitlines()[-1]
     assert not [record for record in caplog.records if record.name == "qwenlora"]
 
