@@ -332,6 +332,32 @@ def test_the_node_has_room_for_its_rows(workbench):
 
 
 @pytest.mark.parametrize("way", BOTH, indirect=True)
+def test_a_file_that_is_opened_again_and_again_keeps_its_size(workbench):
+    stack = Stack.add(workbench, *THREE)
+    natural = saved_node(workbench, stack.node)["size"]
+    taller = [natural[0] + 90, natural[1] + 100]
+    for size in (natural, taller):
+        workbench.page.evaluate(
+            "([id, size]) => app.graph.getNodeById(id).setSize(size)", [stack.node, size]
+        )
+        workbench.settle()
+        for _ in range(3):
+            workbench.load(workbench.saved())
+            workbench.settle()
+            assert saved_node(workbench, stack.node)["size"] == pytest.approx(size, abs=1)
+    file = workbench.saved()
+    file["nodes"][0]["size"] = [100, 40]
+    workbench.load(file)
+    opened = saved_node(workbench, stack.node)["size"]
+    assert natural[1] - 30 < opened[1] <= natural[1] + 1
+    # Rows that come after that make room for themselves.
+    workbench.fit()
+    stack.add_row()
+    stack.keys("Escape")
+    assert saved_node(workbench, stack.node)["size"][1] == pytest.approx(opened[1] + 26, abs=1)
+
+
+@pytest.mark.parametrize("way", BOTH, indirect=True)
 def test_the_panel_beside_the_canvas_has_them_too(workbench):
     page = workbench.page
     stack = Stack.add(workbench, *THREE)
