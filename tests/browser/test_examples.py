@@ -13,10 +13,15 @@ import torch
 from safetensors.torch import save_file
 
 from .comfy_process import REPOSITORY
+from .conftest import WAYS
 from .frontends import Frontend, Renderer
+from .stack import Stack
 
 FOLDER = REPOSITORY / "example_workflows"
 EXAMPLES = sorted(FOLDER.glob("*.json"))
+STACK = FOLDER / "nunchaku-qwen-image-lora-stack.json"
+NAME = "Nunchaku Qwen-Image with LoRAs"
+BLUEPRINT = REPOSITORY / "subgraphs" / f"{NAME}.json"
 LIGHTNING = "Qwen-Image-Edit-2509-Lightning-8steps-V1.0-bf16.safetensors"
 WITHOUT_INPUTS = {"MarkdownNote"}
 """Nodes of the page alone."""
@@ -106,7 +111,12 @@ def assert_apart(flow: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda own: own.stem)
 def test_nodes_and_values_are_known(path, classes):
-    for node in read(path)["nodes"]:
+    assert_known(read(path)["nodes"], classes)
+
+
+def assert_known(nodes: list[dict[str, Any]], classes: dict[str, Any]) -> None:
+    """The server has these nodes, with these inputs, outputs and as many values."""
+    for node in nodes:
         if node["type"] in WITHOUT_INPUTS:
             continue
         info = classes[node["type"]]
@@ -119,6 +129,72 @@ def test_nodes_and_values_are_known(path, classes):
         assert [own["type"] for own in node["outputs"]] == info["output"][: len(node["outputs"])]
         values = node.get("widgets_values") or []
         assert len(values) == len(widgets_of(info)), (node["type"], values, widgets_of(info))
+
+
+def inside() -> dict[str, Any]:
+    """What is in the blueprint's subgraph."""
+    (definition,) = read(BLUEPRINT)["definitions"]["subgraphs"]
+    return definition
+
+
+def test_the_blueprint_is_one_node_that_has_all_inputs_of_its_subgraph():
+    flow = read(BLUEPRINT)
+    # The host reads it in its system's encoding.
+    assert BLUEPRINT.read_bytes().isascii()
+    (node,) = flow["nodes"]
+    definition = inside()
+    assert node["type"] == definition["id"]
+    assert node["title"] == definition["name"] == NAME
+    assert flow["last_node_id"] == node["id"]
+    assert node["id"] not in [own["id"] for own in definition["nodes"]]
+    for side in ("inputs", "outputs"):
+        slots = [(own["name"], own["type"]) for own in definition[side]]
+        assert [(own["name"], own["type"]) for own in node[side]] == slots
+        assert len(set(slots)) == len(slots)
+    widgets = [own["name"] for own in node["inputs"] if "widget" in own]
+    assert list(node["widgets_values_named"]) == widgets
+    assert list(node["widgets_values_named"].values()) == node["widgets_values"]
+
+
+def test_links_in_the_blueprint_are_consistent():
+    definition = inside()
+    nodes = {node["id"]: node for node in definition["nodes"]}
+    links = {link["id"]: link for link in definition["links"]}
+    assert len(links) == len(definition["links"])
+    assert max(links) == definition["state"]["lastLinkId"]
+    assert max(nodes) <= definition["state"]["lastNodeId"]
+    giver, taker = definition["inputNode"]["id"], definition["outputNode"]["id"]
+    starts, ends = [], []
+    for number, link in links.items():
+        if link["origin_id"] == giver:
+            out = definition["inputs"][link["origin_slot"]]
+            assert out["linkIds"] == [number]
+        else:
+            out = nodes[link["origin_id"]]["outputs"][link["origin_slot"]]
+            assert number in out["links"]
+        if link["target_id"] == taker:
+            into = definition["outputs"][link["target_slot"]]
+            assert into["linkIds"] == [number]
+        else:
+            into = nodes[link["target_id"]]["inputs"][link["target_slot"]]
+            assert into["link"] == number
+        assert out["type"] == into["type"] == link["type"]
+    for node in nodes.values():
+        starts += [own for out in node["outputs"] for own in out["links"] or ()]
+        ends += [own["link"] for own in node["inputs"] if own["link"]]
+    starts += [own for slot in definition["inputs"] for own in slot["linkIds"]]
+    ends += [own for slot in definition["outputs"] for own in slot["linkIds"]]
+    assert sorted(starts) == sorted(ends) == sorted(links)
+    assert_apart(definition)
+
+
+@pytest.mark.slow
+def test_the_blueprint_is_listed_and_its_nodes_are_known(comfy, classes):
+    (key,) = [key for key, own in comfy.request("/global_subgraphs").items() if own["name"] == NAME]
+    told = comfy.request(f"/global_subgraphs/{key}")
+    assert told["info"]["node_pack"] == "custom_nodes.ComfyUI-qwenlora"
+    assert json.loads(told["data"]) == read(BLUEPRINT)
+    assert_known(inside()["nodes"], classes)
 
 
 def in_small(prompt: dict[str, Any]) -> dict[str, Any]:
@@ -166,6 +242,7 @@ def run(bench, prompt: dict[str, Any]) -> dict[str, Any]:
     "way",
     [
         pytest.param((Frontend.NEWEST, Renderer.CANVAS), id="newest-canvas"),
+        pytest.param((Frontend.NEWEST, Renderer.NODES_2), id="newest-nodes2"),
         pytest.param((Frontend.OLDEST, Renderer.CANVAS), id="oldest-canvas"),
     ],
     indirect=True,
@@ -198,4 +275,82 @@ def test_they_open_and_run(workbench, loras):
         done = run(bench, small)
         assert done["status"]["status_str"] == "success", (path.stem, done["status"])
         assert len(done["outputs"]["hash"]["text"][0]) == 8
+    assert bench.problems == []
+
+
+def test_the_template_browser_opens_one_by_clicks(workbench):
+    page = workbench.page
+    page.get_by_role("button", name="Templates").first.click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text("ComfyUI-qwenlora", exact=True).click()
+    workbench.settle()
+    cards = dialog.get_by_text("nunchaku-", exact=False)
+    assert sorted(cards.all_text_contents()) == [path.stem for path in EXAMPLES]
+    dialog.get_by_text(STACK.stem, exact=True).click()
+    dialog.wait_for(state="hidden")
+    workbench.settle(500)
+    opened = {own["type"] for own in workbench.saved()["nodes"]}
+    assert opened == {own["type"] for own in read(STACK)["nodes"]}
+    assert page.locator("qwenlora-rows .qwenlora-line").count() == 3
+    assert workbench.problems == []
+
+
+def put_blueprint(bench) -> dict[str, Any]:
+    """Find the blueprint as any node, by a double click and its name; returns the node."""
+    page = bench.page
+    page.mouse.dblclick(750, 800)
+    bench.settle(600)
+    page.keyboard.type("qwen-image with loras", delay=20)
+    page.get_by_text(NAME).first.wait_for()
+    bench.settle(500)
+    page.keyboard.press("Enter")
+    bench.settle(600)
+    # The newest hangs it on the mouse until a click.
+    page.mouse.click(500, 200)
+    bench.settle(600)
+    (node,) = bench.saved()["nodes"]
+    return node
+
+
+def hash_of(bench) -> str:
+    done = run(bench, in_small(bench.prompt()))
+    assert done["status"]["status_str"] == "success", done["status"]
+    return done["outputs"]["hash"]["text"][0]
+
+
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+def test_the_blueprint_is_found_filled_and_run(workbench):
+    bench = workbench
+    node = put_blueprint(bench)
+    values = read(BLUEPRINT)["nodes"][0]["widgets_values_named"]
+    assert bench.values(node["id"]) == values
+    base = hash_of(bench)
+    bench.page.evaluate(
+        """(id) => {
+            const node = app.graph.getNodeById(id);
+            for (const [name, value] of [["prompt", "a fox"], ["seed", 7], ["width", 512]])
+                node.widgets.find((own) => own.name === name).value = value;
+        }""",
+        node["id"],
+    )
+    prompt = {own["_meta"]["title"]: own["inputs"] for own in bench.prompt().values()}
+    assert prompt["Prompt"]["text"] == "a fox"
+    assert prompt["KSampler"]["seed"] == 7
+    assert prompt["EmptySD3LatentImage"]["width"] == 512
+    other = hash_of(bench)
+    assert other != base
+    # Inside, the rows are those of any stack.
+    bench.page.evaluate(
+        "(id) => app.canvas.openSubgraph(app.graph.getNodeById(id).subgraph,"
+        " app.graph.getNodeById(id))",
+        node["id"],
+    )
+    bench.settle(800)
+    bench.fit()
+    stack = next(own["id"] for own in inside()["nodes"] if own["type"] == "QwenLoraStack")
+    rows = Stack(bench, stack)
+    rows.click(0, "file")
+    rows.choose("style")
+    assert rows.shown == [("style", "1.00", True)]
+    assert hash_of(bench) not in (base, other)
     assert bench.problems == []
