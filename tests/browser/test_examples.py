@@ -291,8 +291,8 @@ def test_the_template_browser_opens_one_by_clicks(workbench):
     workbench.settle(500)
     opened = {own["type"] for own in workbench.saved()["nodes"]}
     assert opened == {own["type"] for own in read(STACK)["nodes"]}
-    both = [own["nodes"] for own in (workbench.saved(), read(STACK))]
-    rows = [own["widgets_values"][0] for own in sum(both, []) if own["type"] == "QwenLoraStack"]
+    nodes = workbench.saved()["nodes"] + read(STACK)["nodes"]
+    rows = [own["widgets_values"][0] for own in nodes if own["type"] == "QwenLoraStack"]
     assert rows[0] == rows[1]
     assert workbench.problems == []
 
