@@ -99,7 +99,12 @@ function change(node, list, rows, isDone) {
 
 /** Makes room for rows that came, and takes that of rows that went. */
 function grow(node, pixels) {
-  if (!pixels || !node.size || !node.computeSize) return;
+  if (pixels) makeRoom(node, pixels);
+}
+
+/** Changes the height by so many pixels, to what the node needs at the least. */
+function makeRoom(node, pixels) {
+  if (!node.size || !node.computeSize) return;
   const least = node.computeSize();
   node.setSize([Math.max(node.size[0], least[0]), Math.max(least[1], node.size[1] + pixels)]);
   node.setDirtyCanvas?.(true, true);
@@ -161,8 +166,9 @@ app.registerExtension({
         return configure.call(this, today, ...others);
       } finally {
         opening.delete(this);
-        // The size was that of the other layout.
+        // The size was that of the other layout, or is written by hand.
         if (today.widgets_values !== saved.widgets_values) this.setSize(this.computeSize());
+        else makeRoom(this, 0);
       }
     };
   },
