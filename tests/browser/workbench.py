@@ -53,6 +53,11 @@ _VALUES = """(id) => Object.fromEntries(
     app.graph.getNodeById(id).widgets.map((own) => [own.name, own.value])
 )"""
 
+_SETTLED = """() => new Promise((done) => {
+    const idle = () => requestIdleCallback(done, {timeout: 5000});
+    requestAnimationFrame(() => requestAnimationFrame(idle));
+})"""
+
 _PROMPT = "async () => (await app.graphToPrompt()).output"
 
 
@@ -234,8 +239,9 @@ class Workbench:
     # ---- the screen ----
 
     def settle(self, milliseconds: int = 250) -> None:
-        """Give the page time to draw."""
+        """Give the page time, and let it draw and finish what it has to do: busy ones take more."""
         self.page.wait_for_timeout(milliseconds)
+        self.page.evaluate(_SETTLED)
 
     def screenshot(self, path: Path) -> None:
         """Write what is on the screen."""
