@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 
 from .comfy_process import REPOSITORY
-from .conftest import WAYS
 from .frontends import Frontend, Renderer
 from .stack import Stack
 
@@ -238,15 +237,14 @@ def run(bench, prompt: dict[str, Any]) -> dict[str, Any]:
     raise AssertionError("it did not end")
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        pytest.param((Frontend.NEWEST, Renderer.CANVAS), id="newest-canvas"),
-        pytest.param((Frontend.NEWEST, Renderer.NODES_2), id="newest-nodes2"),
-        pytest.param((Frontend.OLDEST, Renderer.CANVAS), id="oldest-canvas"),
-    ],
-    indirect=True,
-)
+NEWEST = [
+    pytest.param((Frontend.NEWEST, Renderer.CANVAS), id="newest-canvas"),
+    pytest.param((Frontend.NEWEST, Renderer.NODES_2), id="newest-nodes2"),
+]
+OLDEST = pytest.param((Frontend.OLDEST, Renderer.CANVAS), id="oldest-canvas")
+
+
+@pytest.mark.parametrize("way", [*NEWEST, OLDEST], indirect=True)
 def test_they_open_and_run(workbench, loras):
     bench = workbench
     shutil.copy(loras / "style.safetensors", loras / LIGHTNING)
@@ -323,7 +321,7 @@ def hash_of(bench) -> str:
     return done["outputs"]["hash"]["text"][0]
 
 
-@pytest.mark.parametrize("way", WAYS, indirect=True)
+@pytest.mark.parametrize("way", NEWEST, indirect=True)
 def test_the_blueprint_is_found_filled_and_run(workbench):
     bench = workbench
     node = put_blueprint(bench)

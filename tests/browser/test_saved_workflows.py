@@ -375,7 +375,8 @@ def test_nothing_is_lost_without_a_question_or_a_reason(workbench):
     page.evaluate(_CENTER, made.ids[1])
     workbench.settle()
     page.mouse.click(SIZE["width"] / 2, SIZE["height"] / 2, button="right")
-    page.get_by_text("Convert to LoRA Stack", exact=True).click()
+    # The panel beside the canvas has a button of this name, too.
+    page.get_by_role("menuitem", name="Convert to LoRA Stack").click()
     page.get_by_text("it has 24 rows, a LoRA Stack holds 20").last.wait_for()
     assert workbench.saved()["nodes"] == before["nodes"]
 
