@@ -299,18 +299,22 @@ def put_blueprint(bench) -> dict[str, Any]:
     """Find the blueprint as any node, by a double click and its name; returns the node."""
     page = bench.page
     # Blueprints are read after the page is there.
+    page.wait_for_load_state("networkidle")
     bench.settle(1000)
     page.mouse.dblclick(750, 800)
     bench.settle(600)
     page.keyboard.type("qwen-image with loras", delay=20)
-    page.get_by_text(NAME).first.wait_for(timeout=10_000)
+    page.get_by_text(NAME).first.wait_for()
     # The list is searched anew for each letter.
     bench.settle(1500)
     page.keyboard.press("Enter")
     bench.settle(600)
-    # The newest hangs it on the mouse until a click.
-    page.mouse.click(500, 200)
-    bench.settle(600)
+    for _ in range(20):
+        # The newest hangs it on the mouse until a click.
+        page.mouse.click(500, 200)
+        bench.settle(600)
+        if bench.saved()["nodes"]:
+            break
     (node,) = bench.saved()["nodes"]
     return node
 
