@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 
 import qwenlora
+import qwenlora.runtime
 from qwenlora import _core
 from qwenlora.compose import bring
 from qwenlora.emulation import EmulatedConfig, Precision, random_transformer
@@ -582,3 +583,17 @@ def reads(monkeypatch):
     monkeypatch.setattr(_core, "TensorReader", CountingReader)
     monkeypatch.setattr(_core, "Readers", CountingReaders)
     return counted
+
+
+@pytest.fixture
+def composed(monkeypatch):
+    """Sets that the runtime composed, in order."""
+    seen = []
+    bring = qwenlora.runtime.bring
+
+    def counting(module, wanted, **options):
+        seen.append(wanted)
+        return bring(module, wanted, **options)
+
+    monkeypatch.setattr("qwenlora.runtime.bring", counting)
+    return seen

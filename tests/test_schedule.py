@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import qwenlora
-import qwenlora.runtime
 from qwenlora import ComfyQwenImageWrapper, ComposeOptions, LoraSet, LoraSpec, Schedule
 from qwenlora._reference import schedule_factor
 from qwenlora.compose.planning import plan_report
@@ -252,20 +251,6 @@ def test_a_set_knows_what_it_passes_through(files):
 @pytest.fixture
 def model(make_model):
     return make_model(num_layers=BLOCKS)
-
-
-@pytest.fixture
-def composed(monkeypatch):
-    """Sets that the runtime composed, in order."""
-    seen = []
-    bring = qwenlora.runtime.bring
-
-    def counting(module, wanted, **options):
-        seen.append(wanted)
-        return bring(module, wanted, **options)
-
-    monkeypatch.setattr("qwenlora.runtime.bring", counting)
-    return seen
 
 
 def sampled(model, probe, *, shares=SHARES):

@@ -18,8 +18,7 @@ from .inputs import (
     strength_input,
 )
 from .loader_nodes import LoraNode, validate_name
-from .node_report import with_report
-from .request import Request, extend_model
+from .request import Request
 from .rows import as_flag, as_row, read_rows
 from .saved import (
     STACK,
@@ -70,9 +69,14 @@ class _SavedStack(LoraNode):
         return {"required": model, "optional": AnyInputs(drawn)}
 
     @classmethod
+    def restored(cls, inputs: Inputs) -> Inputs:
+        """The inputs under their own names, whichever version saved them."""
+        return cls.saved.restore(inputs)
+
+    @classmethod
     def request(cls, inputs: Inputs) -> Request:
         """The rows that the count and the switches leave."""
-        inputs = cls.saved.restore(inputs)
+        inputs = cls.restored(inputs)
         modulation = as_flag(inputs.get("apply_awq_mod"), True)
         if not as_flag(inputs.get("stack_enabled"), True):
             return Request((), modulation)
@@ -83,7 +87,7 @@ class _SavedStack(LoraNode):
 
     def load(self, model: ModelPatcher, **inputs: Any) -> dict[str, Any]:
         """Run the node."""
-        _warn_of_settings(self.saved.restore(inputs))
+        _warn_of_settings(self.restored(inputs))
         return super().load(model, **inputs)
 
     load_lora = load_lora_stack = load
@@ -113,17 +117,14 @@ class NunchakuQwenImageLoraLoader(_SavedStack):
         return validate_name(lora_name)
 
     @classmethod
+    def restored(cls, inputs: Inputs) -> Inputs:
+        """The inputs: its saved values only ever grew at the end."""
+        return inputs
+
+    @classmethod
     def request(cls, inputs: Inputs) -> Request:
         """One row; this node never had a switch for the modulation."""
         return Request((as_row(inputs),), offload=inputs.get("cpu_offload") == "enable")
-
-    def load(self, model: ModelPatcher, **inputs: Any) -> dict[str, Any]:
-        """Run the node."""
-        _warn_of_settings(inputs)
-        model, report = extend_model(model, self.request(inputs))
-        return with_report(report, model, report.text)
-
-    load_lora = load_lora_stack = load
 
 
 class NunchakuQwenImageLoraStack(_SavedStack):
@@ -169,9 +170,9 @@ class _SavedStackWithClip(_SavedStack):
 
     def load(self, model: ModelPatcher, clip: object = None, **inputs: Any) -> dict[str, Any]:
         """Run the node."""
-        _warn_of_settings(self.saved.restore(inputs))
-        model, report = extend_model(model, self.request(inputs))
-        return with_report(report, model, clip, report.text)
+        done = super().load(model, **inputs)
+        model, report = done["result"]
+        return {**done, "result": (model, clip, report)}
 
     load_lora = load_lora_stack = load
 

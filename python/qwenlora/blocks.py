@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qwenlora import _core
-from qwenlora.entries import Piece, number_of, number_text, sections, shown
+from qwenlora.entries import Piece, factor_of, number_text, sections, shown
 from qwenlora.errors import BlockFactorsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-__all__ = ["ALL_ONES", "KINDS", "LARGEST", "BlockFactors", "count_blocks"]
+__all__ = ["ALL_ONES", "KINDS", "BlockFactors", "count_blocks"]
 
 KINDS = {
     "attn": "the attention",
@@ -32,8 +32,6 @@ KINDS = {
 }
 """The kinds of layer that have factors, in the order of the canonical text."""
 _MOST_BLOCKS = 10_000
-LARGEST = 3.4e38
-"""Products of a few factors and a strength stay numbers below this, which float32 holds."""
 _RANGE = re.compile(r"([0-9]+)\s*(?:-\s*([0-9]+))?")
 _WAY_OUT = "\nhint: for example `0-19:1, 20-39:0.5; mod:0`; the kinds are " + ", ".join(KINDS)
 
@@ -70,7 +68,7 @@ class BlockFactors:
         kinds: dict[str, float] = {}
         for entry in _entries(text):
             name, number = _split(entry)
-            factor = _factor(number)
+            factor = factor_of(number, _wrong)
             if name.text[:1].isdigit():
                 first, last = _range(name)
                 blocks.append(_Range(first, last, factor, name))
@@ -212,15 +210,6 @@ def _split(entry: Piece) -> tuple[Piece, Piece]:
     if parts is None:
         raise _wrong(entry, "has no factor", "write the factor behind a colon")
     return parts
-
-
-def _factor(number: Piece) -> float:
-    factor = number_of(number.text)
-    if factor is None:
-        raise _wrong(number, "is no factor", "a factor is a number such as 0.5 or -1")
-    if abs(factor) > LARGEST:
-        raise _wrong(number, "is too large a factor", "a factor is a number such as 0.5 or -1")
-    return factor
 
 
 def _range(name: Piece) -> tuple[int, int]:

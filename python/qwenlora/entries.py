@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-__all__ = ["Piece", "number_of", "number_text", "sections", "shown"]
+__all__ = ["Piece", "factor_of", "number_of", "number_text", "sections", "shown"]
 
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _SHOWN = 40
+_LARGEST = 3.4e38
+"""Products of a few factors and a strength stay numbers below this, which float32 holds."""
+_FACTOR = "a factor is a number such as 0.5 or -1"
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,21 @@ def sections(text: str) -> Iterator[list[Piece]]:
 def number_of(text: str) -> float | None:
     """The number that a text is in decimals; None where it is none. Zero has one sign."""
     return float(text) + 0.0 if _NUMBER.fullmatch(text) else None
+
+
+def factor_of(number: Piece, wrong: Callable[[Piece, str, str], Exception]) -> float:
+    """The factor that a piece is.
+
+    Args:
+        number: The piece.
+        wrong: Makes the error, of the piece, what is wrong with it, and the way out.
+    """
+    factor = number_of(number.text)
+    if factor is None:
+        raise wrong(number, "is no factor", _FACTOR)
+    if abs(factor) > _LARGEST:
+        raise wrong(number, "is too large a factor", _FACTOR)
+    return factor
 
 
 def number_text(number: float) -> str:

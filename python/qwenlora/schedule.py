@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qwenlora.blocks import LARGEST
-from qwenlora.entries import Piece, number_of, number_text, sections, shown
+from qwenlora.entries import Piece, factor_of, number_of, number_text, sections, shown
 from qwenlora.errors import ScheduleError
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ class Schedule:
             if share in shares:
                 raise _wrong(place, f"is `{shown(shares[share].text)}` again", "name it once")
             shares[share] = place
-            found.append((share, _factor(number)))
+            found.append((share, factor_of(number, _wrong)))
         if len(found) > _MOST_KEYFRAMES:
             raise ScheduleError(
                 f"a schedule of {len(found)} keyframes: at most {_MOST_KEYFRAMES} are read"
@@ -228,15 +227,6 @@ def _share(place: Piece) -> float:
     if not 0 <= share <= 1:
         raise _wrong(place, "is outside of the course", "it goes from 0 to 1, or from 0% to 100%")
     return share
-
-
-def _factor(number: Piece) -> float:
-    factor = number_of(number.text)
-    if factor is None:
-        raise _wrong(number, "is no factor", "a factor is a number such as 0.5 or -1")
-    if abs(factor) > LARGEST:
-        raise _wrong(number, "is too large a factor", "a factor is a number such as 0.5 or -1")
-    return factor
 
 
 def _pair_text(pair: object) -> str:

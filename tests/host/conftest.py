@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import qwenlora.runtime
-
 from .comfy_host import ComfyHost, Device, Graph, comfy_root
 
 if TYPE_CHECKING:
@@ -79,20 +77,6 @@ def small_qwen(graph: Graph, qwen: ModuleType):
 def emulated_qwen(small_qwen, nunchaku: ModuleType):
     """The same weights as `small_qwen` in emulated Nunchaku leaves, under a patcher like theirs."""
     return nunchaku.emulated_qwen(small_qwen)
-
-
-@pytest.fixture
-def composed(monkeypatch):
-    """Sets that the runtime composed, in order."""
-    seen = []
-    bring = qwenlora.runtime.bring
-
-    def counting(module, wanted, **options):
-        seen.append(wanted)
-        return bring(module, wanted, **options)
-
-    monkeypatch.setattr("qwenlora.runtime.bring", counting)
-    return seen
 
 
 @pytest.fixture
