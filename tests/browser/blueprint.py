@@ -6,17 +6,12 @@ Run as `python -m tests.browser.blueprint` from the repository's root.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 import uuid
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from playwright.sync_api import sync_playwright
-
 from .comfy_process import REPOSITORY, ComfyProcess
-from .conftest import ARGUMENTS, CHROMIUM
 from .frontends import Frontend, Renderer
+from .started import comfy_and_browser
 from .workbench import Workbench
 
 if TYPE_CHECKING:
@@ -111,15 +106,8 @@ def make(comfy: ComfyProcess, browser: Browser) -> None:
 
 def main() -> None:
     """Start ComfyUI and a browser, and write the blueprint."""
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        comfy = ComfyProcess.start(Path(folder), Frontend.NEWEST.folder)
-        path = next(filter(None, map(shutil.which, CHROMIUM)), None)
-        browser = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
-        try:
-            make(comfy, browser)
-        finally:
-            browser.close()
-            comfy.stop()
+    with comfy_and_browser() as (comfy, browser):
+        make(comfy, browser)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,14 @@ Run as `python -m tests.browser.pictures` from the repository's root.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from playwright.sync_api import sync_playwright
 from tests.conftest import LoraDraft
 
 from .comfy_process import REPOSITORY, ComfyProcess
-from .conftest import ARGUMENTS, CHROMIUM
 from .frontends import Frontend, Renderer
+from .started import comfy_and_browser
 from .workbench import Workbench
 
 if TYPE_CHECKING:
@@ -149,15 +146,8 @@ def make_all(comfy: ComfyProcess, browser: Browser) -> None:
 
 def main() -> None:
     """Start ComfyUI and a browser, and make every picture."""
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        comfy = ComfyProcess.start(Path(folder), Frontend.NEWEST.folder)
-        path = next(filter(None, map(shutil.which, CHROMIUM)), None)
-        browser = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
-        try:
-            make_all(comfy, browser)
-        finally:
-            browser.close()
-            comfy.stop()
+    with comfy_and_browser() as (comfy, browser):
+        make_all(comfy, browser)
 
 
 if __name__ == "__main__":
