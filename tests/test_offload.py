@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import qwenlora
 from qwenlora import ComposeOptions, Placement
-from qwenlora.errors import UnsupportedModelError
+from qwenlora.errors import LoraReadError, ModelStateError, UnsupportedModelError
 
 from . import faults
 
@@ -95,6 +98,106 @@ def test_offload_turned_on_after_composing(model, uneven, probe):
     assert qwenlora.compose_loras(model, uneven) is not report
     assert same(probe.output(model), expected)
     assert qwenlora.compose_loras(model, uneven) is qwenlora.applied(model)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["transformer_blocks.0.img_mod.1"],
+        ["transformer_blocks.2.img_mod.1"],
+        ["transformer_blocks.0.img_mod.1", "transformer_blocks.2.txt_mod.1"],
+        ["transformer_blocks.1.attn.to_out.0"],
+        [f"transformer_blocks.{block}.img_mlp.net.2" for block in range(BLOCKS)],
+    ],
+)
+@pytest.mark.parametrize("resident", [1, 3])
+def test_offload_turned_on_without_composing_again(model, Draft, tmp_path, probe, names, resident):
+    """Buffers are copies of block 0: a side branch of another block alone would be lost."""
+    draft = Draft(seed=5)
+    for name in names:
+        draft.add(name, 8)
+    base = probe.output(model)
+    qwenlora.compose_loras(model, draft.save(tmp_path / "some.safetensors"))
+    expected = probe.output(model)
+    assert not same(expected, base)
+    model.set_offload(True, num_blocks_on_gpu=resident)
+    assert same(probe.output(model), expected)
+    qwenlora.reset_loras(model)
+    assert torch.equal(probe.output(model), base)
+    assert "set_offload" not in model.__dict__
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_offload_turned_on_in_a_copy(model, uneven, probe, again):
+    qwenlora.compose_loras(model, uneven)
+    expected = probe.output(model)
+    twin = again(model)
+    twin.set_offload(True)
+    assert same(probe.output(twin), expected)
+    assert not model.offload
+    assert torch.equal(probe.output(model), expected)
+
+
+def test_offload_cannot_be_turned_on_over_what_was_let_go(model, uneven, probe):
+    tensors = load_file(uneven)
+    qwenlora.compose_loras(model, tensors)
+    expected = probe.output(model)
+    with pytest.raises(ModelStateError, match="differ from block to block"):
+        model.set_offload(True)
+    assert not model.offload
+    assert torch.equal(probe.output(model), expected)
+    qwenlora.reset_loras(model)
+    model.set_offload(True)
+    qwenlora.compose_loras(model, tensors)
+    assert same(probe.output(model), expected)
+
+
+def test_offload_stays_off_where_a_file_is_gone(model, uneven, probe):
+    qwenlora.compose_loras(model, uneven)
+    expected = probe.output(model)
+    qwenlora.clear_cache()
+    uneven.unlink()
+    with pytest.raises(LoraReadError):
+        model.set_offload(True)
+    assert not model.offload
+    assert torch.equal(probe.output(model), expected)
+
+
+def test_even_tensors_in_memory_may_be_let_go(model, Draft, tmp_path, probe):
+    draft = Draft(seed=6)
+    for block in range(BLOCKS):
+        draft.add(f"transformer_blocks.{block}.img_mod.1", 8)
+    qwenlora.compose_loras(model, load_file(draft.save(tmp_path / "even.safetensors")))
+    expected = probe.output(model)
+    model.set_offload(True)
+    assert same(probe.output(model), expected)
+
+
+def test_a_switch_of_others_comes_back(model, uneven, probe):
+    calls = []
+
+    def switch(on, **kwargs):
+        calls.append(on)
+        type(model).set_offload(model, on, **kwargs)
+
+    model.__dict__["set_offload"] = switch
+    qwenlora.compose_loras(model, uneven)
+    expected = probe.output(model)
+    model.set_offload(True)
+    assert calls == [True]
+    assert same(probe.output(model), expected)
+    qwenlora.reset_loras(model)
+    assert model.__dict__["set_offload"] is switch
+
+
+def test_a_switch_keeps_no_model_alive(make_model, uneven):
+    model = make_model(num_layers=BLOCKS)
+    qwenlora.compose_loras(model, uneven)
+    switch, alive = model.set_offload, weakref.ref(model)
+    del model
+    assert alive() is None
+    with pytest.raises(ModelStateError, match="gone"):
+        switch(True)
 
 
 def test_offload_turned_off_after_composing(model, uneven, probe):

@@ -120,7 +120,8 @@ CHANGES = {
     "a buffer of another name": _rename_buffer,
     "a replaced buffer": _replace_buffer,
     "a moved buffer": _move_buffer,
-    "offload": lambda model: model.set_offload(True),
+    # The class's own: a composed model's composes anew.
+    "offload": lambda model: type(model).set_offload(model, True),
 }
 
 

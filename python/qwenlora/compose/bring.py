@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from qwenlora.lora_set import LoraSet
     from qwenlora.report import ComposeReport
 
-__all__ = ["bring"]
+__all__ = ["bring", "fits"]
 
 _log = logging.getLogger("qwenlora")
 
@@ -71,7 +71,7 @@ def _brought(model: nn.Module, wanted: LoraSet, *, strict: bool) -> ComposeRepor
     before = _cleaned(model)
     structure = structure_of(model, before)
     require_known(model, wanted, structure)
-    unchanged = wanted.key == before.stack and _fits(structure)
+    unchanged = wanted.key == before.stack and fits(structure)
     if unchanged and not strict:
         return before.report
     # Also where the stack is in place already: what `strict` raises, it raises always.
@@ -142,7 +142,7 @@ def _rescaled_state(task: Task) -> AppliedState:
     return replace(task.before, stack=task.wanted.key, report=report)
 
 
-def _fits(structure: Structure) -> bool:
+def fits(structure: Structure) -> bool:
     """Tell if every offloaded slot can be copied into the buffers as they are now.
 
     Offload may be turned on after composing, which copies block 0 into new buffers.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qwenlora.compose.bring import bring
-from qwenlora.compose.structure import found_structure
+from qwenlora.compose.bring import bring, fits
+from qwenlora.compose.structure import found_structure, structure_of
+from qwenlora.errors import ModelStateError
 from qwenlora.lora_set import LoraSet, Unmakeable
 from qwenlora.model.lock import lock_of
-from qwenlora.model.state import read_state, write_default
+from qwenlora.model.offload import OffloadSwitch
+from qwenlora.model.state import EMPTY, read_default, read_state, write_default
 from qwenlora.model.transformer import transformer_of
 
 if TYPE_CHECKING:
@@ -69,11 +71,36 @@ def compose_loras(
     model = transformer_of(model)
     wanted = LoraSet.of(loras, max_rank=max_rank, options=options)
     with lock_of(model):
-        report = bring(model, wanted, strict=strict)
+        OffloadSwitch.install(model, _refit)
+        try:
+            report = bring(model, wanted, strict=strict)
+        finally:
+            if read_state(model) is EMPTY:
+                OffloadSwitch.remove(model)
         # Tensors in memory are not kept alive for forwards that may never ask for them again.
         kept = all(source.cacheable for source in wanted.sources)
         write_default(model, wanted if kept else Unmakeable(wanted.key))
         return report
+
+
+def _refit(model: nn.Module) -> None:
+    """Compose anew what `compose_loras` composed, for the buffers that block offload just made.
+
+    Raises:
+        ModelStateError: Its tensors in memory were let go.
+    """
+    with lock_of(model):
+        state, wanted = read_state(model), read_default(model)
+        if wanted.key != state.stack:
+            return  # A set of a forward's own: the next forward brings what it wants.
+        if isinstance(wanted, LoraSet):
+            bring(model, wanted)
+        elif not fits(structure_of(model, state)):
+            raise ModelStateError(
+                "LoRAs are composed that differ from block to block, and their tensors in memory"
+                " were let go: they cannot be composed anew for block offload"
+                "\nhint: call reset_loras, turn offload on, and call compose_loras again"
+            )
 
 
 def reset_loras(model: nn.Module) -> ComposeReport:
