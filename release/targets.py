@@ -9,7 +9,7 @@ class Target(NamedTuple):
     triple: str
     """What Rust calls it."""
     tag: str
-    """What a wheel's name calls it: PEP 600 and PEP 656 on Linux, else the system's oldest release."""
+    """What a wheel's name calls it: PEP 600 and PEP 656 on Linux, else the oldest system."""
     marker: str | None
     """What a line of requirements calls it (PEP 508), or None where no marker can tell it."""
 
