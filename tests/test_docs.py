@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "comfy/README.md", "examples/serve/README.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "comfy/README.md"]
+DOCUMENTS += ["examples/serve/README.md"]
 DOCUMENTS += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 PLACES = ["", "python/qwenlora", "rust/core/src", "tests"]
 PLACES += ["comfy/qwenlora_nodes", "examples/serve", "examples/serve/qwenlora_serve"]
