@@ -43,7 +43,7 @@ browser:
 		(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
 			--no-install-recommends chromium fonts-noto-cjk >/dev/null) || true
 
-# --no-deps is not given: the wheel's own requirements are what a user gets.
+# The wheel requires nothing; the extra brings PyTorch and what the full demo writes files with.
 $(VENV)/.installed: pyproject.toml $(RUST_SOURCES) | $(VENV)/.tools
 	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --locked --uv --quiet --extras demo
 	@touch $@

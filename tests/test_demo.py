@@ -76,10 +76,72 @@ def test_all_steps_within_bound(capsys, tmp_path):
     assert {"peft.safetensors", "lightning.safetensors", "kohya.safetensors"} <= kept
 
 
-def test_temporary_files_are_gone(capsys, monkeypatch):
+LIGHT = """\
+qwenlora demo --light: LoRAs composed into a quantized model, and measured
+
+  An emulated Qwen-Image transformer: 2 blocks, 256 wide, int4 (W4A4) and
+  bfloat16 in Nunchaku's layouts, base rank 32.
+  Its LoRA files, in 3 spellings:
+    transformer.transformer_blocks.0.attn.to_v.lora_A.weight
+    transformer_blocks.0.attn.to_v.lora_down.weight
+    lora_unet_transformer_blocks_0_img_mod_1.lora_down.weight
+  Errors are the worst of all layers, against the files in dense float64.
+
+                                                          slot      output
+  1. compose three                                      0.00__      0.00__
+  2. change one strength                                0.00__      0.00__
+  3. remove one                                         0.00__      0.00__
+  4. reset                                                       bit-exact
+  what mistakes would show
+  modulation rows left in the file's order                1.4_        1.4_
+  alpha of the Lightning file ignored                     7.00        7.00
+
+  This is the light form. `qwenlora demo` also measures a file that PEFT and
+  diffusers wrote, and a diffusers pipeline. It needs more packages:
+    pip install "qwenlora[demo]"
+
+all within bf16 rounding (1e-2); reset is bit-exact
+"""
+
+
+def test_the_light_form(capsys):
+    assert main(["--light"]) == 0
+    screen, talk = capsys.readouterr()
+    assert talk == ""
+    assert re.sub(r"(?<=0\.00)\d\d|(?<=1\.4)\d", lambda m: "_" * len(m[0]), screen) == LIGHT
+    assert max(float(n) for n in re.findall(r"0\.00\d\d", screen)) < measure.BOUND / 2
+
+
+def test_the_light_form_keeps_its_files(capsys, tmp_path):
+    assert main(["--light", "--keep", str(tmp_path / "kept")]) == 0
+    assert f"spellings, kept in\n  {tmp_path}" in capsys.readouterr().out
+    kept = {path.name for path in (tmp_path / "kept").iterdir()}
+    assert {"diffusers.safetensors", "lightning.safetensors", "kohya.safetensors"} <= kept
+
+
+def test_the_light_form_fails_where_the_engine_is_wrong(capsys, monkeypatch):
+    monkeypatch.setattr(measure.Meter, "differences", lambda *_: ["a tensor"])
+    right = place.factor_runs
+
+    def twice(group, share, spec):
+        return right(group, share, dataclasses.replace(spec, strength=2 * spec.strength))
+
+    monkeypatch.setattr(builder, "factor_runs", twice)
+    assert main(["--light"]) == 1
+    screen = capsys.readouterr().out
+    assert "1. compose three                                        1.00        1.00\n" in screen
+    assert "  4. reset                                                   NOT bit-exact\n" in screen
+    assert "FAILED (bound 1e-2)\n" in screen
+    assert "step 3: attention (svdq) is off by 1\n" in screen
+    assert "step 4: the reset is not bit-exact\n" in screen
+
+
+@pytest.mark.parametrize("arguments", [[], ["--light"]])
+def test_temporary_files_are_gone(capsys, monkeypatch, arguments):
     seen = []
-    monkeypatch.setattr(course, "run", lambda folder, *, kept: seen.append((folder, kept)) or 0)
-    assert main([]) == 0
+    name = "run_light" if arguments else "run"
+    monkeypatch.setattr(course, name, lambda folder, *, kept: seen.append((folder, kept)) or 0)
+    assert main(arguments) == 0
     folder, kept = seen[0]
     assert not kept
     assert not folder.exists()
@@ -190,8 +252,8 @@ def test_missing_extra_is_one_line(capsys, monkeypatch, package):
     monkeypatch.setattr(course, "dense_model", model.dense_model)
     assert main([]) == 1
     assert capsys.readouterr().err == (
-        "qwenlora demo: it needs diffusers and peft, run `pip install qwenlora[demo]` "
-        f"(No module named '{package}')\n"
+        'qwenlora demo: it needs diffusers and peft: run `pip install "qwenlora[demo]"`, or '
+        f"`qwenlora demo --light`, which does without them (No module named '{package}')\n"
     )
 
 
@@ -200,9 +262,11 @@ def test_importing_the_demo_is_cheap():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("args", [["--keep"], ["--what"], ["--keep", "a", "b"]])
+@pytest.mark.parametrize(
+    "args", [["--keep"], ["--light", "--keep"], ["--what"], ["--keep", "a", "b"]]
+)
 def test_usage(capsys, args):
     assert main(args) == 64
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("usage: qwenlora demo [--keep DIR]")
+    assert err.startswith("usage: qwenlora demo [--light] [--keep DIR]")

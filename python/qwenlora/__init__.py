@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from qwenlora.requirements import require
+
 if TYPE_CHECKING:
     from qwenlora import compat, emulation
     from qwenlora._core import __version__
@@ -69,9 +71,24 @@ _HOMES = {
     "reset_loras": "compose.compose",
 }
 _MODULES = ("compat", "emulation", "errors")
+_ON_TORCH = frozenset(
+    {
+        "ComfyQwenImageWrapper",
+        "LoraSet",
+        "applied",
+        "attach",
+        "clear_cache",
+        "compose_loras",
+        "detach",
+        "reset_loras",
+    }
+)
+"""Names that need the packages of the extra `torch`; modules that do check by themselves."""
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ON_TORCH:
+        require()
     if name in _MODULES:
         return importlib.import_module(f"qwenlora.{name}")
     if name not in _HOMES:

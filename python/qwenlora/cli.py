@@ -22,7 +22,8 @@ usage: qwenlora keys FILE... [options]  what LoRA files contain, what is applied
                                         for DoRA
        qwenlora doctor [--help]         what is installed, what cannot work, and
                                         how to mend it
-       qwenlora demo [--keep DIR]       compose LoRAs into an emulated model and
+       qwenlora demo [--light] [--keep DIR]
+                                        compose LoRAs into an emulated model and
                                         measure the error
        qwenlora --version
 """

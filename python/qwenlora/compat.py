@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qwenlora.requirements import require
+
+require()
+
 from qwenlora.compose.compose import compose_loras, reset_loras
 from qwenlora.spec import ComposeOptions
 

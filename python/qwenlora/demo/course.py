@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,16 @@ import torch
 from qwenlora import compose_loras, reset_loras
 from qwenlora.demo.expected import weighted_sum
 from qwenlora.demo.extra import MissingExtraError
-from qwenlora.demo.files import LoraFile, WrongFile, write_files, write_wrong_files
+from qwenlora.demo.files import (
+    LoraFile,
+    WrongFile,
+    write_files,
+    write_plain_files,
+    write_wrong_files,
+)
+from qwenlora.demo.light_screen import LightScreen
 from qwenlora.demo.measure import BOUND, Errors, Kind, Meter
-from qwenlora.demo.model import dense_model, emulated_model
+from qwenlora.demo.model import dense_model, dense_sizes, drawn_model, emulated_model
 from qwenlora.demo.pipeline import PICTURE_BOUND, measure_pipeline
 from qwenlora.demo.screen import Screen
 
@@ -25,11 +32,12 @@ if TYPE_CHECKING:
     from qwenlora.emulation import EmulatedQwenImageTransformer
     from qwenlora.report import ComposeReport
 
-__all__ = ["run"]
+__all__ = ["run", "run_light"]
 
 _BITES = 10 * BOUND
 """A mistake must show as at least this, or the measure would be blind to it."""
 
+_STRENGTHS = (1.0, 0.8, -0.6)
 _Stack = Sequence[tuple[LoraFile, float]]
 
 
@@ -48,31 +56,58 @@ def run(folder: Path, *, kept: bool) -> int:
         QwenLoraError: The engine refused.
         OSError: The files cannot be written.
     """
-    screen = Screen()
+    return _run(_full, Screen(), folder if kept else None, folder)
+
+
+def run_light(folder: Path, *, kept: bool) -> int:
+    """Run the steps that need neither diffusers nor peft.
+
+    Args:
+        folder: Where the LoRA files are written.
+        kept: Whether they stay there.
+
+    Returns:
+        0 where everything held, else 1.
+
+    Raises:
+        QwenLoraError: The engine refused.
+        OSError: The files cannot be written.
+    """
+    return _run(_light, LightScreen(), folder if kept else None, folder)
+
+
+def _run(
+    steps: Callable[[Screen, Path | None, Path], list[str]],
+    screen: Screen,
+    kept: Path | None,
+    folder: Path,
+) -> int:
     screen.title()
     with torch.no_grad(), _one_thread():
-        failures = _run(folder, kept, screen)
+        failures = steps(screen, kept, folder)
     screen.verdict(failures)
     return 1 if failures else 0
 
 
-def _run(folder: Path, kept: bool, screen: Screen) -> list[str]:
+def _full(screen: Screen, kept: Path | None, folder: Path) -> list[str]:
     started = time.perf_counter()
     dense = dense_model()
     model = emulated_model(dense)
-    files = write_files(dense, folder)
-    screen.setting(model, files, folder if kept else None, time.perf_counter() - started)
+    files = write_files(dense, dense_sizes(model), folder)
+    screen.setting(model, files, kept, time.perf_counter() - started)
     course = _Course(model, screen)
-    peft, lightning, kohya = files
-    course.compose("compose three", [(peft, 1.0), (lightning, 0.8), (kohya, -0.6)])
-    course.compose("change one strength", [(peft, 1.0), (lightning, 0.8), (kohya, 1.2)])
-    course.compose("remove one", [(peft, 1.0), (lightning, 0.8)])
-    course.reset()
-    rows, alpha = write_wrong_files(lightning, kohya, folder)
-    screen.mistakes()
-    course.mistake(rows, (Kind.MODULATION,))
-    course.mistake(alpha, (Kind.ATTENTION, Kind.MLP))
-    course.pipeline(dense, [(peft, 1.0), (lightning, 0.8), (kohya, -0.6)])
+    course.arithmetic(files, folder)
+    course.pipeline(dense, list(zip(files, _STRENGTHS, strict=True)))
+    return course.failures
+
+
+def _light(screen: Screen, kept: Path | None, folder: Path) -> list[str]:
+    started = time.perf_counter()
+    model = drawn_model()
+    files = write_plain_files(dense_sizes(model), folder)
+    screen.setting(model, files, kept, time.perf_counter() - started)
+    course = _Course(model, screen)
+    course.arithmetic(files, folder)
     return course.failures
 
 
@@ -96,6 +131,19 @@ class _Course:
         self._base = copy.deepcopy(model)
         self._meter = Meter(self._base)
         self._screen = screen
+
+    def arithmetic(self, files: tuple[LoraFile, LoraFile, LoraFile], folder: Path) -> None:
+        """Compose three files, change the stack, reset, and show what mistakes would give."""
+        _, lightning, kohya = files
+        stack = list(zip(files, _STRENGTHS, strict=True))
+        self.compose("compose three", stack)
+        self.compose("change one strength", [*stack[:2], (kohya, 1.2)])
+        self.compose("remove one", stack[:2])
+        self.reset()
+        rows, alpha = write_wrong_files(lightning, kohya, folder)
+        self._screen.mistakes()
+        self.mistake(rows, (Kind.MODULATION,))
+        self.mistake(alpha, (Kind.ATTENTION, Kind.MLP))
 
     def compose(self, what: str, stack: _Stack) -> None:
         """Bring the model to a stack and measure every slot."""

@@ -32,11 +32,14 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_deltas(path: Path, names: Iterable[str]) -> Deltas:
-    """Compute alpha / rank * up @ down of a file with `lora_down`, `lora_up` and `alpha`.
+    """Compute scale * up @ down of a file's layers.
+
+    The scale is alpha / rank where the layer has an alpha, and 1 where it has none.
 
     Args:
         path: The file.
-        names: The dense layers that it changes, in dots; its keys are bare or flat.
+        names: The dense layers that it changes, in dots. Its keys are flat or in dots, with
+            `lora_down` and `lora_up`; or below `transformer.`, with `lora_A` and `lora_B`.
 
     Raises:
         KeyError: A layer is not in the file.
@@ -44,10 +47,15 @@ def read_deltas(path: Path, names: Iterable[str]) -> Deltas:
     tensors = read_tensors(path)
     deltas = {}
     for name in names:
-        stem = name if f"{name}.alpha" in tensors else flat_name(name)
-        down = tensors[f"{stem}.lora_down.weight"].double()  # (r, in)
-        up = tensors[f"{stem}.lora_up.weight"].double()  # (out, r)
-        scale = float(tensors[f"{stem}.alpha"]) / down.shape[0]
+        if f"transformer.{name}.lora_A.weight" in tensors:
+            stem, halves = f"transformer.{name}", ("lora_A", "lora_B")
+        else:
+            stem = name if f"{name}.lora_down.weight" in tensors else flat_name(name)
+            halves = ("lora_down", "lora_up")
+        # (r, in) and (out, r)
+        down, up = (tensors[f"{stem}.{half}.weight"].double() for half in halves)
+        alpha = tensors.get(f"{stem}.alpha")
+        scale = 1.0 if alpha is None else float(alpha) / down.shape[0]
         deltas[name] = scale * (up @ down)
     return deltas
 

@@ -24,5 +24,6 @@ def require(module: str, name: str) -> Any:
         # diffusers raises RuntimeError where a package that it imports lazily is missing.
         reason = str(error).strip().splitlines()[0]
         raise MissingExtraError(
-            f"it needs diffusers and peft, run `pip install qwenlora[demo]` ({reason})"
+            f'it needs diffusers and peft: run `pip install "qwenlora[demo]"`, or `qwenlora demo'
+            f" --light`, which does without them ({reason})"
         ) from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from safetensors.torch import save_file
@@ -21,7 +21,14 @@ from qwenlora.packing.layout import MODULATION_PLANES
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["LoraFile", "WrongFile", "write_files", "write_wrong_files"]
+__all__ = [
+    "LoraFile",
+    "Sizes",
+    "WrongFile",
+    "write_files",
+    "write_plain_files",
+    "write_wrong_files",
+]
 
 _ATTENTION = (
     "attn.to_q",
@@ -41,7 +48,8 @@ _PEFT_RANK, _PEFT_ALPHA = 16, 8
 _LIGHTNING_RANK, _LIGHTNING_ALPHA = 64, 8
 _KOHYA_RANK, _KOHYA_ALPHA = 32, 16
 
-_Sizes = Mapping[str, tuple[int, int]]
+Sizes: TypeAlias = Mapping[str, tuple[int, int]]
+"""Output and input channels by the name of the dense diffusers layer."""
 
 
 @dataclass(frozen=True)
@@ -78,23 +86,36 @@ class WrongFile:
     original: LoraFile
 
 
-def write_files(dense: Any, folder: Path) -> tuple[LoraFile, LoraFile, LoraFile]:
-    """Write the three files.
+def write_files(dense: Any, sizes: Sizes, folder: Path) -> tuple[LoraFile, LoraFile, LoraFile]:
+    """Write the three files of the full demo.
 
     Args:
         dense: The dense diffusers model; it is only read.
+        sizes: Output and input channels of its layers.
         folder: Where to write them.
 
     Returns:
         PEFT's, the Lightning-like and the kohya-style file.
     """
-    sizes = {
-        name: (module.out_features, module.in_features)
-        for name, module in dense.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
     return (
         _write_peft(dense, folder / "peft.safetensors"),
+        _write_lightning(sizes, folder / "lightning.safetensors"),
+        _write_kohya(sizes, folder / "kohya.safetensors"),
+    )
+
+
+def write_plain_files(sizes: Sizes, folder: Path) -> tuple[LoraFile, LoraFile, LoraFile]:
+    """Write the three files of the light demo, with safetensors alone.
+
+    Args:
+        sizes: Output and input channels of the dense layers.
+        folder: Where to write them.
+
+    Returns:
+        The diffusers-like, the Lightning-like and the kohya-style file.
+    """
+    return (
+        _write_diffusers(sizes, folder / "diffusers.safetensors"),
         _write_lightning(sizes, folder / "lightning.safetensors"),
         _write_kohya(sizes, folder / "kohya.safetensors"),
     )
@@ -163,7 +184,26 @@ def _write_peft(dense: Any, path: Path) -> LoraFile:
     )
 
 
-def _write_lightning(sizes: _Sizes, path: Path) -> LoraFile:
+def _write_diffusers(sizes: Sizes, path: Path) -> LoraFile:
+    """Write PEFT's halves below `transformer.`, without alpha, as diffusers does."""
+    names = _block_names(sizes, _ATTENTION)
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name in names:
+        down, up = _draw(*sizes[name], _PEFT_RANK, generator)
+        tensors[f"transformer.{name}.lora_A.weight"] = down
+        tensors[f"transformer.{name}.lora_B.weight"] = up
+    save_file(tensors, path)
+    return LoraFile(
+        path=path,
+        wrote="in the manner of diffusers",
+        facts=f"{len(names)} layers, rank {_PEFT_RANK}, float32, no alpha",
+        example=_example(path, "to_v"),
+        deltas=expected.read_deltas(path, names),
+    )
+
+
+def _write_lightning(sizes: Sizes, path: Path) -> LoraFile:
     """Write bare diffusers names and an integer alpha, as Qwen-Image-Lightning does."""
     names = _block_names(sizes, _ATTENTION + _MLP)
     generator = torch.Generator().manual_seed(2)
@@ -183,7 +223,7 @@ def _write_lightning(sizes: _Sizes, path: Path) -> LoraFile:
     )
 
 
-def _write_kohya(sizes: _Sizes, path: Path) -> LoraFile:
+def _write_kohya(sizes: Sizes, path: Path) -> LoraFile:
     """Write flat names with alpha in the save dtype, as kohya's musubi-tuner does."""
     names = [*_block_names(sizes, _ATTENTION + _MLP + _MODULATION), *_TOP_LEVEL]
     generator = torch.Generator().manual_seed(3)
@@ -211,7 +251,7 @@ def _write_kohya(sizes: _Sizes, path: Path) -> LoraFile:
     )
 
 
-def _block_names(sizes: _Sizes, members: Iterable[str]) -> list[str]:
+def _block_names(sizes: Sizes, members: Iterable[str]) -> list[str]:
     blocks = sorted({name.split(".")[1] for name in sizes if name.startswith("transformer_blocks")})
     return [f"transformer_blocks.{block}.{member}" for block in blocks for member in members]
 

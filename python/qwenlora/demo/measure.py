@@ -30,7 +30,7 @@ from qwenlora.emulation import (
     SVDQW4A4Linear,
     fused_gelu_mlp,
 )
-from qwenlora.emulation.dense import FUSED_MEMBERS
+from qwenlora.emulation.dense import dense_layers
 from qwenlora.packing.layout import MODULATION_PLANES, LowRankSide
 from qwenlora.packing.pack import unpack_lowrank
 from qwenlora.slots.branch import BRANCH_DOWN, BRANCH_UP
@@ -100,7 +100,7 @@ class Meter:
         found: dict[Kind, list[tuple[bool, float, float]]] = {kind: [] for kind in kinds}
         left = set(expected)
         for path, kind in _slots(self._base):
-            members = _members(path)
+            members = dense_layers(path)
             left.difference_update(members)
             if kind not in found:
                 continue
@@ -181,14 +181,6 @@ def _slots(model: nn.Module) -> Iterator[tuple[str, Kind]]:
             yield path, Kind.MODULATION
         elif isinstance(module, nn.Linear):
             yield path, Kind.PLAIN
-
-
-def _members(path: str) -> list[str]:
-    """The dense layers whose rows a slot stacks, in order."""
-    parent, _, name = path.rpartition(".")
-    if name not in FUSED_MEMBERS:
-        return [path]
-    return [f"{parent}.{member}" for member in FUSED_MEMBERS[name]]
 
 
 def _sizes(layer: nn.Module) -> tuple[int, int]:

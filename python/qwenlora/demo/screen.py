@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qwenlora.demo.pipeline import Picture
     from qwenlora.emulation import EmulatedQwenImageTransformer
 
-__all__ = ["Screen"]
+__all__ = ["Screen", "worst_of"]
 
 _WIDTH = 80
 _KIND_WIDTH = 20
@@ -46,12 +46,8 @@ class Screen:
         seconds: float,
     ) -> None:
         """Describe the model and the files."""
-        config = model.config
         self._heading("set-up", seconds)
-        self._text(
-            f"An emulated Qwen-Image transformer: {config.num_layers} blocks, {config.channels}"
-            f" wide, int4 (W4A4) and bfloat16 in Nunchaku's layouts, base rank {BASE_RANK}."
-        )
+        self._model(model)
         self._text(
             "LoRA files, drawn as strong as the layers they change, "
             + ("deleted at the end:" if kept is None else f"for this width only, kept in {kept}:")
@@ -146,6 +142,13 @@ class Screen:
         for failure in failures:
             self._text(failure)
 
+    def _model(self, model: EmulatedQwenImageTransformer) -> None:
+        config = model.config
+        self._text(
+            f"An emulated Qwen-Image transformer: {config.num_layers} blocks, {config.channels}"
+            f" wide, int4 (W4A4) and bfloat16 in Nunchaku's layouts, base rank {BASE_RANK}."
+        )
+
     def _heading(self, what: str, seconds: float | None) -> None:
         time = "" if seconds is None else f"{seconds:.2f} s"
         self._line(f"{what}{time:>{_WIDTH - len(what)}}".rstrip())
@@ -170,6 +173,14 @@ class Screen:
         sys.stdout.flush()
 
 
+def worst_of(errors: Sequence[Errors]) -> str:
+    """The worst slot and output error of several kinds, in two columns."""
+    return "".join(
+        f"{_shown(max(values)):>12}"
+        for values in ((row.slot for row in errors), (row.output for row in errors))
+    )
+
+
 def _count(errors: Errors) -> str:
     return f"{errors.carrying} of {errors.slots}"
 
@@ -181,4 +192,8 @@ def _cells(errors: Errors) -> str:
 def _number(errors: Errors, value: float) -> str:
     if errors.carrying == 0 and value == 0:
         return "bit-exact"
+    return _shown(value)
+
+
+def _shown(value: float) -> str:
     return f"{value:.4f}" if value < 1 else f"{value:.2f}"

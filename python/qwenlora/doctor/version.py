@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import re
+from qwenlora.requirements import release_of
 
 __all__ = ["cuda_of", "local_of", "release_of"]
-
-
-def release_of(version: str) -> tuple[int, ...]:
-    """The numbers that a version begins with: (2, 9, 1) of `2.9.1+cu128`."""
-    found = re.match(r"v?(\d+(?:\.\d+)*)", version)
-    return tuple(int(number) for number in found[1].split(".")) if found else ()
 
 
 def local_of(version: str) -> str:

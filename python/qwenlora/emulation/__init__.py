@@ -33,6 +33,10 @@ diffusers model. `tiny_z_image` makes a small dense one:
     )
 """
 
+from qwenlora.requirements import require
+
+require()
+
 from qwenlora.emulation.attention import EmulatedAttention
 from qwenlora.emulation.awq import AWQW4A16Linear
 from qwenlora.emulation.block import EmulatedFeedForward, EmulatedTransformerBlock

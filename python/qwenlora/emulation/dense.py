@@ -61,7 +61,7 @@ def load_dense_state(
     weights = _Weights(state)
     for path, module in model.named_modules():
         if isinstance(module, SVDQW4A4Linear):
-            layers = _dense_layers(path)
+            layers = dense_layers(path)
             module.load_dense(
                 weights.take_rows(layers, "weight"),
                 weights.take_rows(layers, "bias"),
@@ -80,9 +80,12 @@ def random_smooth(channels: int, generator: torch.Generator) -> torch.Tensor:
     return torch.exp2(torch.randint(-1, 2, (channels,), generator=generator).float())
 
 
-def _dense_layers(path: str) -> list[str]:
+def dense_layers(path: str) -> list[str]:
+    """The dense layers whose rows a layer stacks, in order; of most it is one, of the same name."""
     parent, _, name = path.rpartition(".")
-    return [f"{parent}.{member}" for member in FUSED_MEMBERS.get(name, (name,))]
+    if name not in FUSED_MEMBERS:
+        return [path]
+    return [f"{parent}.{member}" for member in FUSED_MEMBERS[name]]
 
 
 def _copy_plain(path: str, module: nn.Module, weights: _Weights) -> None:

@@ -16,6 +16,7 @@ from qwenlora.errors import NothingToApplyError, OtherModelError, OutputError, Q
 from qwenlora.map.arguments import UsageError, parse
 from qwenlora.merge import ending_on_sigterm
 from qwenlora.merge.talk import Talk
+from qwenlora.requirements import RequirementError, require
 from qwenlora.words import counted
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ Exit status:
    2  a file is for another model, or nothing of it is applied; no map
    3  a file cannot be read, or is damaged; no map
   64  the arguments make no sense
+  69  torch, numpy or safetensors is missing or too old
   74  the picture, or the map, cannot be written
 
 Examples:
@@ -74,6 +76,7 @@ class Exit(IntEnum):
     REJECTED = 2
     UNREADABLE = 3
     USAGE = 64
+    UNAVAILABLE = 69
     OUTPUT = 74
     INTERRUPTED = 130
 
@@ -102,6 +105,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except UsageError as error:
         talk.say_usage(error, "qwenlora map")
         return Exit.USAGE
+    except RequirementError as error:
+        talk.say("error", str(error))
+        return Exit.UNAVAILABLE
     except QwenLoraError as error:
         talk.say("error", str(error))
         if isinstance(error, OutputError):
@@ -116,6 +122,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Arguments, talk: Talk) -> Exit:
+    require()
     from qwenlora.merge.output import check_output
 
     if arguments.output is not None:

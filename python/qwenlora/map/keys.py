@@ -11,6 +11,7 @@ from qwenlora.map.terminal import COLOR_CHOICES, colors_of, draw
 from qwenlora.merge.arguments import UsageError, options_of
 from qwenlora.merge.folder import PEFT_WEIGHTS
 from qwenlora.merge.talk import Talk
+from qwenlora.requirements import RequirementError, require
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ _VALUES = ("--explain", "--color", "--completions")
 _OTHERS = frozenset(("--json", "--explain", "--help", "-h", "--version", "-V", "--completions"))
 """Options with which there is no screen, and so no map."""
 _LEAST_ERROR = 64
+_UNAVAILABLE = 69
 _UNWRITABLE = 74
 
 
@@ -34,7 +36,8 @@ def keys_with_map(args: Sequence[str], keys: Callable[[list[str]], int]) -> int:
         keys: The program, which draws no maps.
 
     Returns:
-        The program's exit status; 74 where a map cannot be written.
+        The program's exit status; 69 where what measures is missing, 74 where a map cannot be
+        written.
     """
     try:
         options = list(options_of(args, flags=_FLAGS, values=_VALUES))
@@ -51,6 +54,9 @@ def keys_with_map(args: Sequence[str], keys: Callable[[list[str]], int]) -> int:
     assert color in COLOR_CHOICES, "the program has refused any other"
     try:
         _draw([Path(value) for name, value in options if not name], color)
+    except RequirementError as error:
+        Talk().say("error", str(error))
+        return _UNAVAILABLE
     except OSError as error:
         Talk().say("error", f"the map cannot be written: {error.strerror or error}")
         return _UNWRITABLE
@@ -64,6 +70,7 @@ def _without_map(args: Sequence[str]) -> list[str]:
 
 
 def _draw(paths: Sequence[Path], color: str) -> None:
+    require()
     from qwenlora.map.job import map_loras
     from qwenlora.spec import LoraSpec
 

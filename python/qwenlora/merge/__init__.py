@@ -23,6 +23,7 @@ from qwenlora.errors import (
 )
 from qwenlora.merge.arguments import UsageError, parse
 from qwenlora.merge.talk import Talk
+from qwenlora.requirements import RequirementError, require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -87,6 +88,7 @@ Exit status:
       for another one than the sources before it; no file
    3  a source cannot be read, is damaged, or too large for the dtype; no file
   64  the arguments make no sense
+  69  torch, numpy or safetensors is missing or too old
   74  the file, or the report, cannot be written
 
 Examples:
@@ -104,6 +106,7 @@ class Exit(IntEnum):
     REJECTED = 2
     UNREADABLE = 3
     USAGE = 64
+    UNAVAILABLE = 69
     OUTPUT = 74
     INTERRUPTED = 130
 
@@ -128,6 +131,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except UsageError as error:
         talk.say_usage(error, "qwenlora merge")
         return Exit.USAGE
+    except RequirementError as error:
+        talk.say("error", str(error))
+        return Exit.UNAVAILABLE
     except OSError as error:
         talk.say("error", _words(error))
         return Exit.UNREADABLE if _is_of_source(error) else Exit.OUTPUT
@@ -141,6 +147,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Arguments, talk: Talk) -> Exit:
+    require()
     from qwenlora.merge.job import merge_loras
     from qwenlora.merge.screen import paint
     from qwenlora.spec import LoraSpec

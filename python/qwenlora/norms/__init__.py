@@ -21,6 +21,7 @@ from qwenlora.errors import (
 from qwenlora.merge import ending_on_sigterm
 from qwenlora.merge.talk import Talk
 from qwenlora.norms.arguments import UsageError, parse
+from qwenlora.requirements import RequirementError, require
 from qwenlora.words import counted
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ Exit status:
    2  it is of another model, or quantized; no file
    3  it cannot be read, or is damaged; no file
   64  the arguments make no sense
+  69  torch, numpy or safetensors is missing or too old
   74  the file, or the report, cannot be written
 
 Example:
@@ -73,6 +75,7 @@ class Exit(IntEnum):
     REJECTED = 2
     UNREADABLE = 3
     USAGE = 64
+    UNAVAILABLE = 69
     OUTPUT = 74
     INTERRUPTED = 130
 
@@ -100,6 +103,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except UsageError as error:
         talk.say_usage(error, "qwenlora norms")
         return Exit.USAGE
+    except RequirementError as error:
+        talk.say("error", str(error))
+        return Exit.UNAVAILABLE
     except QwenLoraError as error:
         talk.say("error", str(error))
         if isinstance(error, OutputError):
@@ -114,6 +120,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Arguments, talk: Talk) -> Exit:
+    require()
     from qwenlora.norms.job import write_norms
 
     try:

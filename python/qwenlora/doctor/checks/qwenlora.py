@@ -9,6 +9,7 @@ from qwenlora.doctor.facts import Environment, Facts, PackKind
 from qwenlora.doctor.finding import Finding, Severity
 from qwenlora.doctor.mend import Move
 from qwenlora.doctor.version import release_of
+from qwenlora.requirements import OLDEST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["CHECKS"]
 
 _OLDEST_PYTHON = (3, 10)
-# The lower bounds of pyproject.toml; torch is checked in `checks/torch.py`.
-_OLDEST = {"numpy": (1, 24), "safetensors": (0, 4, 3)}
+_CHECKED_HERE = ("numpy", "safetensors")
+"""Requirements; torch is one, too, and has checks of its own."""
 
 
 def _asked(facts: Facts) -> Iterator[Finding]:
@@ -97,12 +98,11 @@ def _twice(facts: Facts) -> Iterator[Finding]:
 
 def _requirements(facts: Facts) -> Iterator[Finding]:
     for environment in facts.environments:
-        for name, oldest in _OLDEST.items():
-            version = environment.version_of(name)
+        for name in _CHECKED_HERE:
+            needed, version = OLDEST[name], environment.version_of(name)
             # Where qwenlora is not wanted, nothing has to fit it.
-            if not environment.qwenlora or (version and release_of(version) >= oldest):
+            if not environment.qwenlora or (version and release_of(version) >= release_of(needed)):
                 continue
-            needed = ".".join(map(str, oldest))
             what = "is missing" if version is None else f"is {version}"
             yield Finding(
                 severity=Severity.PROBLEM,

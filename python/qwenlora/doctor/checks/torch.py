@@ -8,6 +8,7 @@ from qwenlora.doctor.checks import pip
 from qwenlora.doctor.finding import Finding, Severity
 from qwenlora.doctor.version import release_of
 from qwenlora.doctor.wheels import NEWEST_TORCH, NEWEST_TORCH_INDEX
+from qwenlora.requirements import OLDEST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CHECKS", "reinstall"]
 
-_OLDEST = (2, 5)
+_OLDEST = OLDEST["torch"]
 
 
 def reinstall(environment: Environment) -> Run:
@@ -48,11 +49,11 @@ def _judge(environment: Environment, has_gpu: bool) -> Finding:
             text=f"torch in {python} cannot be imported: {torch.error}",
             mends=(reinstall(environment),),
         )
-    if release_of(torch.version) < _OLDEST:
+    if release_of(torch.version) < release_of(_OLDEST):
         return Finding(
             severity=Severity.PROBLEM,
             code="torch-old",
-            text=f"torch {torch.version} in {python}: qwenlora needs 2.5 or newer",
+            text=f"torch {torch.version} in {python}: qwenlora needs {_OLDEST} or newer",
             mends=(reinstall(environment),),
         )
     return _judge_gpu(environment, torch, has_gpu)
