@@ -10,13 +10,18 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["OLDEST", "RequirementError", "release_of", "require"]
 
-OLDEST = {"torch": "2.5", "numpy": "1.24", "safetensors": "0.4.3"}
-"""The oldest version of each that will do."""
+OLDEST = {"numpy": "1.24", "safetensors": "0.4.3", "torch": "2.5"}
+"""The oldest version of each that will do. In this order: torch complains of a missing numpy."""
 
 _EXTRA = 'run `pip install "qwenlora[torch]"`'
+_TORCH = "install PyTorch for your GPU as https://pytorch.org/get-started says"
 _HOST = "not in ComfyUI's Python, though: there it is ComfyUI's, and comes with its updates"
 
 
@@ -30,15 +35,10 @@ def require() -> None:
     Raises:
         RequirementError: A package is missing, too old, or cannot be imported.
     """
-    for name, oldest in OLDEST.items():
-        version = _version(name)
-        if version is None or release_of(version) < release_of(oldest):
-            found = "missing" if version is None else version
-            raise RequirementError(
-                f"{name} is {found} in {_python()}, and this needs {oldest} or newer:"
-                f" {_way_out(name)} ({_HOST})",
-                name=name,
-            )
+    found = {name: _version(name) for name in OLDEST}
+    faults = {name: version for name, version in found.items() if not _will_do(name, version)}
+    if faults:
+        raise RequirementError(_sentence(faults), name=next(reversed(faults)))
 
 
 def release_of(version: str) -> tuple[int, ...]:
@@ -73,7 +73,22 @@ def _broken(name: str, error: Exception) -> RequirementError:
     )
 
 
-def _way_out(name: str) -> str:
-    if name == "torch":
-        return f"install PyTorch for your GPU as https://pytorch.org/get-started says, or {_EXTRA}"
-    return _EXTRA
+def _will_do(name: str, version: str | None) -> bool:
+    return version is not None and release_of(version) >= release_of(OLDEST[name])
+
+
+def _sentence(faults: dict[str, str | None]) -> str:
+    """What is wrong with these packages, and the way out."""
+    # The one that matters most is last in the table.
+    names = [*reversed(faults)]
+    missing = [name for name in names if faults[name] is None]
+    wrong = [f"{_listed(missing)} {'is' if len(missing) == 1 else 'are'} missing"] * bool(missing)
+    wrong += [f"{name} is {faults[name]}" for name in names if faults[name] is not None]
+    needed = _listed([f"{name} {OLDEST[name]}" for name in names])
+    way_out = f"{_TORCH}, or {_EXTRA}" if "torch" in faults else _EXTRA
+    return f"{_listed(wrong)} in {_python()}, and this needs {needed} or newer: {way_out} ({_HOST})"
+
+
+def _listed(words: Sequence[str]) -> str:
+    *others, last = words
+    return f"{', '.join(others)} and {last}" if others else last

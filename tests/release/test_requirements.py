@@ -52,7 +52,7 @@ def index(tmp_path: Path, wheel: Path) -> Path:
 
 
 @pytest.fixture
-def host(tmp_path: Path, new_environment: Callable[[str], Environment]) -> Environment:
+def torch_host(tmp_path: Path, new_environment: Callable[[str], Environment]) -> Environment:
     """An environment that holds what ComfyUI's holds."""
     environment = new_environment("host")
     has = [write_wheel(tmp_path / "has", name, version) for name, version in HOST.items()]
@@ -80,41 +80,41 @@ UV = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", PIP)
-def test_pip_changes_nothing_else(host: Environment, index: Path, what: list[str]) -> None:
-    host.pip("install", "--find-links", index, *what)
-    assert host.packages() == {*HOST.items(), ("qwenlora", VERSION)}
+def test_pip_changes_nothing_else(torch_host: Environment, index: Path, what: list[str]) -> None:
+    torch_host.pip("install", "--find-links", index, *what)
+    assert torch_host.packages() == {*HOST.items(), ("qwenlora", VERSION)}
 
 
 @pytest.mark.parametrize("what", UV)
-def test_uv_changes_nothing_else(host: Environment, index: Path, what: list[str]) -> None:
-    host.uv("install", "--find-links", index, *what)
-    assert host.packages() == {*HOST.items(), ("qwenlora", VERSION)}
+def test_uv_changes_nothing_else(torch_host: Environment, index: Path, what: list[str]) -> None:
+    torch_host.uv("install", "--find-links", index, *what)
+    assert torch_host.packages() == {*HOST.items(), ("qwenlora", VERSION)}
 
 
 @pytest.mark.parametrize("extra", ["", "[torch]"])
 @pytest.mark.parametrize("tool", ["pip", "uv"])
 def test_the_file_itself_changes_nothing_else(
-    host: Environment, wheel: Path, tool: str, extra: str
+    torch_host: Environment, wheel: Path, tool: str, extra: str
 ) -> None:
-    getattr(host, tool)("install", f"qwenlora{extra} @ {wheel.as_uri()}")
-    assert host.packages() == {*HOST.items(), ("qwenlora", VERSION)}
+    getattr(torch_host, tool)("install", f"qwenlora{extra} @ {wheel.as_uri()}")
+    assert torch_host.packages() == {*HOST.items(), ("qwenlora", VERSION)}
 
 
-def test_a_hard_requirement_would_replace_torch(host: Environment, index: Path) -> None:
+def test_a_hard_requirement_would_replace_torch(torch_host: Environment, index: Path) -> None:
     """What the tests above would show if the wheel required torch."""
     write_wheel(index, "hard", "1", requires=["torch>=2.5"])
-    host.uv("install", "--find-links", index, "-U", "hard")
-    assert ("torch", NEWER["torch"]) in host.packages()
+    torch_host.uv("install", "--find-links", index, "-U", "hard")
+    assert ("torch", NEWER["torch"]) in torch_host.packages()
 
 
 def test_a_torch_before_its_release_stays(
-    host: Environment, index: Path, tmp_path: Path, wheel: Path
+    torch_host: Environment, index: Path, tmp_path: Path, wheel: Path
 ) -> None:
     """To a resolver 2.5.0a0 is older than 2.5; vendors ship such builds."""
-    host.uv("install", write_wheel(tmp_path / "vendor", "torch", "2.5.0a0+nv24.8"))
-    before = host.packages()
-    host.uv("install", "--find-links", index, "qwenlora")
-    assert host.packages() == {*before, ("qwenlora", VERSION)}
+    torch_host.uv("install", write_wheel(tmp_path / "vendor", "torch", "2.5.0a0+nv24.8"))
+    before = torch_host.packages()
+    torch_host.uv("install", "--find-links", index, "qwenlora")
+    assert torch_host.packages() == {*before, ("qwenlora", VERSION)}
 
 
 def test_versions_are_said_once(wheel: Path) -> None:
@@ -154,8 +154,9 @@ def test_what_needs_torch_says_so(bare: Environment) -> None:
     names = ["compose_loras", "attach", "LoraSet", "emulation", "compat", "clear_cache"]
     said = {bare.run("-c", ASK.format(name)).stdout for name in names}
     assert said == {
-        f"torch is missing in {bare.python}, and this needs 2.5 or newer: install PyTorch for your"
-        f" GPU as https://pytorch.org/get-started says, or {THE_EXTRA}\n"
+        f"torch, safetensors and numpy are missing in {bare.python}, and this needs torch 2.5,"
+        " safetensors 0.4.3 and numpy 1.24 or newer: install PyTorch for your GPU as"
+        f" https://pytorch.org/get-started says, or {THE_EXTRA}\n"
     }
 
 
@@ -184,7 +185,7 @@ def test_commands_that_need_torch_say_so(bare: Environment) -> None:
     for arguments, begin, status in COMMANDS:
         done = bare.run("-m", "qwenlora", *arguments, check=False)
         assert (done.returncode, done.stdout) == (status, "")
-        assert done.stderr.startswith(f"{begin}torch is missing in {bare.python}, and this needs")
+        assert done.stderr.startswith(f"{begin}torch, safetensors and numpy are missing in")
         assert done.stderr.count("\n") == 1
         assert bare.run("-m", "qwenlora", arguments[0], "--help").stderr == ""
 
@@ -195,7 +196,7 @@ def test_a_map_below_the_keys_needs_torch(bare: Environment) -> None:
     done = bare.run("-m", "qwenlora", "keys", "--map", lora, check=False)
     assert done.returncode == 69
     assert done.stdout == keys.stdout != ""
-    assert done.stderr.startswith(f"error: torch is missing in {bare.python}")
+    assert done.stderr.startswith("error: torch, safetensors and numpy are missing in")
 
 
 def _empty_lora(path: Path) -> Path:
@@ -215,22 +216,27 @@ def _has(environment: Environment, **packages: str) -> None:
 
 
 def test_each_package_is_named(bare: Environment, tmp_path: Path) -> None:
-    _has(bare, torch="")
+    _has(bare, numpy="", safetensors="")
     assert _asked(bare) == (
-        f"numpy is missing in {bare.python}, and this needs 1.24 or newer: {THE_EXTRA}\n"
-    )
-    _has(bare, numpy="")
-    assert _asked(bare) == (
-        f"safetensors is missing in {bare.python}, and this needs 0.4.3 or newer: {THE_EXTRA}\n"
-    )
-    bare.uv("install", write_wheel(tmp_path, "torch", "2.4.1+cu121"))
-    assert _asked(bare) == (
-        f"torch is 2.4.1+cu121 in {bare.python}, and this needs 2.5 or newer: install PyTorch for"
+        f"torch is missing in {bare.python}, and this needs torch 2.5 or newer: install PyTorch for"
         f" your GPU as https://pytorch.org/get-started says, or {THE_EXTRA}\n"
+    )
+    _has(bare, torch="")
+    shutil.rmtree(bare.site / "numpy")
+    assert _asked(bare) == (
+        f"numpy is missing in {bare.python}, and this needs numpy 1.24 or newer: {THE_EXTRA}\n"
+    )
+    old = [("torch", "2.4.1+cu121"), ("safetensors", "0.4.2")]
+    bare.uv("install", *[write_wheel(tmp_path, name, version) for name, version in old])
+    assert _asked(bare) == (
+        f"numpy is missing, torch is 2.4.1+cu121 and safetensors is 0.4.2 in {bare.python}, and"
+        " this needs torch 2.5, safetensors 0.4.3 and numpy 1.24 or newer: install PyTorch for your"
+        f" GPU as https://pytorch.org/get-started says, or {THE_EXTRA}\n"
     )
 
 
 def test_what_an_uninstallation_leaves_behind_is_nothing(bare: Environment) -> None:
+    _has(bare, numpy="", safetensors="")
     (bare.site / "torch" / "lib").mkdir(parents=True)
     assert _asked(bare).startswith("torch is missing in ")
 
