@@ -8,7 +8,7 @@ RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) 
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-rust test-rust-fast test-models test-python lint format locales \
-	bench fuzz differential browser clean
+	bench fuzz differential browser dist clean
 
 # Python keeps the bytecode of what it imports, whatever the shell says. Without it every process
 # of a test compiles PyTorch and its kin anew, which takes longer than most tests.
@@ -135,5 +135,15 @@ differential: setup ## Random models, files and histories against an oracle, for
 	$(BIN)/pytest -q tests/differential -m slow $(if $(SEED),--seed $(SEED),\
 		--seconds $(SECONDS) --first-seed $(FIRST_SEED))
 
+# PyTorch and the tests' tools are not installed: what is tried has environments of its own.
+$(VENV)/.release: pyproject.toml | $(UV)
+	VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet --group release
+	@touch $@
+
+DIST ?=
+
+dist: $(VENV)/.release ## Build this system's wheels and the sdist into dist/ and try them; DIST="--torch newest"
+	$(BIN)/python release/dist.py all $(DIST)
+
 clean: ## Remove what the verbs made
-	rm -rf $(VENV) target fuzz/target
+	rm -rf $(VENV) target fuzz/target dist
