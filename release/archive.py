@@ -37,7 +37,12 @@ _NEEDED = ("Cargo.lock", "Cargo.toml", "LICENSE", "PKG-INFO", "README.md", "pypr
 
 
 def check_wheel(
-    path: Path, *, target: Target, version: str, tracked: Iterable[str], folders: Iterable[Path]
+    path: Path,
+    *,
+    target: Target,
+    version: str,
+    tracked: Iterable[str],
+    folders: Iterable[Path | str],
 ) -> int:
     """Check a wheel; the number of its files.
 
@@ -92,9 +97,9 @@ def check_sdist(path: Path, *, version: str, tracked: Iterable[str]) -> int:
     return len(names)
 
 
-def check_paths(path: Path, name: str, data: bytes, folders: Iterable[Path]) -> None:
+def check_paths(path: Path, name: str, data: bytes, folders: Iterable[Path | str]) -> None:
     """Refuse a member of a wheel that holds a path of the machine that built it."""
-    forms = {form for folder in folders for form in (str(folder), folder.as_posix())}
+    forms = {form for own in folders for form in (str(own), str(own).replace("\\", "/"))}
     found = _HOME.search(data)
     held = [found[0].decode()] if found else [form for form in forms if form.encode() in data]
     if held:
@@ -117,7 +122,7 @@ def replace_in_wheel(path: Path, changes: Mapping[str, bytes]) -> None:
         entries = wheel.infolist()
     record = next(entry.filename for entry in entries if entry.filename.endswith("/RECORD"))
     rows = members[record].decode().splitlines()
-    changed = {name: _record_row(name, data) for name, data in changes.items()}
+    changed = {name: record_row(name, data) for name, data in changes.items()}
     rows = [changed.get(row.rsplit(",", 2)[0], row) for row in rows]
     members[record] = "\n".join([*rows, ""]).encode()
     with zipfile.ZipFile(path, "w") as wheel:
@@ -125,7 +130,8 @@ def replace_in_wheel(path: Path, changes: Mapping[str, bytes]) -> None:
             wheel.writestr(entry, members[entry.filename])
 
 
-def _record_row(name: str, data: bytes) -> str:
+def record_row(name: str, data: bytes) -> str:
+    """A file's row in a wheel's RECORD."""
     digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
     return f"{name},sha256={digest},{len(data)}"
 

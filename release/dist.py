@@ -24,11 +24,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import build
+import builder
 from archive import check_sdist, check_wheel
 from refusal import Refused, output
 from targets import TARGETS, Target, by_triple
 from trial import PYTHONS, NoInterpreter, try_wheel
+from versions import read_version
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,14 +78,14 @@ class Release(NamedTuple):
 
 def make_wheel(release: Release, target: Target, *, again: bool = False) -> Path:
     """Build and check a system's wheel."""
-    wheel = build.build_wheel(target.triple, target.tag, release.out)
+    wheel = builder.build_wheel(target.triple, target.tag, release.out)
     release.screen.made(wheel, _size(wheel))
     files = check_wheel(
         wheel,
         target=target,
         version=release.version,
         tracked=release.tracked,
-        folders=build.home_folders(),
+        folders=builder.home_folders(),
     )
     release.screen.passed(f"holds what it must and nothing else: {files} files")
     release.screen.passed("names no folder of this machine, in the library and in the SBOM")
@@ -96,14 +97,14 @@ def make_wheel(release: Release, target: Target, *, again: bool = False) -> Path
 
 def make_sdist(release: Release) -> Path:
     """Build the sdist, and a wheel from it alone."""
-    sdist = build.build_sdist(release.out)
+    sdist = builder.build_sdist(release.out)
     release.screen.made(sdist, _size(sdist))
     files = check_sdist(sdist, version=release.version, tracked=release.tracked)
     release.screen.passed(f"holds what it must and nothing else: {files} files")
     _tool("twine", "check", "--strict", sdist)
     release.screen.passed("twine check --strict")
     with tempfile.TemporaryDirectory() as name:
-        wheel = build.build_from_sdist(sdist, Path(name))
+        wheel = builder.build_from_sdist(sdist, Path(name))
         ran = try_wheel(wheel, sys.executable, Path(name))
     release.screen.passed(f"builds a wheel by itself, which works: {ran}")
     return sdist
@@ -124,10 +125,10 @@ def try_wheels(screen: Screen, wheel: Path, pythons: list[str], torch: str | Non
 
 def make_all(release: Release, torch: str | None) -> None:
     """Build what this system can build, and try what it can run."""
-    changes = build.changed_files()
+    changes = builder.changed_files()
     if changes:
         release.screen.not_run("a clean tree", f"{changes[0].strip()} and more are not committed")
-    for target in _native():
+    for target in native():
         if not _has_std(target.triple):
             reason = f"no Rust for it: rustup target add {target.triple}"
             release.screen.not_run(target.tag, reason)
@@ -136,35 +137,44 @@ def make_all(release: Release, torch: str | None) -> None:
         if "musl" not in target.triple:
             try_wheels(release.screen, wheel, list(PYTHONS), torch)
     make_sdist(release)
-    write_sums(release)
+    write_sums(release.out, release.screen)
 
 
-def write_sums(release: Release) -> None:
+def write_sums(out: Path, screen: Screen) -> None:
     """Write the checksums of all files in the folder."""
-    files = sorted(path for path in release.out.iterdir() if path.is_file() and path.name != SUMS)
+    files = sorted(path for path in out.iterdir() if path.is_file() and path.name != SUMS)
     rows = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
-    path = release.out / SUMS
+    path = out / SUMS
     path.write_text("".join(rows), "utf-8", newline="\n")
-    release.screen.made(path, f"{len(files)} files")
+    screen.made(path, f"{len(files)} files")
 
 
 def _check_with_tools(screen: Screen, wheel: Path, target: Target) -> None:
     _tool("twine", "check", "--strict", wheel)
     screen.passed("twine check --strict")
     if "-linux-" in target.triple:
-        screen.passed(f"auditwheel show: {_met_tag(wheel, target)}")
+        told = _tool("auditwheel", "show", wheel)
+        screen.passed(f"auditwheel show: {met_tag(wheel.name, target, told)}")
     _tool("abi3audit", "--strict", wheel)
     screen.passed("abi3audit --strict: only what every Python from 3.10 on has")
 
 
-def _met_tag(wheel: Path, target: Target) -> str:
-    """The oldest Linux that a wheel runs on, which must be the tag's or older."""
-    told = _tool("auditwheel", "show", wheel)
+def met_tag(wheel: str, target: Target, told: str) -> str:
+    """The oldest Linux that a wheel runs on, which must be the tag's or older.
+
+    Args:
+        wheel: The wheel's name.
+        target: The system that it is for.
+        told: What `auditwheel show` says of it.
+
+    Raises:
+        Refused: it needs a newer one, or another.
+    """
     libc, machine = target.tag.split("_")[0], target.triple.split("-")[0]
     pattern = rf'following platform tag:\s+"({libc}_(\d+)_(\d+)_{machine})"'
     found, meant = re.search(pattern, told), re.match(r"\w+?_(\d+)_(\d+)", target.tag)
     if not found or not meant or _numbers(found.group(2, 3)) > _numbers(meant.groups()):
-        raise Refused(f"`{wheel.name}` does not meet its tag, says auditwheel:\n{told.strip()}")
+        raise Refused(f"`{wheel}` does not meet its tag, says auditwheel:\n{told.strip()}")
     return found[1]
 
 
@@ -176,14 +186,14 @@ def _check_again(screen: Screen, wheel: Path, target: Target) -> None:
     """Build a second time, in a clone in another folder."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name).resolve() / "another folder"
-        output(["git", "clone", "--quiet", build.ROOT, root])
-        second = build.build_wheel(target.triple, target.tag, Path(name) / "out", root=root)
+        output(["git", "clone", "--quiet", builder.ROOT, root])
+        second = builder.build_wheel(target.triple, target.tag, Path(name) / "out", root=root)
         if second.read_bytes() != wheel.read_bytes():
             raise Refused(f"`{wheel.name}` has other bytes when it is built in another folder")
     screen.passed("has the same bytes when it is built in another folder")
 
 
-def _native() -> list[Target]:
+def native() -> list[Target]:
     """The targets that are this system's."""
     system = {"Linux": "-linux-", "Windows": "-windows-", "Darwin": "-darwin"}[platform.system()]
     machine = {"AMD64": "x86_64", "arm64": "aarch64", "ARM64": "aarch64"}
@@ -193,7 +203,7 @@ def _native() -> list[Target]:
 
 def _has_std(triple: str) -> bool:
     """Whether Rust can build for a target."""
-    folder = output(["rustc", "--print", "target-libdir", "--target", triple], folder=build.ROOT)
+    folder = output(["rustc", "--print", "target-libdir", "--target", triple], folder=builder.ROOT)
     return any(Path(folder.strip()).glob("libstd-*"))
 
 
@@ -207,7 +217,7 @@ def _size(path: Path) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Builds and checks what a release publishes.")
-    parser.add_argument("--out", type=Path, default=build.ROOT / "dist", help="where files come")
+    parser.add_argument("--out", type=Path, default=builder.ROOT / "dist", help="where files come")
     verbs = parser.add_subparsers(dest="verb", required=True)
     whole = verbs.add_parser("all", help="this system's wheels and the sdist, tried")
     wheel = verbs.add_parser("wheel", help="one wheel")
@@ -227,13 +237,13 @@ def _run(arguments: argparse.Namespace, screen: Screen) -> None:
     if arguments.verb == "try":
         return try_wheels(screen, arguments.wheel.resolve(), arguments.python, arguments.torch)
     out = arguments.out.resolve()
-    release = Release(out, build.read_version(), build.tracked_files(), screen)
+    if arguments.verb == "sums":
+        return write_sums(out, screen)
+    release = Release(out, read_version(), builder.tracked_files(), screen)
     if arguments.verb == "wheel":
         make_wheel(release, by_triple(arguments.triple), again=arguments.again)
     elif arguments.verb == "sdist":
         make_sdist(release)
-    elif arguments.verb == "sums":
-        write_sums(release)
     else:
         make_all(release, arguments.torch)
 

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import tempfile
 from pathlib import Path
 
 from archive import read_wheel, replace_in_wheel
-from refusal import Refused, output
+from refusal import output
 
 ROOT = Path(__file__).resolve().parents[1]
-_VERSION = re.compile(r'^\[workspace\.package\]\nversion = "([^"]+)"$', re.MULTILINE)
-
-
-def read_version(root: Path = ROOT) -> str:
-    """The version that Cargo.toml says, which is the wheel's."""
-    found = _VERSION.search((root / "Cargo.toml").read_text("utf-8"))
-    if not found:
-        raise Refused("Cargo.toml has no `version` below `[workspace.package]`")
-    return found[1]
 
 
 def tracked_files(root: Path = ROOT) -> frozenset[str]:
