@@ -44,7 +44,7 @@ def test_the_section_of_a_version(version, text):
 
 @pytest.mark.parametrize("version", ["0.3.0", "0.2", "0.2.0.1", "0x2.0"])
 def test_a_version_without_a_section(version):
-    with pytest.raises(notes.MissingSectionError, match=r"the newest are `Unreleased`, `0\\.2\\.0`"):
+    with pytest.raises(notes.MissingSectionError, match=r"the newest are `Unreleased`, `0\.2\.0`"):
         notes.section(CHANGELOG, version)
 
 
