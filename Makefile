@@ -7,8 +7,8 @@ UV := $(BIN)/uv
 RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) Cargo.toml Cargo.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-rust test-rust-fast test-models test-python lint format locales \
-	bench fuzz differential browser dist clean
+.PHONY: help setup demo test test-fast test-rust test-rust-fast test-models test-python lint \
+	format locales bench fuzz differential browser dist clean shapes
 
 # Python keeps the bytecode of what it imports, whatever the shell says. Without it every process
 # of a test compiles PyTorch and its kin anew, which takes longer than most tests.
@@ -94,6 +94,9 @@ format: setup ## Format the sources
 
 locales: setup ## Write the nodes' English texts anew, for translators
 	$(BIN)/python tests/host/write_locales.py
+
+shapes: setup ## Write anew what stubs show where the nodes cannot run
+	$(BIN)/python tests/host/write_shapes.py
 
 BENCH ?= --device cpu
 BENCH_OUT ?= target/bench

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import logging
 
+from . import install, wheel
+from .registry import FAULTS, NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, RUNNING
+
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]
 
 WEB_DIRECTORY = "web"
 
-NODE_CLASS_MAPPINGS: dict[str, type] = {}
-NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
+_log = logging.getLogger("qwenlora")
 
-try:
-    import qwenlora
 
-    # Its Rust part is loaded with the first name that needs it.
-    qwenlora.read_keys  # noqa: B018
-except ImportError as error:
-    logging.getLogger("qwenlora").error(
-        "no qwenlora nodes: %s (run `pip install -r requirements.txt` in the node's folder, with"
-        " ComfyUI's Python)",
-        error,
-    )
-else:
+def _tell() -> None:
+    """Say in one line what cannot run, or else how nodes and package differ."""
+    for fault in dict.fromkeys(FAULTS.values()):
+        ids = [node_id for node_id, own in FAULTS.items() if own == fault]
+        which = ", ".join(ids) if RUNNING else "the nodes of qwenlora"
+        _log.error("%s cannot run: %s", which, fault)
+    if not FAULTS:
+        is_older, text = wheel.difference(install.here())
+        if text:
+            _log.log(logging.WARNING if is_older else logging.INFO, "%s", text)
+
+
+if RUNNING:
     from .host import warn_of_rivals
-    from .registry import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
     from .reports import add_route
 
     add_route()
     warn_of_rivals()
+_tell()

@@ -1,43 +1,41 @@
-"""The nodes by their ids, and their names on the canvas."""
+"""The nodes by their ids, and their names on the canvas.
+
+A node whose module cannot be imported is a stub, which says why: see `stubs.py`.
+"""
 
 from __future__ import annotations
 
-from .enable_node import QwenLoraEnable
-from .inspect_node import QwenLoraInspect
-from .loader_nodes import QwenLoraLoader, QwenLoraStack
-from .merge_node import QwenLoraMerge
-from .saved_nodes import (
-    NunchakuQwenImageLoraLoader,
-    NunchakuQwenImageLoraStack,
-    NunchakuQwenImageLoraStackV1,
-    NunchakuQwenImageLoraStackV2,
-    NunchakuQwenImageLoraStackV3,
-    NunchakuZImageTurboLoraStackV1,
-    NunchakuZImageTurboLoraStackV2,
-    NunchakuZImageTurboLoraStackV3,
-    NunchakuZImageTurboLoraStackV4,
-)
+import importlib
+import sys
+from typing import TYPE_CHECKING
 
-__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
+from . import install, stubs, wheel
 
-NODE_CLASS_MAPPINGS: dict[str, type] = {
-    "QwenLoraLoader": QwenLoraLoader,
-    "QwenLoraStack": QwenLoraStack,
-    "QwenLoraEnable": QwenLoraEnable,
-    "QwenLoraInspect": QwenLoraInspect,
-    "QwenLoraMerge": QwenLoraMerge,
-    "NunchakuQwenImageLoraLoader": NunchakuQwenImageLoraLoader,
-    "NunchakuQwenImageLoraStack": NunchakuQwenImageLoraStack,
-    "NunchakuQwenImageLoraStackV1": NunchakuQwenImageLoraStackV1,
-    "NunchakuQwenImageLoraStackV2": NunchakuQwenImageLoraStackV2,
-    "NunchakuQwenImageLoraStackV3": NunchakuQwenImageLoraStackV3,
-    "NunchakuZImageTurboLoraStackV1": NunchakuZImageTurboLoraStackV1,
-    "NunchakuZImageTurboLoraStackV2": NunchakuZImageTurboLoraStackV2,
-    "NunchakuZImageTurboLoraStackV3": NunchakuZImageTurboLoraStackV3,
-    "NunchakuZImageTurboLoraStackV4": NunchakuZImageTurboLoraStackV4,
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["FAULTS", "NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "RUNNING"]
+
+# Each node's class has its id for a name.
+_HOMES: dict[str, tuple[str, ...]] = {
+    "loader_nodes": ("QwenLoraLoader", "QwenLoraStack"),
+    "enable_node": ("QwenLoraEnable",),
+    "inspect_node": ("QwenLoraInspect",),
+    "merge_node": ("QwenLoraMerge",),
+    "saved_nodes": (
+        "NunchakuQwenImageLoraLoader",
+        "NunchakuQwenImageLoraStack",
+        "NunchakuQwenImageLoraStackV1",
+        "NunchakuQwenImageLoraStackV2",
+        "NunchakuQwenImageLoraStackV3",
+        "NunchakuZImageTurboLoraStackV1",
+        "NunchakuZImageTurboLoraStackV2",
+        "NunchakuZImageTurboLoraStackV3",
+        "NunchakuZImageTurboLoraStackV4",
+    ),
 }
 
-NODE_DISPLAY_NAME_MAPPINGS = {
+_NAMES: dict[str, str] = {
     "QwenLoraLoader": "Load LoRA (Nunchaku Qwen-Image, Z-Image)",
     "QwenLoraStack": "LoRA Stack (Nunchaku Qwen-Image, Z-Image)",
     "QwenLoraEnable": "Enable LoRA nodes (Nunchaku)",
@@ -53,3 +51,41 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "NunchakuZImageTurboLoraStackV3": "Nunchaku Z-Image-Turbo LoRA Stack V3",
     "NunchakuZImageTurboLoraStackV4": "Nunchaku Z-Image-Turbo LoRA Stack V4",
 }
+
+
+def _load() -> tuple[dict[str, type], dict[str, str]]:
+    """The nodes that can run, and why others cannot, both by their ids."""
+    place = install.here()
+    fault = wheel.find_fault(place)
+    nodes: dict[str, type] = {}
+    faults: dict[str, str] = {}
+    for home, ids in _HOMES.items():
+        own = fault
+        if own is None:
+            try:
+                module = importlib.import_module(f".{home}", __package__)
+                nodes.update({node_id: getattr(module, node_id) for node_id in ids})
+            except ImportError as error:
+                own = wheel.fault_of_import(error, place)
+        if own is not None:
+            faults.update(dict.fromkeys(ids, own))
+    return nodes, faults
+
+
+def _stubs(faults: Mapping[str, str]) -> dict[str, type]:
+    """Stubs for nodes that cannot run, but where another pack has one of that id that can."""
+    taken = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
+    shapes = stubs.read_shapes() if faults else {}
+    return {
+        node_id: stubs.stub_of(node_id, shapes[node_id], fault)
+        for node_id, fault in faults.items()
+        if node_id not in taken
+    }
+
+
+RUNNING, FAULTS = _load()
+"""The nodes that can run, and why others cannot, both by their ids."""
+
+NODE_CLASS_MAPPINGS: dict[str, type] = {**RUNNING, **_stubs(FAULTS)}
+
+NODE_DISPLAY_NAME_MAPPINGS = {name: _NAMES[name] for name in NODE_CLASS_MAPPINGS}

@@ -134,7 +134,7 @@ class ComfyHost:
         self.device = device
         self.events: list[tuple[str, Any]] = []
         self.server: Any = None
-        self._loop = asyncio.new_event_loop()
+        self._loop: Any = None
         self._client: Any = None
         self._path_before = list(sys.path)
 
@@ -146,10 +146,25 @@ class ComfyHost:
             ModuleNotFoundError: See `comfy_root`.
             RuntimeError: ComfyUI, or another module of one of its names, is imported already.
         """
+        host = cls.imported(base, device)
+        try:
+            host.serve()
+        except BaseException:
+            host._restore()
+            raise
+        return host
+
+    @classmethod
+    def imported(cls, base: Path, device: Device) -> ComfyHost:
+        """Import ComfyUI only; `serve` brings up its server, in a child process, too.
+
+        Raises:
+            ModuleNotFoundError: See `comfy_root`.
+            RuntimeError: ComfyUI, or another module of one of its names, is imported already.
+        """
         host = cls(comfy_root(), base, device)
         try:
             host._import()
-            host._serve()
         except BaseException:
             host._restore()
             raise
@@ -187,7 +202,8 @@ class ComfyHost:
         return self._loop.run_until_complete(coroutine)
 
     def _restore(self) -> None:
-        self._loop.close()
+        if self._loop is not None:
+            self._loop.close()
         sys.path[:] = self._path_before
 
     def _import(self) -> None:
@@ -215,12 +231,14 @@ class ComfyHost:
         sys.path.remove(str(self.root / "comfy"))
         sys.path.append(str(self.root / "comfy"))
 
-    def _serve(self) -> None:
+    def serve(self) -> None:
+        """Bring up the server, as `main.py` does."""
         import comfy.utils
         import nodes
         import server
         from aiohttp.test_utils import TestClient, TestServer
 
+        self._loop = asyncio.new_event_loop()
         self.server = server.PromptServer(self._loop)
         self.server.send_sync = self._record
         self.wait(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))

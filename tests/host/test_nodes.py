@@ -1155,14 +1155,6 @@ def test_a_clone_registers_the_nodes(clone, graph, files, emulated_qwen, qwen):
     assert wanted(model) == [("a", 1.0)]
 
 
-def test_without_a_wheel_the_host_starts_and_says_why(clone, graph, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "qwenlora", None)
-    assert graph.load_pack(clone) == set()
-    lines = [r for r in caplog.records if r.levelno >= logging.WARNING and r.name == "qwenlora"]
-    assert len(lines) == 1
-    assert "pip install -r requirements.txt" in lines[0].getMessage()
-
-
 def test_no_package_shadows_comfyuis():
     assert not (REPOSITORY / "comfy" / "__init__.py").exists()
 

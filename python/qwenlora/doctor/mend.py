@@ -1,4 +1,8 @@
-"""Commands that mend, and how each shell wants them written."""
+"""Commands that mend, and how each shell wants them written.
+
+This file is there twice, byte for byte: in the nodes, which need it where the package is missing,
+and in `qwenlora.doctor`. It needs nothing else, and runs on old Pythons.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Union
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,7 +56,7 @@ class Move:
     target: Path
 
 
-Mend = Run | Move
+Mend = Union[Run, Move]  # noqa: UP007 - no `|` of classes before Python 3.10
 
 _PLAIN_WORD = re.compile(r"[\w./:\\+-]+", re.ASCII)
 _MOVES = {Shell.POSIX: "mv", Shell.CMD: "move", Shell.POWERSHELL: "Move-Item"}

@@ -1,0 +1,307 @@
+"""Nodes without a wheel, or with one that is of no use: what the person reads, what is not lost.
+
+Each case runs in a process of its own, in which only the real ComfyUI is imported before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwenlora.doctor.fitting import fit_of, running_interpreter
+
+from .comfy_host import comfy_root
+from .test_nodes import OURS, PACK, REPOSITORY, SAVED
+from .write_shapes import SHAPES, put_marks, shape_of, text_of
+
+DRIVER = Path(__file__).with_name("forked.py")
+PACKAGE = REPOSITORY / "python" / "qwenlora"
+ALL = sorted(OURS | SAVED)
+RIVAL = """
+class Rival:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "load", "rivals"
+NODE_CLASS_MAPPINGS = {"NunchakuQwenImageLoraStackV3": Rival}
+"""
+needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="the sentences are Linux's")
+
+
+def node(class_type, **inputs):
+    return {"class_type": class_type, "inputs": inputs}
+
+
+CHAIN = {
+    "model": node("HostSource", key="none"),
+    "one": node("QwenLoraLoader", model=["model", 0], lora_name="gone.safetensors", strength=500),
+    "rows": node("QwenLoraStack", model=["one", 0], loras={"__value__": [{"lora_name": "x"}]}),
+    # As a file of another version has them: a name where a number belongs.
+    "old": node("NunchakuQwenImageLoraStackV3", model=["rows", 0], lora_strength_1="a.safetensors"),
+    "sink": node("HostSink", value=["old", 0], name="sink"),
+}
+LOOK = {"look": node("QwenLoraInspect", lora_name="a.safetensors")}
+MERGE = {
+    "model": node("HostSource", key="none"),
+    "merge": node("QwenLoraMerge", model=["model", 0], filename_prefix="loras/x"),
+}
+
+
+# ---- packages that are not what they should be ----
+
+
+def package(folder: Path, *, version: str | None = None, without: str = "") -> Path:
+    """A copy of the package, by links; of another version, without a module or folder of it."""
+    copy = folder / "qwenlora"
+    copy.mkdir(parents=True)
+    for own in PACKAGE.iterdir():
+        if own.name not in (without, "__init__.py", "__pycache__"):
+            (copy / own.name).symlink_to(own)
+    text = (PACKAGE / "__init__.py").read_text(encoding="utf-8")
+    text += f"\n__version__ = {version!r}\n" if version else ""
+    (copy / "__init__.py").write_text(text, encoding="utf-8")
+    return folder
+
+
+def with_core(folder: Path, name: str, content: bytes, tag: str = "") -> Path:
+    """A copy with another Rust part, and the metadata of the wheel that it came in."""
+    package(folder, without="_core.abi3.so")
+    (folder / "qwenlora" / name).write_bytes(content)
+    metadata = folder / "qwenlora-0.1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "WHEEL").write_text(f"Wheel-Version: 1.0\nTag: cp310-abi3-{tag}\n")
+    return folder
+
+
+def another(folder: Path) -> Path:
+    """A folder of that name that is something else."""
+    (folder / "qwenlora").mkdir(parents=True)
+    (folder / "qwenlora" / "__init__.py").write_text('"""Somebody\'s."""\n')
+    return folder
+
+
+def for_arm(core: bytes) -> bytes:
+    """A library that says that it is built for another machine."""
+    return core[:18] + (183).to_bytes(2, "little") + core[20:]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, Draft):
+    """What became of each case."""
+    try:
+        comfy_root()
+    except ModuleNotFoundError as missing:
+        pytest.skip(str(missing))
+    base = tmp_path_factory.mktemp("stubs")
+    places = base / "places"
+    core = (PACKAGE / "_core.abi3.so").read_bytes()
+    paths = {
+        "real": REPOSITORY / "python",
+        "missing": places / "nothing",
+        "cut off": with_core(places / "1", "_core.abi3.so", core[: len(core) // 2]),
+        "broken": with_core(places / "2", "_core.abi3.so", b"no library", "linux_x86_64"),
+        "no rust part": package(places / "3", without="_core.abi3.so"),
+        "of windows": with_core(places / "4", "_core.pyd", b"MZ", "win_amd64"),
+        "of arm": with_core(places / "5", "_core.abi3.so", for_arm(core), "manylinux_2_28_aarch64"),
+        "older": package(places / "6", version="0.0.9"),
+        "older without a module": package(places / "7", version="0.0.9", without="merge"),
+        "older without all": package(places / "8", version="0.0.9", without="lora_set.py"),
+        "newer": package(places / "9", version="9.0.0"),
+        "newer without all": package(places / "10", version="9.0.0", without="lora_set.py"),
+        "another": another(places / "11"),
+        "rival": places / "nothing",
+    }
+    (base / "loras").mkdir()
+    Draft.full(1, rank=4, blocks=2).save(base / "loras" / "a.safetensors")
+    return Results(base, paths)
+
+
+class Results:
+    """Runs all cases in one program, and reads what came of them.
+
+    Attributes:
+        pack: The clone in `custom_nodes`.
+        paths: By case, the folder that comes first on Python's path.
+    """
+
+    def __init__(self, base: Path, paths: dict[str, Path]) -> None:
+        self.pack = base / "it's a disk" / "custom_nodes" / "ComfyUI-qwenlora"
+        self.paths = paths
+        result = base / "results"
+        rival = base / "rival.py"
+        rival.write_text(RIVAL)
+        result.mkdir()
+        self.pack.parent.mkdir(parents=True)
+        self.pack.symlink_to(REPOSITORY, target_is_directory=True)
+        cases = {
+            name: {
+                "path": [str(path)],
+                "packs": [*([str(rival)] if name == "rival" else []), str(self.pack)],
+                "ids": ALL,
+                "prompts": [CHAIN, LOOK, MERGE],
+            }
+            for name, path in paths.items()
+        }
+        request = base / "request.json"
+        told = {"base": str(base / "comfy"), "result": str(result), "cases": cases}
+        request.write_text(json.dumps({**told, "loras": str(base / "loras")}))
+        self._start(request)
+        self._all = {name: json.loads((result / f"{name}.json").read_text()) for name in cases}
+
+    def _start(self, request: Path) -> None:
+        # Without `-S` an editable installation would be found.
+        packages = [own for own in sys.path if own.endswith(("site-packages", "dist-packages"))]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(packages)}
+        done = subprocess.run(
+            [sys.executable, "-S", str(DRIVER), str(request)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode == 3:
+            pytest.skip(f"needs an editable installation: {done.stderr.strip()}")
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    def of(self, name: str) -> dict:
+        result = self._all[name]
+        assert "failed" not in result, result["failed"]
+        return result
+
+    def told(self, name: str) -> list[str]:
+        """The lines of the log, with short names of places."""
+        return [f"{level}: {self._short(text, name)}" for level, text in self.of(name)["lines"]]
+
+    def _short(self, text: str, name: str) -> str:
+        for long, short in [
+            (str(self.pack).replace("'", "'\"'\"'"), "PACK"),
+            (str(self.paths[name]), "PLACE"),
+            (sys.executable, "PYTHON"),
+            (fit_of(running_interpreter(), "0.1.0").file, "WHEEL"),
+            (f"Python {sys.version_info[0]}.{sys.version_info[1]}", "Python 3.x"),
+        ]:
+            text = text.replace(long, short)
+        return text
+
+
+FILE = "The file for this system and Python is WHEEL. Run this, then restart ComfyUI: "
+FIRST = f"{FILE}PYTHON -m pip install -r 'PACK/requirements.txt'"
+AGAIN = f"{FILE}PYTHON -m pip install --force-reinstall --no-deps -r 'PACK/requirements.txt'"
+NEWER = f"{FILE}PYTHON -m pip install --upgrade --no-deps -r 'PACK/requirements.txt'"
+
+STUBS = {
+    "missing": f"qwenlora is not installed in ComfyUI's Python 3.x. {FIRST}",
+    "cut off": f"PLACE/qwenlora/_core.abi3.so is cut off. {AGAIN}",
+    "broken": "The Rust part of qwenlora in PLACE/qwenlora cannot be loaded"
+    f" (PLACE/qwenlora/_core.abi3.so: file too short). {AGAIN}",
+    "no rust part": f"qwenlora in PLACE/qwenlora lacks its Rust part. {AGAIN}",
+    "of windows": "qwenlora in PLACE/qwenlora is for another system or Python"
+    f" (cp310-abi3-win_amd64). {AGAIN}",
+    "of arm": "qwenlora in PLACE/qwenlora is for another system or Python"
+    f" (cp310-abi3-manylinux_2_28_aarch64). {AGAIN}",
+    "older without all": "The nodes are 0.1.0, qwenlora is 0.0.9, which is too old for them."
+    f" {NEWER}",
+    "newer without all": "The nodes are 0.1.0, qwenlora is 9.0.0, which is too new for them:"
+    " update the nodes, then restart ComfyUI",
+    "another": "`import qwenlora` gives PLACE/qwenlora, which is no installed qwenlora: give it"
+    f" another name, if it is another's. {FIRST}",
+}
+"""The sentence of each case in which no node can run."""
+
+RUNNING = {
+    "real": [],
+    "older": [
+        "WARNING: The nodes are 0.1.0, qwenlora is 0.0.9: they run, but it is older than they are."
+        f" {NEWER}"
+    ],
+    "newer": [
+        "INFO: the nodes are 0.1.0, qwenlora is 9.0.0: they run; update them, too, for what is new"
+    ],
+}
+"""The log of each case in which all nodes run."""
+
+
+def refusals(done: dict) -> dict[str, list[str]]:
+    """What stands on each node that was refused."""
+    return {
+        name: [error["details"] for error in own["errors"]]
+        for name, own in done["node_errors"].items()
+    }
+
+
+@needs_fork
+@pytest.mark.parametrize("name", STUBS)
+def test_the_log_and_each_node_say_what_is_wrong_and_what_to_do(results, name):
+    assert results.told(name) == [f"ERROR: the nodes of qwenlora cannot run: {STUBS[name]}"]
+    chain, look, merge = results.of(name)["done"]
+    said = ["input_types - " + results.of(name)["lines"][0][1].partition(" cannot run: ")[2]]
+    assert [own["status"] for own in (chain, look, merge)] == [400, 400, 400]
+    # Once a node, whatever else is wrong with its values.
+    assert refusals(chain) == {"one": said, "rows": said, "old": said}
+    assert refusals(look) == {"look": said}
+    assert refusals(merge) == {"merge": said}
+
+
+@needs_fork
+@pytest.mark.parametrize("name", STUBS)
+def test_stubs_look_like_the_nodes(results, name):
+    real, stubs = results.of("real"), results.of(name)
+    assert stubs["loaded"] == real["loaded"] == [ALL]
+    for node_id in ALL:
+        assert stubs["info"][node_id] == real["info"][node_id], node_id
+    assert stubs["aliases"] == real["aliases"]
+    assert stubs["kept_path"]
+
+
+@needs_fork
+def test_stubs_answer_no_page(results):
+    assert "/qwenlora/reports" in results.of("real")["routes"]
+    assert "/qwenlora/reports" not in results.of("missing")["routes"]
+
+
+@needs_fork
+@pytest.mark.parametrize("name", RUNNING)
+def test_all_nodes_run_beside_another_version_that_has_what_they_need(results, name):
+    assert results.told(name) == RUNNING[name]
+    chain, look, merge = results.of(name)["done"]
+    assert refusals(chain).keys() == {"one"}
+    assert look["success"], look["error"]
+    # Without a model it runs into the ground, but it runs.
+    assert (merge["status"], merge["error"]["node_id"]) == (200, "merge")
+
+
+@needs_fork
+def test_nodes_run_whose_part_an_older_version_has(results):
+    name = "older without a module"
+    sentence = f"The nodes are 0.1.0, qwenlora is 0.0.9, which is too old for them. {NEWER}"
+    ids = "QwenLoraInspect, QwenLoraMerge"
+    assert results.told(name) == [f"ERROR: {ids} cannot run: {sentence}"]
+    chain, look, merge = results.of(name)["done"]
+    assert refusals(chain).keys() == {"one"}
+    for refused in (refusals(look)["look"], refusals(merge)["merge"]):
+        (said,) = refused
+        assert said.startswith("input_types - The nodes are 0.1.0, qwenlora is 0.0.9")
+    assert results.of(name)["info"] == results.of("real")["info"]
+    assert "/qwenlora/reports" in results.of(name)["routes"]
+
+
+@needs_fork
+def test_a_pack_whose_node_works_keeps_its_id(results):
+    rival, ours = results.of("rival")["loaded"]
+    assert rival == ["NunchakuQwenImageLoraStackV3"]
+    assert sorted(rival + ours) == ALL
+
+
+def test_the_shapes_are_those_of_the_nodes(host, graph):
+    """`make shapes` writes them anew."""
+    import nodes
+
+    ids = graph.load_pack(PACK)
+    marks = put_marks(host.base / "models")
+    shapes = {name: shape_of(nodes.NODE_CLASS_MAPPINGS[name]) for name in sorted(ids)}
+    for mark in marks:
+        mark.unlink()
+    assert SHAPES.read_text(encoding="utf-8") == text_of(shapes)
