@@ -8,7 +8,8 @@ RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) 
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-rust test-rust-fast test-models test-python lint \
-	format locales bench fuzz differential browser dist clean shapes
+	format locales bench fuzz differential browser dist clean shapes lock audit audit-workflows \
+	audit-crates audit-packages
 
 # Python keeps the bytecode of what it imports, whatever the shell says. Without it every process
 # of a test compiles PyTorch and its kin anew, which takes longer than most tests.
@@ -22,8 +23,15 @@ $(UV):
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check 'uv>=0.8'
 
-$(VENV)/.tools: pyproject.toml | $(UV)
-	VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet --group dev --group host
+# The versions that everybody has, with the hashes of their files: `make lock` writes it. `LOCK=` takes
+# the newest that pyproject.toml allows, `LOCK= WITH='torch==2.5.*'` also an old one.
+LOCK ?= requirements-dev.lock
+WITH ?=
+TOOLS ?= dev host
+INSTALL := VIRTUAL_ENV=$(CURDIR)/$(VENV) UV_CONSTRAINT=$(LOCK) $(UV) pip install --quiet
+
+$(VENV)/.tools: pyproject.toml $(LOCK) | $(UV)
+	$(INSTALL) $(TOOLS:%=--group %) $(WITH)
 	@touch $@
 
 # ComfyUI's frontend as tests/browser use it: ComfyUI 0.3.75's own, the one before growing rows, and
@@ -45,7 +53,7 @@ browser:
 
 # The wheel requires nothing; the extra brings PyTorch and what the full demo writes files with.
 $(VENV)/.installed: pyproject.toml $(RUST_SOURCES) | $(VENV)/.tools
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --locked --uv --quiet --extras demo
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) UV_CONSTRAINT=$(LOCK) $(BIN)/maturin develop --release --locked --uv --quiet --extras demo
 	@touch $@
 
 setup: $(VENV)/.tools $(VENV)/.installed ## Create .venv and build the extension into it
@@ -101,8 +109,8 @@ shapes: setup ## Write anew what stubs show where the nodes cannot run
 BENCH ?= --device cpu
 BENCH_OUT ?= target/bench
 
-$(VENV)/.bench: pyproject.toml | $(UV)
-	VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet --group bench
+$(VENV)/.bench: pyproject.toml $(LOCK) | $(UV)
+	$(INSTALL) --group bench
 	@touch $@
 
 bench: setup $(VENV)/.bench ## Measure on the CPU; on a GPU: BENCH="--device cuda"
@@ -139,14 +147,42 @@ differential: setup ## Random models, files and histories against an oracle, for
 		--seconds $(SECONDS) --first-seed $(FIRST_SEED))
 
 # PyTorch and the tests' tools are not installed: what is tried has environments of its own.
-$(VENV)/.release: pyproject.toml | $(UV)
-	VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet --group release
+$(VENV)/.release: pyproject.toml $(LOCK) | $(UV)
+	$(INSTALL) --group release
 	@touch $@
 
 DIST ?=
 
 dist: $(VENV)/.release ## Build this system's wheels and the sdist into dist/ and try them; DIST="--torch newest"
 	$(BIN)/python release/dist.py all $(DIST)
+
+# All groups and extras, for every system and Python that the project runs on.
+GROUPS = $(shell sed -n '/^\[dependency-groups\]/,/^\[/s/^\([a-z]*\) = .*/--group \1/p' pyproject.toml)
+
+lock: | $(UV) ## Write the versions of the tools anew, the newest that pyproject.toml allows
+	$(UV) pip compile --quiet --universal --python-version 3.10 --generate-hashes --upgrade \
+		--no-emit-index-url --custom-compile-command 'make lock' --output-file requirements-dev.lock \
+		--all-extras $(GROUPS) pyproject.toml
+
+$(VENV)/.audit: pyproject.toml $(LOCK) | $(UV)
+	$(INSTALL) --group audit
+	@touch $@
+
+audit: audit-workflows audit-crates audit-packages ## Check licenses, sources, known holes, workflows
+
+audit-workflows: $(VENV)/.audit
+	$(BIN)/zizmor --quiet --offline .github
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+
+audit-crates:
+	@cargo deny --version >/dev/null || (echo 'needs cargo-deny: cargo install cargo-deny --locked' && false)
+	cargo deny --locked check
+	cargo deny --locked --manifest-path fuzz/Cargo.toml check
+
+# A package that is not found is a failure: where PyPI cannot be asked, nothing was audited.
+audit-packages: $(VENV)/.audit
+	$(BIN)/pip-audit --strict --disable-pip --requirement requirements-dev.lock
 
 clean: ## Remove what the verbs made
 	rm -rf $(VENV) target fuzz/target dist
