@@ -22,7 +22,7 @@ OLDEST = {"numpy": "1.24", "safetensors": "0.4.3", "torch": "2.5"}
 
 _EXTRA = 'run `pip install "qwenlora[torch]"`'
 _TORCH = "install PyTorch for your GPU as https://pytorch.org/get-started says"
-_HOST = "not in ComfyUI's Python, though: there it is ComfyUI's, and comes with its updates"
+_HOST = "never into ComfyUI's Python: what is there is ComfyUI's, and comes with its updates"
 
 
 class RequirementError(ImportError):
@@ -85,7 +85,7 @@ def _sentence(faults: dict[str, str | None]) -> str:
     wrong = [f"{_listed(missing)} {'is' if len(missing) == 1 else 'are'} missing"] * bool(missing)
     wrong += [f"{name} is {faults[name]}" for name in names if faults[name] is not None]
     needed = _listed([f"{name} {OLDEST[name]}" for name in names])
-    way_out = f"{_TORCH}, or {_EXTRA}" if "torch" in faults else _EXTRA
+    way_out = f"{_TORCH}, then {_EXTRA}" if "torch" in faults else _EXTRA
     return f"{_listed(wrong)} in {_python()}, and this needs {needed} or newer: {way_out} ({_HOST})"
 
 

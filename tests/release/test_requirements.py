@@ -35,8 +35,8 @@ NEWER = {"torch": "2.10.0", "numpy": "2.3.0", "safetensors": "0.7.0"}
 VERSION = qwenlora.__version__
 SMOKE = ROOT / "release" / "smoke.py"
 THE_EXTRA = (
-    "run `pip install \"qwenlora[torch]\"` (not in ComfyUI's Python, though: there it is ComfyUI's,"
-    " and comes with its updates)"
+    "run `pip install \"qwenlora[torch]\"` (never into ComfyUI's Python: what is there is"
+    " ComfyUI's, and comes with its updates)"
 )
 ASK = "import qwenlora\ntry:\n    qwenlora.{}\nexcept ImportError as error:\n    print(error)"
 
@@ -156,7 +156,7 @@ def test_what_needs_torch_says_so(bare: Environment) -> None:
     assert said == {
         f"torch, safetensors and numpy are missing in {bare.python}, and this needs torch 2.5,"
         " safetensors 0.4.3 and numpy 1.24 or newer: install PyTorch for your GPU as"
-        f" https://pytorch.org/get-started says, or {THE_EXTRA}\n"
+        f" https://pytorch.org/get-started says, then {THE_EXTRA}\n"
     }
 
 
@@ -219,7 +219,7 @@ def test_each_package_is_named(bare: Environment, tmp_path: Path) -> None:
     _has(bare, numpy="", safetensors="")
     assert _asked(bare) == (
         f"torch is missing in {bare.python}, and this needs torch 2.5 or newer: install PyTorch for"
-        f" your GPU as https://pytorch.org/get-started says, or {THE_EXTRA}\n"
+        f" your GPU as https://pytorch.org/get-started says, then {THE_EXTRA}\n"
     )
     _has(bare, torch="")
     shutil.rmtree(bare.site / "numpy")
@@ -231,7 +231,7 @@ def test_each_package_is_named(bare: Environment, tmp_path: Path) -> None:
     assert _asked(bare) == (
         f"numpy is missing, torch is 2.4.1+cu121 and safetensors is 0.4.2 in {bare.python}, and"
         " this needs torch 2.5, safetensors 0.4.3 and numpy 1.24 or newer: install PyTorch for your"
-        f" GPU as https://pytorch.org/get-started says, or {THE_EXTRA}\n"
+        f" GPU as https://pytorch.org/get-started says, then {THE_EXTRA}\n"
     )
 
 
