@@ -35,7 +35,7 @@ NEWER = {"torch": "2.10.0", "numpy": "2.3.0", "safetensors": "0.7.0"}
 VERSION = qwenlora.__version__
 SMOKE = ROOT / "release" / "smoke.py"
 THE_EXTRA = (
-    "run `pip install \"qwenlora[torch]\"` (never into ComfyUI's Python: what is there is"
+    'run `pip install "qwenlora[torch]"` (never into ComfyUI\'s Python: what is there is'
     " ComfyUI's, and comes with its updates)"
 )
 ASK = "import qwenlora\ntry:\n    qwenlora.{}\nexcept ImportError as error:\n    print(error)"
