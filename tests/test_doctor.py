@@ -29,11 +29,13 @@ from qwenlora.doctor.facts import (
     Facts,
     Gpu,
     NunchakuKind,
+    PackKind,
     RotaryUse,
     System,
     Torch,
 )
 from qwenlora.doctor.finding import Finding, Severity
+from qwenlora.doctor.fitting import fit_of, running_interpreter
 from qwenlora.doctor.mend import Move, Run, Shell, spell
 from qwenlora.doctor.screen import Palette, paint
 
@@ -72,6 +74,7 @@ class Machine:
         self.site = self.portable / "python_embeded" / "Lib" / "site-packages"
         self.gpus = "NVIDIA GeForce RTX 4070, 8.9, 12282, 572.16\n"
         self.system = "Linux"
+        self.interpreter: dict[str, object] = {}
         quoted = shlex.quote(str(self.site))
         start = f"PYTHONPATH={quoted} exec {shlex.quote(sys.executable)} -S"
         program(self.python, f'{start} "$@"')
@@ -163,7 +166,8 @@ class cuda:
     def pack_qwenlora(self, name: str) -> Path:
         pack = self.nodes / name
         write(pack / "comfy" / "qwenlora_nodes" / "registry.py")
-        write(pack / "Cargo.toml", '[workspace]\n[workspace.package]\nversion = "0.1.0"\n')
+        write(pack / "comfy" / "qwenlora_nodes" / "version.py", '__version__ = "0.1.0"\n')
+        write(pack / "requirements.txt", "qwenlora>=0.1\n")
         return pack
 
     def pack_other(self, text: str = "") -> Path:
@@ -175,9 +179,14 @@ class cuda:
 
     def facts(self) -> Facts:
         host = hosts.read_host(self.root, Path(sys.executable))
+        environment = gather.environment(host.python)
+        if self.interpreter:
+            assert environment.interpreter is not None
+            other = environment.interpreter._replace(**self.interpreter)
+            environment = dataclasses.replace(environment, interpreter=other)
         return Facts(
             system=System(name=self.system, release="6.8", machine="x86_64", shell=Shell.POSIX),
-            environments=(gather.environment(host.python),),
+            environments=(environment,),
             gpus=gpus.parse_gpus(self.gpus),
             hosts=(host,),
         )
@@ -219,6 +228,7 @@ def test_no_package_but_torch_is_run(machine):
 # ---- one thing wrong ----
 
 WHEELS = "https://github.com/nunchux-ai/nunchaku/releases/download"
+PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 PYTHON_TAG = f"cp{sys.version_info[0]}{sys.version_info[1]}"
 
 
@@ -287,13 +297,34 @@ def both(*makes: Callable[[Machine], object]) -> Callable[[Machine], None]:
     return make
 
 
-def shadow(machine):
-    """A clone named like the package, found before it."""
+def own_wheel(minor: int = 1) -> str:
+    return fit_of(running_interpreter(), f"0.{minor}.0").file
+
+
+def requirements(machine: Machine) -> tuple[str, str]:
+    return "-r", str(machine.nodes / "ComfyUI-qwenlora" / "requirements.txt")
+
+
+def interpreter(**changes: object) -> Callable[[Machine], None]:
+    return lambda machine: machine.interpreter.update(changes)
+
+
+def set_version(machine: Machine, version: str) -> None:
+    """Another version of the nodes."""
+    nodes = machine.nodes / "ComfyUI-qwenlora" / "comfy" / "qwenlora_nodes"
+    write(nodes / "version.py", f'"""Ours."""\n\n__version__ = "{version}"\n')
+
+
+def shadow(machine, text=""):
+    """A clone named like the package, found before it; of a version that did not give way."""
     clone = machine.pack_qwenlora("qwenlora")
-    write(clone / "__init__.py")
     shutil.rmtree(machine.nodes / "ComfyUI-qwenlora")
+    shadow_with(machine, write(clone / "__init__.py", text))
+
+
+def shadow_with(machine, file):
     # As a pack does that puts custom_nodes on the path.
-    paths = shlex.quote(f"{machine.nodes}:{machine.site}")
+    paths = shlex.quote(f"{file.parent.parent}:{machine.site}")
     program(machine.python, f'PYTHONPATH={paths} exec {shlex.quote(sys.executable)} -S "$@"')
 
 
@@ -488,20 +519,96 @@ CASES = [
     case(
         "qwenlora-no-wheel",
         lambda m: m.remove("qwenlora"),
+        lambda m: m.pip("install", *requirements(m)),
+        said=f"the nodes cannot run. The file for this system and Python is {own_wheel()}",
+    ),
+    case(
+        "qwenlora-no-wheel",
+        both(
+            lambda m: m.remove("qwenlora"),
+            lambda m: (m.nodes / "ComfyUI-qwenlora" / "requirements.txt").unlink(),
+        ),
         lambda m: m.pip("install", "qwenlora"),
-        said="the package itself is not installed",
+        said="the nodes cannot run",
+    ),
+    case(
+        "qwenlora-no-wheel",
+        both(lambda m: m.remove("qwenlora"), interpreter(is_free_threaded=True)),
+        said="No wheel fits, because Python {python}t is free-threaded",
+    ),
+    case(
+        "qwenlora-no-wheel",
+        both(
+            lambda m: m.remove("qwenlora"),
+            interpreter(libc_version=(2, 27)),
+            lambda m: write(m.nodes / "ComfyUI-qwenlora" / "Cargo.toml"),
+        ),
+        lambda m: m.pip("install", str(m.nodes / "ComfyUI-qwenlora")),
+        said="this system has glibc 2.27, and 2.28 or newer is needed: build it",
+    ),
+    case(
+        "qwenlora-no-wheel",
+        both(lambda m: m.remove("qwenlora"), interpreter(machine="riscv64")),
+        lambda m: m.pip("install", "qwenlora"),
+        said="none is made for this system (linux glibc riscv64): build it",
     ),
     case(
         "qwenlora-no-core",
         lambda m: (m.site / "qwenlora" / "_core.abi3.so").unlink(),
-        lambda m: m.pip("install", "--force-reinstall", "--no-deps", "qwenlora"),
-        said="lacks its Rust part",
+        lambda m: m.pip("install", "--force-reinstall", "--no-deps", *requirements(m)),
+        said=f"lacks its Rust part. The file for this system and Python is {own_wheel()}",
+    ),
+    case(
+        "qwenlora-broken",
+        lambda m: (m.site / "qwenlora" / "_core.abi3.so").write_bytes(b"\x7fELF"),
+        lambda m: m.pip("install", "--force-reinstall", "--no-deps", *requirements(m)),
+        said="_core.abi3.so is cut off. The file for this system and Python is",
+    ),
+    case(
+        "qwenlora-broken",
+        lambda m: write(
+            m.site / "qwenlora-0.1.0.dist-info" / "WHEEL", "Tag: cp310-abi3-macosx_11_0_arm64\n"
+        ),
+        lambda m: m.pip("install", "--force-reinstall", "--no-deps", *requirements(m)),
+        said="is for another system or Python (cp310-abi3-macosx_11_0_arm64). The file",
+    ),
+    case(
+        "qwenlora-broken",
+        lambda m: (m.site / "qwenlora" / "_core.abi3.so").rename(
+            m.site / "qwenlora" / "_core.cpython-39-x86_64-linux-gnu.so"
+        ),
+        lambda m: m.pip("install", "--force-reinstall", "--no-deps", *requirements(m)),
+        said="is for another system or Python (_core.cpython-39-x86_64-linux-gnu.so)",
+    ),
+    case(
+        "qwenlora-older",
+        lambda m: set_version(m, "0.2.0"),
+        lambda m: m.pip("install", "--upgrade", "--no-deps", *requirements(m)),
+        said=f"it may lack what they need. The file for this system and Python is {own_wheel(2)}",
+    ),
+    case(
+        "qwenlora-newer",
+        both(lambda m: set_version(m, "0.0.9"), lambda m: make_clone(m.nodes / "ComfyUI-qwenlora")),
+        lambda m: shlex.join(["git", "-C", str(m.nodes / "ComfyUI-qwenlora"), "pull"]),
+        said="update the nodes, too, for what is new",
+        severity=Severity.NOTE,
+    ),
+    case(
+        "qwenlora-newer",
+        lambda m: set_version(m, "0.0.9"),
+        said="update the nodes, too, for what is new",
+        severity=Severity.NOTE,
     ),
     case(
         "qwenlora-shadowed",
         shadow,
         lambda m: move(m.nodes / "qwenlora", "ComfyUI-qwenlora"),
-        said="a clone must not be named `qwenlora`",
+        said="which is no installed qwenlora, in place of",
+    ),
+    case(
+        "qwenlora-shadowed",
+        lambda m: shadow_with(m, write(m.portable / "other" / "qwenlora" / "__init__.py")),
+        said="which is no installed qwenlora, in place of",
     ),
     case(
         "clone-name",
@@ -551,7 +658,7 @@ def test_one_thing_wrong_is_found_alone_with_what_mends_it(machine, wrong):
     assert of(findings, Severity.PROBLEM) == ([wrong.code] if is_problem else [])
     assert wrong.code in of(findings, wrong.severity)
     (finding,) = (f for f in findings if f.code == wrong.code)
-    assert wrong.said in finding.text
+    assert wrong.said.format(python=PYTHON) in finding.text
     assert commands(findings, wrong.code) == wrong.mends(machine)
 
 
@@ -602,6 +709,31 @@ def test_without_gpu_and_nunchaku_nothing_is_wrong(machine):
 
 
 @needs_sh
+def test_a_clone_that_gives_way_may_have_the_packages_name(machine):
+    shadow(machine, (REPOSITORY / "__init__.py").read_text(encoding="utf-8"))
+    findings = machine.findings()
+    assert of(findings, Severity.PROBLEM) == of(findings, Severity.NOTE) == []
+    machine.remove("qwenlora")
+    assert of(machine.findings(), Severity.PROBLEM) == ["qwenlora-no-wheel"]
+
+
+@needs_sh
+@pytest.mark.parametrize("files", [["version.py"], ["Cargo.toml"], []])
+def test_the_version_of_a_pack(machine, files):
+    """A clone and a thin pack have it in one place, clones of old in another."""
+    pack = machine.nodes / "ComfyUI-qwenlora"
+    own = pack / "comfy" / "qwenlora_nodes" / "version.py"
+    if "version.py" not in files:
+        own.unlink()
+    if "Cargo.toml" in files:
+        write(pack / "Cargo.toml", '[workspace]\n[workspace.package]\nversion = "0.1.0"\n')
+    (host,) = machine.facts().hosts
+    (found,) = host.enabled(PackKind.QWENLORA)
+    assert found.version == ("0.1.0" if files else None)
+    assert of(machine.findings(), Severity.PROBLEM) == []
+
+
+@needs_sh
 def test_an_old_python(machine):
     facts = machine.facts()
     old = dataclasses.replace(facts.current, version=(3, 9))
@@ -624,7 +756,8 @@ def test_a_comfyui_without_python_of_its_own_runs_in_this_one(machine):
 def test_an_environment_of_uv_is_mended_by_uv(machine):
     machine.remove("pip")
     machine.remove("qwenlora")
-    wanted = shlex.join(["uv", "pip", "install", "--python", str(machine.python), "qwenlora"])
+    words = ["uv", "pip", "install", "--python", str(machine.python), *requirements(machine)]
+    wanted = shlex.join(words)
     assert commands(machine.findings(), "qwenlora-no-wheel") == [wanted]
 
 

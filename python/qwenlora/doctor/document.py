@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenlora.doctor.finding import Finding, Severity
+from qwenlora.doctor.fitting import Interpreter
 from qwenlora.doctor.mend import Mend, Run, Shell, spell
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def _mend(mend: Mend, shell: Shell) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Interpreter):
+        return {name: _plain(own) for name, own in value._asdict().items()}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     if isinstance(value, Enum):

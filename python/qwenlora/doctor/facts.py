@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from qwenlora.doctor.fitting import Interpreter
     from qwenlora.doctor.mend import Shell
 
 __all__ = [
@@ -105,8 +106,11 @@ class Environment:
         distributions: Packages by metadata, in the order of its path; a name may occur twice.
         torch: None where it is not installed, or the environment could not be asked.
         nunchaku: Which `nunchaku` an import would give.
-        qwenlora: Folders named `qwenlora` that an import could give, the first wins.
-        has_core: Whether the first of them has the Rust part.
+        interpreter: What decides which wheels it can load; None where it did not tell.
+        qwenlora: Folders named `qwenlora` that an import could give, the first wins. A clone of
+            that name gives way and is left out.
+        has_core: Whether the first of them has a Rust part.
+        core_fault: Why that cannot be loaded, as far as files tell; or empty.
     """
 
     python: Path
@@ -117,8 +121,10 @@ class Environment:
     distributions: tuple[Distribution, ...] = ()
     torch: Torch | None = None
     nunchaku: NunchakuKind = NunchakuKind.ABSENT
+    interpreter: Interpreter | None = None
     qwenlora: tuple[Path, ...] = ()
     has_core: bool = False
+    core_fault: str = ""
 
     def version_of(self, name: str) -> str | None:
         """The version of an installed package; its name in lower case, with hyphens."""
@@ -152,6 +158,9 @@ class Pack:
         is_git: Whether it is a clone.
         takes_guidance: Whether its Qwen-Image model takes the argument `guidance`, as ComfyUI's
             did before 0.6; None where that is unknown.
+        requirements: The file that pip installs its requirements from.
+        has_sources: Whether it is our repository, whole: the package can be built from it.
+        gives_way: Whether it lets the installed package have the name `qwenlora`.
     """
 
     path: Path
@@ -161,6 +170,9 @@ class Pack:
     is_git: bool = False
     rotary: RotaryUse = RotaryUse.NONE
     takes_guidance: bool | None = None
+    requirements: Path | None = None
+    has_sources: bool = False
+    gives_way: bool = False
 
 
 class Layout(Enum):

@@ -1,4 +1,4 @@
-"""The wheel of qwenlora that fits a Python, or why there is none.
+"""The wheel of qwenlora that fits a Python, or why there is none, or why the one there does not.
 
 This file is there twice, byte for byte: the nodes need it where the package is missing, and
 `qwenlora.doctor` where it looks at another Python. It needs nothing else, and runs on old Pythons.
@@ -12,9 +12,13 @@ import re
 import struct
 import sys
 import sysconfig
-from typing import NamedTuple
+from importlib.machinery import EXTENSION_SUFFIXES
+from typing import TYPE_CHECKING, NamedTuple
 
-__all__ = ["Fit", "Interpreter", "fit_of", "running_interpreter"]
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["Fit", "Interpreter", "fault_of", "fit_of", "running_interpreter"]
 
 _OLDEST_PYTHON = (3, 10)
 _OLDEST_GLIBC = (2, 28)
@@ -29,6 +33,9 @@ _TAGS = {
     ("darwin", "", "arm64"): "macosx_11_0_arm64",
     ("darwin", "", "x86_64"): "macosx_10_12_x86_64",
 }
+_SYSTEMS = {"win32": "win_", "darwin": "macosx_"}
+_CORE = "_core"
+_ELF = b"\x7fELF"
 _BUILD = "build it from its sources, which needs Rust (rustup.rs)"
 
 
@@ -44,6 +51,7 @@ class Interpreter(NamedTuple):
         machine: In lower case; on Windows what the program is built for, not what it runs on.
         libc: "glibc" or "musl" on Linux; empty elsewhere, or where it is another one.
         libc_version: That of glibc; empty otherwise.
+        suffixes: How the names of extensions end that it can load.
     """
 
     implementation: str
@@ -54,6 +62,7 @@ class Interpreter(NamedTuple):
     machine: str
     libc: str = ""
     libc_version: tuple[int, ...] = ()
+    suffixes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -102,6 +111,7 @@ def running_interpreter() -> Interpreter:
         machine=machine.lower(),
         libc=libc,
         libc_version=libc_version,
+        suffixes=tuple(EXTENSION_SUFFIXES),
     )
 
 
@@ -121,6 +131,56 @@ def fit_of(python: Interpreter, version: str) -> Fit:
     return Fit(f"qwenlora-{version}-cp310-abi3-{tag}.whl")
 
 
+def fault_of(folder: Path, python: Interpreter) -> str:
+    """Why a Python cannot load the Rust part of an installed qwenlora, as far as files tell.
+
+    Empty where they tell nothing: then loading it does.
+    """
+    cores = sorted(folder.glob(f"{_CORE}.*"))
+    built = [core for core in cores if core.name.endswith((".so", ".pyd"))]
+    if not built:
+        return f"qwenlora in {folder} lacks its Rust part"
+    tag = _tag_of(folder)
+    loaded = [core for core in built if core.name[len(_CORE) :] in python.suffixes]
+    if not loaded or (tag and not _is_for(tag, python)):
+        return f"qwenlora in {folder} is for another system or Python ({tag or built[0].name})"
+    return f"{loaded[0]} is cut off" if _is_cut_off(loaded[0]) else ""
+
+
+def _tag_of(folder: Path) -> str:
+    """The tag of the wheel that a package came in, by the metadata beside it; or empty."""
+    for metadata in folder.parent.glob("qwenlora-*.dist-info/WHEEL"):
+        text = metadata.read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"^Tag: (\S+)", text, re.MULTILINE)
+        if found:
+            return found[1]
+    return ""
+
+
+def _is_for(tag: str, python: Interpreter) -> bool:
+    """Tell by a wheel's tag if it is for a Python's system and machine."""
+    system = _SYSTEMS.get(python.system, "linux")
+    # A 32-bit Python has another machine than its system.
+    machines = (python.machine, "universal2") if python.bits == 64 else ("",)
+    platform_tag = tag.rpartition("-")[2]
+    return system in platform_tag and platform_tag.endswith(machines)
+
+
+def _is_cut_off(library: Path) -> bool:
+    """Tell if a library ends before its own table of contents, which stands at its end.
+
+    Only Linux loads such a file all the same, and ends the process at the first page that is not
+    there. Other systems refuse it.
+    """
+    with library.open("rb") as file:
+        header = file.read(64)
+    if not header.startswith(_ELF) or len(header) < 64:
+        return header.startswith(_ELF)
+    (table,) = struct.unpack_from("<Q", header, 40)
+    entry_size, entries = struct.unpack_from("<HH", header, 58)
+    return bool(library.stat().st_size < table + entry_size * entries)
+
+
 def _unfit_python(python: Interpreter) -> tuple[str, str]:
     """Why a Python can load no wheel on whichever system, and what to do."""
     if python.implementation != "cpython":
@@ -130,7 +190,7 @@ def _unfit_python(python: Interpreter) -> tuple[str, str]:
         return f"{python.name} is too old", f"run ComfyUI with Python {needed} or newer"
     if python.is_free_threaded:
         return (
-            f"{python.name} is free-threaded and has no stable ABI that they are built for",
+            f"{python.name} is free-threaded and lacks the stable ABI that they are built for",
             "run ComfyUI with the usual Python",
         )
     if python.bits != 64:

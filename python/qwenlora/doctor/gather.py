@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from qwenlora.doctor import gpus, hosts, packages, probe
 from qwenlora.doctor.facts import Environment, Facts, Host, System
+from qwenlora.doctor.fitting import fault_of
 from qwenlora.doctor.mend import Shell
 
 if TYPE_CHECKING:
@@ -56,7 +57,10 @@ def environment(python: Path, *, is_current: bool = False) -> Environment:
     here = [os.getcwd()] if is_current else []
     entries = [path for entry in answer.paths for path in ([entry] if entry else here)]
     paths = tuple(Path(entry) for entry in entries)
-    qwenlora = packages.import_places("qwenlora", paths)
+    places = packages.import_places("qwenlora", paths)
+    qwenlora = tuple(place for place in places if not hosts.gives_way(place))
+    has_core = bool(qwenlora) and packages.has_extension(qwenlora[0], "_core")
+    interpreter = answer.interpreter
     return Environment(
         python=python,
         flags=flags,
@@ -66,8 +70,10 @@ def environment(python: Path, *, is_current: bool = False) -> Environment:
         distributions=packages.distributions(paths),
         torch=answer.torch,
         nunchaku=packages.nunchaku_kind(paths),
+        interpreter=interpreter,
         qwenlora=qwenlora,
-        has_core=bool(qwenlora) and packages.has_extension(qwenlora[0], "_core"),
+        has_core=has_core,
+        core_fault=fault_of(qwenlora[0], interpreter) if has_core and interpreter else "",
     )
 
 

@@ -12,7 +12,7 @@ from qwenlora.doctor.facts import Host, Layout, Pack, PackKind, RotaryUse
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["EMBEDDED", "find_roots", "read_host", "root_of"]
+__all__ = ["EMBEDDED", "find_roots", "gives_way", "read_host", "root_of"]
 
 _ROTARY = "apply_rotary_emb"
 _QWEN_MODULE = "comfy.ldm.qwen_image.model"
@@ -60,6 +60,11 @@ def read_host(root: Path, current_python: Path) -> Host:
     )
 
 
+def gives_way(pack: Path) -> bool:
+    """Tell if a folder is a clone of ours that lets the installed package have its name."""
+    return "give_way" in (source.names(pack / "__init__.py") or ())
+
+
 def _absolute(path: Path) -> Path:
     # Links stay: a pack that is linked into custom_nodes is found there, and a virtual
     # environment's Python is a link to another one.
@@ -104,6 +109,9 @@ def _packs(custom_nodes: Path) -> Iterator[Pack]:
             is_git=(path / ".git").exists(),
             rotary=_rotary_use(path, kind),
             takes_guidance=_takes_guidance(model, "NunchakuQwenImageTransformer2DModel"),
+            requirements=_if_file(path / "requirements.txt"),
+            has_sources=_if_file(path / "Cargo.toml") is not None,
+            gives_way=gives_way(path),
         )
 
 
@@ -135,8 +143,18 @@ def _kind(path: Path) -> PackKind | None:
 
 def _version(path: Path, kind: PackKind) -> str | None:
     if kind is PackKind.QWENLORA:
-        return source.workspace_version(path)
+        told = (source.assigned_text(p, "__version__") for p in _version_files(path))
+        return next(filter(None, told), None) or source.workspace_version(path)
     return source.project_version(path)
+
+
+def _version_files(path: Path) -> tuple[Path, ...]:
+    """Where our nodes' version is: in the pack, or in the folder of the nodes alone."""
+    return path / "comfy" / "qwenlora_nodes" / "version.py", path / "version.py"
+
+
+def _if_file(path: Path) -> Path | None:
+    return path if path.is_file() else None
 
 
 def _rotary_use(path: Path, kind: PackKind) -> RotaryUse:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import subprocess
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from qwenlora.doctor import fitting
 from qwenlora.doctor.facts import Gpu, Torch
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from qwenlora.doctor.fitting import Interpreter
 
 __all__ = ["Answer", "ask"]
 
@@ -31,6 +31,12 @@ def tell(**facts):
 paths = list(sys.path)
 sys.path[:] = [path for path in paths if path]
 tell(version=list(sys.version_info[:2]), paths=paths)
+fitting = dict(__name__="__main__")
+try:
+    exec({{fitting!r}}, fitting)
+    tell(interpreter=dict(fitting["running_interpreter"]()._asdict()))
+except Exception:
+    pass  # a Python before 3.7
 try:
     import torch
 except ModuleNotFoundError as error:
@@ -62,12 +68,14 @@ class Answer:
     Attributes:
         version: None where it could not be asked.
         paths: Its `sys.path`; an empty entry is the working folder.
+        interpreter: What decides which wheels it can load; None of one before 3.7.
         torch: None where it is not installed.
         fault: Why it could not be asked.
     """
 
     version: tuple[int, int] | None = None
     paths: tuple[str, ...] = ()
+    interpreter: Interpreter | None = None
     torch: Torch | None = None
     fault: str | None = None
 
@@ -76,7 +84,7 @@ def ask(python: Path, flags: tuple[str, ...] = ()) -> Answer:
     """Ask a Python, started with these flags, for its version, its path and its torch."""
     try:
         done = subprocess.run(
-            [str(python), *flags, "-c", _SCRIPT],
+            [str(python), *flags, "-c", _script()],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=_TIMEOUT_SECONDS,
@@ -96,8 +104,22 @@ def ask(python: Path, flags: tuple[str, ...] = ()) -> Answer:
     return Answer(
         version=(int(major), int(minor)),
         paths=tuple(told["paths"]),
+        interpreter=_interpreter(told.get("interpreter")),
         torch=_torch(told.get("torch"), ending),
     )
+
+
+def _script() -> str:
+    """The program that is asked; it has our module with it, for a Python without this package."""
+    return _SCRIPT.format(fitting=Path(fitting.__file__).read_text(encoding="utf-8"))
+
+
+def _interpreter(told: dict[str, Any] | None) -> Interpreter | None:
+    if told is None:
+        return None
+    # JSON has no tuples.
+    fields: Any = {n: tuple(own) if isinstance(own, list) else own for n, own in told.items()}
+    return Interpreter(**fields)
 
 
 def _told(output: bytes) -> dict[str, Any]:

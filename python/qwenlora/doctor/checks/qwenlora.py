@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qwenlora.doctor.checks import pip
-from qwenlora.doctor.facts import Environment, Facts, PackKind
+from qwenlora.doctor.facts import Environment, Facts, Pack, PackKind
 from qwenlora.doctor.finding import Finding, Severity
-from qwenlora.doctor.mend import Move
+from qwenlora.doctor.fitting import fit_of
+from qwenlora.doctor.mend import Move, Run
 from qwenlora.doctor.version import release_of
 from qwenlora.requirements import OLDEST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from qwenlora.doctor.mend import Mend
 
 __all__ = ["CHECKS"]
 
@@ -46,36 +49,73 @@ def _python(facts: Facts) -> Iterator[Finding]:
 
 def _installed(facts: Facts) -> Iterator[Finding]:
     for environment in facts.environments:
-        if environment.fault is not None:
+        if environment.fault is not None or not environment.qwenlora:
             continue
-        if environment.qwenlora and environment.has_core:
+        if environment.core_fault:
+            advice, mends = _installing_again(facts, environment)
+            yield Finding(
+                severity=Severity.PROBLEM,
+                code="qwenlora-broken",
+                text=f"{environment.core_fault}{advice}",
+                mends=mends,
+            )
+        elif environment.has_core:
             version = environment.version_of("qwenlora") or "without metadata"
             yield Finding(
                 severity=Severity.OK,
                 code="qwenlora",
                 text=f"qwenlora {version} in {environment.qwenlora[0]}",
             )
-        elif environment.qwenlora:
-            yield _without_core(environment)
+        elif len(environment.qwenlora) > 1:
+            yield _shadowed(facts, environment)
+        else:
+            advice, mends = _installing_again(facts, environment)
+            yield Finding(
+                severity=Severity.PROBLEM,
+                code="qwenlora-no-core",
+                text=f"qwenlora in {environment.qwenlora[0]} lacks its Rust part{advice}",
+                mends=mends,
+            )
 
 
-def _without_core(environment: Environment) -> Finding:
-    first = environment.qwenlora[0]
-    if len(environment.qwenlora) > 1:
-        return Finding(
-            severity=Severity.PROBLEM,
-            code="qwenlora-shadowed",
-            text=f"`import qwenlora` in {environment.python} gives {first}, which is no installed"
-            f" qwenlora, in place of {environment.qwenlora[1]}: a clone must not be named"
-            " `qwenlora` where Python looks for packages",
-            mends=(Move(first, first.with_name("ComfyUI-qwenlora")),),
-        )
+def _shadowed(facts: Facts, environment: Environment) -> Finding:
+    first, second = environment.qwenlora[:2]
+    packs = [pack.path for host in facts.hosts for pack in host.enabled(PackKind.QWENLORA)]
     return Finding(
         severity=Severity.PROBLEM,
-        code="qwenlora-no-core",
-        text=f"qwenlora in {first} lacks its Rust part: it was copied, not installed",
-        mends=(pip.install(environment, "--force-reinstall", "--no-deps", "qwenlora"),),
+        code="qwenlora-shadowed",
+        text=f"`import qwenlora` in {environment.python} gives {first}, which is no installed"
+        f" qwenlora, in place of {second}: give that folder another name",
+        # Another's folder is not ours to rename.
+        mends=(Move(first, first.with_name("ComfyUI-qwenlora")),) if first in packs else (),
     )
+
+
+def _installing_again(facts: Facts, environment: Environment) -> tuple[str, tuple[Mend, ...]]:
+    """What replaces a package that cannot be loaded; where nodes need it, as they have it."""
+    pack = next((pack for own, pack in _packs(facts) if own is environment), None)
+    return _installing(environment, pack, "--force-reinstall", "--no-deps")
+
+
+def _installing(
+    environment: Environment, pack: Pack | None, *options: str
+) -> tuple[str, tuple[Mend, ...]]:
+    """Which wheel fits an environment, as a sentence after another, and what installs it.
+
+    A stub of the nodes says the same.
+    """
+    what: tuple[str, ...] = ("qwenlora",)
+    if pack is not None and pack.requirements is not None:
+        what = ("-r", str(pack.requirements))
+    mend = pip.install(environment, *options, *what)
+    if environment.interpreter is None:
+        return "", (mend,)
+    version = (pack and pack.version) or environment.version_of("qwenlora") or "*"
+    fit = fit_of(environment.interpreter, version)
+    if fit.is_built:
+        source = str(pack.path) if pack is not None and pack.has_sources else "qwenlora"
+        mend = pip.install(environment, *options, source)
+    return f". {fit.text}", (mend,) if fit.file or fit.is_built else ()
 
 
 def _twice(facts: Facts) -> Iterator[Finding]:
@@ -112,29 +152,75 @@ def _requirements(facts: Facts) -> Iterator[Finding]:
             )
 
 
-def _clones(facts: Facts) -> Iterator[Finding]:
+def _packs(facts: Facts) -> Iterator[tuple[Environment, Pack]]:
+    """Our packs, each with the environment that it runs in."""
     for host in facts.hosts:
-        clones = host.enabled(PackKind.QWENLORA)
-        environment = facts.environment_of(host)
-        if clones and not environment.qwenlora and environment.fault is None:
+        for pack in host.enabled(PackKind.QWENLORA):
+            yield facts.environment_of(host), pack
+
+
+def _nodes_without_wheel(facts: Facts) -> Iterator[Finding]:
+    seen = set()
+    for environment, pack in _packs(facts):
+        if environment.qwenlora or environment.fault is not None or environment.python in seen:
+            continue
+        seen.add(environment.python)
+        advice, mends = _installing(environment, pack)
+        text = f"{pack.path} holds the nodes, but qwenlora is not installed in {environment.python}"
+        yield Finding(
+            severity=Severity.PROBLEM,
+            code="qwenlora-no-wheel",
+            text=f"{text}: the nodes cannot run{advice}",
+            mends=mends,
+        )
+
+
+def _versions(facts: Facts) -> Iterator[Finding]:
+    for environment, pack in _packs(facts):
+        version = environment.version_of("qwenlora") if environment.qwenlora else None
+        if version is None or pack.version is None:
+            continue
+        said = f"the nodes in {pack.path} are {pack.version}, qwenlora in {environment.python} is"
+        if release_of(version) < release_of(pack.version):
+            advice, mends = _installing(environment, pack, "--upgrade", "--no-deps")
             yield Finding(
                 severity=Severity.PROBLEM,
-                code="qwenlora-no-wheel",
-                text=f"{clones[0].path} holds the nodes, but the package itself is not installed"
-                f" in {environment.python}: the nodes cannot be loaded",
-                mends=(pip.install(environment, "qwenlora"),),
+                code="qwenlora-older",
+                text=f"{said} {version}: it may lack what they need{advice}",
+                mends=mends,
             )
-        for clone in clones:
-            places = environment.qwenlora
-            if clone.path.name == "qwenlora" and places[:1] != (clone.path,):
-                yield Finding(
-                    severity=Severity.NOTE,
-                    code="clone-name",
-                    text=f"{clone.path} is named like the package: where another pack puts"
-                    " custom_nodes on Python's path, or a program is started there, it hides the"
-                    " installed one",
-                    mends=(Move(clone.path, clone.path.with_name("ComfyUI-qwenlora")),),
-                )
+        elif release_of(version) > release_of(pack.version):
+            yield Finding(
+                severity=Severity.NOTE,
+                code="qwenlora-newer",
+                text=f"{said} {version}: update the nodes, too, for what is new",
+                mends=(Run(("git", "-C", str(pack.path), "pull")),) if pack.is_git else (),
+            )
 
 
-CHECKS = (_asked, _python, _installed, _twice, _requirements, _clones)
+def _clone_names(facts: Facts) -> Iterator[Finding]:
+    for environment, pack in _packs(facts):
+        if pack.path.name != "qwenlora" or pack.gives_way:
+            continue
+        if environment.qwenlora[:1] == (pack.path,):
+            continue
+        yield Finding(
+            severity=Severity.NOTE,
+            code="clone-name",
+            text=f"{pack.path} is named like the package: where another pack puts custom_nodes on"
+            " Python's path, or a program is started there, it hides the installed one. Newer"
+            " versions of the nodes do not",
+            mends=(Move(pack.path, pack.path.with_name("ComfyUI-qwenlora")),),
+        )
+
+
+CHECKS = (
+    _asked,
+    _python,
+    _installed,
+    _twice,
+    _requirements,
+    _nodes_without_wheel,
+    _versions,
+    _clone_names,
+)
