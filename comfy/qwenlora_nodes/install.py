@@ -6,7 +6,6 @@ Needs nothing but Python's own library: it speaks where the package is missing.
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -98,8 +97,8 @@ def _portable_command(place: Place, argv: tuple[str | PurePath, ...]) -> tuple[s
     """The command of the portable build, as its own scripts spell theirs: from its folder."""
     root = place.python.parent.parent
     words = [_below(root, word) if isinstance(word, PurePath) else word for word in argv]
-    # Written out: a path of Python's would drop the point.
-    python = f".{os.sep if place.shell is Shell.POSIX else chr(92)}{place.python.relative_to(root)}"
+    # Written out: a path of Python's would drop the point. The build is of Windows alone.
+    python = f".\\{place.python.relative_to(root)}"
     # `-s` keeps out what the user has installed elsewhere, as its scripts do.
     line = spell(Run((python, "-s", "-m", "pip", *words)), place.shell)
     return f" in {root}", line
