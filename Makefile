@@ -9,7 +9,7 @@ RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-rust test-rust-fast test-models test-python lint \
 	format locales bench fuzz differential browser dist clean shapes lock audit audit-workflows \
-	audit-crates audit-packages
+	audit-crates audit-packages pack pictures
 
 # Python keeps the bytecode of what it imports, whatever the shell says. Without it every process
 # of a test compiles PyTorch and its kin anew, which takes longer than most tests.
@@ -43,6 +43,13 @@ $(VENV)/.frontends: Makefile | $(UV)
 		$(UV) pip install --quiet --no-deps --python $(BIN)/python --target $(VENV)/frontends/$$version \
 			comfyui-frontend-package==$$version || exit 1; \
 	done
+	@touch $@
+
+# The program that packs for ComfyUI's registry. Of what it requires, reading and packing need only
+# this one that the tests have not. It has a folder, since the rest of it brings 280 MB.
+$(VENV)/.comfy-cli: Makefile | $(UV)
+	$(UV) pip install --quiet --no-deps --python $(BIN)/python --target $(VENV)/comfy-cli \
+		comfy-cli==1.23.0 tomlkit==0.15.1
 	@touch $@
 
 # The browser of the tests. Where it cannot be installed they are skipped.
@@ -82,7 +89,7 @@ test-models:
 JOBS ?= 2
 PYTEST_ARGS ?=
 
-test-python: setup $(VENV)/.frontends browser
+test-python: setup $(VENV)/.frontends $(VENV)/.comfy-cli browser
 	$(BIN)/pytest -q -n $(JOBS) $(PYTEST_ARGS)
 
 lint: setup ## Check formatting, lints, types and stubs
@@ -105,6 +112,12 @@ locales: setup ## Write the nodes' English texts anew, for translators
 
 shapes: setup ## Write anew what stubs show where the nodes cannot run
 	$(BIN)/python tests/host/write_shapes.py
+
+pack: ## Make the node pack of a release, dist/ComfyUI-qwenlora-VERSION.zip (Python 3.11 and git)
+	$(PYTHON) release/pack.py
+
+pictures: setup ## Draw the icon and the banner of the node pack
+	$(BIN)/python release/pictures.py
 
 BENCH ?= --device cpu
 BENCH_OUT ?= target/bench
