@@ -59,6 +59,7 @@ HOST = "host"
 
 TOGETHER = (
     "tests/host/",
+    "tests/release/test_pack_in_comfyui.py",
     "tests/test_benches.py",
     "tests/test_demo.py",
     "tests/test_oracles.py",

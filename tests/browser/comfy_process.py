@@ -60,15 +60,25 @@ class ComfyProcess:
         root = _tree(base / "comfyui")
         (base / "models" / "loras").mkdir(parents=True)
         _install_packs(base / "custom_nodes")
-        port = _free_port()
-        command = [sys.executable, str(root / "main.py"), "--cpu", "--listen", "127.0.0.1"]
-        command += ["--port", str(port), "--base-directory", str(base), "--disable-api-nodes"]
-        command += ["--front-end-root", str(frontend), "--disable-auto-launch"]
-        command += ["--database-url", "sqlite:///:memory:", "--preview-method", "none"]
-        log = (base / "log.txt").open("wb")
+        command = [sys.executable, str(root / "main.py"), "--base-directory", str(base)]
+        command += ["--front-end-root", str(frontend)]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "python")}
+        return cls.launch(base, command, environment)
+
+    @classmethod
+    def launch(cls, base: Path, command: list[str], environment: dict[str, str]) -> ComfyProcess:
+        """Run a command that starts a ComfyUI, and wait until it answers.
+
+        Raises:
+            RuntimeError: It did not start; its log is told.
+        """
+        port = _free_port()
+        options = ["--cpu", "--listen", "127.0.0.1", "--port", str(port), "--disable-api-nodes"]
+        options += ["--disable-auto-launch", "--preview-method", "none"]
+        options += ["--database-url", "sqlite:///:memory:"]
+        log = (base / "log.txt").open("wb")
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, cwd=base, env=environment
+            [*command, *options], stdout=log, stderr=subprocess.STDOUT, cwd=base, env=environment
         )
         running = cls(base, f"http://127.0.0.1:{port}", process, log)
         try:
