@@ -13,6 +13,7 @@ import enum
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 import uuid
 import warnings
@@ -53,6 +54,13 @@ def comfy_root() -> Path:
     if missing:
         raise ModuleNotFoundError(f"ComfyUI {COMFY_VERSION} lacks modules: {missing}\n{INSTALL}")
     return Path(found.submodule_search_locations[0]).resolve() / "_comfyui"
+
+
+def tensors_of(path: Path) -> dict[str, Any]:
+    """What a safetensors file holds. Nothing maps it: on Windows no mapped file can be deleted."""
+    from safetensors.torch import load
+
+    return load(path.read_bytes())
 
 
 class Device(enum.Enum):
@@ -219,6 +227,9 @@ class ComfyHost:
         arguments += ["--base-directory", str(self.base), "--disable-api-nodes"]
         arguments += ["--front-end-root", str(self.base / "web")]
         arguments += ["--database-url", "sqlite:///:memory:"]
+        if os.name == "nt":
+            # There a file that somebody has mapped cannot be deleted.
+            arguments.append("--disable-mmap")
         cli_args.parser.parse_args(arguments, namespace=cli_args.args)
         # First, as in `main.py`: `nodes` puts a folder on the path that holds another `utils`.
         importlib.import_module("utils.extra_config")

@@ -46,7 +46,7 @@ def load(graph, host):
     def run(model, path, strength=1.0):
         listed = host.loras / path.name
         if listed not in links:
-            listed.symlink_to(path)
+            listed.hardlink_to(path)
             links.add(listed)
         return node().load(model, lora_name=path.name, strength=strength)["result"][0]
 

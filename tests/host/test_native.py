@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import qwenlora
 from qwenlora.errors import UnsupportedAdapterError, UnsupportedModelError
@@ -16,6 +16,7 @@ from qwenlora.model.state import EMPTY, read_state
 from qwenlora.runtime import OPTIONS_KEY
 
 from . import test_nodes
+from .comfy_host import tensors_of
 from .test_nodes import A, B, C
 
 # The fixtures of the nodes' own tests.
@@ -398,7 +399,7 @@ def load_directly(model, name, strength=1.0):
 def patches_of(model, path):
     """What a pack gets that reads a file itself."""
     lora = importlib.import_module("comfy.lora")
-    return lora.load_lora(load_file(path), lora.model_lora_keys_unet(model.model, {}))
+    return lora.load_lora(tensors_of(path), lora.model_lora_keys_unet(model.model, {}))
 
 
 def test_calls_for_each_weight_are_one_lora_for_each_strength(runs, files, enabled, monkeypatch):
@@ -607,7 +608,7 @@ def test_a_model_is_saved_as_its_base(runs, host, caplog):
     done = runs.graph.run(runs.prompt(nodes))
     assert done.success, done.error
     (path,) = (host.base / "output").glob("saved*.safetensors")
-    saved = load_file(path)
+    saved = tensors_of(path)
     path.unlink()
     runs.latent({})
     base = runs.given.model.state_dict_for_saving()

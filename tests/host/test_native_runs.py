@@ -6,12 +6,12 @@ import gc
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import qwenlora
 import qwenlora.runtime
 
 from . import test_compiled, test_native_proof, test_nodes
+from .comfy_host import tensors_of
 from .test_nodes import A, B, C
 from .twins import CLOSE, ENABLE, error, native, ours
 
@@ -385,7 +385,7 @@ def saved(twins, host, chain, name):
     prompt = {**made, "save": twins.graph.node("ModelSave", model=link, filename_prefix=name)}
     twins.run(prompt)
     (path,) = (host.base / "output").rglob(f"{name}_*.safetensors")
-    return load_file(path)
+    return tensors_of(path)
 
 
 NOT_ENABLED = pytest.mark.xfail(

@@ -557,7 +557,7 @@ def test_a_rival_pack_is_named(graph, files, emulated_qwen, qwen, caplog, first)
     import nodes
 
     rival = type("Rival", (), {"RELATIVE_PYTHON_MODULE": "custom_nodes.Rival"})
-    if PACK.as_posix() + ".host" in sys.modules:
+    if f"{PACK}.host" in sys.modules:
         modules().host.warn_once.cache_clear()
     if first:
         nodes.NODE_CLASS_MAPPINGS["NunchakuQwenImageLoraStack"] = rival
@@ -645,6 +645,11 @@ LIKE = [
 ]
 
 
+def as_listed(name):
+    """A file's name as the host lists it, with the system's separator, in quotes."""
+    return repr(str(Path(name)))
+
+
 def said(done, node):
     """The one message of a node, refused by validation or failed when it ran."""
     if done.status == 400:
@@ -660,7 +665,7 @@ def test_a_missing_name_is_told_with_the_nearest(bench, graph, files, host, aske
     put(files, host, there)
     text = said(graph.run(bench.prompt(sample=False, one=[load(asked)])), "one 0")
     assert text.count(f"LoRA {asked!r} is in none of ComfyUI's folders") == 1
-    assert f"hint: the nearest: '{there}'" in text
+    assert f"hint: the nearest: {as_listed(there)}" in text
 
 
 @pytest.mark.parametrize(
@@ -684,13 +689,13 @@ def test_every_node_tells_the_nearest(bench, graph, files, host, node, field):
     text = said(graph.run(bench.prompt(sample=False, one=[(node, {field: value})])), "one 0")
     assert text.startswith(field)
     assert text.count(f"LoRA {asked!r} is in none of ComfyUI's folders") == 1
-    assert f"hint: the nearest: '{there}'" in text
+    assert f"hint: the nearest: {as_listed(there)}" in text
 
 
 def test_inspect_tells_the_nearest(bench, graph, files, host):
     put(files, host, "Qwen/Style-V1.safetensors")
     prompt = {"look": graph.node("QwenLoraInspect", lora_name="style-v1")}
-    assert "'Qwen/Style-V1.safetensors'" in said(graph.run(prompt), "look")
+    assert as_listed("Qwen/Style-V1.safetensors") in said(graph.run(prompt), "look")
 
 
 def test_the_nearest_comes_first_and_three_are_enough(bench, graph, files, host):
@@ -699,9 +704,8 @@ def test_the_nearest_comes_first_and_three_are_enough(bench, graph, files, host)
     text = said(
         graph.run(bench.prompt(sample=False, one=[load("x/y/w/Style.safetensors")])), "one 0"
     )
-    assert text.endswith(
-        "the nearest: 'x/y/Style.safetensors', 'x/Style.safetensors', 'z/style.safetensors'"
-    )
+    nearest = ["x/y/Style.safetensors", "x/Style.safetensors", "z/style.safetensors"]
+    assert text.endswith(f"the nearest: {', '.join(map(as_listed, nearest))}")
     text = said(graph.run(bench.prompt(sample=False, one=[load("nothing alike")])), "one 0")
     assert "no name there is like it" in text
 
@@ -722,7 +726,7 @@ def test_every_missing_row_is_told_and_no_other(bench, graph, files, host):
     text = said(graph.run(bench.prompt(sample=False, one=[("QwenLoraStack", rows)])), "one 0")
     assert text.splitlines() == [
         "loras.0.lora_name: LoRA 'Style.safetensors' is in none of ComfyUI's folders for `loras`",
-        "hint: the nearest: 'Qwen/Style.safetensors'",
+        f"hint: the nearest: {as_listed('Qwen/Style.safetensors')}",
         "loras.2.lora_name: LoRA 'gone.safetensors' is in none of ComfyUI's folders for `loras`",
         "hint: no name there is like it: choose one from the list, or put the file there",
     ]
@@ -1160,7 +1164,7 @@ def test_no_package_shadows_comfyuis():
 
 
 def test_requirements_pin_nothing_of_the_hosts():
-    lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    lines = (REPOSITORY / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert [line.split(">")[0] for line in lines if not line.startswith("#")] == ["qwenlora"]
 
 
@@ -1168,7 +1172,7 @@ def test_the_example_workflow(bench, graph):
     import nodes
 
     path = REPOSITORY / "examples" / "api" / "qwen_image_lora_stack.json"
-    example = json.loads(path.read_text())
+    example = json.loads(path.read_text(encoding="utf-8"))
     classes = {node["class_type"] for node in example.values()}
     assert classes - set(nodes.NODE_CLASS_MAPPINGS) == {"NunchakuQwenImageDiTLoader"}
     (stack,) = (node for node in example.values() if node["class_type"] == "QwenLoraStack")

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from qwenlora.merge import known
 from qwenlora.slots.find import find_targets
 
+from .comfy_host import tensors_of
 from .test_nodes import A, B, C, bench, files, load, pack, wanted
 
 __all__ = ["bench", "files", "pack"]
@@ -262,7 +263,7 @@ def test_ranks_and_numbers_as_asked(bench, output):
     said = merge(bench, load(A), load(B), rank=2, dtype="fp16", filename_prefix="other\\ab")
     assert "of the energy lost" in said
     assert said.splitlines()[0] == "2 LoRAs saved outside of the folders for LoRAs"
-    tensors = load_file(output / "other" / "ab_00001_.safetensors")
+    tensors = tensors_of(output / "other" / "ab_00001_.safetensors")
     downs = [t for key, t in tensors.items() if key.endswith("lora_down.weight")]
     assert {tensor.shape[0] for tensor in downs} == {2}
     assert {tensor.dtype for tensor in downs} == {torch.float16}
@@ -276,18 +277,18 @@ def test_modulation_that_is_off_stays_off(bench, output):
     off = (node, {"lora_name_1": A, "apply_awq_mod": False})
     said = merge(bench, off)
     assert "turned off" in said
-    saved = load_file(output / "loras" / "merged_00001_.safetensors")
+    saved = tensors_of(output / "loras" / "merged_00001_.safetensors")
     assert saved
     assert not [key for key in saved if "_mod.1." in key]
     merge(bench, load(A), filename_prefix="loras/on")
     assert [
-        key for key in load_file(output / "loras" / "on_00001_.safetensors") if "_mod.1." in key
+        key for key in tensors_of(output / "loras" / "on_00001_.safetensors") if "_mod.1." in key
     ]
 
 
 @pytest.mark.usefixtures("small_table")
 def test_what_needs_the_models_weights_is_told(bench, output, host, caplog):
-    tensors = load_file(host.loras / A)
+    tensors = tensors_of(host.loras / A)
     (down,) = [key for key in tensors if "0.attn.to_q." in key and "lora_A" in key]
     stem = down.split("lora_A")[0]
     up = tensors[down.replace("lora_A", "lora_B")]
@@ -330,7 +331,7 @@ def test_a_schedule_has_no_place_in_a_file(bench, output):
 def test_factors_by_block_are_in_the_file(bench, output):
     node = ("QwenLoraLoader", {"lora_name": A, "blocks": "custom", "custom_blocks": "0:0"})
     merge(bench, node)
-    saved = load_file(output / "loras" / "merged_00001_.safetensors")
+    saved = tensors_of(output / "loras" / "merged_00001_.safetensors")
     assert not [key for key in saved if ".0.attn" in key]
     assert [key for key in saved if ".1.attn" in key]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -196,6 +197,8 @@ def spoil(folder, case):
         shutil.rmtree(folder)
         folder.mkdir()
     if case == "gone":
+        if os.name == "nt":
+            pytest.skip("links need a right there")
         (folder / A).unlink()
         (folder / A).symlink_to(folder / "nowhere.safetensors")
     if case == "pickle":
