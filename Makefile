@@ -9,7 +9,7 @@ RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-rust test-rust-fast test-models test-python lint \
 	format locales bench fuzz differential browser dist clean shapes lock audit audit-workflows \
-	audit-crates audit-packages pack pictures
+	audit-crates audit-packages pack pictures notices
 
 # Python keeps the bytecode of what it imports, whatever the shell says. Without it every process
 # of a test compiles PyTorch and its kin anew, which takes longer than most tests.
@@ -176,6 +176,11 @@ lock: | $(UV) ## Write the versions of the tools anew, the newest that pyproject
 	$(UV) pip compile --quiet --universal --python-version 3.10 --generate-hashes --upgrade \
 		--no-emit-index-url --custom-compile-command 'make lock' --output-file requirements-dev.lock \
 		--all-extras $(GROUPS) pyproject.toml
+
+notices: ## Write the licenses of the crates in the wheel (needs cargo-about)
+	@cargo about --version >/dev/null || (echo 'needs cargo-about: cargo install cargo-about --locked --features cli' && false)
+	cargo about generate --locked --manifest-path rust/py/Cargo.toml --config release/about.toml \
+		--output-file LICENSE-THIRD-PARTY.txt release/about.hbs
 
 $(VENV)/.audit: pyproject.toml $(LOCK) | $(UV)
 	$(INSTALL) --group audit
