@@ -6,6 +6,7 @@ import base64
 import configparser
 import email
 import hashlib
+import json
 import re
 import tarfile
 import zipfile
@@ -25,7 +26,7 @@ LARGEST_SDIST = 2 << 20
 """Past them something is inside that should not be."""
 
 # Where people and build machines keep their files. Rust's own sources are below /rustc.
-_HOME = re.compile(rb"(?:/home/|/root/|/Users/|[A-Za-z]:\\Users\\)[\w.-]+")
+_HOME = re.compile(rb"(?:/home/|/root/|/Users/|[A-Za-z]:\\+Users\\+)[\w.-]+")
 
 # All that a build reads. `Cargo.toml` names the benchmark, and cargo looks whether it is there.
 _BUILT_FROM = re.compile(
@@ -69,6 +70,7 @@ def check_wheel(
     _check_tag(path, members[f"{info}/WHEEL"], target.tag)
     _check_metadata(path, members[f"{info}/METADATA"], version)
     _check_programs(path, members[f"{info}/entry_points.txt"])
+    _check_sbom(path, sbom, members[sbom])
     for name in (library, sbom):
         check_paths(path, name, members[name], folders)
     return len(members)
@@ -195,3 +197,16 @@ def _check_programs(path: Path, data: bytes) -> None:
     programs = dict(parser["console_scripts"]) if "console_scripts" in parser else {}
     if programs != PROGRAMS:
         raise Refused(f"`{path.name}` installs the programs {programs}, not {PROGRAMS}")
+
+
+def _check_sbom(path: Path, name: str, data: bytes) -> None:
+    try:
+        document = json.loads(data)
+    except ValueError as error:
+        raise Refused(f"`{name}` of `{path.name}` cannot be read: {error}") from error
+    # These three are what attestations on GitHub know one by.
+    for field in ("bomFormat", "specVersion", "serialNumber"):
+        if not document.get(field):
+            raise Refused(f"`{name}` of `{path.name}` has no `{field}`")
+    if not document.get("components"):
+        raise Refused(f"`{name}` of `{path.name}` lists no crate")

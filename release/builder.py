@@ -9,6 +9,7 @@ from pathlib import Path
 
 from archive import read_wheel, replace_in_wheel
 from refusal import output
+from sbom import portable
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,7 +32,7 @@ def build_wheel(triple: str, tag: str, out: Path, *, root: Path = ROOT) -> Path:
     command = ["build", "--release", "--locked", "--quiet", "--target", triple, *options]
     wheel = _maturin(command, out, root)
     sboms = {name: data for name, data in read_wheel(wheel).items() if "/sboms/" in name}
-    replace_in_wheel(wheel, {name: _anywhere(data, root) for name, data in sboms.items()})
+    replace_in_wheel(wheel, {name: portable(data, root) for name, data in sboms.items()})
     return wheel
 
 
@@ -80,8 +81,3 @@ def _environ(root: Path) -> dict[str, str]:
         "CARGO_ZIGBUILD_PYTHON_PATH": sys.executable,
         "SOURCE_DATE_EPOCH": output(["git", "log", "-1", "--format=%ct"], folder=root).strip(),
     }
-
-
-def _anywhere(sbom: bytes, root: Path) -> bytes:
-    """The text of an SBOM, its crates named from the root of the repository."""
-    return sbom.replace(f"path+{root.as_uri()}/".encode(), b"path+file:///")

@@ -6,8 +6,9 @@
     python release/dist.py try WHEEL [--python 3.10 …] [--torch oldest|newest]
     python release/dist.py sums                     # SHA256SUMS
 
-Files come into `dist`. Each check is one line: `ok`, or `not run` with the reason. The first that
-fails ends the program with status 1 and a sentence that names the file.
+Files come into `dist`. Each check is one line: `ok`, or `not run` with the reason. `all` goes on
+without a Python that is not to be had, `try` does not. The first check that fails ends the program with
+status 1 and a sentence that names the file.
 
 It needs cargo, git and the group `release` of pyproject.toml. Wheels for Linux are linked by zig,
 which has the libc of every release: any system can build them.
@@ -110,17 +111,26 @@ def make_sdist(release: Release) -> Path:
     return sdist
 
 
-def try_wheels(screen: Screen, wheel: Path, pythons: list[str], torch: str | None) -> None:
-    """Install a wheel into fresh environments and try it in each."""
+def try_wheels(screen: Screen, wheel: Path, pythons: Sequence[str], torch: str | None) -> None:
+    """Install a wheel into fresh environments and try it in each.
+
+    Raises:
+        NoInterpreter: this system has not all of these Pythons.
+        Refused: the wheel does not work on one.
+    """
     for python in pythons:
-        what = f"Python {python}" + (f" with the {torch} torch" if torch else "")
         with tempfile.TemporaryDirectory() as name:
-            try:
-                ran = try_wheel(wheel, python, Path(name), torch=torch)
-            except NoInterpreter as reason:
-                screen.not_run(what, str(reason))
-            else:
-                screen.passed(f"installed and works: {ran}")
+            ran = try_wheel(wheel, python, Path(name), torch=torch)
+        screen.passed(f"installed and works: {ran}")
+
+
+def try_all(screen: Screen, wheel: Path, torch: str | None) -> None:
+    """Try a wheel on each Python that is to be had here."""
+    for python in PYTHONS:
+        try:
+            try_wheels(screen, wheel, [python], torch)
+        except NoInterpreter as reason:
+            screen.not_run(f"Python {python}", str(reason))
 
 
 def make_all(release: Release, torch: str | None) -> None:
@@ -135,7 +145,7 @@ def make_all(release: Release, torch: str | None) -> None:
             continue
         wheel = make_wheel(release, target)
         if "musl" not in target.triple:
-            try_wheels(release.screen, wheel, list(PYTHONS), torch)
+            try_all(release.screen, wheel, torch)
     make_sdist(release)
     write_sums(release.out, release.screen)
 
@@ -226,7 +236,7 @@ def _arguments() -> argparse.Namespace:
     verbs.add_parser("sdist", help="the sdist, and a wheel from it")
     trial = verbs.add_parser("try", help="a wheel in fresh environments")
     trial.add_argument("wheel", type=Path, metavar="WHEEL")
-    trial.add_argument("--python", nargs="+", default=list(PYTHONS), metavar="VERSION")
+    trial.add_argument("--python", nargs="+", default=PYTHONS, metavar="VERSION")
     for verb in (whole, trial):
         verb.add_argument("--torch", choices=("oldest", "newest"), help="with PyTorch, too")
     verbs.add_parser("sums", help="the checksums")
@@ -253,7 +263,7 @@ def main() -> int:
     screen = Screen()
     try:
         _run(_arguments(), screen)
-    except (Refused, ValueError) as error:
+    except (Refused, NoInterpreter, ValueError) as error:
         print(f"dist: {error}", file=sys.stderr)
         return 1
     screen.close()

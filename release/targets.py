@@ -1,5 +1,9 @@
-"""The wheels of a release: one list, read by whatever builds, checks or names them."""
+"""The wheels of a release: one list, read by whatever builds, checks or names them.
 
+`python release/targets.py VERSION` prints the names of all files that a release has on PyPI.
+"""
+
+import sys
 from typing import NamedTuple
 
 
@@ -65,3 +69,12 @@ def by_triple(triple: str) -> Target:
         if target.triple == triple:
             return target
     raise ValueError(f"no wheel is made for `{triple}`: release/targets.py lists the systems")
+
+
+def file_names(version: str) -> list[str]:
+    """The names of a version's wheels and of its sdist."""
+    return [*(target.wheel(version) for target in TARGETS), f"qwenlora-{version}.tar.gz"]
+
+
+if __name__ == "__main__":
+    print("\n".join(file_names(*sys.argv[1:])))

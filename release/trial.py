@@ -40,7 +40,7 @@ def try_wheel(wheel: Path, python: str, folder: Path, *, torch: str | None = Non
     try:
         output([*_UV, "venv", "--no-project", "--python", python, environment], environ=_search())
     except Refused as refused:
-        raise NoInterpreter(_reason(str(refused))) from refused
+        raise NoInterpreter(f"no Python `{python}`: {_reason(str(refused))}") from refused
     interpreter = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     output(_install(wheel, interpreter, torch), folder=folder, environ=_plain())
     smoke = [interpreter, SMOKE, *(["--torch"] if torch else [])]

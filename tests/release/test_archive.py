@@ -6,6 +6,7 @@ import base64
 import csv
 import hashlib
 import io
+import json
 import tarfile
 import zipfile
 from pathlib import Path
@@ -36,6 +37,12 @@ TRACKED = (
     "rust/core/tests/corpus.rs",
     "tests/data/large.json",
 )
+DOCUMENT = {
+    "bomFormat": "CycloneDX",
+    "specVersion": "1.5",
+    "serialNumber": "urn:uuid:0",
+    "components": [{"bom-ref": "path+file:///rust/core#qwenlora-core@1.2.3"}],
+}
 METADATA = f"""\
 Metadata-Version: 2.4
 Name: qwenlora
@@ -63,7 +70,7 @@ def wheel_members(target=LINUX):
         f"{INFO}/WHEEL": f"Wheel-Version: 1.0\nTag: cp310-abi3-{target.tag}\n".encode(),
         f"{INFO}/entry_points.txt": PROGRAMS.encode(),
         f"{INFO}/licenses/LICENSE": b"Apache",
-        SBOM: b'{"bom-ref": "path+file:///rust/py#qwenlora-py"}',
+        SBOM: json.dumps(DOCUMENT).encode(),
     }
 
 
@@ -144,7 +151,9 @@ def test_a_wheel_with_other_programs(tmp_path, text):
         check_wheel(write_wheel(tmp_path, {f"{INFO}/entry_points.txt": text.encode()}))
 
 
-@pytest.mark.parametrize("member", ["qwenlora/_core.abi3.so", SBOM])
+LIBRARY = "qwenlora/_core.abi3.so"
+
+
 @pytest.mark.parametrize(
     ("held", "named"),
     [
@@ -155,11 +164,38 @@ def test_a_wheel_with_other_programs(tmp_path, text):
         ("/data/clone/rust/py", "/data/clone"),
     ],
 )
-def test_a_wheel_with_a_path_of_the_machine(tmp_path, member, held, named):
-    path = write_wheel(tmp_path, {member: b"before " + held.encode() + b" behind"})
+def test_a_library_with_a_path_of_the_machine(tmp_path, held, named):
+    path = write_wheel(tmp_path, {LIBRARY: b"before " + held.encode() + b" behind"})
     with pytest.raises(Refused) as refused:
         check_wheel(path, folders=[Path("/data/clone")])
-    assert str(refused.value).endswith(f"a path of this machine in `{member}`: `{named}`")
+    assert str(refused.value).endswith(f"a path of this machine in `{LIBRARY}`: `{named}`")
+
+
+@pytest.mark.parametrize("held", ["/home/anna/clone/rust/py", "/data/clone/rust", r"C:\Users\anna"])
+def test_an_sbom_with_a_path_of_the_machine(tmp_path, held):
+    document = {**DOCUMENT, "components": [{"bom-ref": f"path+file://{held}#qwenlora"}]}
+    path = write_wheel(tmp_path, {SBOM: json.dumps(document).encode()})
+    with pytest.raises(Refused, match=rf"a path of this machine in `{SBOM}`"):
+        check_wheel(path, folders=[Path("/data/clone")])
+
+
+@pytest.mark.parametrize("field", ["bomFormat", "specVersion", "serialNumber"])
+def test_an_sbom_that_could_not_be_attested(tmp_path, field):
+    path = write_wheel(tmp_path, {SBOM: json.dumps({**DOCUMENT, field: ""}).encode()})
+    with pytest.raises(Refused, match=rf"{SBOM}` of `.*\.whl` has no `{field}`"):
+        check_wheel(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"no JSON", "cannot be read"),
+        (json.dumps({**DOCUMENT, "components": []}), "lists no crate"),
+    ],
+)
+def test_an_sbom_that_says_nothing(tmp_path, data, said):
+    with pytest.raises(Refused, match=said):
+        check_wheel(write_wheel(tmp_path, {SBOM: data.encode()}))
 
 
 def test_a_windows_path_with_either_slash(tmp_path):
@@ -184,11 +220,12 @@ def test_a_wheel_that_is_too_large(tmp_path, monkeypatch):
 
 def test_a_member_replaced_keeps_the_record_true(tmp_path):
     path = write_wheel(tmp_path)
-    archive.replace_in_wheel(path, {SBOM: b"{}"})
+    replaced = json.dumps({**DOCUMENT, "version": 2}).encode()
+    archive.replace_in_wheel(path, {SBOM: replaced})
     with zipfile.ZipFile(path) as wheel:
         rows = list(csv.reader(io.StringIO(wheel.read(f"{INFO}/RECORD").decode())))
         assert {row[0] for row in rows} == set(wheel.namelist())
-        assert wheel.read(SBOM) == b"{}"
+        assert wheel.read(SBOM) == replaced
         for name, digest, size in rows[:-1]:
             data = wheel.read(name)
             hashed = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("=")

@@ -63,8 +63,11 @@ def test_a_system_without_wheels_is_named():
         by_triple("riscv64gc-unknown-linux-gnu")
 
 
-def test_the_names_of_wheels_are_different():
-    assert len({own.wheel("1.0.0") for own in TARGETS}) == len(TARGETS)
+def test_the_files_of_a_release():
+    program = builder.ROOT / "release" / "targets.py"
+    names = output([sys.executable, program, "1.0.0"]).split()
+    assert names[-1] == "qwenlora-1.0.0.tar.gz"
+    assert len(set(names)) == len(TARGETS) + 1
 
 
 def test_checksums_are_those_of_all_files(tmp_path, capsys):
@@ -90,15 +93,17 @@ def test_the_screen_says_what_was_not_run(capsys):
     )
 
 
-def test_a_python_that_is_nowhere_is_not_run(capsys):
+def test_a_python_that_is_nowhere_is_said(monkeypatch, capsys):
+    said = "no Python `3.99`: .*No interpreter found for Python 3.99.*"
+    with pytest.raises(trial.NoInterpreter, match=said):
+        dist.try_wheels(dist.Screen(), LINUX.wheel("1.0.0"), ["3.99"], torch=None)
+    monkeypatch.setattr(dist, "PYTHONS", ("3.99",))
     screen = dist.Screen()
-    dist.try_wheels(screen, LINUX.wheel("1.0.0"), ["3.99"], torch=None)
+    dist.try_all(screen, LINUX.wheel("1.0.0"), torch=None)
     screen.close()
-    lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(
-        r"not run  Python 3\.99: .*No interpreter found for Python 3\.99.*", lines[0]
-    )
-    assert lines[1:] == ["dist: 0 checks passed, not run: Python 3.99"]
+    first, last = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"not run  Python 3\.99: {said}", first)
+    assert last == "dist: 0 checks passed, not run: Python 3.99"
 
 
 def test_a_wheel_works_in_a_fresh_environment(wheel, tmp_path):
