@@ -7,8 +7,8 @@
     python release/dist.py sums                     # SHA256SUMS
 
 Files come into `dist`. Each check is one line: `ok`, or `not run` with the reason. `all` goes on
-without a Python that is not to be had, `try` does not. The first check that fails ends the program with
-status 1 and a sentence that names the file.
+without a Python that is not to be had, `try` does not. The first check that fails ends the program
+with status 1 and a sentence that names the file.
 
 It needs cargo, git and the group `release` of pyproject.toml. Wheels for Linux are linked by zig,
 which has the libc of every release: any system can build them.

@@ -14,8 +14,8 @@ def portable(data: bytes, root: Path) -> bytes:
     """A CycloneDX document without the place of the repository, and with a serial number.
 
     Its own crates are named from the root of the repository. The number is made from the text, so
-    that the same text has the same. GitHub attests no SBOM without one, and maturin writes none where
-    builds are to be alike.
+    that the same text has the same. GitHub attests no SBOM without one, and maturin leaves it out
+    where builds are to be alike.
     """
     text = data.decode().replace(f"path+{root.as_uri()}/", "path+file:///")
     document = {name: value for name, value in json.loads(text).items() if name != "serialNumber"}

@@ -189,7 +189,7 @@ def test_an_sbom_that_could_not_be_attested(tmp_path, field):
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"no JSON", "cannot be read"),
+        ("no JSON", "cannot be read"),
         (json.dumps({**DOCUMENT, "components": []}), "lists no crate"),
     ],
 )
