@@ -67,6 +67,7 @@ def check_wheel(
     sources = {name[len("python/") :] for name in tracked if name.startswith("python/")}
     expected = {library, sbom, *sources, *(f"{info}/{part}" for part in parts)}
     _check_members(path, set(members), expected)
+    _check_line_ends(path, {name: members[name] for name in sources})
     _check_tag(path, members[f"{info}/WHEEL"], target.tag)
     _check_metadata(path, members[f"{info}/METADATA"], version)
     _check_programs(path, members[f"{info}/entry_points.txt"])
@@ -170,6 +171,15 @@ def _check_members(path: Path, names: set[str], expected: set[str]) -> None:
 def _check_missing(path: Path, names: set[str], expected: set[str]) -> None:
     if expected - names:
         raise Refused(f"`{path.name}` lacks `{min(expected - names)}`")
+
+
+def _check_line_ends(path: Path, sources: Mapping[str, bytes]) -> None:
+    """A checkout on Windows must not make other files of the same commit."""
+    for name, data in sources.items():
+        if b"\r\n" in data:
+            raise Refused(
+                f"`{path.name}` holds `{name}` with Windows' line ends, which git has not"
+            )
 
 
 def _check_tag(path: Path, data: bytes, tag: str) -> None:

@@ -119,6 +119,12 @@ def test_a_wheel_that_holds_more(tmp_path, stranger):
         check_wheel(write_wheel(tmp_path, {stranger: b""}))
 
 
+def test_a_wheel_with_the_line_ends_of_windows(tmp_path):
+    path = write_wheel(tmp_path, {"qwenlora/__init__.py": b"import os\r\n"})
+    with pytest.raises(Refused, match=r"`qwenlora/__init__\.py` with Windows' line ends"):
+        check_wheel(path)
+
+
 def test_a_wheel_whose_name_has_another_tag(tmp_path):
     path = write_wheel(tmp_path, name=f"qwenlora-{VERSION}-cp310-abi3-linux_x86_64.whl")
     with pytest.raises(Refused, match=r"linux_x86_64\.whl` must be called `.*manylinux_2_28"):
