@@ -15,13 +15,17 @@ import folder_paths
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["FILES", "SHAPES", "Stub", "read_shapes", "stub_of"]
+__all__ = ["FAULT", "FILES", "SHAPES", "Stub", "read_shapes", "stub_of"]
 
 SHAPES = Path(__file__).parent / "shapes.json"
 
 FILES = "files"
 """The one key of what stands in a shape where the nodes list the files of one of ComfyUI's folders;
 its value is the folder's name."""
+
+
+FAULT = "qwenlora_fault"
+"""An option of a stub's first input: why it cannot run."""
 
 
 class _Choices(list):  # type: ignore[type-arg]
@@ -64,11 +68,15 @@ class Stub:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """The inputs that the host draws."""
-        return {
+        groups = {
             group: {name: _input(spec) for name, spec in inputs.items()}
             for group, inputs in cls.shape.items()
             if group != "class"
         }
+        # Our part in the browser shows it on the node.
+        _, options = next(iter(groups["required"].values()))
+        options[FAULT] = cls.fault
+        return groups
 
     @classmethod
     def VALIDATE_INPUTS(cls, input_types: object) -> str:

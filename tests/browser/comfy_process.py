@@ -50,8 +50,15 @@ class ComfyProcess:
     _log: IO[bytes]
 
     @classmethod
-    def start(cls, base: Path, frontend: Path) -> ComfyProcess:
+    def start(
+        cls, base: Path, frontend: Path, *, packages: Path = REPOSITORY / "python"
+    ) -> ComfyProcess:
         """Start it and wait until it answers.
+
+        Args:
+            base: Its base directory.
+            frontend: The page's files.
+            packages: The folder that has the first `qwenlora` on Python's path.
 
         Raises:
             ModuleNotFoundError: ComfyUI is not installed.
@@ -62,7 +69,7 @@ class ComfyProcess:
         _install_packs(base / "custom_nodes")
         command = [sys.executable, str(root / "main.py"), "--base-directory", str(base)]
         command += ["--front-end-root", str(frontend)]
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "python")}
+        environment = {**os.environ, "PYTHONPATH": str(packages)}
         return cls.launch(base, command, environment)
 
     @classmethod

@@ -3,6 +3,7 @@
  *
  * A node that runs sends its report. For one whose result is cached, and after a reload, the server is
  * asked which reports it has for the graph as it is on the canvas: what it has none for is stale.
+ * A node whose server cannot run it says why instead, and the server is not asked.
  */
 
 import { api } from "../../scripts/api.js";
@@ -21,6 +22,9 @@ const AFTER_EDIT_MS = 400;
 /** Ids of our classes whose nodes have a report. */
 const classes = new Set();
 
+/** @type {Map<string, string>} Ids of those that cannot run, and why. */
+const faults = new Map();
+
 const style = document.createElement("link");
 style.rel = "stylesheet";
 style.href = new URL("./report/style.css", import.meta.url).href;
@@ -29,6 +33,17 @@ document.head.append(style);
 let timer;
 let asked = 0;
 
+/** Whether a node has the report of a run, or may get one. */
+function isReporting(node) {
+  return classes.has(node.comfyClass) && lineOf(node) !== undefined;
+}
+
+/** Why the server cannot run the nodes of a class; it says so in the options of an input. */
+function faultOf({ input }) {
+  const options = Object.values(input?.required ?? {}).map((spec) => spec[1]);
+  return options.find((own) => own?.qwenlora_fault)?.qwenlora_fault;
+}
+
 /** Ask the server once things have settled. */
 function askSoon(delay) {
   clearTimeout(timer);
@@ -36,7 +51,7 @@ function askSoon(delay) {
 }
 
 async function ask() {
-  const nodes = [...allNodes(app)].filter(lineOf);
+  const nodes = [...allNodes(app)].filter(isReporting);
   if (!hasRoute() || !nodes.length) return;
   const own = ++asked;
   const reports = await askServer(app, api, classes);
@@ -44,7 +59,7 @@ async function ask() {
   const fresh = new Set();
   for (const [id, report] of Object.entries(reports)) {
     const node = nodeOfExecution(app, id);
-    if (!node || !lineOf(node)) continue;
+    if (!node || !isReporting(node)) continue;
     lineOf(node).show(report);
     fresh.add(node);
   }
@@ -54,7 +69,7 @@ async function ask() {
 /** Ask after an edit, where there is a report that it may make stale, or bring back. */
 function askAfterEdit() {
   for (const node of allNodes(app)) {
-    if (lineOf(node)?.report) return askSoon(AFTER_EDIT_MS);
+    if (isReporting(node) && lineOf(node).report) return askSoon(AFTER_EDIT_MS);
   }
 }
 
@@ -84,6 +99,11 @@ app.registerExtension({
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (nodeData.python_module !== MODULE) return;
     if (!nodeData.output_name?.includes("report")) return;
+    const fault = faultOf(nodeData);
+    if (fault) {
+      faults.set(nodeData.name, fault);
+      return;
+    }
     classes.add(nodeData.name);
     const { onExecuted } = nodeType.prototype;
     nodeType.prototype.onExecuted = function (output) {
@@ -93,7 +113,9 @@ app.registerExtension({
   },
 
   nodeCreated: guarded((node) => {
-    if (classes.has(node.comfyClass)) addLine(app, node);
+    const fault = faults.get(node.comfyClass);
+    if (fault || classes.has(node.comfyClass)) addLine(app, node);
+    if (fault) lineOf(node)?.block(fault);
   }),
 
   afterConfigureGraph() {

@@ -4,6 +4,7 @@ import { app } from "../../scripts/app.js";
 
 const EN = {
   "report.amber": "Something was left out",
+  "report.blocked": "This node cannot run",
   "report.close": "Close",
   "report.complete": "Complete",
   "report.copied": "Copied",
@@ -48,6 +49,7 @@ const EN = {
 
 const ZH = {
   "report.amber": "有内容未被应用",
+  "report.blocked": "此节点无法运行",
   "report.close": "关闭",
   "report.complete": "完整",
   "report.copied": "已复制",

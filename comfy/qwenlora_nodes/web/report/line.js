@@ -48,6 +48,7 @@ class ReportLine {
     /** @type {{line: string, text: string, complete: boolean} | null} */
     this.report = null;
     this.stale = false;
+    this.blocked = false;
     this.button = document.createElement("button");
     this.button.type = "button";
     this.button.addEventListener("click", () => this.#open());
@@ -64,6 +65,12 @@ class ReportLine {
     this.#draw();
   }
 
+  /** Say why the node cannot run at all. */
+  block(fault) {
+    this.blocked = true;
+    this.show({ line: fault, text: fault, complete: false });
+  }
+
   /** Mark what is shown as of other inputs. */
   expire() {
     if (!this.report || this.stale) return;
@@ -71,8 +78,9 @@ class ReportLine {
     this.#draw();
   }
 
-  /** What it says of the whole: "none", "complete", "amber", "stale". */
+  /** What it says of the whole: "none", "complete", "amber", "stale", "blocked". */
   get state() {
+    if (this.blocked) return "blocked";
     if (!this.report) return "none";
     if (this.stale) return "stale";
     return this.report.complete ? "complete" : "amber";
@@ -87,7 +95,7 @@ class ReportLine {
     this.element.dataset.state = state;
     button.disabled = !report;
     button.textContent = report?.line ?? word("report.none");
-    const hint = state === "stale" ? word("report.stale") : word("report.open");
+    const hint = word(state === "stale" || state === "blocked" ? `report.${state}` : "report.open");
     button.title = report ? `${report.line}\n${hint}` : "";
   }
 }

@@ -10,7 +10,7 @@ const COPIED_MS = 1500;
  *
  * @param {string} title the node's
  * @param {{line: string, text: string, complete: boolean}} report
- * @param {"complete" | "amber" | "stale"} state
+ * @param {"complete" | "amber" | "stale" | "blocked"} state
  */
 export function openPanel(title, report, state) {
   const dialog = element("dialog", "qwenlora-panel");
