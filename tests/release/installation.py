@@ -15,10 +15,12 @@ from ..host.comfy_host import comfy_root
 from .environment import Environment
 
 COMPILERS = ("cc", "gcc", "clang", "cargo", "rustc", "cl")
-# Settings of the package around it; the packs that are there are not a user's.
-_NOT_COMFYUI = ("extra_model_paths.yaml", "custom_nodes")
-# The engine, what only developers have, and headers of C: a third of all files.
-_NOT_THE_USERS = ("qwenlora*", "*.pth", "include", "mypy*", "playwright", "ray")
+# Settings of the package around it, and packs of its makers.
+_NOT_A_USERS = shutil.ignore_patterns("extra_model_paths.yaml", "custom_nodes")
+# The engine, and what only tests and scripts of it need.
+_NOT_COMFYUIS = ("qwenlora*", "*.pth", "cache_dit*", "diffusers*", "horde*", "lycoris*", "mypy*")
+_NOT_COMFYUIS += ("peft*", "playwright*", "ray*")
+_PACKAGES = sysconfig.get_path("purelib")
 
 
 def _link(source: str, target: str) -> None:
@@ -27,6 +29,12 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # the places are on two disks
         os.symlink(source, target)
+
+
+def _left_out(folder: str, names: list[str]) -> set[str]:
+    """What of the packages is no part of a user's ComfyUI; nobody compiles, so C's headers go."""
+    patterns = _NOT_COMFYUIS if folder == _PACKAGES else ("include",)
+    return shutil.ignore_patterns(*patterns)(folder, names)
 
 
 @dataclass(frozen=True)
@@ -50,19 +58,13 @@ class Installation:
         Raises:
             ModuleNotFoundError: ComfyUI is not installed.
         """
-        own = shutil.ignore_patterns(*_NOT_COMFYUI)
-        shutil.copytree(comfy_root(), root, copy_function=_link, ignore=own)
+        shutil.copytree(comfy_root(), root, copy_function=_link, ignore=_NOT_A_USERS)
         (root / "custom_nodes").mkdir()
         (root / "models" / "loras").mkdir(exist_ok=True)
         home.mkdir()
-        made = cls(root, home, wheels)
-        environment = Environment.create(root / ".venv")
-        own = shutil.ignore_patterns(*_NOT_THE_USERS)
-        packages = sysconfig.get_path("purelib")
-        shutil.copytree(
-            packages, environment.site, copy_function=_link, ignore=own, dirs_exist_ok=True
-        )
-        return made
+        site = Environment.create(root / ".venv").site
+        shutil.copytree(_PACKAGES, site, copy_function=_link, ignore=_left_out, dirs_exist_ok=True)
+        return cls(root, home, wheels)
 
     @property
     def python(self) -> Path:
