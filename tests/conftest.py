@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import gc
+import importlib
 import os
 import threading
 from collections import Counter
@@ -65,6 +66,45 @@ TOGETHER = (
     "tests/test_oracles.py",
 )
 """How the names of tests begin that share what takes seconds to make."""
+
+
+OLD_TORCH = not hasattr(torch, "accelerator")
+"""PyTorch 2.5: today's diffusers, peft and lycoris cannot be imported beside it."""
+WITH_TOOLS = (
+    "test_adapter_tools",
+    "test_demo",
+    "test_emulation",
+    "test_gpu_z_image",
+    "test_lite",
+    "test_lycoris",
+    "test_merge",
+    "test_methods_of_others",
+    "test_non_finite",
+    "test_opened_attention",
+    "test_oracles",
+    "test_peft",
+    "test_pipeline",
+    "test_scripting",
+    "test_serving",
+    "test_trained",
+    "test_two_spellings",
+    "test_z_image",
+)
+"""How the names of test files begin that import one of them."""
+collect_ignore_glob = [f"{name}*.py" for name in WITH_TOOLS] if OLD_TORCH else []
+
+
+def pytest_report_header() -> str:
+    left_out = "; tests with diffusers, peft and lycoris are left out" if OLD_TORCH else ""
+    return f"torch {torch.__version__}{left_out}"
+
+
+@pytest.fixture(scope="session")
+def diffusers():
+    """Diffusers, for tests of files that mostly do without."""
+    if OLD_TORCH:
+        pytest.skip("today's diffusers needs a newer PyTorch")
+    return importlib.import_module("diffusers")
 
 
 @pytest.hookimpl(optionalhook=True)

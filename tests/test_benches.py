@@ -108,6 +108,7 @@ class TestFiles:
         assert len(plan["modules"]) == 2 * 14
         assert ranks == ({5, 6, 7, 8} if kind == "irregular" else {8})
 
+    @pytest.mark.usefixtures("diffusers")
     def test_the_model_of_diffusers_takes_the_same_files(self, tmp_path: Path) -> None:
         pytest.importorskip("diffusers.quantizers.nunchaku")
         from composition.files import LoraFile
@@ -156,6 +157,7 @@ class TestZImage:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("diffusers")
 def test_every_kind_opens_the_attention(tmp_path: Path) -> None:
     pytest.importorskip("diffusers.models.transformers.transformer_z_image")
     path = tmp_path / "found.json"

@@ -263,6 +263,7 @@ def test_products_beside_a_layer_are_scaled_bit_for_bit(Draft, probe):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("diffusers")
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
 def test_a_whole_diffusers_model_answers_as_the_dense_one(text, kind):

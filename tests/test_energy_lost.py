@@ -298,15 +298,17 @@ def test_one_file_twice_in_a_stack(kind, second, max_rank, Draft, tmp_path):
     assert slot.energy_is_bound == (kind == "full")
 
 
-@pytest.mark.parametrize("kind", ["lokr", "loha"])
+@pytest.mark.parametrize("kind", ["lokr", "loha", "full"])
 def test_float8_deltas_are_measured(kind, Draft):
     model = wide_model(rank=912)
     stack = Wanted(lambda seed: Draft(seed, dtype=torch.float8_e4m3fn), MLP, (1024, 256))
     for seed in (1, 2):
         if kind == "lokr":
             stack.lokr(seed, 1.0, MLP, split=16)
-        else:
+        elif kind == "loha":
             stack.loha(seed, 1.0, MLP, rank=24)
+        elif seed == 1:
+            stack.full(seed, 1.0, MLP)
     assert 0.01 < stack.composed(model).energy_lost < 1
 
 

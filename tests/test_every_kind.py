@@ -450,7 +450,7 @@ def test_compiled_as_eager(base, layers, probe, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def lite():
+def lite(diffusers):
     """diffusers' own blocks."""
     pytest.importorskip("diffusers.quantizers.nunchaku")
     from diffusers import QwenImageTransformer2DModel
@@ -491,7 +491,7 @@ ON_Z_IMAGE = [
 
 
 @pytest.fixture(scope="module")
-def z_image(request):
+def z_image(request, diffusers):
     """Z-Image of every software."""
     pytest.importorskip("diffusers.models.transformers.transformer_z_image")
     model = emulation.z_image_transformer(

@@ -335,6 +335,7 @@ def test_unsupported_adapters_are_named_and_never_applied(
     assert probe.delta(model, target.replace("to_q", "to_qkv")).norm() == 0
 
 
+@pytest.mark.usefixtures("diffusers")
 def test_a_lora_of_the_other_model_is_refused_by_name(Draft):
     z_image = emulation.z_image_transformer(
         emulation.tiny_z_image(),

@@ -128,6 +128,7 @@ def test_channel_scales_of_an_int4_layer_are_in_it():
     assert error(weight.rows(0, weight.rows_total), weight_of(layer)) < 1e-7
 
 
+@pytest.mark.usefixtures("diffusers")
 @pytest.mark.parametrize(
     ("precision", "least", "greatest"),
     [(Precision.EXACT, 0.0, 1e-6), (Precision.NVFP4, 0.01, 0.12)],

@@ -47,7 +47,7 @@ def add_side_branch(
     # Where the layer runs on other inputs, its forward has added what reads its output.
     readers = () if layout.runs_layer else layout.readers
     own = _logical(output, layout) if readers else output
-    changes = [_of_output(part, own) for part in _held(module, layout, readers)]
+    changes = _of_output(_held(module, layout, readers), own)
     down, up = module._buffers.get(BRANCH_DOWN), module._buffers.get(BRANCH_UP)
     if down is not None and up is not None:
         output = _add_low_rank(x.to(down.dtype), at(x, down), at(x, up), output)
@@ -116,7 +116,7 @@ def layer_output(
     changes: list[tuple[PartShape, Tensor]] = []
     if _needs_raw(layout, is_cut=of_rows is not None):
         own = _logical(raw(x), layout)
-        changes += [_of_output(part, own) for part in _held(module, layout, layout.readers)]
+        changes += _of_output(_held(module, layout, layout.readers), own)
     for part in _held(module, layout, layout.passes):
         run = _logical(changed(_with_changes(x, [part])), layout)
         changes.append((part.shape, factor_change(part, _rows(run, part.shape))))
@@ -192,16 +192,22 @@ def _held(module: nn.Module, layout: BranchLayout, places: Sequence[int]) -> lis
     held = []
     for place in places:
         shape = layout.parts[place]
-        found = {name: module._buffers.get(part_name(place, name)) for name in shape.tensors}
+        names = layout.names[place]
+        found = {name: module._buffers.get(part_name(place, name)) for name in names}
         # One that something else took away is told by name before the next composition.
         tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
         held.append(Held(shape, tensors))
     return held
 
 
-def _of_output(part: Held, output: Tensor) -> tuple[PartShape, Tensor]:
-    shape = part.shape
-    return shape, OF_OUTPUT[shape.kind](part, _rows(output, shape))
+def _of_output(parts: Sequence[Held], output: Tensor) -> list[tuple[PartShape, Tensor]]:
+    """What parts add to an output that they read."""
+    changes = []
+    # No comprehension: on Python 3.10 it is a frame of its own, which PyTorch 2.5 cannot trace.
+    for part in parts:
+        shape = part.shape
+        changes.append((shape, OF_OUTPUT[shape.kind](part, _rows(output, shape))))
+    return changes
 
 
 def _rows(output: Tensor, shape: PartShape) -> Tensor:

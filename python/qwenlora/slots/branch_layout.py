@@ -89,6 +89,7 @@ class BranchLayout:
         passes: Places of the parts for which the layer runs once more.
         readers: Places of the parts that read the layer's output on the raw input.
         adders: Places of the parts that add a product of the raw input.
+        names: Names of each part's tensors: PyTorch 2.5 traces no property of a tuple.
     """
 
     parts: tuple[PartShape, ...] = ()
@@ -100,6 +101,7 @@ class BranchLayout:
     passes: tuple[int, ...] = field(init=False)
     readers: tuple[int, ...] = field(init=False)
     adders: tuple[int, ...] = field(init=False)
+    names: tuple[tuple[str, ...], ...] = field(init=False)
 
     def __post_init__(self) -> None:
         passes = self._places(lambda kind: kind is PartKind.PASS)
@@ -109,6 +111,7 @@ class BranchLayout:
         object.__setattr__(self, "passes", passes)
         object.__setattr__(self, "readers", readers)
         object.__setattr__(self, "adders", adders)
+        object.__setattr__(self, "names", tuple(tuple(shape.tensors) for shape in self.parts))
 
     def _places(self, holds: Callable[[PartKind], bool]) -> tuple[int, ...]:
         return tuple(place for place, shape in enumerate(self.parts) if holds(shape.kind))

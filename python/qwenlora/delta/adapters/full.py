@@ -28,7 +28,8 @@ def _matrix(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _rows(tensors: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-    return tensors["diff"][rows].to(torch.float32)
+    # Not by `[rows]`: PyTorch 2.5 has that for no float8.
+    return tensors["diff"].index_select(0, rows).to(torch.float32)
 
 
 FULL = Adapter(name="full", factors=_factors, matrix=_matrix, rows=_rows)

@@ -50,9 +50,9 @@ def _matrix(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _rows(tensors: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-    own = {**tensors, "hada_w1_a": tensors["hada_w1_a"][rows]}
-    own["hada_w2_a"] = tensors["hada_w2_a"][rows]
-    return _matrix(own)
+    # Not by `[rows]`: PyTorch 2.5 has that for no float8.
+    own = {name: tensors[name].index_select(0, rows) for name in ("hada_w1_a", "hada_w2_a")}
+    return _matrix({**tensors, **own})
 
 
 LOHA = Adapter(name="loha", factors=_factors, matrix=_matrix, rows=_rows)

@@ -46,7 +46,8 @@ def _matrix(tensors: Mapping[str, Tensor]) -> Tensor:
 
 def _rows(tensors: Mapping[str, Tensor], rows: Tensor) -> Tensor:
     factors = _factors(tensors)
-    return factors.up[rows].to(torch.float32) @ factors.down.to(torch.float32)
+    # Not by `[rows]`: PyTorch 2.5 has that for no float8.
+    return factors.up.index_select(0, rows).to(torch.float32) @ factors.down.to(torch.float32)
 
 
 LORA = Adapter(name="lora", factors=_factors, matrix=_matrix, rows=_rows)
