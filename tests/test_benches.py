@@ -137,6 +137,7 @@ class TestZImage:
     """Its model and its file, of the released width."""
 
     @pytest.mark.slow
+    @pytest.mark.usefixtures("diffusers")
     @pytest.mark.parametrize("form", ["fused", "stock"])
     def test_the_file_applies_wholly(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
