@@ -30,11 +30,12 @@ _HOME = re.compile(rb"(?:/home/|/root/|/Users/|[A-Za-z]:\\+Users\\+)[\w.-]+")
 
 # All that a build reads. `Cargo.toml` names the benchmark, and cargo looks whether it is there.
 _BUILT_FROM = re.compile(
-    r"(Cargo\.(toml|lock)|LICENSE|PKG-INFO|README\.md|pyproject\.toml)"
+    r"(Cargo\.(toml|lock)|LICENSE(-THIRD-PARTY\.txt)?|PKG-INFO|README\.md|pyproject\.toml)"
     r"|python/qwenlora/.+"
     r"|rust/\w+/(Cargo\.toml|src/.+)|rust/core/benches/plan\.rs"
 )
-_NEEDED = ("Cargo.lock", "Cargo.toml", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml")
+_LICENSES = ("LICENSE", "LICENSE-THIRD-PARTY.txt")
+_NEEDED = ("Cargo.lock", "Cargo.toml", *_LICENSES, "PKG-INFO", "README.md", "pyproject.toml")
 
 
 def check_wheel(
@@ -63,7 +64,8 @@ def check_wheel(
     info = f"qwenlora-{version}.dist-info"
     library = "qwenlora/_core.pyd" if target.tag.startswith("win") else "qwenlora/_core.abi3.so"
     sbom = f"{info}/sboms/qwenlora-py.cyclonedx.json"
-    parts = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")
+    licenses = (f"licenses/{name}" for name in _LICENSES)
+    parts = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", *licenses)
     sources = {name[len("python/") :] for name in tracked if name.startswith("python/")}
     expected = {library, sbom, *sources, *(f"{info}/{part}" for part in parts)}
     _check_members(path, set(members), expected)

@@ -26,6 +26,7 @@ TRACKED = (
     "Cargo.lock",
     "Cargo.toml",
     "LICENSE",
+    "LICENSE-THIRD-PARTY.txt",
     "README.md",
     "pyproject.toml",
     "python/qwenlora/__init__.py",
@@ -70,6 +71,7 @@ def wheel_members(target=LINUX):
         f"{INFO}/WHEEL": f"Wheel-Version: 1.0\nTag: cp310-abi3-{target.tag}\n".encode(),
         f"{INFO}/entry_points.txt": PROGRAMS.encode(),
         f"{INFO}/licenses/LICENSE": b"Apache",
+        f"{INFO}/licenses/LICENSE-THIRD-PARTY.txt": b"MIT",
         SBOM: json.dumps(DOCUMENT).encode(),
     }
 
@@ -94,7 +96,7 @@ def check_wheel(path, *, target=LINUX, folders=()):
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.tag)
 def test_a_good_wheel_of_each_system_passes(tmp_path, target):
-    assert check_wheel(write_wheel(tmp_path, target=target), target=target) == 10
+    assert check_wheel(write_wheel(tmp_path, target=target), target=target) == 11
 
 
 @pytest.mark.parametrize(
@@ -105,6 +107,7 @@ def test_a_good_wheel_of_each_system_passes(tmp_path, target):
         "qwenlora/_core.abi3.so",
         f"{INFO}/entry_points.txt",
         f"{INFO}/licenses/LICENSE",
+        f"{INFO}/licenses/LICENSE-THIRD-PARTY.txt",
         SBOM,
     ],
 )
@@ -236,7 +239,7 @@ def test_a_member_replaced_keeps_the_record_true(tmp_path):
             data = wheel.read(name)
             hashed = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("=")
             assert (digest, size) == (f"sha256={hashed}", str(len(data)))
-    assert check_wheel(path) == 10
+    assert check_wheel(path) == 11
 
 
 def write_sdist(folder, *, without=(), more=(), root=f"qwenlora-{VERSION}/"):
@@ -254,12 +257,19 @@ def check_sdist(path):
 
 
 def test_a_good_sdist_passes(tmp_path):
-    assert check_sdist(write_sdist(tmp_path)) == 12
+    assert check_sdist(write_sdist(tmp_path)) == 13
 
 
 @pytest.mark.parametrize(
     "missing",
-    ["Cargo.lock", "LICENSE", "PKG-INFO", "rust/core/src/lib.rs", "python/qwenlora/py.typed"],
+    [
+        "Cargo.lock",
+        "LICENSE",
+        "LICENSE-THIRD-PARTY.txt",
+        "PKG-INFO",
+        "rust/core/src/lib.rs",
+        "python/qwenlora/py.typed",
+    ],
 )
 def test_an_sdist_that_lacks_a_file(tmp_path, missing):
     with pytest.raises(Refused, match=rf"`qwenlora-1\.2\.3\.tar\.gz` lacks `{missing}`"):
