@@ -104,7 +104,7 @@ def test_the_running_python_fits():
         (LINUX, "_core.abi3.so", "", ""),
         (LINUX, "_core.abi3.so", "cp310-abi3-win_amd64", "(cp310-abi3-win_amd64)"),
         (LINUX, "_core.abi3.so", "cp310-abi3-manylinux_2_28_aarch64", "manylinux_2_28_aarch64)"),
-        (LINUX, "_core.pyd", "", "is for another system or Python (_core.pyd)"),
+        (LINUX, "_core.pyd", "", "is that of another system or Python (_core.pyd), in FOLDER"),
         (LINUX._replace(bits=32), "_core.abi3.so", "cp310-abi3-linux_i686", ""),
         (WINDOWS, "_core.pyd", "cp310-abi3-win_amd64", ""),
         (WINDOWS, "_core.pyd", "cp310-abi3-win_arm64", "(cp310-abi3-win_arm64)"),
@@ -129,7 +129,7 @@ def test_files_tell_whether_what_is_installed_can_be_loaded(tmp_path, python, co
         (tmp_path / "qwenlora-0.1.0.dist-info").mkdir()
         (tmp_path / "qwenlora-0.1.0.dist-info" / "WHEEL").write_text(f"Tag: {tag}\n")
     found = fault_of(folder, python)
-    assert found.endswith(fault)
+    assert fault in found.replace(str(folder), "FOLDER")
     assert bool(found) == bool(fault)
 
 
@@ -146,7 +146,7 @@ def test_a_library_that_is_cut_off_anywhere_is_found(tmp_path):
     for length in (4, 63, 64, 5000, len(whole) // 2, len(whole) - 1):
         library.write_bytes(whole[:length])
         said = fault_of(folder, LINUX._replace(suffixes=(".abi3.so",)))
-        assert said == f"{library} is cut off", length
+        assert said == f"qwenlora is cut off, in {library}", length
 
 
 # ---- what the nodes say ----
@@ -263,7 +263,7 @@ def test_the_words_of_a_missing_library_of_windows(nodes, portable, tmp_path):
 
     told = nodes.wheel._fault_of_core(Package("qwenlora"), portable)
     assert told == (
-        f"The Rust part of qwenlora in {tmp_path / 'qwenlora'} cannot be loaded ({said[:-1]})."
+        f"qwenlora's Rust part cannot be loaded, in {tmp_path / 'qwenlora'} ({said[:-1]})."
         f" {WHEEL}. Run this in {PORTABLE}, then restart ComfyUI: .\\python_embeded\\python.exe -s"
         f" -m pip install --force-reinstall --no-deps -r {RELATIVE}"
     )

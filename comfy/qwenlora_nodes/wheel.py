@@ -74,8 +74,8 @@ def _fault_of_folder(package: ModuleType, place: Place) -> str | None:
     folder = _folder_of(package)
     if not any(folder.glob("_core.*")):
         return (
-            f"`import qwenlora` gives {folder}, which is no installed qwenlora: give it another"
-            f" name, if it is another's. {advice(place)}"
+            f"`qwenlora` is another folder, {folder}: give it another name if the package is"
+            f" installed, too. {advice(place)}"
         )
     # One that is cut off would end the process when it is loaded.
     fault = fault_of(folder, place.interpreter)
@@ -88,7 +88,7 @@ def _fault_of_core(package: ModuleType, place: Place) -> str | None:
         _ = package.__version__
     except ImportError as error:
         folder = _folder_of(package)
-        text = f"The Rust part of qwenlora in {folder} cannot be loaded ({_sentence(error)})"
+        text = f"qwenlora's Rust part cannot be loaded, in {folder} ({_sentence(error)})"
         return f"{text}. {advice(place, *_REINSTALL)}"
     return None
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 PACKAGE = REPOSITORY / "python" / "qwenlora"
-SAID = "lacks its Rust part. The file for this system and Python is qwenlora-"
+SAID = "qwenlora lacks its Rust part, in"
 ROWS = [
     {"lora_name": "style.safetensors", "strength": 0.8, "enabled": True},
     {"lora_name": "qwen/light.safetensors", "strength": -1, "enabled": False},

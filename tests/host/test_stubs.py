@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,9 @@ class Rival:
     RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "load", "rivals"
 NODE_CLASS_MAPPINGS = {"NunchakuQwenImageLoraStackV3": Rival}
 """
-needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="the sentences are Linux's")
+needs_fork = pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="the sentences are Linux's"
+)
 
 
 def node(class_type, **inputs):
@@ -67,7 +70,7 @@ def package(folder: Path, *, version: str | None = None, without: str = "") -> P
     return folder
 
 
-def with_core(folder: Path, name: str, content: bytes, tag: str = "") -> Path:
+def with_core(folder: Path, name: str, content: bytes, tag: str) -> Path:
     """A copy with another Rust part, and the metadata of the wheel that it came in."""
     package(folder, without="_core.abi3.so")
     (folder / "qwenlora" / name).write_bytes(content)
@@ -102,7 +105,7 @@ def results(tmp_path_factory, Draft):
     paths = {
         "real": REPOSITORY / "python",
         "missing": places / "nothing",
-        "cut off": with_core(places / "1", "_core.abi3.so", core[: len(core) // 2]),
+        "cut off": with_core(places / "1", "_core.abi3.so", core[: len(core) // 2], "linux_x86_64"),
         "broken": with_core(places / "2", "_core.abi3.so", b"no library", "linux_x86_64"),
         "no rust part": package(places / "3", without="_core.abi3.so"),
         "of windows": with_core(places / "4", "_core.pyd", b"MZ", "win_amd64"),
@@ -114,6 +117,9 @@ def results(tmp_path_factory, Draft):
         "newer without all": package(places / "10", version="9.0.0", without="lora_set.py"),
         "another": another(places / "11"),
         "rival": places / "nothing",
+        "clone": REPOSITORY / "python",
+        "clone alone": places / "nothing",
+        "two clones": places / "nothing",
     }
     (base / "loras").mkdir()
     Draft.full(1, rank=4, blocks=2).save(base / "loras" / "a.safetensors")
@@ -137,10 +143,16 @@ class Results:
         result.mkdir()
         self.pack.parent.mkdir(parents=True)
         self.pack.symlink_to(REPOSITORY, target_is_directory=True)
+        clone = base / "clones" / "qwenlora"
+        clone.parent.mkdir()
+        clone.symlink_to(REPOSITORY, target_is_directory=True)
+        packs = {"rival": [rival, self.pack], "clone": [clone], "clone alone": [clone]}
+        packs["two clones"] = [self.pack, clone]
+        before = {"clone": [clone.parent], "clone alone": [clone.parent]}
         cases = {
             name: {
-                "path": [str(path)],
-                "packs": [*([str(rival)] if name == "rival" else []), str(self.pack)],
+                "path": [str(own) for own in (*before.get(name, ()), path)],
+                "packs": [str(own) for own in packs.get(name, [self.pack])],
                 "ids": ALL,
                 "prompts": [CHAIN, LOOK, MERGE],
             }
@@ -195,20 +207,20 @@ NEWER = f"{FILE}PYTHON -m pip install --upgrade --no-deps -r 'PACK/requirements.
 
 STUBS = {
     "missing": f"qwenlora is not installed in ComfyUI's Python 3.x. {FIRST}",
-    "cut off": f"PLACE/qwenlora/_core.abi3.so is cut off. {AGAIN}",
-    "broken": "The Rust part of qwenlora in PLACE/qwenlora cannot be loaded"
+    "cut off": f"qwenlora is cut off, in PLACE/qwenlora/_core.abi3.so. {AGAIN}",
+    "broken": "qwenlora's Rust part cannot be loaded, in PLACE/qwenlora"
     f" (PLACE/qwenlora/_core.abi3.so: file too short). {AGAIN}",
-    "no rust part": f"qwenlora in PLACE/qwenlora lacks its Rust part. {AGAIN}",
-    "of windows": "qwenlora in PLACE/qwenlora is for another system or Python"
-    f" (cp310-abi3-win_amd64). {AGAIN}",
-    "of arm": "qwenlora in PLACE/qwenlora is for another system or Python"
-    f" (cp310-abi3-manylinux_2_28_aarch64). {AGAIN}",
+    "no rust part": f"qwenlora lacks its Rust part, in PLACE/qwenlora. {AGAIN}",
+    "of windows": "qwenlora is that of another system or Python (cp310-abi3-win_amd64), in"
+    f" PLACE/qwenlora. {AGAIN}",
+    "of arm": "qwenlora is that of another system or Python"
+    f" (cp310-abi3-manylinux_2_28_aarch64), in PLACE/qwenlora. {AGAIN}",
     "older without all": "The nodes are 0.1.0, qwenlora is 0.0.9, which is too old for them."
     f" {NEWER}",
     "newer without all": "The nodes are 0.1.0, qwenlora is 9.0.0, which is too new for them:"
     " update the nodes, then restart ComfyUI",
-    "another": "`import qwenlora` gives PLACE/qwenlora, which is no installed qwenlora: give it"
-    f" another name, if it is another's. {FIRST}",
+    "another": "`qwenlora` is another folder, PLACE/qwenlora: give it another name if the package"
+    f" is installed, too. {FIRST}",
 }
 """The sentence of each case in which no node can run."""
 
@@ -301,6 +313,24 @@ def test_a_pack_whose_node_works_keeps_its_id(results):
     rival, ours = results.of("rival")["loaded"]
     assert rival == ["NunchakuQwenImageLoraStackV3"]
     assert sorted(rival + ours) == ALL
+
+
+@needs_fork
+def test_a_clone_named_like_the_package_on_pythons_path(results):
+    assert results.told("clone") == []
+    assert results.of("clone")["loaded"] == [ALL]
+    chain, look, _ = results.of("clone")["done"]
+    assert refusals(chain).keys() == {"one"}
+    assert look["success"], look["error"]
+    (line,) = results.of("clone alone")["lines"]
+    assert "cannot run: qwenlora is not installed in ComfyUI's Python" in line[1]
+
+
+@needs_fork
+def test_a_second_clone_registers_nothing_more(results):
+    assert results.of("two clones")["loaded"] == [ALL, []]
+    chain, *_ = results.of("two clones")["done"]
+    assert refusals(chain).keys() == {"one", "rows", "old"}
 
 
 def test_the_shapes_are_those_of_the_nodes(host, graph):

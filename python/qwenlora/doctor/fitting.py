@@ -139,12 +139,12 @@ def fault_of(folder: Path, python: Interpreter) -> str:
     cores = sorted(folder.glob(f"{_CORE}.*"))
     built = [core for core in cores if core.name.endswith((".so", ".pyd"))]
     if not built:
-        return f"qwenlora in {folder} lacks its Rust part"
+        return f"qwenlora lacks its Rust part, in {folder}"
     tag = _tag_of(folder)
     loaded = [core for core in built if core.name[len(_CORE) :] in python.suffixes]
     if not loaded or (tag and not _is_for(tag, python)):
-        return f"qwenlora in {folder} is for another system or Python ({tag or built[0].name})"
-    return f"{loaded[0]} is cut off" if _is_cut_off(loaded[0]) else ""
+        return f"qwenlora is that of another system or Python ({tag or built[0].name}), in {folder}"
+    return f"qwenlora is cut off, in {loaded[0]}" if _is_cut_off(loaded[0]) else ""
 
 
 def _tag_of(folder: Path) -> str:

@@ -73,7 +73,7 @@ def _installed(facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 severity=Severity.PROBLEM,
                 code="qwenlora-no-core",
-                text=f"qwenlora in {environment.qwenlora[0]} lacks its Rust part{advice}",
+                text=f"qwenlora lacks its Rust part, in {environment.qwenlora[0]}{advice}",
                 mends=mends,
             )
 
