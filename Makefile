@@ -9,7 +9,7 @@ RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-rust test-rust-fast test-models test-python lint \
 	format locales bench fuzz differential browser dist clean shapes lock audit audit-workflows \
-	audit-crates audit-packages pack pictures notices
+	audit-crates audit-packages pack pictures notices test-oldest
 
 # Python keeps the bytecode of what it imports, whatever the shell says. Without it every process
 # of a test compiles PyTorch and its kin anew, which takes longer than most tests.
@@ -24,14 +24,12 @@ $(UV):
 	$(BIN)/pip install --quiet --disable-pip-version-check 'uv>=0.8'
 
 # The versions that everybody has, with the hashes of their files: `make lock` writes it. `LOCK=` takes
-# the newest that pyproject.toml allows, `LOCK= WITH='torch==2.5.*'` also an old one.
+# the newest that pyproject.toml allows.
 LOCK ?= requirements-dev.lock
-WITH ?=
-TOOLS ?= dev host
 INSTALL := VIRTUAL_ENV=$(CURDIR)/$(VENV) UV_CONSTRAINT=$(LOCK) $(UV) pip install --quiet
 
 $(VENV)/.tools: pyproject.toml $(LOCK) | $(UV)
-	$(INSTALL) $(TOOLS:%=--group %) $(WITH)
+	$(INSTALL) --group dev --group host
 	@touch $@
 
 # ComfyUI's frontend as tests/browser use it: ComfyUI 0.3.75's own, the one before growing rows, and
@@ -91,6 +89,19 @@ PYTEST_ARGS ?=
 
 test-python: setup $(VENV)/.frontends $(VENV)/.comfy-cli browser
 	$(BIN)/pytest -q -n $(JOBS) $(PYTEST_ARGS)
+
+# The oldest PyTorch, NumPy and safetensors that the wheel allows, in an environment of their own.
+# tests/conftest.py leaves out there what needs packages that want a newer PyTorch.
+OLDEST := $(VENV)/oldest
+
+test-oldest: | $(UV)
+	$(UV) venv --quiet --clear --python $(BIN)/python $(OLDEST)
+	$(UV) pip install --quiet --python $(OLDEST) --resolution lowest-direct --extra torch -r pyproject.toml
+	$(UV) pip install --quiet --python $(OLDEST) --constraints requirements-dev.lock \
+		hypothesis packaging pytest pytest-timeout pytest-xdist pyyaml
+	$(UV) pip install --quiet --python $(OLDEST) --no-deps .
+	$(OLDEST)/bin/pytest -q -n $(JOBS) -m 'not slow' --ignore=tests/browser --ignore=tests/host \
+		--ignore=tests/release
 
 lint: setup ## Check formatting, lints, types and stubs
 	cargo fmt --check
