@@ -98,7 +98,7 @@ test-oldest: | $(UV)
 	$(UV) venv --quiet --clear --python $(BIN)/python $(OLDEST)
 	$(UV) pip install --quiet --python $(OLDEST) --resolution lowest-direct --extra torch -r pyproject.toml
 	$(UV) pip install --quiet --python $(OLDEST) --constraints requirements-dev.lock \
-		hypothesis packaging pytest pytest-timeout pytest-xdist pyyaml
+		hypothesis packaging pillow pytest pytest-timeout pytest-xdist pyyaml
 	$(UV) pip install --quiet --python $(OLDEST) --no-deps .
 	$(OLDEST)/bin/pytest -q -n $(JOBS) -m 'not slow' --ignore=tests/browser --ignore=tests/host \
 		--ignore=tests/release

@@ -19,6 +19,7 @@ PLACES = {
     SOURCE: re.compile(r'^\[workspace\.package\]\nversion = "(.*)"$', re.MULTILINE),
     "pyproject.toml": re.compile(r'^\[project\]\n(?:(?!\[).*\n)*?version = "(.*)"$', re.MULTILINE),
     "comfy/qwenlora_nodes/version.py": re.compile(r'^__version__ = "(.*)"$', re.MULTILINE),
+    "requirements.txt": re.compile(r"^qwenlora>=(.*)$", re.MULTILINE),
 }
 """Where the version stands, the source of it first."""
 

@@ -11,6 +11,7 @@ FILES = {
     "Cargo.toml": '[workspace]\nmembers = []\n\n[workspace.package]\nversion = "0.2.0"\n',
     "pyproject.toml": '[project]\nname = "qwenlora"\n# Why.\nversion = "0.2.0"\n\n[tool.other]\n',
     "comfy/qwenlora_nodes/version.py": '"""The version."""\n\n__version__ = "0.2.0"\n',
+    "requirements.txt": "# Why.\nqwenlora>=0.2.0\n",
     "CHANGELOG.md": "## 0.2.0\n\n- New.\n",
 }
 
@@ -31,7 +32,7 @@ def test_a_tag_for_which_all_is_ready(tmp_path):
     assert versions.check_tag("v0.2.0", write(tmp_path)) == "0.2.0"
 
 
-@pytest.mark.parametrize("name", ["pyproject.toml", "comfy/qwenlora_nodes/version.py"])
+@pytest.mark.parametrize("name", list(versions.PLACES)[1:])
 def test_a_place_that_says_another_version(tmp_path, name):
     write(tmp_path, **{name: FILES[name].replace("0.2.0", "0.1.0")})
     with pytest.raises(versions.VersionError, match=rf"{name} says version `0\.1\.0`, but Cargo"):
@@ -40,7 +41,7 @@ def test_a_place_that_says_another_version(tmp_path, name):
 
 @pytest.mark.parametrize("name", list(versions.PLACES))
 def test_a_place_that_says_no_version(tmp_path, name):
-    write(tmp_path, **{name: FILES[name].replace("version", "title")})
+    write(tmp_path, **{name: FILES[name].replace("version", "title").replace(">=", "==")})
     with pytest.raises(versions.VersionError, match=f"{name} says no version"):
         versions.read_version(tmp_path)
 
