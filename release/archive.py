@@ -28,14 +28,16 @@ LARGEST_SDIST = 2 << 20
 # Where people and build machines keep their files. Rust's own sources are below /rustc.
 _HOME = re.compile(rb"(?:/home/|/root/|/Users/|[A-Za-z]:\\+Users\\+)[\w.-]+")
 
+# What maturin packs as licenses: ours, and those of the crates.
+_LICENSE = re.compile(r"LICENSE[-\w.]*")
+
 # All that a build reads. `Cargo.toml` names the benchmark, and cargo looks whether it is there.
 _BUILT_FROM = re.compile(
-    r"(Cargo\.(toml|lock)|LICENSE(-THIRD-PARTY\.txt)?|PKG-INFO|README\.md|pyproject\.toml)"
+    r"(Cargo\.(toml|lock)|LICENSE[-\w.]*|PKG-INFO|README\.md|pyproject\.toml)"
     r"|python/qwenlora/.+"
     r"|rust/\w+/(Cargo\.toml|src/.+)|rust/core/benches/plan\.rs"
 )
-_LICENSES = ("LICENSE", "LICENSE-THIRD-PARTY.txt")
-_NEEDED = ("Cargo.lock", "Cargo.toml", *_LICENSES, "PKG-INFO", "README.md", "pyproject.toml")
+_NEEDED = ("Cargo.lock", "Cargo.toml", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml")
 
 
 def check_wheel(
@@ -64,8 +66,14 @@ def check_wheel(
     info = f"qwenlora-{version}.dist-info"
     library = "qwenlora/_core.pyd" if target.tag.startswith("win") else "qwenlora/_core.abi3.so"
     sbom = f"{info}/sboms/qwenlora-py.cyclonedx.json"
-    licenses = (f"licenses/{name}" for name in _LICENSES)
-    parts = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", *licenses)
+    licenses = {"LICENSE", *(name for name in tracked if _LICENSE.fullmatch(name))}
+    parts = (
+        "METADATA",
+        "WHEEL",
+        "RECORD",
+        "entry_points.txt",
+        *(f"licenses/{n}" for n in licenses),
+    )
     sources = {name[len("python/") :] for name in tracked if name.startswith("python/")}
     expected = {library, sbom, *sources, *(f"{info}/{part}" for part in parts)}
     _check_members(path, set(members), expected)

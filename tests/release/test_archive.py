@@ -26,7 +26,7 @@ TRACKED = (
     "Cargo.lock",
     "Cargo.toml",
     "LICENSE",
-    "LICENSE-THIRD-PARTY.txt",
+    "LICENSE-OF-CRATES.txt",
     "README.md",
     "pyproject.toml",
     "python/qwenlora/__init__.py",
@@ -71,7 +71,7 @@ def wheel_members(target=LINUX):
         f"{INFO}/WHEEL": f"Wheel-Version: 1.0\nTag: cp310-abi3-{target.tag}\n".encode(),
         f"{INFO}/entry_points.txt": PROGRAMS.encode(),
         f"{INFO}/licenses/LICENSE": b"Apache",
-        f"{INFO}/licenses/LICENSE-THIRD-PARTY.txt": b"MIT",
+        f"{INFO}/licenses/LICENSE-OF-CRATES.txt": b"MIT",
         SBOM: json.dumps(DOCUMENT).encode(),
     }
 
@@ -107,7 +107,7 @@ def test_a_good_wheel_of_each_system_passes(tmp_path, target):
         "qwenlora/_core.abi3.so",
         f"{INFO}/entry_points.txt",
         f"{INFO}/licenses/LICENSE",
-        f"{INFO}/licenses/LICENSE-THIRD-PARTY.txt",
+        f"{INFO}/licenses/LICENSE-OF-CRATES.txt",
         SBOM,
     ],
 )
@@ -265,7 +265,7 @@ def test_a_good_sdist_passes(tmp_path):
     [
         "Cargo.lock",
         "LICENSE",
-        "LICENSE-THIRD-PARTY.txt",
+        "LICENSE-OF-CRATES.txt",
         "PKG-INFO",
         "rust/core/src/lib.rs",
         "python/qwenlora/py.typed",
