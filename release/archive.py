@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from refusal import Refused
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
     from pathlib import Path
 
     from targets import Target
@@ -45,7 +45,7 @@ def check_wheel(
     *,
     target: Target,
     version: str,
-    tracked: Iterable[str],
+    tracked: Collection[str],
     folders: Iterable[Path | str],
 ) -> int:
     """Check a wheel; the number of its files.
@@ -87,7 +87,7 @@ def check_wheel(
     return len(members)
 
 
-def check_sdist(path: Path, *, version: str, tracked: Iterable[str]) -> int:
+def check_sdist(path: Path, *, version: str, tracked: Collection[str]) -> int:
     """Check an sdist; the number of its files.
 
     Raises:
