@@ -65,7 +65,7 @@ def _load() -> tuple[dict[str, type], dict[str, str]]:
             try:
                 module = importlib.import_module(f".{home}", __package__)
                 nodes.update({node_id: getattr(module, node_id) for node_id in ids})
-            except ImportError as error:
+            except (ImportError, SyntaxError) as error:
                 own = wheel.fault_of_import(error, place)
         if own is not None:
             faults.update(dict.fromkeys(ids, own))

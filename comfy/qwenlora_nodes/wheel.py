@@ -35,21 +35,23 @@ def find_fault(place: Place) -> str | None:
         return f"qwenlora cannot run in ComfyUI's {python.name}. {advice(place)}"
     try:
         package = importlib.import_module(_NAME)
-    except ImportError as error:
-        if getattr(error, "name", None) == _NAME:
+    except Exception as error:  # noqa: BLE001 - it may be another's, or a file that is cut off
+        if isinstance(error, ImportError) and error.name == _NAME:
             return f"qwenlora is not installed in ComfyUI's {python.name}. {advice(place)}"
-        return _sentence(error)
+        return _broken(error, place)
     return _fault_of_folder(package, place) or _fault_of_core(package, place)
 
 
-def fault_of_import(error: ImportError, place: Place) -> str:
+def fault_of_import(error: ImportError | SyntaxError, place: Place) -> str:
     """Why a module of ours cannot be imported though the package can, and what to do."""
-    lacks_ours = str(getattr(error, "name", None) or "").partition(".")[0] == _NAME
+    lacking = isinstance(error, ImportError) and str(error.name).partition(".")[0] == _NAME
     versions = f"The nodes are {__version__}, qwenlora is {_version()}"
-    if lacks_ours and _is_older():
+    if lacking and _is_older():
         return f"{versions}, which is too old for them. {advice(place, *_UPGRADE)}"
-    if lacks_ours and _is_newer():
+    if lacking and _is_newer():
         return f"{versions}, which is too new for them: update the nodes, then restart ComfyUI"
+    if lacking or isinstance(error, SyntaxError):
+        return _broken(error, place)
     # On torch it speaks for itself.
     return _sentence(error)
 
@@ -74,7 +76,7 @@ def _fault_of_folder(package: ModuleType, place: Place) -> str | None:
     folder = _folder_of(package)
     if not any(folder.glob("_core.*")):
         return (
-            f"`qwenlora` is another folder, {folder}: give it another name if the package is"
+            f"`import qwenlora` finds another, {folder}: give that another name if the package is"
             f" installed, too. {advice(place)}"
         )
     # One that is cut off would end the process when it is loaded.
@@ -94,10 +96,15 @@ def _fault_of_core(package: ModuleType, place: Place) -> str | None:
 
 
 def _folder_of(package: ModuleType) -> Path:
-    """The folder of a package, also of one without `__init__.py`."""
+    """The folder of a package, also of one without `__init__.py`; the file of a module."""
     places = [getattr(package, "__file__", None), *getattr(package, "__path__", ())]
     place = Path(next(filter(None, places), _NAME))
-    return place.parent if place.suffix == ".py" else place
+    return place.parent if place.name == "__init__.py" else place
+
+
+def _broken(error: Exception, place: Place) -> str:
+    said = f"{type(error).__name__}: {_sentence(error)}"
+    return f"qwenlora is broken ({said}). {advice(place, *_REINSTALL)}"
 
 
 def _sentence(error: BaseException) -> str:

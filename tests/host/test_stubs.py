@@ -9,11 +9,13 @@ import copy
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from qwenlora.doctor.fitting import fit_of, running_interpreter
 
@@ -30,6 +32,7 @@ class Rival:
     RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "load", "rivals"
 NODE_CLASS_MAPPINGS = {"NunchakuQwenImageLoraStackV3": Rival}
 """
+pytestmark = pytest.mark.slow
 needs_fork = pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="the sentences are Linux's"
 )
@@ -87,6 +90,26 @@ def another(folder: Path) -> Path:
     return folder
 
 
+def another_file(folder: Path) -> Path:
+    """A module of that name."""
+    folder.mkdir(parents=True)
+    (folder / "qwenlora.py").write_text("")
+    return folder
+
+
+def cut_off(folder: Path, below: str, name: str) -> Path:
+    """A copy with a file of Python's that ends in the middle."""
+    package(folder)
+    inner = folder / "qwenlora" / below
+    if inner.is_symlink():
+        whole = inner.resolve()
+        inner.unlink()
+        shutil.copytree(whole, inner)
+    lines = "\n" * (below != ".") + "from x import ("
+    (inner / name).write_text(lines, encoding="utf-8")
+    return folder
+
+
 def for_arm(core: bytes) -> bytes:
     """A library that says that it is built for another machine."""
     return core[:18] + (183).to_bytes(2, "little") + core[20:]
@@ -94,17 +117,32 @@ def for_arm(core: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, Draft):
-    """What became of each case."""
+    """What became of each case; processes of one run of the tests share it."""
     try:
         comfy_root()
     except ModuleNotFoundError as missing:
         pytest.skip(str(missing))
-    base = tmp_path_factory.mktemp("stubs")
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    base = shared / "stubs"
+    with FileLock(shared / "stubs.lock"):
+        if not base.exists():
+            base.mkdir()
+            (base / "loras").mkdir()
+            Draft.full(1, rank=4, blocks=2).save(base / "loras" / "a.safetensors")
+            run_cases(base, cases(base))
+    return Results(base)
+
+
+def cases(base: Path) -> dict[str, dict]:
+    """By name: the folders that come first on Python's path, and the packs that are loaded."""
     places = base / "places"
     core = (PACKAGE / "_core.abi3.so").read_bytes()
+    nothing = places / "nothing"
     paths = {
         "real": REPOSITORY / "python",
-        "missing": places / "nothing",
+        "missing": nothing,
         "cut off": with_core(places / "1", "_core.abi3.so", core[: len(core) // 2], "linux_x86_64"),
         "broken": with_core(places / "2", "_core.abi3.so", b"no library", "linux_x86_64"),
         "no rust part": package(places / "3", without="_core.abi3.so"),
@@ -116,71 +154,65 @@ def results(tmp_path_factory, Draft):
         "newer": package(places / "9", version="9.0.0"),
         "newer without all": package(places / "10", version="9.0.0", without="lora_set.py"),
         "another": another(places / "11"),
-        "rival": places / "nothing",
-        "clone": REPOSITORY / "python",
-        "clone alone": places / "nothing",
-        "two clones": places / "nothing",
+        "another's file": another_file(places / "12"),
+        "a file is cut off": cut_off(places / "13", "plan", "documents.py"),
+        "its first file is cut off": cut_off(places / "14", ".", "__init__.py"),
+        "a file is missing": package(places / "15", without="lora_set.py"),
     }
-    (base / "loras").mkdir()
-    Draft.full(1, rank=4, blocks=2).save(base / "loras" / "a.safetensors")
-    return Results(base, paths)
+    pack = linked(base / "it's a disk" / "custom_nodes" / "ComfyUI-qwenlora")
+    clone = linked(base / "clones" / "qwenlora")
+    rival = base / "rival.py"
+    rival.write_text(RIVAL)
+    real, clones = paths["real"], clone.parent
+    return {
+        **{name: {"path": [path], "packs": [pack]} for name, path in paths.items()},
+        "rival": {"path": [nothing], "packs": [rival, pack]},
+        "clone": {"path": [clones, real], "packs": [clone]},
+        "clone alone": {"path": [clones, nothing], "packs": [clone]},
+        "two clones": {"path": [nothing], "packs": [pack, clone]},
+    }
+
+
+def linked(clone: Path) -> Path:
+    """A clone of this repository."""
+    clone.parent.mkdir(parents=True)
+    clone.symlink_to(REPOSITORY, target_is_directory=True)
+    return clone
+
+
+def run_cases(base: Path, cases: dict[str, dict]) -> None:
+    """Run all cases in one program."""
+    (base / "results").mkdir()
+    for case in cases.values():
+        case.update(ids=ALL, prompts=[CHAIN, LOOK, MERGE])
+    folders = {"base": base / "comfy", "result": base / "results", "loras": base / "loras"}
+    request = base / "request.json"
+    request.write_text(json.dumps({**folders, "cases": cases}, default=str), encoding="utf-8")
+    # Without `-S` an editable installation would be found.
+    packages = [own for own in sys.path if own.endswith(("site-packages", "dist-packages"))]
+    done = subprocess.run(
+        [sys.executable, "-S", str(DRIVER), str(request)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(packages)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (base / "ended").write_text(f"{done.returncode} {done.stderr[-3000:]}")
 
 
 class Results:
-    """Runs all cases in one program, and reads what came of them.
+    """What came of the cases."""
 
-    Attributes:
-        pack: The clone in `custom_nodes`.
-        paths: By case, the folder that comes first on Python's path.
-    """
-
-    def __init__(self, base: Path, paths: dict[str, Path]) -> None:
-        self.pack = base / "it's a disk" / "custom_nodes" / "ComfyUI-qwenlora"
-        self.paths = paths
-        result = base / "results"
-        rival = base / "rival.py"
-        rival.write_text(RIVAL)
-        result.mkdir()
-        self.pack.parent.mkdir(parents=True)
-        self.pack.symlink_to(REPOSITORY, target_is_directory=True)
-        clone = base / "clones" / "qwenlora"
-        clone.parent.mkdir()
-        clone.symlink_to(REPOSITORY, target_is_directory=True)
-        packs = {"rival": [rival, self.pack], "clone": [clone], "clone alone": [clone]}
-        packs["two clones"] = [self.pack, clone]
-        before = {"clone": [clone.parent], "clone alone": [clone.parent]}
-        cases = {
-            name: {
-                "path": [str(own) for own in (*before.get(name, ()), path)],
-                "packs": [str(own) for own in packs.get(name, [self.pack])],
-                "ids": ALL,
-                "prompts": [CHAIN, LOOK, MERGE],
-            }
-            for name, path in paths.items()
-        }
-        request = base / "request.json"
-        told = {"base": str(base / "comfy"), "result": str(result), "cases": cases}
-        request.write_text(json.dumps({**told, "loras": str(base / "loras")}))
-        self._start(request)
-        self._all = {name: json.loads((result / f"{name}.json").read_text()) for name in cases}
-
-    def _start(self, request: Path) -> None:
-        # Without `-S` an editable installation would be found.
-        packages = [own for own in sys.path if own.endswith(("site-packages", "dist-packages"))]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(packages)}
-        done = subprocess.run(
-            [sys.executable, "-S", str(DRIVER), str(request)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode == 3:
-            pytest.skip(f"needs an editable installation: {done.stderr.strip()}")
-        assert done.returncode == 0, done.stderr[-3000:]
+    def __init__(self, base: Path) -> None:
+        status, _, said = (base / "ended").read_text().partition(" ")
+        if status == "3":
+            pytest.skip(f"needs an editable installation: {said}")
+        assert status == "0", said
+        self._cases = json.loads((base / "request.json").read_text(encoding="utf-8"))["cases"]
+        self._base = base
 
     def of(self, name: str) -> dict:
-        result = self._all[name]
+        result = json.loads((self._base / "results" / f"{name}.json").read_text(encoding="utf-8"))
         assert "failed" not in result, result["failed"]
         return result
 
@@ -189,9 +221,10 @@ class Results:
         return [f"{level}: {self._short(text, name)}" for level, text in self.of(name)["lines"]]
 
     def _short(self, text: str, name: str) -> str:
+        case = self._cases[name]
         for long, short in [
-            (str(self.pack).replace("'", "'\"'\"'"), "PACK"),
-            (str(self.paths[name]), "PLACE"),
+            (case["packs"][-1].replace("'", "'\"'\"'"), "PACK"),
+            (case["path"][-1], "PLACE"),
             (sys.executable, "PYTHON"),
             (fit_of(running_interpreter(), "0.1.0").file, "WHEEL"),
             (f"Python {sys.version_info[0]}.{sys.version_info[1]}", "Python 3.x"),
@@ -219,8 +252,16 @@ STUBS = {
     f" {NEWER}",
     "newer without all": "The nodes are 0.1.0, qwenlora is 9.0.0, which is too new for them:"
     " update the nodes, then restart ComfyUI",
-    "another": "`qwenlora` is another folder, PLACE/qwenlora: give it another name if the package"
-    f" is installed, too. {FIRST}",
+    "another": "`import qwenlora` finds another, PLACE/qwenlora: give that another name if the"
+    f" package is installed, too. {FIRST}",
+    "another's file": "`import qwenlora` finds another, PLACE/qwenlora.py: give that another name"
+    f" if the package is installed, too. {FIRST}",
+    "a file is cut off": "qwenlora is broken (SyntaxError: '(' was never closed (documents.py,"
+    f" line 2)). {AGAIN}",
+    "its first file is cut off": "qwenlora is broken (SyntaxError: '(' was never closed"
+    f" (__init__.py, line 1)). {AGAIN}",
+    "a file is missing": "qwenlora is broken (ModuleNotFoundError: No module named"
+    f" 'qwenlora.lora_set'). {AGAIN}",
 }
 """The sentence of each case in which no node can run."""
 
