@@ -33,7 +33,9 @@ class Lines(logging.Handler):
 def run(host: ComfyHost, case: dict[str, Any]) -> dict[str, Any]:
     """Load the pack of a case where its folders come first, and post its prompts."""
     import nodes
+    import torch
 
+    torch.__version__ = case.get("torch", torch.__version__)
     sys.path[:0] = case["path"]
     lines = Lines()
     logger = logging.getLogger("qwenlora")

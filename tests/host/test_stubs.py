@@ -170,6 +170,7 @@ def cases(base: Path) -> dict[str, dict]:
         "clone": {"path": [clones, real], "packs": [clone]},
         "clone alone": {"path": [clones, nothing], "packs": [clone]},
         "two clones": {"path": [nothing], "packs": [pack, clone]},
+        "old torch": {"path": [real], "packs": [pack], "torch": "2.4.1"},
     }
 
 
@@ -312,6 +313,14 @@ def test_stubs_look_like_the_nodes(results, name):
         assert info == real["info"][node_id], node_id
     assert stubs["aliases"] == real["aliases"]
     assert stubs["kept_path"]
+
+
+@needs_fork
+def test_what_the_package_says_of_torch_stands_on_the_nodes(results):
+    (line,) = results.told("old torch")
+    said = "torch is 2.4.1 in PYTHON, and this needs torch 2.5 or newer: "
+    assert line.startswith(f"ERROR: the nodes of qwenlora cannot run: {said}")
+    assert refusals(results.of("old torch")["done"][0]).keys() == {"one", "rows", "old"}
 
 
 @needs_fork
