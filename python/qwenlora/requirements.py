@@ -82,7 +82,9 @@ def _sentence(faults: dict[str, str | None]) -> str:
     # The one that matters most is last in the table.
     names = [*reversed(faults)]
     missing = [name for name in names if faults[name] is None]
-    wrong = [f"{_listed(missing)} {'is' if len(missing) == 1 else 'are'} missing"] * bool(missing)
+    wrong = []
+    if missing:
+        wrong.append(f"{_listed(missing)} {'is' if len(missing) == 1 else 'are'} missing")
     wrong += [f"{name} is {faults[name]}" for name in names if faults[name] is not None]
     needed = _listed([f"{name} {OLDEST[name]}" for name in names])
     way_out = f"{_TORCH}, then {_EXTRA}" if "torch" in faults else _EXTRA

@@ -233,6 +233,11 @@ def test_each_package_is_named(bare: Environment, tmp_path: Path) -> None:
         " this needs torch 2.5, safetensors 0.4.3 and numpy 1.24 or newer: install PyTorch for your"
         f" GPU as https://pytorch.org/get-started says, then {THE_EXTRA}\n"
     )
+    _has(bare, numpy="", safetensors="")
+    assert _asked(bare) == (
+        f"torch is 2.4.1+cu121 in {bare.python}, and this needs torch 2.5 or newer: install PyTorch"
+        f" for your GPU as https://pytorch.org/get-started says, then {THE_EXTRA}\n"
+    )
 
 
 def test_what_an_uninstallation_leaves_behind_is_nothing(bare: Environment) -> None:
