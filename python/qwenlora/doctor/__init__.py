@@ -37,7 +37,7 @@ folder, around that Python, and in ~/ComfyUI and ~/Documents/ComfyUI, each with
 its own Python: `python_embeded` of the portable Windows build, or `.venv` or
 `venv` in it or beside it. Run it with ComfyUI's own Python where you can:
 
-  python_embeded\\python.exe -m qwenlora doctor
+  .\\python_embeded\\python.exe -s -m qwenlora doctor
 
 It reads files and metadata, and asks each Python for its torch in a process of
 its own. It changes nothing, asks no network, and imports no other package.
