@@ -1,7 +1,7 @@
-"""Prints what a release changes: `python release/notes.py VERSION`, from CHANGELOG.md.
+"""Prints what a release changes: `python release/notes.py VERSION [OTHER]`, from CHANGELOG.md.
 
 The section of a version starts with `## VERSION`, after which a date may stand, and ends where the
-next one starts.
+next one starts. The section OTHER is printed where that of the version is not there.
 """
 
 from __future__ import annotations
@@ -60,13 +60,26 @@ def section(changelog: str, version: str) -> str:
     return text
 
 
+def _first_section(changelog: str, version: str, other: str | None) -> str:
+    try:
+        return section(changelog, version)
+    except MissingSectionError:
+        if other is None:
+            raise
+        return section(changelog, other)
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Print the section."""
     parser = argparse.ArgumentParser(description="Prints what a release changes.")
     parser.add_argument("version", metavar="VERSION", help="such as 0.1.0")
-    version = parser.parse_args(words).version
+    parser.add_argument(
+        "other", metavar="OTHER", nargs="?", help="where there is none of that name"
+    )
+    arguments = parser.parse_args(words)
+    changelog = CHANGELOG.read_text("utf-8")
     try:
-        text = section(CHANGELOG.read_text("utf-8"), version)
+        text = _first_section(changelog, arguments.version, arguments.other)
     except NotesError as error:
         print(f"notes: {error}", file=sys.stderr)
         return 1

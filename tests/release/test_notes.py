@@ -69,5 +69,16 @@ def test_the_program(capsysbinary, monkeypatch, tmp_path):
     assert err.decode() == "notes: CHANGELOG.md has no section `## 2.0.0`; the newest are `1.0.0`\n"
 
 
+def test_another_section_where_the_first_is_not_there(capsysbinary, monkeypatch, tmp_path):
+    path = tmp_path / "CHANGELOG.md"
+    path.write_text(CHANGELOG, "utf-8")
+    monkeypatch.setattr(notes, "CHANGELOG", path)
+    assert notes.main(["0.1.0", "Unreleased"]) == 0
+    assert notes.main(["0.3.0", "Unreleased"]) == 0
+    # One that is empty was forgotten: no other takes its place.
+    assert notes.main(["0.1.1", "Unreleased"]) == 1
+    assert capsysbinary.readouterr().out.decode() == "- The first.\n- Not yet.\n"
+
+
 def test_this_repository_has_a_section_for_the_next_release():
     assert notes.section(notes.CHANGELOG.read_text("utf-8"), "Unreleased")

@@ -78,6 +78,17 @@ def verbs_that_are_not_there(_: str, workflow: Workflow) -> list[str]:
     return [word for word in named if word not in VERBS]
 
 
+def empty_variables(_: str, workflow: Workflow) -> list[str]:
+    """Variables that may be set and empty: uv, for one, takes that for a mistake."""
+    jobs = workflow["jobs"].values()
+    tables = [
+        workflow.get("env", {}),
+        *(own.get("env", {}) for own in [*jobs, *steps_of(workflow)]),
+    ]
+    rows = [row for table in tables for row in table.items()]
+    return [name for name, value in rows if name.startswith("UV_") and "${{" in str(value)]
+
+
 CHECKS: list[Callable[[str, Workflow], list[str]]] = [
     unpinned,
     rights_of_all_jobs,
@@ -87,6 +98,7 @@ CHECKS: list[Callable[[str, Workflow], list[str]]] = [
     values_in_scripts,
     jobs_without_end,
     verbs_that_are_not_there,
+    empty_variables,
 ]
 BAD = {
     unpinned: "jobs: {a: {steps: [\n  uses: actions/checkout@v7\n]}}",
@@ -97,6 +109,7 @@ BAD = {
     values_in_scripts: "jobs: {a: {steps: [{run: 'echo ${{ github.event.issue.title }}'}]}}",
     jobs_without_end: "jobs: {a: {runs-on: ubuntu-24.04}}",
     verbs_that_are_not_there: "jobs: {a: {steps: [{run: make everything LOCK=}]}}",
+    empty_variables: "jobs: {a: {env: {UV_TORCH_BACKEND: \"${{ matrix.torch && 'cpu' || '' }}\"}}}",
 }
 
 
