@@ -263,7 +263,7 @@ def main() -> int:
     screen = Screen()
     try:
         _run(_arguments(), screen)
-    except (Refused, NoInterpreter, ValueError) as error:
+    except (Refused, NoInterpreter, ValueError, OSError) as error:
         print(f"dist: {error}", file=sys.stderr)
         return 1
     screen.close()

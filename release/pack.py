@@ -10,12 +10,14 @@ out. `--requirements` puts another `requirements.txt` in, as `release/requiremen
 from __future__ import annotations
 
 import argparse
-import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import tomllib
+
+from refusal import Refused, output
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "ComfyUI-qwenlora"
@@ -39,24 +41,24 @@ def pack_files() -> list[str]:
 
 def write_pack(path: Path, requirements: str | None = None) -> None:
     """Write the pack, with other requirements than the repository's if they are given."""
+    # All is read first: what is refused leaves no half of a pack behind.
+    contents = {name: (ROOT / name).read_bytes() for name in pack_files()}
+    if requirements is not None:
+        contents[REQUIREMENTS] = requirements.encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as pack:
-        for name in pack_files():
-            data = (ROOT / name).read_bytes()
-            if name == REQUIREMENTS and requirements is not None:
-                data = requirements.encode()
+        for name, data in contents.items():
             entry = zipfile.ZipInfo(f"{NAME}/{name}", _LONG_AGO)
             entry.external_attr = _MODE
             pack.writestr(entry, data, zipfile.ZIP_DEFLATED)
 
 
 def _git_files(*options: str) -> set[str]:
-    command = ["git", "ls-files", "-z", "--cached", *options]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = output(["git", "ls-files", "-z", "--cached", *options], folder=ROOT)
     return set(listed.rstrip("\0").split("\0"))
 
 
-def main() -> None:
+def main() -> int:
     """Write the pack."""
     parser = argparse.ArgumentParser(description="Makes the node pack of a release.")
     parser.add_argument("--requirements", type=Path, help="what its requirements.txt says")
@@ -64,9 +66,14 @@ def main() -> None:
     arguments = parser.parse_args()
     path: Path = arguments.into / f"{NAME}-{project()['version']}.zip"
     own = arguments.requirements
-    write_pack(path, None if own is None else own.read_text("utf-8"))
+    try:
+        write_pack(path, None if own is None else own.read_text("utf-8"))
+    except (Refused, OSError) as error:
+        print(f"pack: {error}", file=sys.stderr)
+        return 1
     print(path)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

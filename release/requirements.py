@@ -13,7 +13,7 @@ is glibc's here: no marker tells musl's, for which PyTorch has no wheels either.
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 from pack import project
 from targets import TARGETS
@@ -26,6 +26,7 @@ _HEAD = """\
 
 def requirements(version: str, address: str) -> str:
     """The text of a `requirements.txt` whose wheels lie below an address."""
+    address = address.rstrip("/")
     marked = [(own.wheel(version), own.marker) for own in TARGETS if own.marker is not None]
     lines = [f"qwenlora @ {address}/{wheel} ; {marker}" for wheel, marker in marked]
     others = " and ".join(f"({_negated(marker)})" for _, marker in marked)
@@ -39,10 +40,13 @@ def _negated(marker: str) -> str:
 
 def main() -> None:
     """Print them."""
+    parser = argparse.ArgumentParser(description="Writes requirements by addresses.")
+    parser.add_argument("address", metavar="ADDRESS", nargs="?", help="below which the wheels lie")
+    address = parser.parse_args().address
     own = project()
     version = own["version"]
-    address = f"{own['urls']['Repository']}/releases/download/v{version}"
-    sys.stdout.write(requirements(version, *sys.argv[1:2] or [address]))
+    release = f"{own['urls']['Repository']}/releases/download/v{version}"
+    print(requirements(version, address or release), end="")
 
 
 if __name__ == "__main__":

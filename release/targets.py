@@ -77,4 +77,6 @@ def file_names(version: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(file_names(*sys.argv[1:])))
+    if len(sys.argv) != 2:
+        sys.exit("usage: targets.py VERSION")
+    print("\n".join(file_names(sys.argv[1])))

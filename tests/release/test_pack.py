@@ -147,3 +147,14 @@ def test_the_command_says_what_it_wrote(tmp_path: Path) -> None:
     path = tmp_path / f"ComfyUI-qwenlora-{PROJECT['version']}.zip"
     assert done.stdout == f"{path}\n"
     assert zipfile.is_zipfile(path)
+
+
+def test_what_cannot_be_packed_is_told_in_one_line(tmp_path) -> None:
+    missing = tmp_path / "requirements.txt"
+    command = [sys.executable, ROOT / "release" / "pack.py", "--into", tmp_path / "into"]
+    done = subprocess.run(
+        [*command, "--requirements", missing], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert re.match(rf"pack: .*{re.escape(str(missing))}", done.stderr)
+    assert not (tmp_path / "into").exists()

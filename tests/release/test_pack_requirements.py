@@ -65,6 +65,16 @@ def test_lines_stay_whole_in_the_manager() -> None:
     assert TEXT.isascii()
 
 
+def test_an_address_may_end_with_a_slash() -> None:
+    assert requirements.requirements("0.1.0", "https://example.org/v0.1.0/") == TEXT
+
+
+def test_the_command_takes_no_option_for_an_address() -> None:
+    command = [sys.executable, ROOT / "release" / "requirements.py", "--into"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
 def test_the_command_names_the_release_of_this_version() -> None:
     command = [sys.executable, ROOT / "release" / "requirements.py"]
     written = subprocess.run(command, capture_output=True, text=True, check=True).stdout
