@@ -136,8 +136,27 @@ def test_documents_do_not_shadow_the_host() -> None:
     assert not (ROOT / "tests" / "__init__.py").exists()
 
 
+def test_links_lead_to_files() -> None:
+    """They are whole addresses: the package's page on PyPI shows this text, too."""
+    used = set(re.findall(r"\]\[([\w-]+)\]", README))
+    defined = dict(re.findall(r"^\[([\w-]+)\]: (\S+)$", README, re.MULTILINE))
+    assert used == defined.keys()
+    home = "https://github.com/qwenlora/ComfyUI-qwenlora/blob/main/"
+    for address in defined.values():
+        path, _, anchor = address.removeprefix(home).partition("#")
+        text = (ROOT / path).read_text(encoding="utf-8")
+        heads = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        assert not anchor or anchor in {_anchor(head) for head in heads}, address
+    assert re.findall(r"\]\((?!https://)[^)]*\)", README) == []
+
+
+def _anchor(head: str) -> str:
+    """A headline's anchor, as GitHub makes it."""
+    return re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-")
+
+
 def test_relative_links_lead_somewhere() -> None:
-    readmes = [ROOT / "README.md", ROOT / "examples" / "serve" / "README.md"]
+    readmes = [ROOT / "examples" / "serve" / "README.md"]
     for document in [*readmes, *sorted((ROOT / "docs").glob("*.md"))]:
         for link in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
             if "://" not in link:

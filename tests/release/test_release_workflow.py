@@ -16,7 +16,7 @@ RIGHTS = {
     "attest": {"attestations": "write", "id-token": "write"},
     "attest-sbom": {"attestations": "write", "id-token": "write"},
     "pypi": {"id-token": "write"},
-    "github": {"contents": "write"},
+    "github": {"actions": "write", "contents": "write"},
 }
 """The jobs that publish, and what each may."""
 
