@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import platform
 import re
 import sys
@@ -163,10 +164,39 @@ def _check_with_tools(screen: Screen, wheel: Path, target: Target) -> None:
     _tool("twine", "check", "--strict", wheel)
     screen.passed("twine check --strict")
     if "-linux-" in target.triple:
-        told = _tool("auditwheel", "show", wheel)
-        screen.passed(f"auditwheel show: {met_tag(wheel.name, target, told)}")
+        screen.passed(f"auditwheel show: {_audited(wheel, target)}")
     _tool("abi3audit", "--strict", wheel)
     screen.passed("abi3audit --strict: only what every Python from 3.10 on has")
+
+
+def _audited(wheel: Path, target: Target) -> str:
+    if not target.triple.endswith("-musl"):
+        return met_tag(wheel.name, target, _tool("auditwheel", "show", wheel))
+    with tempfile.TemporaryDirectory() as nothing:
+        # Among glibc's files it would take a script of the linker for musl's library.
+        told = _tool("auditwheel", "show", "--json", "--ldpaths", nothing, wheel)
+    return met_musl_tag(wheel.name, target, told)
+
+
+def met_musl_tag(wheel: str, target: Target, told: str) -> str:
+    """The tag that a wheel for musl meets.
+
+    `auditwheel` knows musl by the library's name in Alpine, and the linker's is `libc.so`. musl's
+    loader takes every name that begins with `libc.` for itself.
+
+    Args:
+        wheel: The wheel's name.
+        target: The system that it is for.
+        told: What `auditwheel show --json` says of it.
+
+    Raises:
+        Refused: it needs another library, or a symbol of a version.
+    """
+    facts = json.loads(told[told.index("{") :])
+    others = sorted(facts["external_libs"].keys() - {"libc.so"})
+    if others or facts["versioned_symbols"] or facts["sym_tag"] != target.tag:
+        raise Refused(f"`{wheel}` does not meet its tag, says auditwheel:\n{told.strip()}")
+    return f"{target.tag}, needs libc.so alone"
 
 
 def met_tag(wheel: str, target: Target, told: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -41,10 +42,27 @@ def test_a_wheel_that_needs_another_linux(tag):
         dist.met_tag("a.whl", LINUX, auditwheel_says(tag))
 
 
-def test_musl_s_tag_is_another():
-    assert dist.met_tag("a.whl", MUSL, auditwheel_says("musllinux_1_2_aarch64"))
-    with pytest.raises(Refused, match="does not meet its tag"):
-        dist.met_tag("a.whl", MUSL, auditwheel_says("manylinux_2_17_aarch64"))
+def musl_says(**changed):
+    facts = {"sym_tag": MUSL.tag, "versioned_symbols": {}, "external_libs": {"libc.so": None}}
+    return "WARNING: no musl here\n" + json.dumps({**facts, **changed})
+
+
+def test_a_wheel_for_musl():
+    assert dist.met_musl_tag("a.whl", MUSL, musl_says()).startswith(MUSL.tag)
+    assert dist.met_musl_tag("a.whl", MUSL, musl_says(external_libs={}))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"external_libs": {"libc.so": None, "libgcc_s.so.1": None}},
+        {"versioned_symbols": {"libc.so.6": ["GLIBC_2.17"]}},
+        {"sym_tag": "linux_aarch64"},
+    ],
+)
+def test_a_wheel_for_musl_that_needs_more(changed):
+    with pytest.raises(Refused, match=r"`a\.whl` does not meet its tag"):
+        dist.met_musl_tag("a.whl", MUSL, musl_says(**changed))
 
 
 def test_the_targets_of_this_system():
