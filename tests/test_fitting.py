@@ -7,6 +7,7 @@ import runpy
 import sys
 from pathlib import Path, PureWindowsPath
 from types import ModuleType
+from typing import ClassVar
 
 import pytest
 
@@ -273,3 +274,17 @@ def test_what_the_package_says_of_torch_is_passed_on(nodes, portable):
     error = ImportError("qwenlora needs torch 2.5 or newer, but\n2.4.1 is installed", name="torch")
     told = nodes.wheel.fault_of_import(error, portable)
     assert told == "qwenlora needs torch 2.5 or newer, but 2.4.1 is installed"
+
+
+def test_looking_for_pip_asks_no_finder_of_others(nodes, monkeypatch):
+    """That of setuptools takes it for pip's start, and takes `distutils` out of the process."""
+
+    class Finder:
+        asked: ClassVar[list[str]] = []
+
+        def find_spec(self, name, path=None, target=None):
+            self.asked.append(name)
+
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    nodes.install.here()
+    assert Finder.asked == []

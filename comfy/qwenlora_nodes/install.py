@@ -5,8 +5,8 @@ Needs nothing but Python's own library: it speaks where the package is missing.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -54,7 +54,9 @@ def here() -> Place:
     sources = first(_SOURCES)
     return Place(
         python=Path(sys.executable),
-        has_pip=importlib.util.find_spec("pip") is not None,
+        # On the path alone: a finder of setuptools takes a look for pip for pip's own start, and
+        # throws `distutils` out of the process.
+        has_pip=PathFinder.find_spec("pip") is not None,
         shell=Shell.current(),
         requirements=first(_REQUIREMENTS),
         sources=sources and sources.parent,
