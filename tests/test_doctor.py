@@ -770,6 +770,16 @@ def test_a_torch_that_never_answers_is_broken(machine, monkeypatch):
     assert torch.error == "importing it gave no answer within 2 s"
 
 
+@needs_sh
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "cp037"])
+def test_a_torch_that_prints_and_an_encoding_are_in_nobodys_way(machine, monkeypatch, encoding):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    machine.torch_text("print('welcome', end='')\n__version__ = '2.5'\nraise KeyError('x')")
+    answer = probe.ask(machine.python)
+    assert answer.torch is not None
+    assert answer.torch.error == "KeyError: 'x'"
+
+
 def test_a_python_that_cannot_be_started(tmp_path):
     fault = probe.ask(tmp_path / "python.exe").fault
     assert fault is not None
@@ -983,6 +993,8 @@ def test_commands_for_windows():
     assert spell(run, Shell.POWERSHELL) == wanted
     plain = Run(("D:\\portable\\python.exe", "-m", "pip"))
     assert spell(plain, Shell.CMD) == spell(plain, Shell.POWERSHELL) == " ".join(plain.argv)
+    typographic = Run(("C:\\Zoé’s\\python.exe",))
+    assert spell(typographic, Shell.POWERSHELL) == "& 'C:\\Zoé’’s\\python.exe'"
     moved = Move(Path("a b"), Path("c"))
     assert spell(moved, Shell.CMD) == 'move "a b" c'
     assert spell(moved, Shell.POWERSHELL) == "Move-Item 'a b' c"

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from qwenlora.requirements import require
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from qwenlora import compat, emulation
     from qwenlora._core import __version__
     from qwenlora.blocks import BlockFactors
@@ -70,7 +72,7 @@ _HOMES = {
     "read_keys": "plan.documents",
     "reset_loras": "compose.compose",
 }
-_MODULES = ("compat", "emulation", "errors")
+_MODULES = ("_core", "compat", "emulation", "errors")
 _ON_TORCH = frozenset(
     {
         "ComfyQwenImageWrapper",
@@ -90,20 +92,23 @@ def __getattr__(name: str) -> Any:
     if name in _ON_TORCH:
         require()
     if name in _MODULES:
-        return importlib.import_module(f"qwenlora.{name}")
+        return _imported(name)
     if name not in _HOMES:
         raise AttributeError(f"module 'qwenlora' has no attribute {name!r}")
+    value = getattr(_imported(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def _imported(module: str) -> ModuleType:
     try:
-        home = importlib.import_module(f"qwenlora.{_HOMES[name]}")
+        return importlib.import_module(f"qwenlora.{module}")
     except ModuleNotFoundError as error:
         if error.name == "qwenlora._core":
             raise ImportError(
                 "the Rust part of qwenlora is not installed: run `pip install qwenlora`"
             ) from error
         raise
-    value = getattr(home, name)
-    globals()[name] = value
-    return value
 
 
 def __dir__() -> list[str]:

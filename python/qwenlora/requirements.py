@@ -60,7 +60,8 @@ def _version(name: str) -> str | None:
         if error.name == name:
             return None
         raise _broken(name, error) from error
-    except (ImportError, OSError) as error:
+    except Exception as error:
+        # A library that is missing is an OSError; other halves of a package raise anything.
         raise _broken(name, error) from error
     # A folder that an uninstallation left behind can be imported, but has no version.
     version = getattr(module, "__version__", None)
@@ -68,8 +69,10 @@ def _version(name: str) -> str | None:
 
 
 def _broken(name: str, error: Exception) -> RequirementError:
+    # The words of most others say little without their name.
+    said = str(error) if isinstance(error, (ImportError, OSError)) else repr(error)
     return RequirementError(
-        f"{name} is installed in {_python()}, but cannot be imported: {error}", name=name
+        f"{name} is installed in {_python()}, but cannot be imported: {said}", name=name
     )
 
 

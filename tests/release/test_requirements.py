@@ -251,6 +251,8 @@ def test_what_an_uninstallation_leaves_behind_is_nothing(bare: Environment) -> N
     [
         ("import no_such_part", "No module named 'no_such_part'"),
         ("raise OSError('libcudart.so.13: cannot open')", "libcudart.so.13: cannot open"),
+        ("raise SystemError('half')", "SystemError('half')"),
+        ("None.lib", "AttributeError(\"'NoneType' object has no attribute 'lib'\")"),
     ],
 )
 def test_a_broken_torch_keeps_its_words(bare: Environment, module: str, words: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 from pathlib import Path
@@ -54,7 +53,7 @@ def environment(python: Path, *, is_current: bool = False) -> Environment:
     flags = ("-s",) if is_embedded or (is_current and sys.flags.no_user_site) else ()
     answer = probe.ask(python, flags)
     # The working folder counts for the program that is started in it, not for a host's.
-    here = [os.getcwd()] if is_current else []
+    here = [str(folder) for folder in _working_folder()] if is_current else []
     entries = [path for entry in answer.paths for path in ([entry] if entry else here)]
     paths = tuple(Path(entry) for entry in entries)
     places = packages.import_places("qwenlora", paths)
@@ -79,13 +78,21 @@ def environment(python: Path, *, is_current: bool = False) -> Environment:
 
 def _nearby(current: Environment) -> Iterable[Path]:
     """Places at, above or next to which a ComfyUI may lie."""
-    yield Path.cwd()
+    yield from _working_folder()
     # The embedded Python of the portable build, or a virtual environment inside of ComfyUI.
     yield Path(sys.prefix)
     yield from (place.parent for place in current.qwenlora)
     home = Path.home()
     yield home / "ComfyUI"
     yield home / "Documents" / "ComfyUI"
+
+
+def _working_folder() -> tuple[Path, ...]:
+    """The working folder; nothing where it has been deleted."""
+    try:
+        return (Path.cwd(),)
+    except FileNotFoundError:
+        return ()
 
 
 def _other_pythons(found: Sequence[Host], current: Path) -> tuple[Path, ...]:

@@ -26,7 +26,11 @@ _NOT_INSTALLED = "not installed"
 _SCRIPT = f"""
 import json, sys, warnings
 def tell(**facts):
-    sys.stdout.write({_MARK!r} + json.dumps(facts) + "\\n")
+    # On a line of its own, and in bytes: what is imported may print, and a variable may set any
+    # encoding.
+    line = "\\n" + {_MARK!r} + json.dumps(facts) + "\\n"
+    sys.stdout.flush()
+    sys.stdout.buffer.write(line.encode("ascii"))
     sys.stdout.flush()
 paths = list(sys.path)
 sys.path[:] = [path for path in paths if path]
