@@ -78,5 +78,6 @@ def _quote(word: str, shell: Shell) -> str:
     if _PLAIN_WORD.fullmatch(word):
         return word
     if shell is Shell.POWERSHELL:
-        return "'" + word.replace("'", "''") + "'"
+        # A typographic quote ends its strings, too.
+        return "'" + re.sub("(['\u2018-\u201b])", r"\1\1", word) + "'"
     return f'"{word}"'

@@ -6,6 +6,7 @@ A node whose module cannot be imported is a stub, which says why: see `stubs.py`
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = ["FAULTS", "NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "RUNNING"]
+
+_log = logging.getLogger("qwenlora")
 
 # Each node's class has its id for a name.
 _HOMES: dict[str, tuple[str, ...]] = {
@@ -65,8 +68,11 @@ def _load() -> tuple[dict[str, type], dict[str, str]]:
             try:
                 module = importlib.import_module(f".{home}", __package__)
                 nodes.update({node_id: getattr(module, node_id) for node_id in ids})
-            except (ImportError, SyntaxError) as error:
+            except Exception as error:  # noqa: BLE001 - a node that is missing says nothing
                 own = wheel.fault_of_import(error, place)
+                if not isinstance(error, (ImportError, SyntaxError)):
+                    # Nobody has foreseen it: whoever mends it needs the place.
+                    _log.exception("%s cannot be imported", home)
         if own is not None:
             faults.update(dict.fromkeys(ids, own))
     return nodes, faults

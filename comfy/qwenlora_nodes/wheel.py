@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["difference", "fault_of_import", "find_fault"]
 
 _NAME = "qwenlora"
+_NODES = Path(__file__).parent
+# What of ComfyUI the nodes import.
+_HOSTS = frozenset({"comfy", "execution", "folder_paths", "nodes", "server"})
 _REINSTALL = ("--force-reinstall", "--no-deps")
 _UPGRADE = ("--upgrade", "--no-deps")
 
@@ -42,18 +45,34 @@ def find_fault(place: Place) -> str | None:
     return _fault_of_folder(package, place) or _fault_of_core(package, place)
 
 
-def fault_of_import(error: ImportError | SyntaxError, place: Place) -> str:
+def fault_of_import(error: Exception, place: Place) -> str:
     """Why a module of ours cannot be imported though the package can, and what to do."""
-    lacking = isinstance(error, ImportError) and str(error.name).partition(".")[0] == _NAME
+    name = str(getattr(error, "name", None))
+    lacking = isinstance(error, ImportError) and name.partition(".")[0] == _NAME
     versions = f"The nodes are {__version__}, qwenlora is {_version()}"
     if lacking and _is_older():
         return f"{versions}, which is too old for them. {advice(place, *_UPGRADE)}"
     if lacking and _is_newer():
         return f"{versions}, which is too new for them: update the nodes, then restart ComfyUI"
+    if _is_of_nodes(error):
+        return (
+            f"the nodes' own files are broken, in {_NODES} ({_told(error)}): install or update"
+            " the nodes anew, then restart ComfyUI"
+        )
     if lacking or isinstance(error, SyntaxError):
         return _broken(error, place)
+    if name.partition(".")[0] in _HOSTS:
+        return f"this ComfyUI is too old or too new for the nodes ({_told(error)}): update both"
     # On torch it speaks for itself.
-    return _sentence(error)
+    return _sentence(error) if isinstance(error, ImportError) else _told(error)
+
+
+def _is_of_nodes(error: Exception) -> bool:
+    """Tell if a file of the nodes is missing, cut off, or of another version than the rest."""
+    if isinstance(error, SyntaxError):
+        return _NODES in Path(error.filename or "").parents
+    own = __name__.rpartition(".")[0]
+    return isinstance(error, ImportError) and str(error.name).startswith(f"{own}.")
 
 
 def difference(place: Place) -> tuple[bool, str]:
@@ -88,7 +107,7 @@ def _fault_of_core(package: ModuleType, place: Place) -> str | None:
     """Find that the Rust part cannot be loaded."""
     try:
         _ = package.__version__
-    except ImportError as error:
+    except Exception as error:  # noqa: BLE001 - one that is another's, or half written, may say anything
         folder = _folder_of(package)
         text = f"qwenlora's Rust part cannot be loaded, in {folder} ({_sentence(error)})"
         return f"{text}. {advice(place, *_REINSTALL)}"
@@ -103,8 +122,11 @@ def _folder_of(package: ModuleType) -> Path:
 
 
 def _broken(error: Exception, place: Place) -> str:
-    said = f"{type(error).__name__}: {_sentence(error)}"
-    return f"qwenlora is broken ({said}). {advice(place, *_REINSTALL)}"
+    return f"qwenlora is broken ({_told(error)}). {advice(place, *_REINSTALL)}"
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {_sentence(error)}"
 
 
 def _sentence(error: BaseException) -> str:

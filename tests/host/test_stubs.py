@@ -110,6 +110,18 @@ def cut_off(folder: Path, below: str, name: str) -> Path:
     return folder
 
 
+def nodes_with(folder: Path, name: str, text: str | None) -> Path:
+    """The pack, where a file of the nodes is missing or holds this."""
+    pack = folder / "custom_nodes" / "ComfyUI-qwenlora"
+    nodes = pack / "comfy" / "qwenlora_nodes"
+    shutil.copytree(REPOSITORY / "comfy" / "qwenlora_nodes", nodes)
+    shutil.copy(REPOSITORY / "__init__.py", pack)
+    (nodes / name).unlink()
+    if text is not None:
+        (nodes / name).write_text(text, encoding="utf-8")
+    return pack
+
+
 def for_arm(core: bytes) -> bytes:
     """A library that says that it is built for another machine."""
     return core[:18] + (183).to_bytes(2, "little") + core[20:]
@@ -133,6 +145,17 @@ def results(tmp_path_factory, Draft):
             Draft.full(1, rank=4, blocks=2).save(base / "loras" / "a.safetensors")
             run_cases(base, cases(base))
     return Results(base)
+
+
+NODES = {
+    "a node's file is cut off": ("course.py", "("),
+    "a node's file is missing": ("course.py", None),
+    "comfy lacks a module": ("course.py", "import comfy.no_such_part\n"),
+    "comfy lacks a name": ("course.py", "from comfy.utils import no_such_name\n"),
+    "a module is missing": ("course.py", "import no_such_module\n"),
+    "the unforeseen": ("course.py", "{}[1]\n"),
+}
+"""Packs with a good wheel whose nodes cannot be imported: the file and what it holds."""
 
 
 def cases(base: Path) -> dict[str, dict]:
@@ -166,6 +189,10 @@ def cases(base: Path) -> dict[str, dict]:
     real, clones = paths["real"], clone.parent
     return {
         **{name: {"path": [path], "packs": [pack]} for name, path in paths.items()},
+        **{
+            name: {"path": [real], "packs": [nodes_with(base / str(number), *change)]}
+            for number, (name, change) in enumerate(NODES.items())
+        },
         "rival": {"path": [nothing], "packs": [rival, pack]},
         "clone": {"path": [clones, real], "packs": [clone]},
         "clone alone": {"path": [clones, nothing], "packs": [clone]},
@@ -225,7 +252,9 @@ class Results:
         case = self._cases[name]
         for long, short in [
             (case["packs"][-1].replace("'", "'\"'\"'"), "PACK"),
+            (case["packs"][-1], "PACK"),
             (case["path"][-1], "PLACE"),
+            (str(comfy_root()), "COMFY"),
             (sys.executable, "PYTHON"),
             (fit_of(running_interpreter(), "0.1.0").file, "WHEEL"),
             (f"Python {sys.version_info[0]}.{sys.version_info[1]}", "Python 3.x"),
@@ -261,6 +290,17 @@ STUBS = {
     f" line 2)). {AGAIN}",
     "its first file is cut off": "qwenlora is broken (SyntaxError: '(' was never closed"
     f" (__init__.py, line 1)). {AGAIN}",
+    "a node's file is cut off": "the nodes' own files are broken, in PACK/comfy/qwenlora_nodes"
+    " (SyntaxError: '(' was never closed (course.py, line 1)): install or update the nodes anew,"
+    " then restart ComfyUI",
+    "a node's file is missing": "the nodes' own files are broken, in PACK/comfy/qwenlora_nodes"
+    " (ModuleNotFoundError: No module named 'PACK.comfy.qwenlora_nodes.course'): install or update"
+    " the nodes anew, then restart ComfyUI",
+    "comfy lacks a module": "this ComfyUI is too old or too new for the nodes (ModuleNotFoundError:"
+    " No module named 'comfy.no_such_part'): update both",
+    "comfy lacks a name": "this ComfyUI is too old or too new for the nodes (ImportError: cannot"
+    " import name 'no_such_name' from 'comfy.utils' (COMFY/comfy/utils.py)): update both",
+    "a module is missing": "No module named 'no_such_module'",
     "a file is missing": "qwenlora is broken (ModuleNotFoundError: No module named"
     f" 'qwenlora.lora_set'). {AGAIN}",
 }
@@ -321,6 +361,14 @@ def test_what_the_package_says_of_torch_stands_on_the_nodes(results):
     said = "torch is 2.4.1 in PYTHON, and this needs torch 2.5 or newer: "
     assert line.startswith(f"ERROR: the nodes of qwenlora cannot run: {said}")
     assert refusals(results.of("old torch")["done"][0]).keys() == {"one", "rows", "old"}
+
+
+@needs_fork
+def test_a_fault_that_nobody_foresaw_has_stubs_and_its_place_in_the_log(results):
+    *places, line = results.told("the unforeseen")
+    assert "ERROR: loader_nodes cannot be imported" in places
+    assert line == "ERROR: the nodes of qwenlora cannot run: KeyError: 1"
+    assert results.of("the unforeseen")["loaded"] == [ALL]
 
 
 @needs_fork
