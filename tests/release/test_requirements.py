@@ -240,6 +240,16 @@ def test_each_package_is_named(bare: Environment, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("version", ["2.4.1+cu121", "nightly"])
+def test_one_that_is_too_old_among_all_that_are_there(bare: Environment, version: str) -> None:
+    _has(bare, numpy="", safetensors="", torch="")
+    (bare.site / "torch" / "__init__.py").write_text(f"__version__ = {version!r}\n")
+    assert _asked(bare) == (
+        f"torch is {version} in {bare.python}, and this needs torch 2.5 or newer: install PyTorch"
+        f" for your GPU as https://pytorch.org/get-started says, then {THE_EXTRA}\n"
+    )
+
+
 def test_what_an_uninstallation_leaves_behind_is_nothing(bare: Environment) -> None:
     _has(bare, numpy="", safetensors="")
     (bare.site / "torch" / "lib").mkdir(parents=True)
