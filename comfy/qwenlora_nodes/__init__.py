@@ -6,6 +6,7 @@ import logging
 
 from . import install, wheel
 from .registry import FAULTS, NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, RUNNING
+from .version import __version__
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]
 
@@ -15,15 +16,15 @@ _log = logging.getLogger("qwenlora")
 
 
 def _tell() -> None:
-    """Say in one line what cannot run, or else how nodes and package differ."""
+    """Say in one line what cannot run, or how nodes and package differ, or that all is there."""
     for fault in dict.fromkeys(FAULTS.values()):
         ids = [node_id for node_id, own in FAULTS.items() if own == fault]
         which = ", ".join(ids) if RUNNING else "the nodes of qwenlora"
         _log.error("%s cannot run: %s", which, fault)
     if not FAULTS:
         is_older, text = wheel.difference(install.here())
-        if text:
-            _log.log(logging.WARNING if is_older else logging.INFO, "%s", text)
+        text = text or f"qwenlora {__version__}: {len(RUNNING)} nodes"
+        _log.log(logging.WARNING if is_older else logging.INFO, "%s", text)
 
 
 if RUNNING:
