@@ -229,7 +229,8 @@ def z_image_style(path: Path) -> None:
 def run(bench, prompt: dict[str, Any]) -> dict[str, Any]:
     """Queue a prompt and wait; returns its entry of the history."""
     number = bench.comfy.request("/prompt", {"prompt": prompt})["prompt_id"]
-    for _ in range(600):
+    # A model of a kind that is new to the process brings modules along: minutes on a busy machine.
+    for _ in range(3000):
         done = bench.comfy.request(f"/history/{number}").get(number)
         if done:
             return done
