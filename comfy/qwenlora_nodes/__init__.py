@@ -23,7 +23,7 @@ def _tell() -> None:
         _log.error("%s cannot run: %s", which, fault)
     if not FAULTS:
         is_older, text = wheel.difference(install.here())
-        text = text or f"qwenlora {__version__}: {len(RUNNING)} nodes"
+        text = text or f"qwenlora {__version__}: all nodes are there"
         _log.log(logging.WARNING if is_older else logging.INFO, "%s", text)
 
 
