@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import qwenlora
 from qwenlora import ComposeOptions, Placement
 from qwenlora.errors import LoraReadError, ModelStateError, UnsupportedModelError
+from qwenlora.runtime import OPTIONS_KEY
 
 from . import faults
 
@@ -149,6 +150,35 @@ def test_offload_cannot_be_turned_on_over_what_was_let_go(model, uneven, probe):
     qwenlora.reset_loras(model)
     model.set_offload(True)
     qwenlora.compose_loras(model, tensors)
+    assert same(probe.output(model), expected)
+
+
+@pytest.mark.parametrize("own", ["default", "of a forward"])
+def test_offload_turned_on_where_the_runtime_was_removed(model, uneven, probe, own):
+    """What it composed stays, and nothing brings anything before a forward any more."""
+    expected = resident_output(model, uneven, probe)
+    wrapper = qwenlora.ComfyQwenImageWrapper.of(model)
+    if own == "default":
+        wrapper.loras.append(uneven)
+        wrapper.reconcile()
+    else:
+        wrapper.reconcile({OPTIONS_KEY: qwenlora.LoraSet.of(uneven)})
+    qwenlora.ComfyQwenImageWrapper.remove(model)
+    if own == "default":
+        model.set_offload(True)
+    else:
+        with pytest.raises(ModelStateError, match="differ from block to block"):
+            model.set_offload(True)
+        assert not model.offload
+    assert same(probe.output(model), expected)
+
+
+def test_offload_turned_on_over_a_set_of_a_forward(model, uneven, other, probe):
+    expected = resident_output(model, other, probe)
+    qwenlora.compose_loras(model, other)
+    wrapper = qwenlora.ComfyQwenImageWrapper.of(model)
+    wrapper.reconcile({OPTIONS_KEY: qwenlora.LoraSet.of(uneven)})
+    model.set_offload(True)
     assert same(probe.output(model), expected)
 
 

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qwenlora.compose.bring import bring
+from qwenlora.compose.compose import follow_offload
 from qwenlora.errors import ModelStateError
 from qwenlora.lora_set import NO_LORAS, LoraSet, Unmakeable
 from qwenlora.model.lock import lock_of
 from qwenlora.model.offload import turn_on
-from qwenlora.model.state import read_default, read_state, write_default
+from qwenlora.model.state import EMPTY, read_default, read_state, write_default
 from qwenlora.model.subclass import mark_hooked, unmark_hooked
 from qwenlora.model.transformer import transformer_of
 from qwenlora.spec import ComposeOptions
@@ -112,6 +113,8 @@ class ComfyQwenImageWrapper:
             if module.__dict__.pop(_ATTRIBUTE, None) is not None:
                 _unhook(module)
                 unmark_hooked(module)
+                if read_state(module) is not EMPTY:
+                    follow_offload(module)
 
     @classmethod
     def is_on(cls, transformer: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from qwenlora.lora_set import LoraSet, Unmakeable
 from qwenlora.model.lock import lock_of
 from qwenlora.model.offload import OffloadSwitch
 from qwenlora.model.state import EMPTY, read_default, read_state, write_default
+from qwenlora.model.subclass import is_marked
 from qwenlora.model.transformer import transformer_of
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from qwenlora.report import ComposeReport
     from qwenlora.spec import ComposeOptions, Item, MaxRank
 
-__all__ = ["applied", "compose_loras", "reset_loras"]
+__all__ = ["applied", "compose_loras", "follow_offload", "reset_loras"]
 
 
 def compose_loras(
@@ -71,7 +72,7 @@ def compose_loras(
     model = transformer_of(model)
     wanted = LoraSet.of(loras, max_rank=max_rank, options=options)
     with lock_of(model):
-        OffloadSwitch.install(model, _refit)
+        follow_offload(model)
         try:
             report = bring(model, wanted, strict=strict)
         finally:
@@ -83,21 +84,27 @@ def compose_loras(
         return report
 
 
+def follow_offload(model: nn.Module) -> None:
+    """Have what is composed composed anew where block offload is turned on over it."""
+    OffloadSwitch.install(model, _refit)
+
+
 def _refit(model: nn.Module) -> None:
-    """Compose anew what `compose_loras` composed, for the buffers that block offload just made.
+    """Compose anew what is composed, for the buffers that block offload just made.
 
     Raises:
-        ModelStateError: Its tensors in memory were let go.
+        ModelStateError: The set is not known any more, or its tensors in memory were let go.
     """
     with lock_of(model):
         state, wanted = read_state(model), read_default(model)
-        if wanted.key != state.stack:
-            return  # A set of a forward's own: the next forward brings what it wants.
-        if isinstance(wanted, LoraSet):
+        is_default = wanted.key == state.stack
+        if is_default and isinstance(wanted, LoraSet):
             bring(model, wanted)
+        elif not is_default and is_marked(model):
+            pass  # The runtime's hook is there: the next forward brings what it wants.
         elif not fits(structure_of(model, state)):
             raise ModelStateError(
-                "LoRAs are composed that differ from block to block, and their tensors in memory"
+                "LoRAs are composed that differ from block to block, and their set or its tensors"
                 " were let go: they cannot be composed anew for block offload"
                 "\nhint: call reset_loras, turn offload on, and call compose_loras again"
             )
