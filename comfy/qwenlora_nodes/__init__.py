@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from . import install, wheel
-from .registry import FAULTS, NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, RUNNING
+from . import wheel
+from .registry import FAULTS, NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, PLACE, RUNNING
 from .version import __version__
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]
@@ -22,7 +22,7 @@ def _tell() -> None:
         which = ", ".join(ids) if RUNNING else "the nodes of qwenlora"
         _log.error("%s cannot run: %s", which, fault)
     if not FAULTS:
-        is_older, text = wheel.difference(install.here())
+        is_older, text = wheel.difference(PLACE)
         text = text or f"qwenlora {__version__}: all nodes are there"
         _log.log(logging.WARNING if is_older else logging.INFO, "%s", text)
 

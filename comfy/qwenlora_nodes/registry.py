@@ -15,7 +15,7 @@ from . import install, stubs, wheel
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["FAULTS", "NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "RUNNING"]
+__all__ = ["FAULTS", "NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "PLACE", "RUNNING"]
 
 _log = logging.getLogger("qwenlora")
 
@@ -58,8 +58,7 @@ _NAMES: dict[str, str] = {
 
 def _load() -> tuple[dict[str, type], dict[str, str]]:
     """The nodes that can run, and why others cannot, both by their ids."""
-    place = install.here()
-    fault = wheel.find_fault(place)
+    fault = wheel.find_fault(PLACE)
     nodes: dict[str, type] = {}
     faults: dict[str, str] = {}
     for home, ids in _HOMES.items():
@@ -69,7 +68,7 @@ def _load() -> tuple[dict[str, type], dict[str, str]]:
                 module = importlib.import_module(f".{home}", __package__)
                 nodes.update({node_id: getattr(module, node_id) for node_id in ids})
             except Exception as error:  # noqa: BLE001 - a node that is missing says nothing
-                own = wheel.fault_of_import(error, place)
+                own = wheel.fault_of_import(error, PLACE)
                 if not isinstance(error, (ImportError, SyntaxError)):
                     # Nobody has foreseen it: whoever mends it needs the place.
                     _log.exception("%s cannot be imported", home)
@@ -88,6 +87,9 @@ def _stubs(faults: Mapping[str, str]) -> dict[str, type]:
         if node_id not in taken
     }
 
+
+PLACE = install.here()
+"""Where the nodes run, for commands that mend."""
 
 RUNNING, FAULTS = _load()
 """The nodes that can run, and why others cannot, both by their ids."""
