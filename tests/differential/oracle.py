@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 
 import torch
 
@@ -76,6 +77,17 @@ def kept(model: torch.nn.Module, path: str, base_rank: int) -> torch.Tensor:
                 product = buffers[name] * buffers[f"{part}unscale"]
             beside[first : first + len(product)] += product
     return delta + beside
+
+
+def part_counts(module: torch.nn.Module, *, with_zeros: bool) -> Counter[str]:
+    """How many dense deltas and Kronecker products a layer holds, perhaps those that are zero."""
+    counts: Counter[str] = Counter()
+    for name, buffer in module.named_buffers(recurse=False):
+        for what, pattern in (("dense", DENSE), ("krons", KRON)):
+            found = pattern.fullmatch(name)
+            if found and (with_zeros or bool(buffer.any())):
+                counts[what] += 1
+    return counts
 
 
 def bias(model: torch.nn.Module, path: str) -> torch.Tensor:
