@@ -1,6 +1,6 @@
 //! A screen of labelled rows, as text: wrapped, escaped, and coloured at the very end.
 //!
-//! Every piece of text passes [`escape::line`] on its way out, wherever it came from.
+//! All text passes [`escape::line`] on its way out, wherever it came from.
 
 use crate::color::Palette;
 use crate::escape;

@@ -34,7 +34,7 @@ fn threads(count: usize) -> NonZeroUsize {
     NonZeroUsize::new(count).unwrap()
 }
 
-/// Bytes without period, so that a misplaced piece shows.
+/// Bytes without period, so that a misplaced chunk shows.
 fn pattern(len: usize) -> Vec<u8> {
     let mut state = 1_u32;
     let next = || {
@@ -446,7 +446,7 @@ fn what_is_no_number_is_refused() {
 
 #[test]
 fn ranges_land_where_they_belong() {
-    // Over two pieces long, so that one range is cut and shared out.
+    // Over two chunks long, so that one range is cut and shared out.
     let content = pattern(17 * 1024 * 1024 + 5);
     let (_folder, path) = folder_with(&content);
     let source = SourceFile::open(path).unwrap();

@@ -6,8 +6,8 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyString, PyTuple};
 use qwenlora_core::packed::{
-    self, Column, DownMember, ElementSize, Packed, Recipe, Side, Table, Unpacking, Untouched,
-    UpMember,
+    self, Column, ColumnOf, DownMemberOf, ElementSize, PackedOf, Recipe, Side, Table, Unpacking,
+    Untouched, UpMemberOf,
 };
 
 use crate::bytes::{Dest, Place, Source, check_apart};
@@ -107,13 +107,13 @@ pub(crate) struct PackedArgument<'py> {
     slots: usize,
     channels: usize,
     element: ElementSize,
-    columns: Vec<ColumnArgument<'py>>,
+    columns: Vec<BorrowedColumn<'py>>,
 }
 
 impl<'py> PackedArgument<'py> {
     fn of((dest, slots, channels, element_bytes, columns): &PackedTuple<'py>) -> PyResult<Self> {
         let element = element_of(*element_bytes)?;
-        let columns = columns.iter().map(ColumnArgument::of);
+        let columns = columns.iter().map(borrowed_column);
         Ok(Self {
             dest: Dest::of(dest)?,
             slots: *slots,
@@ -123,21 +123,26 @@ impl<'py> PackedArgument<'py> {
         })
     }
 
+    fn sources(&self) -> impl Iterator<Item = &Source<'py>> {
+        self.columns.iter().flat_map(|column| {
+            let (sources, tables) = column.holders();
+            sources.into_iter().chain(tables)
+        })
+    }
+
     pub(crate) fn places(&self) -> impl Iterator<Item = Place> {
-        let sources = self.columns.iter().flat_map(ColumnArgument::sources);
-        sources.map(Source::place).chain([self.dest.place()])
+        self.sources().map(Source::place).chain([self.dest.place()])
     }
 
     /// All arrays.
     pub(crate) fn arrays(&self) -> impl Iterator<Item = Py<PyAny>> {
-        let sources = self.columns.iter().flat_map(ColumnArgument::sources);
-        sources.map(Source::array).chain([self.dest.array()])
+        self.sources().map(Source::array).chain([self.dest.array()])
     }
 
     /// The recipe, for as long as its arrays are borrowed.
     fn recipe(&mut self) -> PyResult<Recipe<'_>> {
         let columns = self.columns.iter();
-        let columns = columns.map(|column| column.column(&Source::bytes));
+        let columns = columns.map(|column| column_of(column, &Source::bytes));
         Ok(Recipe {
             dest: self.dest.bytes()?,
             slots: self.slots,
@@ -157,7 +162,7 @@ impl<'py> PackedArgument<'py> {
         let columns = self.columns.iter();
         // SAFETY: as the caller promises.
         let lent = |source: &Source<'py>| unsafe { source.lent() };
-        let columns = columns.map(|column| column.column(&lent));
+        let columns = columns.map(|column| column_of(column, &lent));
         Ok(Recipe {
             // SAFETY: as the caller promises.
             dest: unsafe { self.dest.lent() }?,
@@ -169,217 +174,101 @@ impl<'py> PackedArgument<'py> {
     }
 }
 
-/// One column, its arrays borrowed.
-enum ColumnArgument<'py> {
-    Fragments {
-        sources: Vec<(Source<'py>, usize)>,
-        first: usize,
-        count: usize,
-    },
-    Down {
-        tiles: usize,
-        members: Vec<DownArgument<'py>>,
-    },
-    Up {
-        tiles: usize,
-        members: Vec<UpArgument<'py>>,
-        untouched: Untouched,
-    },
-    Zero {
-        tiles: usize,
-    },
-    Keep {
-        tiles: usize,
-    },
-}
+/// A column of borrowed arrays. Its tables have a table's size.
+type BorrowedColumn<'py> = ColumnOf<Source<'py>, Source<'py>>;
 
-impl<'py> ColumnArgument<'py> {
-    fn of(column: &Bound<'py, PyTuple>) -> PyResult<Self> {
-        let tag = column.get_item(0)?;
-        let tag = tag.cast::<PyString>()?.to_str()?;
-        Ok(match tag {
-            "fragments" => {
-                type Fragments<'py> = (Object<'py>, Vec<(Object<'py>, usize)>, usize, usize);
-                let (_, sources, first, count): Fragments<'py> = column.extract()?;
-                let sources = sources
-                    .iter()
-                    .map(|(source, tiles)| Ok((Source::of(source)?, *tiles)));
-                Self::Fragments {
-                    sources: sources.collect::<PyResult<_>>()?,
-                    first,
-                    count,
-                }
-            }
-            "down" => {
-                let (_, tiles, members): (Object<'py>, usize, Vec<_>) = column.extract()?;
-                let members = members.iter().map(DownArgument::of);
-                Self::Down {
-                    tiles,
-                    members: members.collect::<PyResult<_>>()?,
-                }
-            }
-            "up" | "up over" => {
-                let (_, tiles, members): (Object<'py>, usize, Vec<_>) = column.extract()?;
-                let members = members.iter().map(UpArgument::of);
-                Self::Up {
-                    tiles,
-                    members: members.collect::<PyResult<_>>()?,
-                    untouched: if tag == "up" {
-                        Untouched::Zero
-                    } else {
-                        Untouched::Keep
-                    },
-                }
-            }
-            "zero" => {
-                let (_, tiles): (Object<'py>, usize) = column.extract()?;
-                Self::Zero { tiles }
-            }
-            "keep" => {
-                let (_, tiles): (Object<'py>, usize) = column.extract()?;
-                Self::Keep { tiles }
-            }
-            other => {
-                return Err(PyValueError::new_err(format!(
-                    "a column is `fragments`, `down`, `up`, `up over`, `zero` or `keep`, got {other:?}"
-                )));
-            }
-        })
-    }
-
-    fn sources(&self) -> Vec<&Source<'py>> {
-        match self {
-            Self::Fragments { sources, .. } => sources.iter().map(|(source, _)| source).collect(),
-            Self::Down { members, .. } => members.iter().map(|member| &member.source).collect(),
-            Self::Up { members, .. } => members
-                .iter()
-                .flat_map(|member| [Some(&member.source), member.table.as_ref()])
-                .flatten()
-                .collect(),
-            Self::Zero { .. } | Self::Keep { .. } => Vec::new(),
-        }
-    }
-
-    /// The column, of bytes that `bytes` gives.
-    fn column<'s, 'b>(
-        &'s self,
-        bytes: &impl Fn(&'s Source<'py>) -> PyResult<&'b [u8]>,
-    ) -> PyResult<Column<'b>> {
-        Ok(match self {
-            Self::Fragments {
-                sources,
+fn borrowed_column<'py>(column: &Bound<'py, PyTuple>) -> PyResult<BorrowedColumn<'py>> {
+    let tag = column.get_item(0)?;
+    let tag = tag.cast::<PyString>()?.to_str()?;
+    Ok(match tag {
+        "fragments" => {
+            type Fragments<'py> = (Object<'py>, Vec<(Object<'py>, usize)>, usize, usize);
+            let (_, sources, first, count): Fragments<'py> = column.extract()?;
+            let sources = sources.iter().map(|(source, tiles)| {
+                Ok(PackedOf {
+                    source: Source::of(source)?,
+                    tiles: *tiles,
+                })
+            });
+            ColumnOf::Fragments {
+                sources: sources.collect::<PyResult<_>>()?,
                 first,
                 count,
-            } => {
-                let sources = sources.iter().map(|(source, tiles)| {
-                    Ok(Packed {
-                        source: bytes(source)?,
-                        tiles: *tiles,
-                    })
-                });
-                Column::Fragments {
-                    sources: sources.collect::<PyResult<_>>()?,
-                    first: *first,
-                    count: *count,
-                }
             }
-            Self::Down { tiles, members } => {
-                let members = members.iter().map(|member| member.member(bytes));
-                Column::Down {
-                    tiles: *tiles,
-                    members: members.collect::<PyResult<_>>()?,
-                }
-            }
-            Self::Up {
+        }
+        "down" => {
+            let (_, tiles, members): (Object<'py>, usize, Vec<_>) = column.extract()?;
+            let members = members.iter().map(borrowed_down);
+            ColumnOf::Down {
                 tiles,
-                members,
-                untouched,
-            } => {
-                let members = members.iter().map(|member| member.member(bytes));
-                Column::Up {
-                    tiles: *tiles,
-                    members: members.collect::<PyResult<_>>()?,
-                    untouched: *untouched,
-                }
+                members: members.collect::<PyResult<_>>()?,
             }
-            Self::Zero { tiles } => Column::Zero { tiles: *tiles },
-            Self::Keep { tiles } => Column::Keep { tiles: *tiles },
-        })
-    }
+        }
+        "up" | "up over" => {
+            let (_, tiles, members): (Object<'py>, usize, Vec<_>) = column.extract()?;
+            let members = members.iter().map(borrowed_up);
+            ColumnOf::Up {
+                tiles,
+                members: members.collect::<PyResult<_>>()?,
+                untouched: if tag == "up" {
+                    Untouched::Zero
+                } else {
+                    Untouched::Keep
+                },
+            }
+        }
+        "zero" => {
+            let (_, tiles): (Object<'py>, usize) = column.extract()?;
+            ColumnOf::Zero { tiles }
+        }
+        "keep" => {
+            let (_, tiles): (Object<'py>, usize) = column.extract()?;
+            ColumnOf::Keep { tiles }
+        }
+        other => {
+            return Err(PyValueError::new_err(format!(
+                "a column is `fragments`, `down`, `up`, `up over`, `zero` or `keep`, got {other:?}"
+            )));
+        }
+    })
 }
 
-/// A `down`, its array borrowed.
-struct DownArgument<'py> {
-    source: Source<'py>,
-    rank: usize,
-    rank_begin: usize,
-}
-
-impl<'py> DownArgument<'py> {
-    fn of((source, rank, rank_begin): &(Object<'py>, usize, usize)) -> PyResult<Self> {
-        Ok(Self {
-            source: Source::of(source)?,
-            rank: *rank,
-            rank_begin: *rank_begin,
-        })
-    }
-
-    fn member<'s, 'b>(
-        &'s self,
-        bytes: &impl Fn(&'s Source<'py>) -> PyResult<&'b [u8]>,
-    ) -> PyResult<DownMember<'b>> {
-        Ok(DownMember {
-            source: bytes(&self.source)?,
-            rank: self.rank,
-            rank_begin: self.rank_begin,
-        })
-    }
+fn borrowed_down<'py>(
+    (source, rank, rank_begin): &(Object<'py>, usize, usize),
+) -> PyResult<DownMemberOf<Source<'py>>> {
+    Ok(DownMemberOf {
+        source: Source::of(source)?,
+        rank: *rank,
+        rank_begin: *rank_begin,
+    })
 }
 
 /// (source, table, first row, rows, rank, first rank).
 type UpTuple<'py> = (Object<'py>, Option<Object<'py>>, usize, usize, usize, usize);
 
-/// An `up`, its arrays borrowed.
-struct UpArgument<'py> {
-    source: Source<'py>,
-    table: Option<Source<'py>>,
-    row_begin: usize,
-    row_count: usize,
-    rank: usize,
-    rank_begin: usize,
+fn borrowed_up<'py>(
+    (source, table, row_begin, row_count, rank, rank_begin): &UpTuple<'py>,
+) -> PyResult<UpMemberOf<Source<'py>, Source<'py>>> {
+    let table = table.as_ref().map(Source::of).transpose()?;
+    if let Some(table) = &table {
+        table_of(table.bytes()?)?;
+    }
+    Ok(UpMemberOf {
+        source: Source::of(source)?,
+        table,
+        row_begin: *row_begin,
+        row_count: *row_count,
+        rank: *rank,
+        rank_begin: *rank_begin,
+    })
 }
 
-impl<'py> UpArgument<'py> {
-    fn of(member: &UpTuple<'py>) -> PyResult<Self> {
-        let (source, table, row_begin, row_count, rank, rank_begin) = member;
-        let table = table.as_ref().map(Source::of).transpose()?;
-        if let Some(table) = &table {
-            table_of(table.bytes()?)?;
-        }
-        Ok(Self {
-            source: Source::of(source)?,
-            table,
-            row_begin: *row_begin,
-            row_count: *row_count,
-            rank: *rank,
-            rank_begin: *rank_begin,
-        })
-    }
-
-    fn member<'s, 'b>(
-        &'s self,
-        bytes: &impl Fn(&'s Source<'py>) -> PyResult<&'b [u8]>,
-    ) -> PyResult<UpMember<'b>> {
-        let table = self.table.as_ref().map(|table| table_of(bytes(table)?));
-        Ok(UpMember {
-            source: bytes(&self.source)?,
-            table: table.transpose()?,
-            row_begin: self.row_begin,
-            row_count: self.row_count,
-            rank: self.rank,
-            rank_begin: self.rank_begin,
-        })
-    }
+/// The column, of bytes that `bytes` gives.
+fn column_of<'s, 'py, 'b>(
+    column: &'s BorrowedColumn<'py>,
+    bytes: &impl Fn(&'s Source<'py>) -> PyResult<&'b [u8]>,
+) -> PyResult<Column<'b>> {
+    column.try_map(bytes, |table| table_of(bytes(table)?))
 }
 
 fn table_of(bytes: &[u8]) -> PyResult<Table<'_>> {

@@ -10,7 +10,7 @@ use thiserror::Error;
 use super::band::{self, Band};
 use super::{PackError, Recipe, check_all};
 use crate::work::crew::{Begun, Crew, Turn, Work};
-use crate::work::pieces::Apart;
+use crate::work::tasks::Apart;
 
 /// Threads that carry out recipes in the order in which they come.
 ///
@@ -81,7 +81,7 @@ impl Filling {
 }
 
 impl Work for Bands {
-    type Pieces = Apart<Band<'static>>;
+    type Tasks = Apart<Band<'static>>;
     type Fault = Infallible;
     // A recipe may read what one before it fills.
     const TURN: Turn = Turn::WhenDone;

@@ -23,7 +23,7 @@ pub use readers::{Readers, Reading};
 
 use crate::dtype::{Dtype, scalar};
 use crate::header::{Header, HeaderError, Quoted, TensorInfo, foreign};
-use ranges::Piece;
+use ranges::Chunk;
 
 /// Scalars at most this far apart are read together.
 const NEAR_BYTES: u64 = 512;
@@ -252,8 +252,8 @@ impl SourceFile {
         dest: &mut [u8],
         threads: NonZeroUsize,
     ) -> Result<(), SourceError> {
-        ranges::read(self.cut(ranges, dest)?, threads, |piece, offset_bytes| {
-            self.read_exact(piece, offset_bytes)
+        ranges::read(self.cut(ranges, dest)?, threads, |chunk, offset_bytes| {
+            self.read_exact(chunk, offset_bytes)
         })
     }
 
@@ -261,7 +261,7 @@ impl SourceFile {
         &self,
         ranges: &[ByteRange],
         dest: &'a mut [u8],
-    ) -> Result<Vec<Piece<'a>>, SourceError> {
+    ) -> Result<Vec<Chunk<'a>>, SourceError> {
         ranges::cut(ranges, self.identity.size_bytes(), dest).map_err(|fault| self.fault(fault))
     }
 

@@ -9,7 +9,7 @@ use crate::packed::magnitude::{Magnitudes, Pattern};
 use crate::work::drain;
 
 /// Most bytes of one read: enough to keep a disk busy, few enough to share the work evenly.
-const PIECE_BYTES: usize = 8 * 1024 * 1024;
+const CHUNK_BYTES: usize = 8 * 1024 * 1024;
 /// Most bytes that are measured at a time: what was read a moment ago is in the core's own cache.
 const MEASURED_BYTES: usize = 256 * 1024;
 
@@ -74,12 +74,12 @@ pub enum RangeFault {
 
 /// A part of the destination with the place in the file that fills it.
 #[derive(Debug)]
-pub(super) struct Piece<'a> {
+pub(super) struct Chunk<'a> {
     offset_bytes: u64,
     dest: &'a mut [u8],
 }
 
-impl Piece<'_> {
+impl Chunk<'_> {
     /// Reads its bytes.
     pub(super) fn read<E>(
         self,
@@ -113,31 +113,31 @@ struct Span {
     dest_end: usize,
 }
 
-/// Checks the ranges and cuts `dest` into pieces, in the order of the file.
+/// Checks the ranges and cuts `dest` into chunks, in the order of the file.
 pub(super) fn cut<'a>(
     ranges: &[ByteRange],
     file_len_bytes: u64,
     dest: &'a mut [u8],
-) -> Result<Vec<Piece<'a>>, RangeFault> {
-    let mut pieces = Vec::new();
+) -> Result<Vec<Chunk<'a>>, RangeFault> {
+    let mut chunks = Vec::new();
     let mut rest = dest;
     let mut rest_begin = 0;
     for span in check(ranges, file_len_bytes, rest.len())? {
         let (_, from_begin) = rest.split_at_mut(span.dest_begin - rest_begin);
         let (part, after) = from_begin.split_at_mut(span.dest_end - span.dest_begin);
         let mut offset_bytes = span.offset_bytes;
-        for dest in part.chunks_mut(PIECE_BYTES) {
+        for dest in part.chunks_mut(CHUNK_BYTES) {
             let len_bytes = dest.len() as u64;
-            pieces.push(Piece { offset_bytes, dest });
+            chunks.push(Chunk { offset_bytes, dest });
             offset_bytes += len_bytes;
         }
         (rest, rest_begin) = (after, span.dest_end);
     }
-    pieces.sort_by_key(|piece| piece.offset_bytes);
-    Ok(pieces)
+    chunks.sort_by_key(|chunk| chunk.offset_bytes);
+    Ok(chunks)
 }
 
-/// Checks that every range holds whole values, and so does every piece of them.
+/// Checks that every range holds whole values, and so does every chunk of them.
 pub(super) fn check_values(ranges: &[ByteRange], magnitudes: Magnitudes) -> Result<(), RangeFault> {
     let value_bytes = magnitudes.value_bytes() as u64;
     let dtype = magnitudes.dtype();
@@ -214,11 +214,11 @@ fn dest_end(range: ByteRange) -> Option<usize> {
         .checked_add(usize::try_from(range.len_bytes).ok()?)
 }
 
-/// Reads all pieces; the first error stops every reader.
+/// Reads all chunks; the first error stops every reader.
 pub(super) fn read<E: Send>(
-    pieces: Vec<Piece<'_>>,
+    chunks: Vec<Chunk<'_>>,
     threads: NonZeroUsize,
     read_exact: impl Fn(&mut [u8], u64) -> Result<(), E> + Sync,
 ) -> Result<(), E> {
-    drain::drain(pieces, threads, |piece| piece.read(&read_exact))
+    drain::drain(chunks, threads, |chunk| chunk.read(&read_exact))
 }

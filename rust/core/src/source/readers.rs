@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use super::ranges::{self, ByteRange, Piece};
+use super::ranges::{self, ByteRange, Chunk};
 use super::{SourceError, SourceFile};
 use crate::packed::magnitude::{Magnitudes, Pattern};
 use crate::work::crew::{Begun, Crew, Lapse, Turn, Work};
@@ -39,8 +39,8 @@ struct Buffer {
     largest: AtomicU32,
 }
 
-/// Not only in what all pieces have in common: the file is closed as soon as nothing reads it.
-type OwnPiece = (Piece<'static>, Arc<SourceFile>);
+/// Not only in what all chunks share: the file is closed as soon as nothing reads it.
+type OwnChunk = (Chunk<'static>, Arc<SourceFile>);
 
 impl Readers {
     /// Starts up to `threads` threads; where the system gives none, reading happens when asked for.
@@ -65,7 +65,7 @@ impl Readers {
         dest: &'static mut [u8],
         measured: Option<Magnitudes>,
     ) -> Result<Reading, SourceError> {
-        let pieces = source.cut(ranges, dest)?;
+        let chunks = source.cut(ranges, dest)?;
         if let Some(magnitudes) = measured {
             let checked = ranges::check_values(ranges, magnitudes);
             checked.map_err(|fault| source.fault(fault))?;
@@ -75,9 +75,9 @@ impl Readers {
             measured,
             largest: AtomicU32::default(),
         };
-        let pieces = pieces.into_iter().map(|piece| (piece, Arc::clone(source)));
+        let chunks = chunks.into_iter().map(|chunk| (chunk, Arc::clone(source)));
         Ok(Reading {
-            begun: self.crew.begin(buffer, pieces.collect()),
+            begun: self.crew.begin(buffer, chunks.collect()),
         })
     }
 }
@@ -126,17 +126,17 @@ impl Drop for Reading {
 }
 
 impl Work for Buffer {
-    type Pieces = VecDeque<OwnPiece>;
+    type Tasks = VecDeque<OwnChunk>;
     type Fault = SourceError;
     const TURN: Turn = Turn::WhenTaken;
 
-    fn carry_out(&self, (piece, source): OwnPiece) -> Result<(), SourceError> {
+    fn carry_out(&self, (chunk, source): OwnChunk) -> Result<(), SourceError> {
         let read_exact = |dest: &mut [u8], begin| source.read_exact(dest, begin);
         let Some(magnitudes) = self.measured else {
-            return piece.read(read_exact);
+            return chunk.read(read_exact);
         };
-        let Pattern(largest) = piece.measure(magnitudes, read_exact)?;
-        // Seen by whoever sees that the piece is done.
+        let Pattern(largest) = chunk.measure(magnitudes, read_exact)?;
+        // Seen by whoever sees that the chunk is done.
         self.largest.fetch_max(largest, Ordering::Relaxed);
         Ok(())
     }

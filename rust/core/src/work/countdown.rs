@@ -1,12 +1,12 @@
-//! A count of the pieces that are left of some work, and its outcome.
+//! A count of the tasks that are left of some work, and its outcome.
 
 use std::time::Duration;
 
 use crate::work::sync::{Condvar, Mutex, lock, wait_while, wait_while_within};
 
-/// Work in pieces, and its outcome. Threads count down the pieces that they do; others wait.
+/// Work in tasks, and its outcome. Threads count down the tasks that they do; others wait.
 ///
-/// A thread that sees a piece counted as done also sees all that was written before it counted.
+/// A thread that sees a task counted as done also sees all that was written before it counted.
 #[derive(Debug)]
 pub(crate) struct Countdown<T> {
     counted: Mutex<Counted<T>>,
@@ -26,20 +26,20 @@ impl<T> Counted<T> {
 }
 
 impl<T> Countdown<T> {
-    /// So many pieces, none of which is done.
-    pub(crate) fn new(pieces: usize, outcome: T) -> Self {
-        let left = pieces;
+    /// So many tasks, none of which is done.
+    pub(crate) fn new(tasks: usize, outcome: T) -> Self {
+        let left = tasks;
         Self {
             counted: Mutex::new(Counted { left, outcome }),
             done: Condvar::new(),
         }
     }
 
-    /// So many pieces, at least one, are done with, as `note` says; whether they were the last.
-    pub(crate) fn finish(&self, pieces: usize, note: impl FnOnce(&mut T)) -> bool {
+    /// So many tasks, at least one, are done with, as `note` says; whether they were the last.
+    pub(crate) fn finish(&self, tasks: usize, note: impl FnOnce(&mut T)) -> bool {
         let mut counted = lock(&self.counted);
-        debug_assert!((1..=counted.left).contains(&pieces), "pieces count once");
-        counted.left = counted.left.saturating_sub(pieces);
+        debug_assert!((1..=counted.left).contains(&tasks), "tasks count once");
+        counted.left = counted.left.saturating_sub(tasks);
         note(&mut counted.outcome);
         let last = counted.left == 0;
         if last {
@@ -48,7 +48,7 @@ impl<T> Countdown<T> {
         last
     }
 
-    /// Whether all pieces are done with.
+    /// Whether all tasks are done with.
     pub(crate) fn is_done(&self) -> bool {
         lock(&self.counted).left == 0
     }

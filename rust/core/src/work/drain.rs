@@ -1,4 +1,4 @@
-//! Work shared among the threads of one call: pieces of a list, each taken by a thread that is free.
+//! Work shared among the threads of one call: tasks of a list, each taken by a thread that is free.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -6,8 +6,8 @@ use std::num::NonZeroUsize;
 use std::sync::atomic::Ordering;
 use std::thread;
 
-use crate::work::pieces::{Apart, Pieces};
 use crate::work::sync::{AtomicBool, Mutex, lock};
+use crate::work::tasks::{Apart, Tasks};
 
 /// About the size of a band: many per factor, so that threads end together, yet long runs of memory.
 const BAND_BYTES: usize = 512 * 1024;
@@ -53,27 +53,27 @@ pub(crate) fn drain_apart<T: Send>(items: Vec<T>, threads: NonZeroUsize, work: i
 
 /// Work that is under way, and what has gone wrong with it.
 struct Shift<P, E> {
-    pieces: Mutex<P>,
+    tasks: Mutex<P>,
     stop: AtomicBool,
     failure: Mutex<Option<E>>,
 }
 
-impl<P: Pieces, E> Shift<P, E> {
-    fn new(pieces: P) -> Self {
+impl<P: Tasks, E> Shift<P, E> {
+    fn new(tasks: P) -> Self {
         Self {
-            pieces: Mutex::new(pieces),
+            tasks: Mutex::new(tasks),
             stop: AtomicBool::new(false),
             failure: Mutex::new(None),
         }
     }
 
-    /// Takes one piece after the other until there is none, or one has failed.
-    fn work(&self, worker: usize, work: impl Fn(P::Piece) -> Result<(), E>) {
+    /// Takes one task after the other until there is none, or one has failed.
+    fn work(&self, worker: usize, work: impl Fn(P::Task) -> Result<(), E>) {
         while !self.stop.load(Ordering::Relaxed) {
-            let Some(piece) = lock(&self.pieces).take(worker) else {
+            let Some(task) = lock(&self.tasks).take(worker) else {
                 return;
             };
-            if let Err(error) = work(piece) {
+            if let Err(error) = work(task) {
                 self.stop.store(true, Ordering::Relaxed);
                 lock(&self.failure).get_or_insert(error);
             }
@@ -87,10 +87,10 @@ impl<P: Pieces, E> Shift<P, E> {
 }
 
 /// Lets so many workers do all of it.
-fn employ<P: Pieces + Send, E: Send>(
+fn employ<P: Tasks + Send, E: Send>(
     workers: usize,
     shift: &Shift<P, E>,
-    work: impl Fn(P::Piece) -> Result<(), E> + Sync,
+    work: impl Fn(P::Task) -> Result<(), E> + Sync,
 ) -> Result<(), E> {
     if workers > 0 {
         let work = &work;
@@ -187,20 +187,20 @@ mod loom_models {
     use super::Shift;
     use crate::work::model_checking::check;
 
-    const PIECES: usize = 3;
+    const TASKS: usize = 3;
 
-    /// Two threads that work until one has failed with a piece of `failing`; how often each piece was
+    /// Two threads that work until one has failed with a task of `failing`; how often each task was
     /// done, and the outcome.
-    fn worked(failing: &'static [usize]) -> ([usize; PIECES], Result<(), usize>) {
-        let shift = Arc::new(Shift::new((0..PIECES).collect::<VecDeque<_>>()));
-        let done = Arc::new([0; PIECES].map(AtomicUsize::new));
+    fn worked(failing: &'static [usize]) -> ([usize; TASKS], Result<(), usize>) {
+        let shift = Arc::new(Shift::new((0..TASKS).collect::<VecDeque<_>>()));
+        let done = Arc::new([0; TASKS].map(AtomicUsize::new));
         let run = |worker| {
             let (shift, done) = (Arc::clone(&shift), Arc::clone(&done));
             move || {
-                shift.work(worker, |piece| {
-                    done[piece].fetch_add(1, Relaxed);
-                    if failing.contains(&piece) {
-                        Err(piece)
+                shift.work(worker, |task| {
+                    done[task].fetch_add(1, Relaxed);
+                    if failing.contains(&task) {
+                        Err(task)
                     } else {
                         Ok(())
                     }
@@ -210,13 +210,13 @@ mod loom_models {
         let helper = thread::spawn(run(1));
         run(0)();
         helper.join().unwrap();
-        let done = std::array::from_fn(|piece| done[piece].load(Relaxed));
+        let done = std::array::from_fn(|task| done[task].load(Relaxed));
         (done, shift.outcome())
     }
 
     #[test]
     fn every_piece_is_done_once() {
-        check(|| assert_eq!(worked(&[]), ([1; PIECES], Ok(()))));
+        check(|| assert_eq!(worked(&[]), ([1; TASKS], Ok(()))));
     }
 
     #[test]
@@ -224,7 +224,7 @@ mod loom_models {
         check(|| {
             let (done, outcome) = worked(&[0]);
             assert_eq!(outcome, Err(0));
-            // One piece may have been begun before the error.
+            // One task may have been begun before the error.
             assert!(matches!(done, [1, 0 | 1, 0 | 1]));
         });
     }

@@ -6,5 +6,5 @@ pub(crate) mod drain;
 #[cfg(test)]
 #[cfg(loom)]
 pub(crate) mod model_checking;
-pub(crate) mod pieces;
 pub(crate) mod sync;
+pub(crate) mod tasks;

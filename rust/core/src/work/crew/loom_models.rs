@@ -29,15 +29,15 @@ fn written(memory: &Memory) -> [usize; 2] {
     std::array::from_fn(|place| memory[place].load(Relaxed))
 }
 
-/// The fate of a piece.
+/// The fate of a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Piece {
+enum Task {
     Written(usize),
     Failing(usize),
     Panicking(usize),
 }
 
-/// Writes once to the place of each piece.
+/// Writes once to the place of each task.
 struct Writing<const IN_TURN: bool> {
     /// The memory that must be written before.
     before: Option<Memory>,
@@ -45,7 +45,7 @@ struct Writing<const IN_TURN: bool> {
 
 impl<const IN_TURN: bool> Work for Writing<IN_TURN> {
     /// With a part of what they use: it must be let go of before they count.
-    type Pieces = VecDeque<(Piece, Memory)>;
+    type Tasks = VecDeque<(Task, Memory)>;
     type Fault = usize;
     const TURN: Turn = if IN_TURN {
         Turn::WhenDone
@@ -53,16 +53,16 @@ impl<const IN_TURN: bool> Work for Writing<IN_TURN> {
         Turn::WhenTaken
     };
 
-    fn carry_out(&self, (piece, memory): (Piece, Memory)) -> Result<(), usize> {
+    fn carry_out(&self, (task, memory): (Task, Memory)) -> Result<(), usize> {
         let before = self.before.as_ref().map(written);
         assert!(matches!(before, None | Some([1, 1])), "begun in turn");
-        let (Piece::Written(place) | Piece::Failing(place) | Piece::Panicking(place)) = piece;
+        let (Task::Written(place) | Task::Failing(place) | Task::Panicking(place)) = task;
         memory[place].fetch_add(1, Relaxed);
-        match piece {
-            Piece::Written(_) => Ok(()),
-            Piece::Failing(place) => Err(place),
+        match task {
+            Task::Written(_) => Ok(()),
+            Task::Failing(place) => Err(place),
             // The same without a message.
-            Piece::Panicking(_) => panic::resume_unwind(Box::new(())),
+            Task::Panicking(_) => panic::resume_unwind(Box::new(())),
         }
     }
 }
@@ -72,7 +72,7 @@ type Filling = Writing<true>;
 /// Reads as `Readers` do, without a pause.
 type Reading = Writing<false>;
 
-const BOTH: [Piece; 2] = [Piece::Written(0), Piece::Written(1)];
+const BOTH: [Task; 2] = [Task::Written(0), Task::Written(1)];
 
 fn crew<W: Work>(threads: usize) -> Crew<W> {
     match NonZeroUsize::new(threads) {
@@ -84,12 +84,12 @@ fn crew<W: Work>(threads: usize) -> Crew<W> {
 fn begin<const IN_TURN: bool>(
     crew: &Crew<Writing<IN_TURN>>,
     memory: &Memory,
-    pieces: &[Piece],
+    tasks: &[Task],
     before: Option<&Memory>,
 ) -> Begun<Writing<IN_TURN>> {
-    let pieces = pieces.iter().map(|&piece| (piece, Arc::clone(memory)));
+    let tasks = tasks.iter().map(|&task| (task, Arc::clone(memory)));
     let before = before.map(Arc::clone);
-    crew.begin(Writing { before }, pieces.collect())
+    crew.begin(Writing { before }, tasks.collect())
 }
 
 /// The outcome of a request that is done.
@@ -253,7 +253,7 @@ fn a_crew_that_gives_up_ends_while_others_wait() {
             let outcome = outcome(&own);
             let is_written = written(&buffer) == [1, 1];
             assert_eq!(outcome, (!is_written).then_some(Lapse::GivenUp));
-            // This thread's and the test's: no piece is left.
+            // This thread's and the test's: no task is left.
             assert_eq!(Arc::strong_count(&buffer), 2);
         });
         crew.give_up();
@@ -293,7 +293,7 @@ fn a_crew_is_closed_while_others_begin() {
 fn a_piece_that_fails_ends_its_request_alone() {
     check(|| {
         let (crew, one, other) = (crew::<Reading>(2), memory(), memory());
-        let first = begin(&crew, &one, &[Piece::Failing(0), Piece::Written(1)], None);
+        let first = begin(&crew, &one, &[Task::Failing(0), Task::Written(1)], None);
         let second = begin(&crew, &other, &BOTH, None);
         assert_eq!(outcome(&first), Some(Lapse::Failed(0)));
         assert_eq!(Arc::strong_count(&one), 1);
@@ -304,13 +304,13 @@ fn a_piece_that_fails_ends_its_request_alone() {
     });
 }
 
-/// Two pieces fail, and one error is told.
+/// Two tasks fail, and one error is told.
 #[test]
 fn a_request_fails_once() {
     check(|| {
         let (crew, memory) = (crew::<Reading>(2), memory());
-        let pieces = [Piece::Failing(0), Piece::Failing(1)];
-        let begun = begin(&crew, &memory, &pieces, None);
+        let tasks = [Task::Failing(0), Task::Failing(1)];
+        let begun = begin(&crew, &memory, &tasks, None);
         assert!(matches!(outcome(&begun), Some(Lapse::Failed(0 | 1))));
         assert_eq!(Arc::strong_count(&memory), 1);
     });
@@ -320,8 +320,8 @@ fn a_request_fails_once() {
 fn a_piece_that_panics_is_told_and_its_thread_goes_on() {
     check(|| {
         let (crew, one, other) = (crew::<Filling>(1), memory(), memory());
-        let pieces = [Piece::Panicking(0), Piece::Written(1)];
-        let first = begin(&crew, &one, &pieces, None);
+        let tasks = [Task::Panicking(0), Task::Written(1)];
+        let first = begin(&crew, &one, &tasks, None);
         let second = begin(&crew, &other, &BOTH, None);
         assert_eq!(outcome(&second), None);
         assert_written(&other);

@@ -1,9 +1,9 @@
 //! Threads that carry out requests, one after another, while the caller does something else.
 //!
-//! A request is made of pieces. A piece *waits*, is *in work*, and then *counts as done*, once. It
+//! A request is made of tasks. A task *waits*, is *in work*, and then *counts as done*, once. It
 //! counts because it was carried out, because it failed, because the thread panicked, or because it
 //! was given up before a thread began it. It is dropped before it counts, with all that it uses. A
-//! request is done when all its pieces are. Its outcome is told from then on.
+//! request is done when all its tasks are. Its outcome is told from then on.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -13,43 +13,43 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::work::countdown::Countdown;
-use crate::work::pieces::Pieces;
 use crate::work::sync::thread::{self, JoinHandle};
 use crate::work::sync::{Condvar, Mutex, lock, wait_while};
+use crate::work::tasks::Tasks;
 
-/// One request: the common part of its pieces, and the way to carry one out.
+/// One request: the common part of its tasks, and the way to carry one out.
 pub(crate) trait Work: Send + Sync + 'static {
-    /// The pieces that nobody has begun.
-    type Pieces: Pieces<Piece: Send> + Default + Send;
-    /// The fault that a piece may meet.
+    /// The tasks that nobody has begun.
+    type Tasks: Tasks<Task: Send> + Default + Send;
+    /// The fault that a task may meet.
     type Fault: Send;
-    /// When the next request's pieces may be begun.
+    /// When the next request's tasks may be begun.
     const TURN: Turn;
 
-    /// Carries out one piece; whatever it uses is let go of.
-    fn carry_out(&self, piece: PieceOf<Self>) -> Result<(), Self::Fault>;
+    /// Carries out one task; whatever it uses is let go of.
+    fn carry_out(&self, task: TaskOf<Self>) -> Result<(), Self::Fault>;
 }
 
-/// A piece of some work.
-pub(crate) type PieceOf<W> = <<W as Work>::Pieces as Pieces>::Piece;
+/// A task of some work.
+pub(crate) type TaskOf<W> = <<W as Work>::Tasks as Tasks>::Task;
 
-/// When the next request's pieces may be begun.
+/// When the next request's tasks may be begun.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Turn {
-    /// When all pieces of those before it are begun.
+    /// When all tasks of those before it are begun.
     WhenTaken,
-    /// When all pieces of those before it are done.
+    /// When all tasks of those before it are done.
     WhenDone,
 }
 
 /// Why a request was not carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Lapse<E> {
-    /// A piece came upon this; those that nobody had begun were given up.
+    /// A task came upon this; those that nobody had begun were given up.
     Failed(E),
     /// A thread panicked, and has told so; the same.
     Panicked,
-    /// It was given up before all pieces were begun.
+    /// It was given up before all tasks were begun.
     GivenUp,
 }
 
@@ -71,19 +71,19 @@ pub(crate) struct Begun<W: Work> {
 
 struct Job<W: Work> {
     work: W,
-    /// The pieces that are left, and the lapse if one fails.
+    /// The tasks that are left, and the lapse if one fails.
     progress: Countdown<Option<Lapse<W::Fault>>>,
 }
 
 /// A request that is not done.
 struct Request<W: Work> {
     job: Arc<Job<W>>,
-    pieces: W::Pieces,
+    tasks: W::Tasks,
 }
 
 struct Shared<W: Work> {
     waiting: Mutex<Waiting<W>>,
-    /// There may be a piece to take, or never one again.
+    /// There may be a task to take, or never one again.
     more: Condvar,
 }
 
@@ -113,14 +113,14 @@ impl<W: Work> Crew<W> {
         }
     }
 
-    /// Begins a request. One without pieces is done when its turn would come.
-    pub(crate) fn begin(&self, work: W, pieces: W::Pieces) -> Begun<W> {
+    /// Begins a request. One without tasks is done when its turn would come.
+    pub(crate) fn begin(&self, work: W, tasks: W::Tasks) -> Begun<W> {
         let alone = self.threads.is_empty().then(|| lock(&self.alone));
-        let job = self.shared.admit(work, pieces);
+        let job = self.shared.admit(work, tasks);
         if alone.is_some() {
             // All that waits is this: whoever else asks waits, too.
-            while let Some((job, piece)) = self.shared.take(0) {
-                self.shared.carry_out(&job, piece);
+            while let Some((job, task)) = self.shared.take(0) {
+                self.shared.carry_out(&job, task);
             }
         }
         let shared = Arc::clone(&self.shared);
@@ -145,7 +145,7 @@ impl<W: Work> Drop for Crew<W> {
 }
 
 impl<W: Work> Begun<W> {
-    /// The common part of the pieces.
+    /// The common part of the tasks.
     pub(crate) fn work(&self) -> &W {
         &self.job.work
     }
@@ -170,7 +170,7 @@ impl<W: Work> Begun<W> {
         self.job.progress.settle();
     }
 
-    /// Gives up the pieces that nobody has begun.
+    /// Gives up the tasks that nobody has begun.
     pub(crate) fn give_up(&self) {
         self.shared.give_up(|job| Arc::ptr_eq(job, &self.job));
     }
@@ -188,8 +188,8 @@ impl<W: Work> Shared<W> {
     }
 
     /// Puts a request behind the others.
-    fn admit(&self, work: W, pieces: W::Pieces) -> Arc<Job<W>> {
-        let count = pieces.count();
+    fn admit(&self, work: W, tasks: W::Tasks) -> Arc<Job<W>> {
+        let count = tasks.count();
         let progress = Countdown::new(count, None);
         let job = Arc::new(Job { work, progress });
         let mut waiting = lock(&self.waiting);
@@ -202,7 +202,7 @@ impl<W: Work> Shared<W> {
         let request = Arc::clone(&job);
         waiting.requests.push_back(Request {
             job: request,
-            pieces,
+            tasks,
         });
         drop(waiting);
         self.more.notify_all();
@@ -211,13 +211,13 @@ impl<W: Work> Shared<W> {
 
     /// Works until the crew is closed and all is begun.
     fn work(&self, worker: usize) {
-        while let Some((job, piece)) = self.next(worker) {
-            self.carry_out(&job, piece);
+        while let Some((job, task)) = self.next(worker) {
+            self.carry_out(&job, task);
         }
     }
 
-    /// Waits for a piece; None when there will be none.
-    fn next(&self, worker: usize) -> Option<(Arc<Job<W>>, PieceOf<W>)> {
+    /// Waits for a task; None when there will be none.
+    fn next(&self, worker: usize) -> Option<(Arc<Job<W>>, TaskOf<W>)> {
         let mut taken = None;
         let idle = |waiting: &mut Waiting<W>| {
             taken = waiting.take(worker);
@@ -227,13 +227,13 @@ impl<W: Work> Shared<W> {
         taken
     }
 
-    fn take(&self, worker: usize) -> Option<(Arc<Job<W>>, PieceOf<W>)> {
+    fn take(&self, worker: usize) -> Option<(Arc<Job<W>>, TaskOf<W>)> {
         lock(&self.waiting).take(worker)
     }
 
-    fn carry_out(&self, job: &Arc<Job<W>>, piece: PieceOf<W>) {
-        // A piece that panics is one that failed: the thread goes on.
-        let work = AssertUnwindSafe(|| job.work.carry_out(piece));
+    fn carry_out(&self, job: &Arc<Job<W>>, task: TaskOf<W>) {
+        // A task that panics is one that failed: the thread goes on.
+        let work = AssertUnwindSafe(|| job.work.carry_out(task));
         let lapse = match panic::catch_unwind(work) {
             Ok(Ok(())) => None,
             Ok(Err(fault)) => Some(Lapse::Failed(fault)),
@@ -247,25 +247,25 @@ impl<W: Work> Shared<W> {
 
     fn give_up(&self, is_meant: impl Fn(&Arc<Job<W>>) -> bool) {
         let given_up = lock(&self.waiting).withdraw(is_meant);
-        for (job, pieces) in given_up {
-            let count = pieces.count();
+        for (job, tasks) in given_up {
+            let count = tasks.count();
             // Let go of before they count.
-            drop(pieces);
+            drop(tasks);
             if count > 0 {
                 self.count(&job, count, Some(Lapse::GivenUp));
             }
         }
     }
 
-    /// So many pieces of a job are done with.
-    fn count(&self, job: &Arc<Job<W>>, pieces: usize, lapse: Option<Lapse<W::Fault>>) {
+    /// So many tasks of a job are done with.
+    fn count(&self, job: &Arc<Job<W>>, tasks: usize, lapse: Option<Lapse<W::Fault>>) {
         let note = |known: &mut Option<_>| {
-            // The first counts; that pieces were given up is what follows from others.
+            // The first counts; that tasks were given up is what follows from others.
             if let (None | Some(Lapse::GivenUp), Some(_)) = (&known, &lapse) {
                 *known = lapse;
             }
         };
-        if job.progress.finish(pieces, note) {
+        if job.progress.finish(tasks, note) {
             lock(&self.waiting).remove(job);
             self.more.notify_all();
         }
@@ -273,39 +273,34 @@ impl<W: Work> Shared<W> {
 }
 
 impl<W: Work> Waiting<W> {
-    /// The first piece whose turn it is.
-    fn take(&mut self, worker: usize) -> Option<(Arc<Job<W>>, PieceOf<W>)> {
+    /// The first task whose turn it is.
+    fn take(&mut self, worker: usize) -> Option<(Arc<Job<W>>, TaskOf<W>)> {
         let reach = match W::TURN {
             Turn::WhenTaken => self.requests.len(),
             Turn::WhenDone => 1,
         };
         let mut requests = self.requests.iter_mut().take(reach);
         requests.find_map(|request| {
-            let piece = request.pieces.take(worker)?;
-            Some((Arc::clone(&request.job), piece))
+            let task = request.tasks.take(worker)?;
+            Some((Arc::clone(&request.job), task))
         })
     }
 
     /// Whether nothing is left to be begun, nor ever will be.
     fn is_over(&self) -> bool {
-        let is_begun = |request: &Request<W>| request.pieces.count() == 0;
+        let is_begun = |request: &Request<W>| request.tasks.count() == 0;
         self.closed && self.requests.iter().all(is_begun)
     }
 
-    /// Takes out the pieces that wait of some requests.
+    /// Takes out the tasks that wait of some requests.
     fn withdraw(
         &mut self,
         is_meant: impl Fn(&Arc<Job<W>>) -> bool,
-    ) -> Vec<(Arc<Job<W>>, W::Pieces)> {
+    ) -> Vec<(Arc<Job<W>>, W::Tasks)> {
         let requests = self.requests.iter_mut();
         let meant = requests.filter(|request| is_meant(&request.job));
         meant
-            .map(|request| {
-                (
-                    Arc::clone(&request.job),
-                    std::mem::take(&mut request.pieces),
-                )
-            })
+            .map(|request| (Arc::clone(&request.job), std::mem::take(&mut request.tasks)))
             .collect()
     }
 

@@ -1,23 +1,23 @@
-//! Pieces of work that nobody has begun: one line for all workers, or a run for each.
+//! Tasks of work that nobody has begun: one line for all workers, or a run for each.
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
 
-/// Pieces of work that nobody has begun.
-pub(crate) trait Pieces {
+/// Tasks of work that nobody has begun.
+pub(crate) trait Tasks {
     /// One of them.
-    type Piece;
+    type Task;
 
     /// How many there are.
     fn count(&self) -> usize;
 
     /// The next one for a worker, by its number; None when all are taken.
-    fn take(&mut self, worker: usize) -> Option<Self::Piece>;
+    fn take(&mut self, worker: usize) -> Option<Self::Task>;
 }
 
 /// In order, whoever takes them.
-impl<T> Pieces for VecDeque<T> {
-    type Piece = T;
+impl<T> Tasks for VecDeque<T> {
+    type Task = T;
 
     fn count(&self) -> usize {
         self.len()
@@ -53,8 +53,8 @@ impl<T> Default for Apart<T> {
 }
 
 /// A worker's own first, then the last of the longest run.
-impl<T> Pieces for Apart<T> {
-    type Piece = T;
+impl<T> Tasks for Apart<T> {
+    type Task = T;
 
     fn count(&self) -> usize {
         self.runs.iter().map(VecDeque::len).sum()
