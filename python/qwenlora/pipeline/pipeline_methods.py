@@ -211,11 +211,7 @@ def fuse_lora(
     adapter_names: list[str] | None = None,
     **kwargs: Any,
 ) -> NoReturn:
-    """Refuse: composed LoRAs run inside the layers already, and 4-bit weights cannot hold them.
-
-    It is an error, since a script that fuses counts on what a fused LoRA does: it keeps
-    `lora_scale`, and stays when `unload_lora_weights` follows. Passing the call over would silently
-    make other pictures.
+    """Refuse, as the transformer's own `fuse_lora` does: nothing needs fusing.
 
     Raises:
         NothingToFuseError: Always.
