@@ -180,6 +180,40 @@ def test_a_factor_that_was_written_to(model, lora):
         qwenlora.reset_loras(model)
 
 
+@pytest.mark.parametrize(
+    ("layer", "parameter"),
+    [
+        ("transformer_blocks.0.attn.to_out.0", "bias"),
+        ("transformer_blocks.0.img_mod.1", "bias"),
+        ("transformer_blocks.0.attn.norm_q", "weight"),
+        ("txt_norm", "weight"),
+        ("proj_out", "bias"),
+    ],
+)
+def test_a_composed_value_that_was_written_to(layer, parameter, model, Draft, tmp_path):
+    """A reset would put the composed model's base over what was loaded."""
+    module = model.get_submodule(layer)
+    role = "diff_b" if parameter == "bias" else "diff"
+    size = module.get_parameter(parameter).numel()
+    draft = Draft.full(seed=1, rank=4).put(layer, role, size)
+    loaded = module.get_parameter(parameter).detach().clone()
+    qwenlora.compose_loras(model, draft.save(tmp_path / "values.safetensors"))
+    assert qwenlora.applied(model).complete
+    module.load_state_dict({parameter: loaded}, strict=False)
+    for look in (qwenlora.applied, qwenlora.reset_loras):
+        with pytest.raises(ModelStateError, match=rf"`{layer}\.{parameter}` was written to"):
+            look(model)
+
+
+def test_a_value_that_no_lora_changed(model, lora):
+    """A bias that is the model's own may change."""
+    qwenlora.compose_loras(model, lora[0])
+    with torch.no_grad():
+        model.proj_out.bias.add_(1)
+    assert qwenlora.applied(model).complete
+    qwenlora.reset_loras(model)
+
+
 def test_one_weight_that_is_somebodys_own(model, lora, probe):
     """A base weight beside a branch may change: the delta is what it was."""
     path, draft = lora

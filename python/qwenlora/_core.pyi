@@ -167,7 +167,7 @@ class Watch:
     def __new__(
         cls,
         children: Sequence[Mapping[str, nn.Module | None]],
-        parameters: Sequence[tuple[dict[str, nn.Parameter | None], str]],
+        parameters: Sequence[tuple[dict[str, nn.Parameter | None] | dict[str, Tensor | None], str]],
         buffers: Sequence[dict[str, Tensor | None]],
     ) -> Watch: ...
     def look(self) -> None: ...

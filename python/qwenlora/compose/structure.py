@@ -24,6 +24,7 @@ from qwenlora.model.offload import offload_of
 from qwenlora.model.state import SlotRecord, check_intact, read_state, require_not_overwritten
 from qwenlora.model.subclass import plain_class
 from qwenlora.model.target import factors_of
+from qwenlora.model.values import BASE_VALUES
 from qwenlora.packing.layout import LowRankSide
 from qwenlora.plan.documents import slot_map
 from qwenlora.slots.branch import is_whole
@@ -90,6 +91,7 @@ class Structure:
             [(own.parameters, own.name) for own in telling],
             [target.module._buffers for target in own],
         )
+        self._values = _ComposedValues(own)
         self.placed: PlacedStack | None = None
         self.kept = KeptSets()
         self._results: dict[Hashable, object] = {}
@@ -170,6 +172,7 @@ class Structure:
     def look(self) -> None:
         """Remember the slots' current tensors as the ones that a composition left there."""
         self._watch.look()
+        self._values = _ComposedValues(self.targets.values())
 
     def is_current(self, model: nn.Module) -> bool:
         """Tell if every module, and every tensor of every slot, is where it was.
@@ -188,8 +191,9 @@ class Structure:
     def require_unwritten(self, state: AppliedState) -> None:
         """Check that nobody wrote over a composed model, as `load_state_dict` does.
 
-        A factor that was written to holds values that are not known. One weight of many may be
-        anybody's own; where most were written, another model was loaded over this one.
+        A factor, a bias or a norm that was composed and then written to holds values that are not
+        known. One weight of many may be anybody's own; where most were written, another model was
+        loaded over this one.
 
         Raises:
             ModelStateError: Somebody did.
@@ -198,9 +202,10 @@ class Structure:
             return
         written = [self._telling[at] for at in self._watch.rewritten()]
         factors = [path for path, is_ours in written if is_ours and path in state.records]
+        values = self._values.rewritten()
         others = sum(not is_ours for _, is_ours in self._telling)
-        if factors:
-            require_not_overwritten(state, f"`{factors[0]}` was")
+        if factors or values:
+            require_not_overwritten(state, f"`{[*factors, *values][0]}` was")
         if 2 * sum(not is_ours for _, is_ours in written) > others:
             require_not_overwritten(state, "most of the model's weights were")
 
@@ -266,6 +271,29 @@ def _telling(targets: Iterable[Target]) -> Iterator[_Telling]:
         for name in names:
             if parameters.get(name) is not None:
                 yield _Telling(target.path, name, parameters, place is not None)
+
+
+class _ComposedValues:
+    """The stored values that a composition changed: biases, norms' weights, embeddings' tables."""
+
+    def __init__(self, targets: Iterable[Target]) -> None:
+        # A fused module keeps the values of several slots.
+        modules = {id(own.module): (own.path, own.module) for own in targets}
+        changed = [
+            (path, module, name)
+            for path, module in modules.values()
+            for name in module.__dict__.get(BASE_VALUES, ())
+        ]
+        self._names = [f"{path}.{name}" for path, _, name in changed]
+        places = [
+            (module._parameters if name in module._parameters else module._buffers, name)
+            for _, module, name in changed
+        ]
+        self._watch = _core.Watch([], places, []) if places else None
+
+    def rewritten(self) -> list[str]:
+        """Those that were written to in place since."""
+        return [] if self._watch is None else [self._names[at] for at in self._watch.rewritten()]
 
 
 def _offload_state(model: nn.Module) -> tuple[object, ...]:
