@@ -448,6 +448,10 @@ JOURNAL_CODES = codes_of(
 )
 
 
+Place = tuple[tuple[CodeType, int], ...]
+"""An instruction of a function, and those of all its callers."""
+
+
 class Written:
     """A tiny model, and what it holds before and after a change."""
 
@@ -472,6 +476,27 @@ class Written:
             self.held[name] = probe.snapshot(self.model).tensors
         assert (self.held["before"] == self.held["after"]) is False
         self.restart()
+
+    def places(self) -> list[tuple[Place, bool]]:
+        """Of each instruction of the change: where it lies, and if the model is then written to."""
+        record, places = read_state(self.model), []
+
+        def note() -> bool:
+            frame, place = sys._getframe(2), []
+            while frame.f_code is not Written.change.__code__:
+                place.append((frame.f_code, frame.f_lasti))
+                frame = frame.f_back
+            places.append((tuple(place), read_state(self.model) is not record))
+            return True
+
+        watch = WATCH(JOURNAL_CODES, note)
+        watch.start()
+        try:
+            self.change()
+        finally:
+            watch.stop()
+        self.restart()
+        return places
 
     def _file(self, draft, path, *, values):
         rank = 4 if path.name == "1" else 20
@@ -536,24 +561,67 @@ NEXT = ["before", "after", "reset"]
 """What comes after an interruption; each time another."""
 
 
-@pytest.fixture(params=["compose", "replace", "reset", "rescale"])
+CHANGES = ["compose", "replace", "reset", "rescale"]
+PLACEMENTS = [Placement.WHOLE, Placement.BY_PATH]
+
+
+@pytest.fixture(params=CHANGES)
 def change(request):
     return request.param
 
 
-@pytest.fixture(params=[Placement.WHOLE, Placement.BY_PATH])
-def written(request, change, make_model, probe, Draft, tmp_path):
-    options = ComposeOptions(placement=request.param)
-    return Written(make_model, probe, Draft, tmp_path, change=change, options=options)
+@pytest.fixture(params=PLACEMENTS)
+def placement(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def make_written(make_model, probe, Draft, tmp_path_factory):
+    def made(change: str, placement: Placement) -> Written:
+        folder, options = tmp_path_factory.mktemp(change), ComposeOptions(placement=placement)
+        return Written(make_model, probe, Draft, folder, change=change, options=options)
+
+    return made
+
+
+@pytest.fixture
+def written(change, placement, make_written):
+    return make_written(change, placement)
+
+
+@pytest.fixture(scope="module")
+def taken(make_written):
+    """The instructions that are interrupted, by change and placement; the others are alike.
+
+    Where the model is not written to yet it is what it was, and each place is taken once. Where it
+    is, each change takes each place: the first and the last time that it comes there. What both
+    placements come to is taken in one of them.
+    """
+    taken: dict[tuple[str, Placement], list[int]] = {}
+    known: set[object] = set()
+    for change, placement in itertools.product(CHANGES, PLACEMENTS):
+        places = make_written(change, placement).places()
+        last = {place: at for at, (place, _) in enumerate(places)}
+        own = taken[change, placement] = []
+        seen: set[Place] = set()
+        for at, (place, is_written) in enumerate(places):
+            key: object = (change, place, place in seen) if is_written else place
+            if key not in known and (place not in seen or at == last[place]):
+                known.add(key)
+                own.append(at)
+            seen.add(place)
+        assert len(places) > 1000
+    return taken
 
 
 @pytest.mark.slow
 @in_own_thread
-def test_a_model_after_an_interruption_at_every_instruction(written):
-    at = 0
-    while written.interrupt(at, at=at):
-        at += 1
-    assert at > 1000
+def test_a_model_after_an_interruption_at_every_instruction(change, placement, written, taken):
+    for turn, at in enumerate(taken[change, placement]):
+        assert written.interrupt(turn, at=at), at
+    # All instructions are counted as `taken` counted them.
+    assert written.interrupt(0, at=len(written.places())) == 0
+    assert turn > 100
 
 
 AGAIN = [1, 3, 7, 19, 47, 113, 257]
