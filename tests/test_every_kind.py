@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 EXACT = 1e-5
 """Relative error of a delta that is a difference of float32 outputs ten times its size."""
 WIDTH = 256
-FEW, MANY = 24, 512
+FEW, ENOUGH, MANY = 24, 64, 512
 """Tokens that a layer is called with: many where its rounding is to even out."""
 QUICK = (
     "dora of rows",
@@ -125,8 +125,8 @@ class Layers:
         dtype = torch.float32 if target is None else target.dtype
         if target is None:
             dtype = self.targets[f"{path}.net.2"].dtype
-        x, layer = tokens(self.count, columns, dtype), model.get_submodule(path)
-        is_modulation = target is not None and target.kind is SlotKind.AWQ
+        x, layer = tokens(self._count(path), columns, dtype), model.get_submodule(path)
+        is_modulation = self._is_modulation(path)
         with torch.no_grad():
             if is_modulation:
                 # Its kernel takes few rows, which have no other axis.
@@ -136,6 +136,13 @@ class Layers:
         if target is not None and target.row_order is RowOrder.INTERLEAVED:
             output = deinterleave_modulation(output, dim=-1)
         return output
+
+    def _is_modulation(self, path: str) -> bool:
+        return path in self.targets and self.targets[path].kind is SlotKind.AWQ
+
+    def _count(self, path: str) -> int:
+        """Fewer of a modulation, which takes eight at once and rounds none of them."""
+        return min(self.count, ENOUGH) if self._is_modulation(path) else self.count
 
     def _tokens_of(self, attention: FusedAttention) -> Tensor:
         """(1, tokens, K): the kernel takes few tokens of one sample alone."""
@@ -163,7 +170,8 @@ class Layers:
         if path in self.attentions:
             return self._expected_attention(self.attentions[path], stack)
         if path in self.targets:
-            x = tokens(self.count, self.targets[path].row.in_features, self.targets[path].dtype)
+            target = self.targets[path]
+            x = tokens(self._count(path), target.row.in_features, target.dtype)
             return F.linear(x.flatten(0, -2).double(), *self.weights(path, stack))
         x = tokens(self.count, WIDTH, self.targets[f"{path}.net.2"].dtype).flatten(0, -2).double()
         hidden = F.linear(x, *self.weights(f"{path}.net.0.proj", stack))
