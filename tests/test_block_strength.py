@@ -262,21 +262,28 @@ def test_products_beside_a_layer_are_scaled_bit_for_bit(Draft, probe):
     assert differing(model, expected, probe) == SAME
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("diffusers")
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("kind", ["lora", "lokr"])
-def test_a_whole_diffusers_model_answers_as_the_dense_one(text, kind):
-    """Its attention is in parts, and the file's is fused."""
+@pytest.fixture(scope="module")
+def lites(diffusers):
+    """A model of diffusers' own, dense and in 4 bits."""
     pytest.importorskip("diffusers.quantizers.nunchaku")
     from . import test_lite as lite
 
     torch.manual_seed(0)
     dense = lite.QwenImageTransformer2DModel(**lite.CONFIG | {"num_layers": BLOCKS})
     dense = dense.eval().requires_grad_(False)
-    model = emulation.lite_transformer(
+    return dense, emulation.lite_transformer(
         dense, rank=32, precision=Precision.EXACT, dtype=torch.float32
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_a_whole_diffusers_model_answers_as_the_dense_one(text, kind, lites):
+    """Its attention is in parts, and the file's is fused."""
+    from . import test_lite as lite
+
+    dense, model = lites[0], copy.deepcopy(lites[1])
     file = lite.File()
     for block, side in itertools.product(range(BLOCKS), ("to_qkv", "add_qkv_proj")):
         stem = f"transformer_blocks.{block}"
