@@ -1,7 +1,9 @@
 """Signals at random moments of all that changes a model; `test_storm.py` runs it.
 
-Arguments: seconds, seed, folder with `a.safetensors` and `b.safetensors`: LoRAs of its model. An
-odd seed turns block offload on. It prints how many rounds it went and how many signals were caught.
+Arguments: seconds, folder with `a.safetensors` and `b.safetensors`, which are LoRAs of its model,
+and seeds; each has these seconds. An odd seed turns block offload on. For each it prints how many
+rounds it went and how many signals were caught. For hours:
+`python tests/storm.py 3600 FOLDER 2 3`.
 """
 
 from __future__ import annotations
@@ -200,6 +202,9 @@ class Storm:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, Bell.ring)
-    storm = Storm(int(sys.argv[2]), Path(sys.argv[3]))
-    storm.run(float(sys.argv[1]))
-    sys.stdout.write(f"{storm.rounds} {storm.caught}\n")
+    storms = [Storm(seed, Path(sys.argv[2])) for seed in map(int, sys.argv[3:])]
+    for storm in storms:
+        storm.run(float(sys.argv[1]))
+    # Behind all that merging says.
+    for storm in storms:
+        sys.stdout.write(f"{storm.rounds} {storm.caught}\n")
