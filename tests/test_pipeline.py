@@ -8,6 +8,7 @@ same adapters, raise alike, and make the same picture.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import inspect
 import logging
@@ -43,7 +44,6 @@ from .pipelines import (
     QUANTIZED,
     TOP_PATHS,
     dense_transformer,
-    emulated,
     forward,
     picture,
     pipeline_of,
@@ -69,15 +69,22 @@ def vae():
     return tiny_vae()
 
 
+@pytest.fixture(scope="module")
+def quantized(dense):
+    """`dense` in 4 bits, by kind: makes copies of models that are made once."""
+    make = functools.cache(lambda kind: QUANTIZED[kind](dense))
+    return lambda kind: copy.deepcopy(make(kind))
+
+
 @pytest.fixture(params=["nunchaku", pytest.param("diffusers", marks=pytest.mark.slow)])
-def quantize(request):
-    """Makes a transformer of one kind from a dense one."""
-    return QUANTIZED[request.param]
+def make_quantized(request, quantized):
+    """Makes a transformer of one kind."""
+    return functools.partial(quantized, request.param)
 
 
 @pytest.fixture
-def make_pipeline(dense, vae, quantize):
-    return lambda: pipeline_of(quantize(dense), vae)
+def make_pipeline(vae, make_quantized):
+    return lambda: pipeline_of(make_quantized(), vae)
 
 
 @pytest.fixture
@@ -100,42 +107,55 @@ class Outcome:
 
 
 class Both:
-    """PEFT on the dense pipeline, ours on the emulated one."""
+    """PEFT on the dense pipeline, ours on emulated ones: lazy, eager, or one of each."""
 
-    def __init__(self, dense, vae, quantize, *, eager) -> None:
+    def __init__(self, dense, vae, make_quantized, *, eager: tuple[bool, ...]) -> None:
         self.theirs = pipeline_of(copy.deepcopy(dense), vae)
-        self.ours = qwenlora.attach(pipeline_of(quantize(dense), vae), eager=eager)
+        self.ours = {
+            "eager" if own else "lazy": qwenlora.attach(
+                pipeline_of(make_quantized(), vae), eager=own
+            )
+            for own in eager
+        }
 
     def call(self, name: str, *args, on="pipeline", **kwargs) -> None:
-        """Call a method of both; both return alike, or both raise, ours what catches theirs."""
-        outcomes = []
-        for pipeline in (self.theirs, self.ours):
-            owner = pipeline if on == "pipeline" else pipeline.transformer
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                given = copy.deepcopy((args, kwargs))
-                method = getattr(owner, name)
-                outcomes.append(Outcome(lambda m=method, g=given: m(*g[0], **g[1])))
-        theirs, ours = outcomes
-        if theirs.error is not None:
-            assert isinstance(ours.error, type(theirs.error)), (name, theirs.error, ours.error)
-            assert isinstance(ours.error, errors.QwenLoraError | TypeError)
-        else:
-            assert ours.error is None, (name, ours.error)
-            if theirs.value is not None:
-                assert ours.value == theirs.value
+        """Call a method of all; all return alike, or all raise, ours what catches theirs."""
+        theirs, *rest = (
+            self._outcome(pipeline, name, args, kwargs, on)
+            for pipeline in (self.theirs, *self.ours.values())
+        )
+        for how, ours in zip(self.ours, rest, strict=True):
+            if theirs.error is not None:
+                assert isinstance(ours.error, type(theirs.error)), (
+                    how, name, theirs.error, ours.error
+                )  # fmt: skip
+                assert isinstance(ours.error, errors.QwenLoraError | TypeError)
+            else:
+                assert ours.error is None, (how, name, ours.error)
+                if theirs.value is not None:
+                    assert ours.value == theirs.value, how
 
-    def compare(self) -> None:
+    @staticmethod
+    def _outcome(pipeline, name: str, args, kwargs, on: str) -> Outcome:
+        owner = pipeline if on == "pipeline" else pipeline.transformer
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            given = copy.deepcopy((args, kwargs))
+            method = getattr(owner, name)
+            return Outcome(lambda: method(*given[0], **given[1]))
+
+    def compare(self, **options) -> None:
         """The same names, in the same order, and the same picture."""
-        assert self.ours.get_active_adapters() == self.theirs.get_active_adapters()
-        assert self.ours.get_list_adapters() == self.theirs.get_list_adapters()
-        error = relative_error(picture(self.ours), picture(self.theirs))
-        assert error < OUTPUT_BOUND
+        expected = picture(self.theirs, **options)
+        for how, ours in self.ours.items():
+            assert ours.get_active_adapters() == self.theirs.get_active_adapters(), how
+            assert ours.get_list_adapters() == self.theirs.get_list_adapters(), how
+            assert relative_error(picture(ours, **options), expected) < OUTPUT_BOUND, how
 
 
-@pytest.fixture(params=[False, True], ids=["lazy", "eager"])
-def both(request, dense, vae, quantize):
-    return Both(dense, vae, quantize, eager=request.param)
+@pytest.fixture
+def both(dense, vae, make_quantized):
+    return Both(dense, vae, make_quantized, eager=(False, True))
 
 
 A, B, C = tensors(1), tensors(2, rank=8), tensors(3)
@@ -417,13 +437,13 @@ def calls(draw):
 @pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(st.lists(calls(), min_size=3, max_size=10), st.sampled_from([*QUANTIZED]), st.booleans())
-def test_any_calls_do_what_peft_does(dense, vae, history, kind, eager):
-    both = Both(dense, vae, QUANTIZED[kind], eager=eager)
+def test_any_calls_do_what_peft_does(dense, vae, quantized, history, kind, eager):
+    both = Both(dense, vae, functools.partial(quantized, kind), eager=(eager,))
     for call, *args in history:
         if call == "load_lora_weights":
             args[0] = tensors(args[0])
         both.call(call, *args)
-        if not both.ours.get_list_adapters():
+        if not any(ours.get_list_adapters() for ours in both.ours.values()):
             # PEFT's layers stay turned off where all is deleted, until they are unloaded.
             both.call("unload_lora_weights")
     both.compare()
@@ -487,9 +507,10 @@ def test_one_dict_holds_for_every_adapter(both):
     both.call("load_lora_weights", B, "fox")
     both.theirs.set_adapters(["elk", "fox"], [{"transformer": 0.5}, {"transformer": 0.5}])
     weights = {"transformer": 0.5}
-    both.ours.set_adapters(["elk", "fox"], weights)
+    for ours in both.ours.values():
+        ours.set_adapters(["elk", "fox"], weights)
+        assert weights == {"transformer": 0.5}
     both.compare()
-    assert weights == {"transformer": 0.5}
 
 
 def test_a_free_name_takes_no_other_one_s_place(pipeline):
@@ -531,16 +552,14 @@ def test_scale_in_a_call_is_peft_s(both, scale):
     both.call("load_lora_weights", B, "fox")
     both.call("set_adapters", ["elk", "fox"], [0.5, 0.75])
     options = {"scale": scale}
-    found = picture(both.ours, attention_kwargs=options)
-    expected = picture(both.theirs, attention_kwargs=options)
+    both.compare(attention_kwargs=options)
     assert options == {"scale": scale}
-    assert relative_error(found, expected) < OUTPUT_BOUND
 
 
 @pytest.mark.parametrize("name", ["joint_attention_kwargs", "cross_attention_kwargs"])
-def test_scale_under_the_other_names(dense, vae, name):
+def test_scale_under_the_other_names(quantized, vae, name):
     """Forwards of other models call the argument so; the emulated one takes any."""
-    pipeline = qwenlora.attach(pipeline_of(emulated(dense), vae))
+    pipeline = qwenlora.attach(pipeline_of(quantized("nunchaku"), vae))
     pipeline.load_lora_weights(A, "elk")
     expected = forward(pipeline.transformer, attention_kwargs={"scale": 0.5})
     assert torch.equal(forward(pipeline.transformer, **{name: {"scale": 0.5}}), expected)
@@ -816,9 +835,9 @@ def test_components_make_another_pipeline_with_the_loras(pipeline):
     assert other.get_active_adapters() == ["fox"]
 
 
-def test_another_transformer_in_the_pipeline_is_noticed(pipeline, dense, quantize):
+def test_another_transformer_in_the_pipeline_is_noticed(pipeline, make_quantized):
     pipeline.load_lora_weights(A, "elk")
-    pipeline.transformer = quantize(dense)
+    pipeline.transformer = make_quantized()
     with pytest.raises(errors.ModelStateError, match=r"call qwenlora\.attach"):
         pipeline.set_adapters("elk")
     qwenlora.attach(pipeline)
@@ -826,11 +845,15 @@ def test_another_transformer_in_the_pipeline_is_noticed(pipeline, dense, quantiz
 
 
 @pytest.mark.slow
-def test_a_compiled_transformer_is_looked_through(pipeline):
+@pytest.mark.parametrize(
+    "quantize", [pytest.param(quantize, id=kind) for kind, quantize in QUANTIZED.items()]
+)
+def test_a_compiled_transformer_is_looked_through(quantize, vae):
+    pipeline = qwenlora.attach(pipeline_of(quantize(dense_transformer(num_layers=1)), vae))
     base = picture(pipeline)
     plain = pipeline.transformer
     pipeline.transformer = torch.compile(plain, backend="eager")
-    pipeline.load_lora_weights(A, "elk")
+    pipeline.load_lora_weights(tensors(1, blocks=1), "elk")
     changed = picture(pipeline)
     assert not torch.equal(changed, base)
     pipeline.transformer.set_adapters("elk", 0.0)
