@@ -68,15 +68,16 @@ def test_a_trained_adapter(name, base):
     assert found.losses[1] < 0.85 * found.losses[0]
     slots = {path: dense_paths(path) for path, leaf in base.named_modules() if _is_linear(leaf)}
     slots = {path: own for path, own in slots.items() if set(own) & set(found.weights)}
+    shifts = {path: wanted(name, members) for path, members in slots.items()}
+    before = {path: outputs_of(base, path) for path in slots}
     assert {member for own in slots.values() for member in own} >= set(found.weights)
     model = copy.deepcopy(base)
     for strength in (1.0, -0.7):
         report = qwenlora.compose_loras(model, [(found.source, strength)], strict=True)
         assert report.complete
-        for path, members in slots.items():
-            expected = strength * wanted(name, members)
-            added = outputs_of(model, path) - outputs_of(base, path)
-            assert relative_error(added, expected) < DELTA_BOUND, path
+        for path in slots:
+            added = outputs_of(model, path) - before[path]
+            assert relative_error(added, strength * shifts[path]) < DELTA_BOUND, path
         if strength == 1:
             moved = found.flow - flow_of(base_model())
             assert relative_error(flow_of(model) - flow_of(base), moved) < MODEL_BOUND

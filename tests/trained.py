@@ -45,7 +45,7 @@ TARGETS = (
 )
 FEW = (f"{BLOCK}.attn.to_q", f"{BLOCK}.img_mlp.net.0.proj", f"{BLOCK}.img_mod.1")
 """What is trained of the kinds whose tools take many small steps for each layer."""
-STEPS = 200
+STEPS = 60
 BASE_STEPS = 100
 BATCH = 4
 SIDE = 8
@@ -269,7 +269,7 @@ def targets(name: str) -> tuple[str, ...]:
 
 def _rate(name: str) -> float:
     """A rate at which deltas reach a tenth of the weight and more, within so few steps."""
-    return 3e-3 if name.endswith(("IA3", "HRA")) else 5e-4
+    return 1e-2 if name.endswith(("IA3", "HRA")) else 2e-3
 
 
 @functools.cache
