@@ -100,6 +100,7 @@ _BUILT_IN = {
 }
 
 
+@pytest.mark.in_turn("name")
 @pytest.mark.parametrize(
     "name",
     [
@@ -122,6 +123,7 @@ def test_unusable_loras_raise_and_leave_the_model(name, model, lora, probe, Draf
     assert qwenlora.applied(model) is report
 
 
+@pytest.mark.in_turn("bad", "half", "target")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("half", ["down", "up"])
 @pytest.mark.parametrize("target", [f"{BLOCK}.attn.to_k", f"{BLOCK}.txt_mod.1", "img_in"])
@@ -157,6 +159,7 @@ def test_float16_overflow_is_an_error(make_model, probe, Draft):
 
 
 @pytest.mark.slow
+@pytest.mark.in_turn("dtype", "bad")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("offloaded", [False, True])
@@ -206,6 +209,7 @@ def test_strengths_that_just_fit_are_applied_each_time(
         qwenlora.reset_loras(model)
 
 
+@pytest.mark.in_turn("not_a_model")
 @pytest.mark.parametrize("not_a_model", [None, "model", {}, torch.zeros(1), object()])
 def test_what_is_no_model(not_a_model, lora):
     for loras in (lora[0], []):
@@ -220,6 +224,7 @@ def test_models_without_slots(lora):
         assert issubclass(errors.UnsupportedModelError, TypeError)
 
 
+@pytest.mark.in_turn("change")
 @pytest.mark.parametrize("change", ["one half", "both halves", "base", "dtype", "gone", "branch"])
 def test_a_slot_that_something_else_changed(change, model, lora):
     qwenlora.compose_loras(model, lora[0])
@@ -286,6 +291,7 @@ _STRICT = {
 }
 
 
+@pytest.mark.in_turn("kind")
 @pytest.mark.parametrize("kind", list(_STRICT))
 def test_left_out_is_reported_or_raised(kind, model, probe, Draft):
     draft, target = _partial(Draft, kind)
@@ -310,6 +316,7 @@ def test_strict_passes_what_is_whole(model, lora):
     assert qwenlora.compose_loras(model, lora[0], strict=True).complete
 
 
+@pytest.mark.in_turn("reason", "tensors", "target")
 @pytest.mark.parametrize(
     ("reason", "tensors"),
     [
@@ -335,10 +342,11 @@ def test_unsupported_adapters_are_named_and_never_applied(
     assert probe.delta(model, target.replace("to_q", "to_qkv")).norm() == 0
 
 
-@pytest.mark.usefixtures("diffusers")
+@pytest.mark.usefixtures("diffusers", "workers")
+@pytest.mark.parametrize("workers", ["rust"], indirect=True)
 def test_a_lora_of_the_other_model_is_refused_by_name(Draft):
     z_image = emulation.z_image_transformer(
-        emulation.tiny_z_image(),
+        emulation.tiny_z_image(layers=1),
         form=emulation.ZImageForm.FUSED,
         rank=16,
         precision=emulation.Precision.EXACT,
