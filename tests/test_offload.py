@@ -81,6 +81,7 @@ def test_composing_under_offload_is_composing(model, uneven, other, probe, resid
     assert torch.equal(probe.output(model), base)
 
 
+@pytest.mark.in_turn("change")
 @pytest.mark.parametrize("change", ["strength", "another", "none"])
 def test_changes_between_forwards(model, uneven, other, probe, change):
     model.set_offload(True)
@@ -101,6 +102,7 @@ def test_offload_turned_on_after_composing(model, uneven, probe):
     assert qwenlora.compose_loras(model, uneven) is qwenlora.applied(model)
 
 
+@pytest.mark.in_turn("names")
 @pytest.mark.parametrize(
     "names",
     [
@@ -266,6 +268,7 @@ def test_buses_carry_what_the_report_says(model, uneven, probe):
 
 
 @pytest.mark.slow
+@pytest.mark.in_turn("placement")
 @pytest.mark.parametrize("placement", [Placement.WHOLE, Placement.BY_PATH])
 def test_an_error_at_any_allocation(model, uneven, other, probe, placement, monkeypatch):
     model.set_offload(True)
