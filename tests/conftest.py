@@ -59,6 +59,7 @@ HOST = "host"
 """The fixture that starts a ComfyUI, which takes seconds."""
 
 TOGETHER = (
+    "tests/browser/",
     "tests/host/",
     "tests/release/test_pack_in_comfyui.py",
     "tests/test_benches.py",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,7 +17,6 @@ from .workbench import Workbench
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from playwright.sync_api import Browser
 
@@ -56,9 +58,9 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyProcess]:
     running.stop()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def chromium() -> Iterator[Browser]:
-    """The browser; of one module, since its driver keeps an event loop that others would meet."""
+    """The browser; of these tests, since its driver keeps an event loop that others would meet."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: make setup")
     path = next(filter(None, map(shutil.which, CHROMIUM)), None)
     if path is None:
@@ -75,16 +77,38 @@ def way(request: pytest.FixtureRequest) -> tuple[Frontend, Renderer]:
     return getattr(request, "param", (Frontend.NEWEST, Renderer.CANVAS))
 
 
+@cache
+def _three(draft: Any) -> dict[str, bytes]:
+    """The files of three LoRAs by their names."""
+    seeds = {"style": 1, "character": 2, "qwen/light": 3}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "one.safetensors")
+        files = {}
+        for name, seed in seeds.items():
+            draft.full(seed, rank=4, blocks=2).save(path)
+            files[name] = path.read_bytes()
+    return files
+
+
 @pytest.fixture
 def loras(comfy: ComfyProcess, Draft) -> Iterator[Path]:
     """The folder with three LoRAs: `style`, `character`, and `qwen/light`; others go afterwards."""
-    for name, seed in (("style", 1), ("character", 2), ("qwen/light", 3)):
+    for name, content in _three(Draft).items():
         path = comfy.loras / f"{name}.safetensors"
         path.parent.mkdir(exist_ok=True)
-        Draft.full(seed, rank=4, blocks=2).save(path)
+        path.write_bytes(content)
     yield comfy.loras
     shutil.rmtree(comfy.loras)
     comfy.loras.mkdir()
+
+
+@pytest.fixture(scope="package")
+def pages(chromium: Browser) -> Iterator[dict[tuple[Frontend, Renderer], Workbench]]:
+    """One page for each way: loading it takes longer than what a test does in it."""
+    opened: dict[tuple[Frontend, Renderer], Workbench] = {}
+    yield opened
+    for bench in opened.values():
+        bench.close()
 
 
 @pytest.fixture
@@ -93,14 +117,16 @@ def workbench(
     loras: Path,
     chromium: Browser,
     way: tuple[Frontend, Renderer],
-    request: pytest.FixtureRequest,
-) -> Iterator[Workbench]:
-    """An empty canvas in a fresh browser profile."""
+    pages: dict[tuple[Frontend, Renderer], Workbench],
+) -> Workbench:
+    """An empty canvas, as on a page that was just loaded."""
     frontend, renderer = way
     _require(frontend)
-    bench = Workbench.open(comfy, chromium, frontend, renderer)
-    yield bench
-    bench.close()
+    if way in pages:
+        pages[way].reset()
+    else:
+        pages[way] = Workbench.open(comfy, chromium, frontend, renderer)
+    return pages[way]
 
 
 def _require(frontend: Frontend) -> None:

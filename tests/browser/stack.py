@@ -10,9 +10,6 @@ if TYPE_CHECKING:
 
     from .workbench import Workbench
 
-PAUSE = 150
-"""Milliseconds that a click may take until it is seen."""
-
 
 def row(name: str, strength: float = 1.0, enabled: bool = True) -> dict[str, Any]:
     """One row as it is saved; `name` without its ending."""
@@ -79,7 +76,7 @@ class Stack:
     def click(self, index: int, name: str) -> None:
         """Click a part of a row."""
         self.part(index, name).click()
-        self.bench.settle(PAUSE)
+        self.bench.settle()
 
     def choose(self, text: str) -> None:
         """Type into the list of files that is open, and take the first."""
@@ -88,13 +85,13 @@ class Stack:
     def add_row(self) -> None:
         """Click "Add LoRA"; its list of files is then open."""
         self.element.locator(".qwenlora-add").click()
-        self.bench.settle(PAUSE)
+        self.bench.settle()
 
     def keys(self, *keys: str) -> None:
         """Press keys, one after the other."""
         for key in keys:
             self.bench.page.keyboard.press(key)
-        self.bench.settle(PAUSE)
+        self.bench.settle()
 
     def drag(self, index: int, to: int) -> None:
         """Drag a row by its grip onto another."""
@@ -107,4 +104,4 @@ class Stack:
         mouse.down()
         mouse.move(x + 3, end["y"] + end["height"] / 2, steps=4)
         mouse.up()
-        self.bench.settle(PAUSE)
+        self.bench.settle()

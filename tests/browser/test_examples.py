@@ -35,7 +35,7 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def classes(comfy) -> dict[str, Any]:
     """What the server tells of nodes, by id."""
     return comfy.request("/object_info")
@@ -287,7 +287,7 @@ def test_the_template_browser_opens_one_by_clicks(workbench):
     assert sorted(cards.all_text_contents()) == [path.stem for path in EXAMPLES]
     dialog.get_by_text(STACK.stem, exact=True).click()
     dialog.wait_for(state="hidden")
-    workbench.settle(500)
+    workbench.until("(count) => app.graph.nodes.length === count", len(read(STACK)["nodes"]))
     opened = {own["type"] for own in workbench.saved()["nodes"]}
     assert opened == {own["type"] for own in read(STACK)["nodes"]}
     nodes = workbench.saved()["nodes"] + read(STACK)["nodes"]
@@ -300,11 +300,11 @@ def put_blueprint(bench) -> dict[str, Any]:
     """Find the blueprint as any node, by a double click and its name; returns the node."""
     # Blueprints are read after the page is there.
     bench.page.wait_for_load_state("networkidle")
-    bench.settle(1000)
+    bench.settle()
     # On a busy machine the page may take Enter before it has the list.
     while not choose_blueprint(bench):
         bench.page.keyboard.press("Escape")
-        bench.settle(600)
+        bench.settle(300)
     (node,) = bench.saved()["nodes"]
     return node
 
@@ -313,17 +313,17 @@ def choose_blueprint(bench) -> bool:
     """Search for it once; whether it is in the workflow then."""
     page = bench.page
     page.mouse.dblclick(750, 800)
-    bench.settle(600)
-    page.keyboard.type("qwen-image with loras", delay=20)
+    bench.settle(300)
+    page.keyboard.type("qwen-image with loras")
     page.get_by_text(NAME).first.wait_for()
     # The list is searched anew for each letter.
-    bench.settle(1500)
-    page.keyboard.press("Enter")
     bench.settle(600)
+    page.keyboard.press("Enter")
+    bench.settle(300)
     for _ in range(10):
         # The newest hangs it on the mouse until a click.
         page.mouse.click(500, 200)
-        bench.settle(600)
+        bench.settle(300)
         if bench.saved()["nodes"]:
             return True
     return False
@@ -362,7 +362,7 @@ def test_the_blueprint_is_found_filled_and_run(workbench):
         " app.graph.getNodeById(id))",
         node["id"],
     )
-    bench.settle(800)
+    bench.settle(100)
     bench.fit()
     stack = next(own["id"] for own in inside()["nodes"] if own["type"] == "QwenLoraStack")
     rows = Stack(bench, stack)

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 import pytest
 
 from .conftest import WAYS
 from .frontends import Frontend, Renderer
 from .stack import Stack, row
-from .workbench import Workbench
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from playwright.sync_api import Browser
-
-    from .comfy_process import ComfyProcess
 
 BOTH = [
     pytest.param((Frontend.NEWEST, Renderer.CANVAS), id="newest-canvas"),
@@ -31,33 +21,6 @@ ENDS = [
 THREE = (row("qwen/light", 0.8), row("style", 1.0, False), row("character", -0.5))
 
 DEFAULTS = {"blocks": "all", "custom_blocks": "", "schedule": "", "schedule_mode": "linear"}
-
-
-@pytest.fixture(scope="module")
-def pages() -> Iterator[dict[tuple[Frontend, Renderer], Workbench]]:
-    """One page for each way: loading it takes longer than what a test does in it."""
-    opened: dict[tuple[Frontend, Renderer], Workbench] = {}
-    yield opened
-    for bench in opened.values():
-        bench.close()
-
-
-@pytest.fixture
-def workbench(
-    comfy: ComfyProcess,
-    loras: Path,
-    chromium: Browser,
-    way: tuple[Frontend, Renderer],
-    pages: dict[tuple[Frontend, Renderer], Workbench],
-) -> Workbench:
-    """An empty canvas."""
-    if way not in pages:
-        if not way[0].folder.is_dir():
-            pytest.skip(f"needs ComfyUI's frontend {way[0].value}")
-        pages[way] = Workbench.open(comfy, chromium, *way)
-    bench = pages[way]
-    bench.clear()
-    return bench
 
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)
@@ -232,7 +195,8 @@ def test_what_one_frontend_saves_the_others_open(workbench, pages):
     saved = workbench.saved()
     # They are open from the tests before; this one alone opens its own.
     for bench in pages.values():
-        bench.clear()
+        if bench is not workbench:
+            bench.reset()
         bench.load(saved)
         opened = Stack(bench, stack.node)
         assert opened.rows == list(THREE)
@@ -265,47 +229,54 @@ def test_nodes_are_copied_undone_collapsed_and_grouped(workbench):
     left, top, _, _ = workbench.box(stack.node)
     page.mouse.click(left + 120, top + 12)
     stack.keys("Control+c")
-    workbench.settle(300)
     stack.keys("Control+v")
-    workbench.settle(300)
+    workbench.until("() => app.graph.nodes.length === 2")
     copies = [node for node in workbench.saved()["nodes"] if str(node["id"]) != str(stack.node)]
     assert [node["widgets_values"][0] for node in copies] == [list(THREE)]
     page.evaluate("(id) => app.graph.remove(app.graph.getNodeById(id))", copies[0]["id"])
     # What is opened begins a history of its own.
     workbench.load(workbench.saved())
-    workbench.settle(600)
+    workbench.settle(300)
 
     stack.click(0, "switch")
     stack.click(0, "remove")
-    stack.line(0).focus()
-    stack.keys("Control+z")
-    workbench.settle(600)
-    assert stack.rows == [row("qwen/light", 0.8, False), *THREE[1:]]
+    assert undone(stack, 20) == [row("qwen/light", 0.8, False), *THREE[1:]]
     # What else the frontend has noted meanwhile, the node's size for one, is a step of its own.
     for _ in range(2):
         if stack.rows != list(THREE):
-            stack.line(0).focus()
-            stack.keys("Control+z")
-            workbench.settle(600)
+            undone(stack, 2)
     assert stack.rows == list(THREE)
 
     page.evaluate("(id) => app.graph.getNodeById(id).collapse()", stack.node)
-    workbench.settle(300)
+    page.locator("qwenlora-rows:visible").first.wait_for(state="hidden")
     assert page.locator("qwenlora-rows:visible").count() == 0
     page.evaluate("(id) => app.graph.getNodeById(id).collapse()", stack.node)
-    workbench.settle(300)
+    page.locator("qwenlora-rows:visible").first.wait_for()
     assert len(stack.shown) == 3
 
     page.evaluate(
         "(id) => { app.graph.convertToSubgraph(new Set([app.graph.getNodeById(id)])); }", stack.node
     )
-    workbench.settle(400)
+    workbench.settle(100)
     assert prompted(workbench) == list(THREE)
     saved = workbench.saved()
-    workbench.reload()
+    assert workbench.problems == []
+    workbench.reset()
     workbench.load(saved)
     assert prompted(workbench) == list(THREE)
     assert workbench.problems == []
+
+
+def undone(stack, seconds):
+    """The rows after a step back, for which the page has so much time."""
+    before = stack.rows
+    stack.line(0).focus()
+    stack.keys("Control+z")
+    end = time.monotonic() + seconds
+    while stack.rows == before and time.monotonic() < end:
+        stack.bench.settle()
+    stack.bench.settle()
+    return stack.rows
 
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)
@@ -316,7 +287,7 @@ def test_the_node_has_room_for_its_rows(workbench):
         rows = [row("style")] * count
         script = "([id, rows]) => { app.graph.getNodeById(id).widgets[0].value = rows; }"
         workbench.page.evaluate(script, [stack.node, rows])
-        workbench.settle(400)
+        workbench.settle(100)
         _, top, _, height = workbench.box(stack.node)
         stack.element.locator(".qwenlora-add").wait_for()
         last = stack.element.locator(".qwenlora-add").bounding_box()
@@ -324,7 +295,7 @@ def test_the_node_has_room_for_its_rows(workbench):
         heights.append(height)
         assert stack.element.locator(".qwenlora-add").is_enabled() == (count < 20)
     workbench.load(workbench.saved())
-    workbench.settle(400)
+    workbench.settle(100)
     assert workbench.box(stack.node)[3] == pytest.approx(heights[2], abs=2)
     scale = workbench.page.evaluate("() => app.canvas.ds.scale")
     assert heights[1] - heights[0] == pytest.approx(19 * 26 * scale, abs=2)
@@ -363,7 +334,7 @@ def test_the_panel_beside_the_canvas_has_them_too(workbench):
     stack = Stack.add(workbench, *THREE)
     left, top, width, _ = workbench.box(stack.node)
     page.mouse.click(left + 120, top + 12)
-    workbench.settle(800)
+    workbench.settle(100)
     if not page.locator(".widget-item").count():
         page.get_by_role("button", name="Toggle properties panel").first.click()
     page.wait_for_selector(".widget-item qwenlora-rows")
@@ -383,6 +354,8 @@ def test_the_panel_beside_the_canvas_has_them_too(workbench):
     assert box["x"] >= left
     assert box["x"] + box["width"] <= left + width
     assert workbench.problems == []
+    page.get_by_role("button", name="Toggle properties panel").first.click()
+    page.locator(".widget-item").first.wait_for(state="detached")
 
 
 def test_thousands_of_files_are_found_at_once(workbench, loras):

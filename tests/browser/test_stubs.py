@@ -47,7 +47,7 @@ def without_wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyPro
 def stubs(
     without_wheel: ComfyProcess, workbench: Workbench, chromium: Browser
 ) -> Iterator[Workbench]:
-    """Its page, shown as `workbench` is."""
+    """A page of its own, shown as `workbench` is."""
     bench = Workbench.open(without_wheel, chromium, workbench.frontend, workbench.renderer)
     yield bench
     bench.close()
@@ -84,7 +84,7 @@ def kept(workflow: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("way", WAYS[:2], indirect=True)
 def test_a_workflow_is_opened_queued_and_saved_without_a_wheel(workbench, stubs):
     asked: list[str] = []
-    stubs.page.on("request", lambda own: "/qwenlora/" in own.url and asked.append(own.url))
+    stubs.listen("request", lambda own: "/qwenlora/" in own.url and asked.append(own.url))
     draw(workbench)
     saved = workbench.saved()
     stubs.load(saved)

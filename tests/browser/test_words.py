@@ -7,16 +7,23 @@ from pathlib import Path
 
 import pytest
 
+from .frontends import Frontend, Renderer
+from .workbench import Workbench
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 LOCALES = Path(__file__).parents[2] / "locales"
 
 
 @pytest.fixture
-def in_chinese(workbench):
-    """The page, loaded anew in Chinese."""
-    workbench.comfy.choose(**{"Comfy.Locale": "zh"})
-    workbench.reload()
-    yield workbench
-    workbench.comfy.choose(**{"Comfy.Locale": "en"})
+def in_chinese(comfy, loras, chromium):
+    """A page in Chinese."""
+    comfy.choose(**{"Comfy.Locale": "zh"})
+    try:
+        bench = Workbench.open(comfy, chromium, Frontend.NEWEST, Renderer.CANVAS)
+    finally:
+        comfy.choose(**{"Comfy.Locale": "en"})
+    yield bench
+    bench.close()
 
 
 def test_nodes_help_and_errors_are_chinese(in_chinese):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -12,15 +13,21 @@ from urllib.parse import urlsplit
 from .frontends import Frontend, Renderer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from playwright.sync_api import Browser, Page, Route
 
     from .comfy_process import ComfyProcess
 
 SIZE = {"width": 1500, "height": 1000}
+_NOWHERE = (1250, 700)
+"""A place on the page without anything that looks at the mouse."""
+_CLEARED_IN = 4.0
+"""Seconds in which what is shown of the test before goes by itself."""
 _PATIENCE = 90_000
 """Milliseconds that a page may take on a busy machine."""
 
-_ADD = """([type, place, values]) => {
+_ADD = """(wanted) => wanted.map(([type, place, values]) => {
     const node = LiteGraph.createNode(type);
     app.graph.add(node);
     node.pos = place;
@@ -34,29 +41,112 @@ _ADD = """([type, place, values]) => {
         widget.callback?.(value);
     }
     return node.id;
+})"""
+
+_LINK = """(links) => {
+    for (const [from, output, to, input] of links) {
+        const [giver, taker] = [app.graph.getNodeById(from), app.graph.getNodeById(to)];
+        const slot = taker.inputs.findIndex((own) => own.name === input);
+        giver.connect(output, taker, slot);
+    }
 }"""
 
-_LINK = """([from, output, to, input]) => {
-    const [giver, taker] = [app.graph.getNodeById(from), app.graph.getNodeById(to)];
-    const slot = taker.inputs.findIndex((own) => own.name === input);
-    giver.connect(output, taker, slot);
+_EMPTY = "{version: 0.4, last_node_id: 0, last_link_id: 0, nodes: [], links: []}"
+
+_CLOSE_OTHERS = """async () => {
+    const {workflow} = app.extensionManager;
+    for (const own of [...workflow.openWorkflows])
+        if (own.path !== workflow.activeWorkflow.path) await workflow.closeWorkflow(own);
 }"""
 
-_CLEAR = """async () => {
+_CLEAR = f"""async () => {{
     // The oldest frontend starts without any workflow, whose changes it would follow.
     if (app.extensionManager.workflow?.activeWorkflow) app.graph.clear();
-    else await app.loadGraphData(
-        {version: 0.4, last_node_id: 0, last_link_id: 0, nodes: [], links: []});
+    else await app.loadGraphData({_EMPTY});
+    await ({_CLOSE_OTHERS})();
+}}"""
+
+_AS_FRESH = f"""async (view) => {{
+    const {{toast, dialog}} = app.extensionManager;
+    for (const own of document.querySelectorAll("dialog[open]")) own.close();
+    dialog.closeDialog?.();
+    app.ui.dialog.close();
+    for (const own of document.querySelectorAll(".graphdialog")) own.remove();
+    LiteGraph.closeAllContextMenus?.();
+    toast.removeAll?.();
+    app.canvas.closeSubgraph?.();
+    app.canvas.setGraph(app.rootGraph ?? app.graph);
+    app.canvas.deselectAll();
+    app.clean();
+    // What is opened begins a history of its own.
+    await app.loadGraphData({_EMPTY});
+    await ({_CLOSE_OTHERS})();
+    localStorage.clear();
+    for (const [name, value] of Object.entries(view.kept)) localStorage.setItem(name, value);
+    app.canvas.ds.scale = view.scale;
+    app.canvas.ds.offset = view.offset;
+    app.canvas.setDirty(true, true);
+    document.activeElement?.blur();
+}}"""
+
+_KEPT = """() => ({
+    scale: app.canvas.ds.scale,
+    offset: [...app.canvas.ds.offset],
+    kept: {...localStorage},
+})"""
+
+_STATE = r"""() => {
+    const {workflow} = app.extensionManager;
+    const {undoQueue, redoQueue} = workflow.activeWorkflow?.changeTracker ?? {};
+    const graph = app.rootGraph ?? app.graph;
+    const of = (selector) => document.querySelectorAll(selector).length;
+    return {
+        view: [app.canvas.ds.scale, ...app.canvas.ds.offset],
+        isOutside: app.canvas.graph === graph && app.graph === graph,
+        nodes: graph.serialize().nodes.length,
+        links: graph.serialize().links.length,
+        definitions: graph.serialize().definitions?.subgraphs?.length ?? 0,
+        last: [graph.state?.lastNodeId, graph.state?.lastLinkId],
+        steps: [undoQueue?.length ?? 0, redoQueue?.length ?? 0],
+        errors: Object.keys(app.lastNodeErrors ?? {}).length,
+        selected: app.canvas.selectedItems?.size ?? 0,
+        open: of("dialog[open], [role=dialog], [role=menu], [role=listbox], .litecontextmenu"),
+        ours: of("qwenlora-rows, .qwenlora-report"),
+        classes: document.body.className,
+        focused: document.activeElement?.tagName,
+        kept: Object.keys(localStorage).sort(),
+        // The number of a workflow without a name goes on; notices of the queue go by themselves.
+        text: document.body.innerText.replace(/(Unsaved Workflow) \(\d+\)/g, "$1")
+            .split("\n").filter((line) => !/^(Job queued|\d+ jobs? completed)$/.test(line)),
+    };
 }"""
 
 _VALUES = """(id) => Object.fromEntries(
     app.graph.getNodeById(id).widgets.map((own) => [own.name, own.value])
 )"""
 
-_SETTLED = """() => new Promise((done) => {
-    const idle = () => requestIdleCallback(done, {timeout: 5000});
+_SETTLED = """([least, quiet, most]) => new Promise((done) => {
+    const begun = performance.now();
+    let changed = begun;
+    const watch = new MutationObserver(() => { changed = performance.now(); });
+    watch.observe(document.body,
+        {subtree: true, childList: true, attributes: true, characterData: true});
+    const look = () => {
+        const now = performance.now();
+        if (now - begun < most && (now - begun < least || now - changed < quiet)) {
+            setTimeout(idle, 20);
+            return;
+        }
+        watch.disconnect();
+        done();
+    };
+    const idle = () => requestIdleCallback(look, {timeout: most});
     requestAnimationFrame(() => requestAnimationFrame(idle));
 })"""
+_QUIET = 50
+"""Milliseconds without a change in the document after which nothing is under way."""
+_RESTLESS = 5000
+"""Milliseconds after which a page that changes all the time is taken as it is."""
 
 _PROMPT = "async () => (await app.graphToPrompt()).output"
 
@@ -78,6 +168,9 @@ class Workbench:
     frontend: Frontend
     renderer: Renderer
     problems: list[str] = field(default_factory=list)
+    _heard: list[tuple[Any, Callable[[Any], Any]]] = field(default_factory=list)
+    _kept: dict[str, Any] = field(default_factory=dict)
+    _fresh: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -91,7 +184,7 @@ class Workbench:
         page.on("pageerror", lambda error: bench.problems.append(str(error)))
         # The server shows the newest; the files of others are laid over its own.
         if frontend is not Frontend.NEWEST:
-            page.route("**/*", bench._serve)
+            context.route("**/*", bench._serve)
         bench.reload()
         return bench
 
@@ -110,26 +203,52 @@ class Workbench:
             timeout=_PATIENCE,
         )
         self.page.evaluate(_CLEAR)
+        self.settle(500)
+        self._kept, self._fresh = self.page.evaluate(_KEPT), self.page.evaluate(_STATE)
         shown = self.page.evaluate("() => !!LiteGraph.vueNodesMode")
         assert shown == (self.renderer is Renderer.NODES_2)
 
-    def clear(self) -> None:
-        """Take everything off the canvas, and forget the problems."""
-        self.page.evaluate("() => app.graph.clear()")
+    def reset(self) -> None:
+        """Bring the page back to what it was when it was loaded.
+
+        What a person sees and what the page holds is compared with what a fresh one has. Where they
+        differ after a while, the page is loaded anew.
+        """
+        self.page.unroute_all(behavior="wait")
+        for event, hear in self._heard:
+            self.page.remove_listener(event, hear)
+        self._heard.clear()
+        self.page.mouse.move(*_NOWHERE)
+        self.page.evaluate(_AS_FRESH, self._kept)
+        end = time.monotonic() + _CLEARED_IN
+        while self.page.evaluate(_STATE) != self._fresh:
+            if time.monotonic() > end:
+                self.reload()
+                break
+            self.settle()
         self.problems.clear()
-        self.settle(50)
+
+    def listen(self, event: Any, hear: Callable[[Any], Any]) -> None:
+        """Hear of the page's events until it is brought back."""
+        self.page.on(event, hear)
+        self._heard.append((event, hear))
 
     # ---- nodes ----
 
     def add(self, node_type: str, place: tuple[int, int] = (300, 200), **values: Any) -> Any:
         """Put a node on the canvas, with values in its widgets; returns its id."""
-        node = self.page.evaluate(_ADD, [node_type, list(place), values])
-        self.settle()
+        (node,) = self.add_all((node_type, place, values))
         return node
+
+    def add_all(self, *wanted: tuple[str, tuple[int, int], dict[str, Any]]) -> list[Any]:
+        """Put nodes on the canvas, each with its place and values; returns their ids."""
+        nodes = self.page.evaluate(_ADD, [list(own) for own in wanted])
+        self.settle()
+        return nodes
 
     def link(self, giver: Any, output: int, taker: Any, name: str) -> None:
         """Draw a link from an output to an input."""
-        self.page.evaluate(_LINK, [giver, output, taker, name])
+        self.page.evaluate(_LINK, [[giver, output, taker, name]])
 
     def values(self, node: Any) -> dict[str, Any]:
         """The values of a node's widgets by name."""
@@ -158,29 +277,25 @@ class Workbench:
 
     def chain(self, *middle: Any, kind: str = "qwen-image", steps: int = 2) -> dict[str, Any]:
         """Put a loader, a sampler and what shows the latent round nodes that take a MODEL."""
-        model = self.add("EmulatedModel", (20, 100), kind=kind)
-        positive = self.add("EmulatedText", (20, 250), seed=1, kind=kind)
-        negative = self.add("EmulatedText", (20, 400), seed=2, kind=kind)
-        latent = self.add("EmptySD3LatentImage", (20, 550), width=64, height=64, batch_size=1)
-        sampler = self.add(
-            "KSampler",
-            (900, 100),
-            seed=5,
-            steps=steps,
-            cfg=2.0,
-            sampler_name="euler",
-            scheduler="simple",
+        sampling = {"seed": 5, "steps": steps, "cfg": 2.0}
+        sampling |= {"sampler_name": "euler", "scheduler": "simple"}
+        model, positive, negative, latent, sampler, shown = self.add_all(
+            ("EmulatedModel", (20, 100), {"kind": kind}),
+            ("EmulatedText", (20, 250), {"seed": 1, "kind": kind}),
+            ("EmulatedText", (20, 400), {"seed": 2, "kind": kind}),
+            ("EmptySD3LatentImage", (20, 550), {"width": 64, "height": 64, "batch_size": 1}),
+            ("KSampler", (900, 100), sampling),
+            ("LatentHash", (1200, 100), {}),
         )
-        shown = self.add("LatentHash", (1200, 100))
-        giver = model
-        for node in middle:
-            self.link(giver, 0, node, "model")
-            giver = node
-        self.link(giver, 0, sampler, "model")
-        self.link(positive, 0, sampler, "positive")
-        self.link(negative, 0, sampler, "negative")
-        self.link(latent, 0, sampler, "latent_image")
-        self.link(sampler, 0, shown, "samples")
+        way = [model, *middle, sampler]
+        links = [[giver, 0, taker, "model"] for giver, taker in pairwise(way)]
+        links += [
+            [positive, 0, sampler, "positive"],
+            [negative, 0, sampler, "negative"],
+            [latent, 0, sampler, "latent_image"],
+            [sampler, 0, shown, "samples"],
+        ]
+        self.page.evaluate(_LINK, links)
         return {"model": model, "sampler": sampler, "shown": shown}
 
     # ---- files ----
@@ -198,6 +313,11 @@ class Workbench:
     def prompt(self) -> dict[str, Any]:
         """What would be queued, in API format."""
         return self.page.evaluate(_PROMPT)
+
+    def until(self, script: str, arg: Any = None) -> None:
+        """Wait until a function says yes, and all that goes with it is drawn."""
+        self.page.wait_for_function(script, arg=arg, timeout=_PATIENCE)
+        self.settle()
 
     # ---- the queue ----
 
@@ -238,10 +358,9 @@ class Workbench:
 
     # ---- the screen ----
 
-    def settle(self, milliseconds: int = 250) -> None:
-        """Give the page time, and let it draw and finish what it has to do: busy ones take more."""
-        self.page.wait_for_timeout(milliseconds)
-        self.page.evaluate(_SETTLED)
+    def settle(self, milliseconds: int = 60) -> None:
+        """Let the page draw and finish what it has to do; it has at least this time for it."""
+        self.page.evaluate(_SETTLED, [milliseconds, _QUIET, _RESTLESS])
 
     def screenshot(self, path: Path) -> None:
         """Write what is on the screen."""
