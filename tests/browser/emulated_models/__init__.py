@@ -8,9 +8,14 @@ from __future__ import annotations
 import hashlib
 from typing import Any, ClassVar
 
+import torch
+
 from . import emulated_qwen, emulated_z_image, small_qwen, small_z_image
 
 CATEGORY = "tests"
+
+# The tensors are tiny and the machines shared: more threads only wait for each other.
+torch.set_num_threads(1)
 
 
 class EmulatedModel:
