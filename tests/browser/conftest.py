@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,17 +60,54 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyProcess]:
     running.stop()
 
 
-@pytest.fixture(scope="package")
-def chromium() -> Iterator[Browser]:
-    """The browser; of these tests, since its driver keeps an event loop that others would meet."""
+@dataclass
+class _Shown:
+    """What follows from test to test.
+
+    Attributes:
+        browser: Chromium, once a test has needed it.
+        pages: One page for each way: loading it takes longer than what a test does in it.
+        end: Ends both.
+    """
+
+    browser: Browser | None = None
+    pages: dict[tuple[Frontend, Renderer], Workbench] = field(default_factory=dict)
+    end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def close(self) -> None:
+        """Leave the pages and the browser."""
+        self.end.close()
+        self.browser = None
+        self.pages.clear()
+
+
+_SHOWN = _Shown()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    try:
+        return (yield)
+    finally:
+        # Its driver keeps an event loop that other tests would meet, and no page is quite idle.
+        if nextitem is None or not nextitem.path.is_relative_to(Path(__file__).parent):
+            _SHOWN.close()
+
+
+@pytest.fixture
+def chromium() -> Browser:
+    """The browser, until a test of another folder follows."""
+    if _SHOWN.browser is not None:
+        return _SHOWN.browser
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: make setup")
     path = next(filter(None, map(shutil.which, CHROMIUM)), None)
     if path is None:
         pytest.skip(f"needs Chromium: {INSTALL_CHROMIUM}")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
-        yield browser
-        browser.close()
+    playwright = _SHOWN.end.enter_context(sync_api.sync_playwright())
+    browser = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
+    _SHOWN.end.callback(browser.close)
+    _SHOWN.browser = browser
+    return browser
 
 
 @pytest.fixture
@@ -102,13 +141,10 @@ def loras(comfy: ComfyProcess, Draft) -> Iterator[Path]:
     comfy.loras.mkdir()
 
 
-@pytest.fixture(scope="package")
-def pages(chromium: Browser) -> Iterator[dict[tuple[Frontend, Renderer], Workbench]]:
-    """One page for each way: loading it takes longer than what a test does in it."""
-    opened: dict[tuple[Frontend, Renderer], Workbench] = {}
-    yield opened
-    for bench in opened.values():
-        bench.close()
+@pytest.fixture
+def pages() -> dict[tuple[Frontend, Renderer], Workbench]:
+    """The pages that are open."""
+    return _SHOWN.pages
 
 
 @pytest.fixture
