@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -17,8 +14,13 @@ from safetensors.torch import load_file, save_file
 import qwenlora
 from qwenlora import emulation
 
+from .programs import Programs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 BENCHES = Path(__file__).parents[1] / "benches"
-TINY = (sys.executable, BENCHES / "bench_composition.py", "--size", "tiny", "--device", "cpu")
+TINY = (BENCHES / "bench_composition.py", "--size", "tiny", "--device", "cpu")
 MAY_BE_SKIPPED = {
     "first, bounded memory",
     "first, page cache cold",
@@ -48,14 +50,18 @@ ACTIONS = {
 
 
 @pytest.fixture(scope="module")
-def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def programs() -> Iterator[Programs]:
+    """Runs the benches, which all import PyTorch."""
+    own = Programs()
+    yield own
+    own.close()
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory: pytest.TempPathFactory, programs: Programs) -> dict[str, Any]:
+    """What all suites found, each action timed once: `TestMeter` counts the times."""
     path = tmp_path_factory.mktemp("bench") / "found.json"
-    # Threads that wait for each other would take longer than layers of this size.
-    subprocess.run(
-        [*TINY, "--json", path],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    programs.run(*TINY, "--repeat", 1, "--json", path).check_returncode()
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
@@ -70,7 +76,7 @@ def test_every_action_is_measured(document: dict[str, Any], suite: str) -> None:
     for row in rows:
         if "skipped" not in row:
             assert 0 < row["min_s"] <= row["median_s"] <= row["max_s"]
-            assert row["n"] >= 3
+            assert row["n"] == 1
 
 
 @pytest.mark.slow
@@ -80,6 +86,35 @@ def test_every_sweep_has_its_points(document: dict[str, Any]) -> None:
         points = {(r["sweep"], r["x"], r["bytes"]) for r in rows if r["engine"] == engine}
         assert len({sweep for sweep, _, _ in points}) == sweeps
         assert len(points) == 2 * sweeps
+
+
+class TestMeter:
+    """How often an action is timed, and what is told of the times."""
+
+    @pytest.fixture(autouse=True)
+    def _importable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.syspath_prepend(str(BENCHES))
+
+    @pytest.mark.parametrize(
+        ("repeat", "budget", "timed"), [(5, 60, 5), (5, 0, 3), (3, 60, 3), (1, 0, 1)]
+    )
+    def test_it_times_until_the_budget_is_spent(
+        self, repeat: int, budget: float, timed: int
+    ) -> None:
+        from composition.measure import Action, Meter
+
+        done: list[str] = []
+        action = Action(lambda: done.append("run"), lambda: done.append("before"))
+        row = Meter("cpu", repeat=repeat, budget=budget).measure(action)
+        assert row["n"] == timed
+        # One warms up, and one is measured for its memory.
+        assert done == ["before", "run"] * (timed + 2)
+        assert 0 <= row["min_s"] <= row["median_s"] <= row["max_s"]
+
+    def test_a_tiny_size_repeats_often_enough(self) -> None:
+        from bench_composition import SIZES
+
+        assert all(size.repeat >= 3 for size in SIZES.values())
 
 
 class TestFiles:
@@ -159,13 +194,11 @@ class TestZImage:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("diffusers")
-def test_every_kind_opens_the_attention(tmp_path: Path) -> None:
+def test_every_kind_opens_the_attention(programs: Programs, tmp_path: Path) -> None:
     pytest.importorskip("diffusers.models.transformers.transformer_z_image")
     path = tmp_path / "found.json"
-    bench = [sys.executable, BENCHES / "bench_opened.py", "--tokens", "64", "--repeat", "1"]
-    subprocess.run(
-        [*bench, "--json", path], check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    )
+    bench = (BENCHES / "bench_opened.py", "--tokens", 64, "--repeat", 1, "--json", path)
+    programs.run(*bench, environment={"CUDA_VISIBLE_DEVICES": ""}).check_returncode()
     rows = json.loads(path.read_text(encoding="utf-8"))
     assert len({row["name"] for row in rows}) == len(rows) == 7
     assert all(row["ms"] > 0 for row in rows)
@@ -222,8 +255,8 @@ class TestKernels:
 
 
 @pytest.mark.slow
-def test_a_peer_without_its_sources_is_refused(tmp_path: Path) -> None:
-    run = subprocess.run([*TINY, "--peer", tmp_path], capture_output=True, text=True, check=False)
+def test_a_peer_without_its_sources_is_refused(programs: Programs, tmp_path: Path) -> None:
+    run = programs.run(*TINY, "--peer", tmp_path)
     assert run.returncode != 0
     assert "nunchaku_code/lora_qwen.py" in run.stderr
 
@@ -233,24 +266,20 @@ class TestRank:
 
     BLOCKS, RANKS, ADDED = 2, [32, 48, 96], [0, 16, 48]
     COMMAND = (
-        *(sys.executable, BENCHES / "bench_rank.py", "--device", "cpu", "--repeat", "3"),
+        *(BENCHES / "bench_rank.py", "--device", "cpu", "--repeat", "3"),
         *("--blocks", str(BLOCKS), "--added", *map(str, ADDED)),
     )
 
-    def run(self, tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
+    def run(self, programs: Programs, tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
         path = tmp_path / "found.json"
-        subprocess.run(
-            [*self.COMMAND, *arguments, "--json", path],
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        programs.run(*self.COMMAND, *arguments, "--json", path).check_returncode()
         rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
         return rows
 
     @pytest.mark.slow
-    def test_every_layer_of_a_forward_is_measured(self, tmp_path: Path) -> None:
+    def test_every_layer_of_a_forward_is_measured(self, programs: Programs, tmp_path: Path) -> None:
         ranks = ["--ranks", *map(str, self.RANKS), "--width", "128", "--tokens", "20", "3"]
-        rows = self.run(tmp_path, "--only", "resident", "--emulated", *ranks)
+        rows = self.run(programs, tmp_path, "--only", "resident", "--emulated", *ranks)
         assert all("emulation" in row["engine"] for row in rows)
         steps = ["to_qkv", "to_out.0", "img_mlp", "add_qkv_proj", "to_add_out", "txt_mlp"]
         *alone, forward = rows
@@ -268,8 +297,8 @@ class TestRank:
         assert forward["seconds_per_trained_rank"] == pytest.approx(60 * (slopes + 2 * fused))
 
     @pytest.mark.slow
-    def test_every_added_rank_is_copied(self, tmp_path: Path) -> None:
-        skipped, row = self.run(tmp_path)
+    def test_every_added_rank_is_copied(self, programs: Programs, tmp_path: Path) -> None:
+        skipped, row = self.run(programs, tmp_path)
         assert "Nunchaku" in skipped["skipped"]
         # 2 bytes of every input and output channel of the 8 linears; one block is resident.
         width = 3072
@@ -309,16 +338,13 @@ class TestRank:
 
 
 @pytest.mark.slow
-def test_serving_is_measured_at_every_number_of_adapters(tmp_path: Path) -> None:
+def test_serving_is_measured_at_every_number_of_adapters(
+    programs: Programs, tmp_path: Path
+) -> None:
     options = ("--device", "cpu", "--blocks", "1", "--rank", "1", "--repeat", "3")
-    program = (sys.executable, BENCHES / "bench_serving.py", *options, "--folder", tmp_path)
-    run = subprocess.run(
-        [*program, "--adapters", "2", "3"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    program = (BENCHES / "bench_serving.py", *options, "--folder", tmp_path)
+    run = programs.run(*program, "--adapters", 2, 3)
+    run.check_returncode()
     rows = [line.split("|")[1:-1] for line in run.stdout.splitlines() if line.startswith("| ")]
     assert [cell.strip() for cell in rows[0]] == ["call", "2 attached", "3 attached", "ratio"]
     assert [row[0].strip() for row in rows[1:]] == [
@@ -329,15 +355,10 @@ def test_serving_is_measured_at_every_number_of_adapters(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_schedules_are_measured_step_by_step() -> None:
+def test_schedules_are_measured_step_by_step(programs: Programs) -> None:
     options = ("--device", "cpu", "--blocks", "1", "--rank", "1", "--steps", "4", "--runs", "1")
-    run = subprocess.run(
-        (sys.executable, BENCHES / "bench_schedule.py", *options),
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    run = programs.run(BENCHES / "bench_schedule.py", *options)
+    run.check_returncode()
     rows = [line.split("|")[1:-1] for line in run.stdout.splitlines() if line.startswith("| ")]
     assert [row[1].strip() for row in rows[1:]] == [
         f"{count} of 4" for count in (0, 0, 2, 2, 4, 4, 2, 2)
@@ -345,16 +366,11 @@ def test_schedules_are_measured_step_by_step() -> None:
 
 
 @pytest.mark.slow
-def test_hooks_are_measured_in_every_case(tmp_path: Path) -> None:
+def test_hooks_are_measured_in_every_case(programs: Programs, tmp_path: Path) -> None:
     options = ("--blocks", "1", "--rank", "1", "--steps", "2", "--base-ranks", "32")
     found = tmp_path / "hooks.json"
-    run = subprocess.run(
-        [sys.executable, BENCHES / "bench_hooks.py", *options, "--json", found],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    run = programs.run(BENCHES / "bench_hooks.py", *options, "--json", found)
+    run.check_returncode()
     rows = json.loads(found.read_text(encoding="utf-8"))["rows"]
     assert [row["case"] for row in rows] == [
         "nothing changes",
