@@ -66,6 +66,7 @@ TOGETHER = (
     "tests/test_demo.py",
     "tests/test_merge_base_z_image.py",
     "tests/test_oracles.py",
+    "tests/test_serve.py",
     "tests/test_z_image_emulation.py",
 )
 """How the names of tests begin that share what takes seconds to make."""
