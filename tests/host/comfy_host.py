@@ -224,6 +224,9 @@ class ComfyHost:
         # Without `comfy.options.enable_args_parsing` it parses an empty command line, not pytest's.
         cli_args = importlib.import_module("comfy.cli_args")
         arguments = ["--cpu"] if self.device is Device.CPU else []
+        # The GPU's own default. The CPU's asks the system for free memory within each attention,
+        # where `torch.compile` gives up its graph.
+        arguments.append("--use-pytorch-cross-attention")
         arguments += ["--base-directory", str(self.base), "--disable-api-nodes"]
         arguments += ["--front-end-root", str(self.base / "web")]
         arguments += ["--database-url", "sqlite:///:memory:"]

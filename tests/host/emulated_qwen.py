@@ -7,6 +7,8 @@ ComfyUI: only a fixture that has started the host may import this module.
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from typing import Any
 
 import comfy.model_base
@@ -48,14 +50,31 @@ def emulated_qwen(
         rank: Rank of the base low-rank branches.
         precision: See `Precision`.
     """
-    transformer = dense.model.diffusion_model
+    state = dense.model.diffusion_model.state_dict()
     sizes = dense.model.model_config.unet_config
-    config = EmulatedConfig({**sizes, "scale_shift": 0, "rank": rank, "precision": precision})
-    config.set_inference_dtype(transformer.dtype, None)
-    model = config.get_model({}, "")
-    generator = torch.Generator().manual_seed(0)
-    load_dense_state(model.diffusion_model, transformer.state_dict(), generator)
-    return EmulatedPatcher(model, **devices())
+    options = {**sizes, "scale_shift": 0, "rank": rank, "precision": precision}
+    dtype = dense.model.diffusion_model.dtype
+    key = (repr(options), dtype, _digest(state))
+    if key not in _CONVERTED:
+        config = EmulatedConfig(options)
+        config.set_inference_dtype(dtype, None)
+        made = config.get_model({}, "")
+        load_dense_state(made.diffusion_model, state, torch.Generator().manual_seed(0))
+        _CONVERTED[key] = made
+    return EmulatedPatcher(copy.deepcopy(_CONVERTED[key]), **devices())
+
+
+_CONVERTED: dict[tuple[Any, ...], nn.Module] = {}
+"""Models that nobody runs, by what they were made of: each test has a copy."""
+
+
+def _digest(state: dict[str, torch.Tensor]) -> bytes:
+    """Of the names and the bytes of all tensors."""
+    found = hashlib.blake2b()
+    for name, tensor in state.items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.digest()
 
 
 class EmulatedPatcher(comfy.model_patcher.ModelPatcher):

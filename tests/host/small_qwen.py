@@ -6,6 +6,8 @@ that has started the host may import this module.
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from typing import Any
 
@@ -43,11 +45,18 @@ def small_qwen(
         dtype: Dtype of weights and activations.
         **sizes: Overrides of `CONFIG`, e.g. `num_layers`.
     """
-    config = comfy.supported_models.QwenImage({**CONFIG, **sizes})
+    model = copy.deepcopy(_made(seed, dtype, tuple(sizes.items())))
+    return comfy.model_patcher.ModelPatcher(model, **devices())
+
+
+@functools.cache
+def _made(seed: int, dtype: torch.dtype, sizes: tuple[tuple[str, Any], ...]) -> nn.Module:
+    """A model that nobody runs: each test has a copy of it."""
+    config = comfy.supported_models.QwenImage({**CONFIG, **dict(sizes)})
     config.set_inference_dtype(dtype, None)
     model = config.get_model({}, "")
     _fill(model.diffusion_model, torch.Generator().manual_seed(seed))
-    return comfy.model_patcher.ModelPatcher(model, **devices())
+    return model
 
 
 def devices() -> dict[str, torch.device]:
