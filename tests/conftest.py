@@ -60,6 +60,8 @@ HOST = "host"
 
 TOGETHER = (
     "tests/browser/",
+    "tests/host/test_compiled.py",
+    "tests/host/test_native",
     "tests/host/",
     "tests/release/test_pack_in_comfyui.py",
     "tests/test_benches.py",
@@ -69,7 +71,11 @@ TOGETHER = (
     "tests/test_serve.py",
     "tests/test_z_image_emulation.py",
 )
-"""How the names of tests begin that share what takes seconds to make."""
+"""How the names of tests begin that share what takes seconds to make; the first counts.
+
+Those with a ComfyUI are three groups: in one, they would keep a process busy when all others are
+done. A process that gets two of them starts it once.
+"""
 
 
 OLD_TORCH = not hasattr(torch, "accelerator")

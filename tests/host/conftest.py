@@ -35,6 +35,14 @@ def host(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[ComfyHost
     running.stop()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _kept_modules() -> Iterator[None]:
+    """What the tests of a module imported stays, torch's compiler above all: see `host`."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def graph(host: ComfyHost) -> Iterator[Graph]:
     """Runs graphs; afterwards no model stays loaded and no node pack registered."""

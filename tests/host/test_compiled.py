@@ -17,7 +17,10 @@ from .test_nodes import A, B, load
 bench, files, pack = test_nodes.bench, test_nodes.files, test_nodes.pack
 
 # What torch warns of while it compiles differs from version to version.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("no_graphs_of_other_tests"),
+]
 
 CLOSE = 1e-5
 MODEL, BLOCKS, PATCHES = "the model", "its blocks", "its blocks as object patches"
@@ -77,12 +80,13 @@ class Compiler:
         assert error < CLOSE, f"{loras}: {error:.3g}"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def no_graphs_of_other_tests():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
     gc.collect()  # compiled modules and the patchers that hold them are cycles
+    gc.freeze()  # the compiler stays imported
 
 
 @pytest.fixture

@@ -283,6 +283,7 @@ def compiled(model):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("no_graphs_of_other_tests")
 @pytest.mark.parametrize("before", [True, False], ids=["before", "behind"])
 def test_compiled_before_and_behind_the_enabling_node(graph, pack, files, qwen, nunchaku, before):
     dense = qwen.small_qwen(num_layers=1)
