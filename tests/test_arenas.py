@@ -21,7 +21,7 @@ import qwenlora
 from qwenlora import cache
 from qwenlora.errors import ModelStateError
 from qwenlora.group import arena
-from qwenlora.group.allocation import evenly, rest_from
+from qwenlora.group.allocation import evenly, is_part, rest_from, split
 from qwenlora.group.arena import PackedArena
 from qwenlora.group.filler import Filler
 from qwenlora.group.group import Member
@@ -467,3 +467,26 @@ def test_a_stranger_in_the_arena_is_found(composed, stack):
     slot.proj_down.data = slot.proj_down.data[:, :16].clone()
     with pytest.raises(ModelStateError, match="something else changed"):
         qwenlora.compose_loras(composed, [(stack[0][0], 2.0)])
+
+
+# ---- the collector ----
+
+
+def test_the_collector_may_run_at_any_moment():
+    """What was split goes by the collector while others are looked up."""
+    held = [split(torch.zeros(2, 4)) for _ in range(300)]
+    before = gc.get_threshold()
+    for turn in range(400):
+        gc.disable()
+        for _ in range(3):
+            cycle = [split(torch.zeros(2, 4))]
+            cycle.append(cycle)
+            del cycle
+        # The collection comes after another count of objects each time.
+        gc.set_threshold(1 + turn % 40, 1, 1)
+        gc.enable()
+        try:
+            assert not is_part(torch.zeros(4))
+            assert is_part(held[-1][1])
+        finally:
+            gc.set_threshold(*before)

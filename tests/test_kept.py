@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -11,6 +13,12 @@ import torch
 import qwenlora
 from qwenlora import cache
 from qwenlora.group import sets as kept
+from qwenlora.group.group import Group
+from qwenlora.group.sets import KeptGroup, KeptSets
+from qwenlora.slots.find import find_targets
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 BLOCKS = 4
 
@@ -298,6 +306,28 @@ def test_few_sets_are_kept(on_device, loras):
     assert len(sets) == kept._MAX_SETS
     held = sum(own.nbytes for groups in sets.values() for own in groups.values())
     assert cache.shelved_bytes(on_host=False) == held > 0
+
+
+@dataclass(frozen=True, eq=False)
+class Fleeting(KeptGroup):
+    """A group that is being asked for its place when a finalizer drops all sets."""
+
+    drop: Callable[[], None] = lambda: None
+
+    @property
+    def on_host(self):
+        self.drop()
+        return True
+
+
+def test_all_may_be_dropped_in_the_midst_of_a_look(model):
+    group = Group(tuple(find_targets(model, {}).values())[:1])
+    sets = KeptSets()
+    for key in range(3):
+        sets.put(key, [Fleeting(group, None, 0, None, (), drop=sets.clear)])
+        assert sets.holds(key)
+    sets.drop_oldest(on_host=True)
+    assert not any(sets.holds(key) for key in range(3))
 
 
 def kept_sets(model):

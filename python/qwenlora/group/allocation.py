@@ -47,8 +47,11 @@ def rest_from(address: int, end: int, like: Tensor) -> Tensor | None:
         end: Past the last one that is meant; the tensor holds at least what lies before it.
         like: Gives the dtype and the device.
     """
-    for begin, known in list(_KNOWN.items()):
-        root = known() if begin <= address else None
+    # A list of numbers is made in one step. While one of pairs is made the collector may run, which
+    # calls `forget` in the midst of the dictionary.
+    for begin in list(_KNOWN):
+        known = _KNOWN.get(begin)
+        root = known() if known is not None and begin <= address else None
         if root is not None and end <= begin + root.nbytes and root.device == like.device:
             flat = root.detach().view(-1).view(like.dtype)
             return flat[(address - begin) // like.itemsize :]

@@ -91,7 +91,11 @@ class KeptGroup(LeftGroup):
 
 
 class KeptSets:
-    """The sets that one model left, the oldest first; they go with its structure."""
+    """The sets that one model left, the oldest first; they go with its structure.
+
+    A finalizer may drop all at any moment, in the midst of a method, too. Another dictionary then
+    takes the place of the one that the method has.
+    """
 
     def __init__(self) -> None:
         self._sets: dict[Hashable, dict[str, KeptGroup]] = {}
@@ -104,7 +108,8 @@ class KeptSets:
     def nbytes(self, *, on_host: bool) -> int:
         """Bytes held, on the host or on devices."""
         with self._lock:
-            own = [kept for groups in self._sets.values() for kept in groups.values()]
+            sets = self._sets
+            own = [kept for groups in sets.values() for kept in groups.values()]
         return sum(kept.nbytes for kept in own if kept.on_host is on_host)
 
     def holds(self, key: Hashable) -> bool:
@@ -125,7 +130,7 @@ class KeptSets:
         """
         with self._lock:
             if any(self._versions.get(path, own) != own for path, own in versions.items()):
-                self._sets.clear()
+                self._sets = {}
             self._versions |= versions
 
     def watch(self, live: Iterable[Tensor]) -> None:
@@ -147,18 +152,23 @@ class KeptSets:
         # The parameters hold what is in place now.
         kept = {own.group.targets[0].path: replace(own, parameters=()) for own in groups}
         with self._lock:
+            sets = self._sets
             if kept:
-                self._sets[key] = self._sets.pop(key, {}) | kept
-            while len(self._sets) > _MAX_SETS:
-                del self._sets[next(iter(self._sets))]
+                sets[key] = sets.pop(key, {}) | kept
+            while len(sets) > _MAX_SETS:
+                del sets[next(iter(sets))]
 
     def drop_oldest(self, *, on_host: bool) -> bool:
         """Drop one set's tensors on the host, or on devices; whether there was one."""
         with self._lock:
-            for key, groups in self._sets.items():
+            sets = self._sets
+            for key, groups in sets.items():
                 rest = {path: own for path, own in groups.items() if own.on_host is not on_host}
                 if len(rest) < len(groups):
-                    self._keep_of(key, rest)
+                    if rest:
+                        sets[key] = rest
+                    else:
+                        del sets[key]
                     return True
         return False
 
@@ -170,13 +180,7 @@ class KeptSets:
     def clear(self) -> None:
         """Drop all."""
         with self._lock:
-            self._sets.clear()
-
-    def _keep_of(self, key: Hashable, rest: dict[str, KeptGroup]) -> None:
-        if rest:
-            self._sets[key] = rest
-        else:
-            del self._sets[key]
+            self._sets = {}
 
 
 def _clear(kept: weakref.ref[KeptSets]) -> None:
