@@ -159,6 +159,7 @@ SAME: tuple[list[str], bool] = ([], True)
 # ---- the delta ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("strength", [1.0, -0.7])
 def test_every_slot_holds_its_modules_times_their_factors(text, strength, full, bases, probe):
@@ -181,6 +182,7 @@ def test_every_slot_holds_its_modules_times_their_factors(text, strength, full, 
     assert probe.snapshot(model).differences(probe.snapshot(bases[torch.float32])) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resident", [None, 1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_powers_of_two_are_as_a_file_scaled_by_hand(dtype, resident, full, Draft, bases, probe):
@@ -217,6 +219,7 @@ def slot_of(module):
     return module.replace("attn.to_q", "attn.to_qkv").replace("attn.to_k", "attn.to_qkv")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS)
 def test_every_kind_of_adapter_is_scaled(text, every_kind, bases, probe):
     base, options = bases[torch.float32], ComposeOptions(max_energy_lost=1.0)
@@ -324,6 +327,7 @@ CHANGES = [
 """Without zeros: all of them are written in place."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "resident"),
     [("cpu", None), ("cpu", 1), pytest.param("cuda", None, marks=pytest.mark.gpu)],
@@ -366,6 +370,7 @@ def test_only_what_changes_is_written(file, bases, rescalings):
     assert len(rescalings) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_beside_blocks_that_are_off_under_offload(dtype, file, bases, probe, rescalings):
     """Their slots hold zeros in the ranks that the others have."""

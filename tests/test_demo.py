@@ -104,6 +104,7 @@ all within bf16 rounding (1e-2); reset is bit-exact
 """
 
 
+@pytest.mark.slow
 def test_the_light_form(capsys):
     assert main(["--light"]) == 0
     screen, talk = capsys.readouterr()
@@ -112,6 +113,7 @@ def test_the_light_form(capsys):
     assert max(float(n) for n in re.findall(r"0\.00\d\d", screen)) < measure.BOUND / 2
 
 
+@pytest.mark.slow
 def test_the_light_form_keeps_its_files(capsys, tmp_path):
     assert main(["--light", "--keep", str(tmp_path / "kept")]) == 0
     assert f"spellings, kept in\n  {tmp_path}" in capsys.readouterr().out

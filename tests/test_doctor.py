@@ -761,6 +761,7 @@ def test_an_environment_of_uv_is_mended_by_uv(machine):
     assert commands(machine.findings(), "qwenlora-no-wheel") == [wanted]
 
 
+@pytest.mark.slow
 @needs_sh
 def test_a_torch_that_never_answers_is_broken(machine, monkeypatch):
     machine.torch_text("import time; time.sleep(60)")

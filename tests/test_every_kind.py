@@ -363,6 +363,7 @@ def rounded():
     return Layers(make_base(Precision.W4A4, dtype=torch.bfloat16), count=MANY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(KINDS))
 def test_in_four_bits(name, rounded, probe, tmp_path):
     base, model = rounded.base, copy.deepcopy(rounded.base)
@@ -519,6 +520,7 @@ def z_images(diffusers):
     return z_image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(KINDS))
 def test_on_diffusers_blocks(name, lite, probe, tmp_path):
     holds_in(lite, name, probe, tmp_path)

@@ -304,6 +304,7 @@ def quick(model, monkeypatch):
     return model, within
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ERRORS)
 @in_own_thread
 def test_a_forward_after_an_interruption_at_every_instruction_of_its_hooks(error, quick):
@@ -647,6 +648,7 @@ def change_of(layer, *, new, base):
     return value._ValueChange(layer, value.PARAMETERS, new={"bias": new}, kept=kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("begins_with", "ends_with"),
     [

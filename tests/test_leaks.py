@@ -210,6 +210,7 @@ USES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", USES)
 def test_a_model_that_was_let_go_is_gone_at_once(use, scene):
     use(scene)

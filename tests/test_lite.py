@@ -161,6 +161,7 @@ ADAPTERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("kind", ["file", "state dict"])
 def test_every_adapter_is_exact(adapter, kind, model, dense, run, tmp_path, probe):
@@ -450,6 +451,7 @@ LASTING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", LASTING)
 @pytest.mark.parametrize("first", ["offload", "compose"])
 def test_offload_that_moves_what_is_there(offload, first, model, quantized, dense, run):

@@ -175,6 +175,7 @@ IN_TURN = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("naming", "kind"), IN_TURN)
 def test_a_16_bit_base_by_every_name(naming, kind, dense, modules, merged):
     renamed, prefix = NAMINGS[naming]
@@ -215,6 +216,7 @@ def diffusers_name(name):
     return name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS[::3])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_quantized_base_by_every_name(form, kind, quantized, merged):
@@ -239,6 +241,7 @@ def test_refiners_that_are_not_quantized(form, quantized, merged):
     assert (report.base.modules, report.base.estimated) == (len(names) + 1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [ZImageForm.CALLED, ZImageForm.COMFYUI])
 def test_packed_4_bit_values_are_dequantized(form, quantized, merged):
     model = quantized(form, precision=Precision.W4A4)

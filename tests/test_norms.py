@@ -471,6 +471,7 @@ def test_help(run):
     assert all(len(line) <= 80 for line in out.splitlines())
 
 
+@pytest.mark.slow
 def test_the_program(run, tmp_path):
     command = [sys.executable, "-c", "import sys; from qwenlora.cli import main; sys.exit(main())"]
     done = subprocess.run(

@@ -251,6 +251,7 @@ def slots_of(mlp, targets):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "precision"),
     [

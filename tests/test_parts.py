@@ -253,6 +253,7 @@ def test_copies_and_pickles_carry_their_own(kind, targets):
             assert torch.equal(other(x), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=named)
 def test_compiled_layers_run_what_is_there(kind, targets):
     target, x = targets[ATTENTION], inputs(targets[ATTENTION])

@@ -272,6 +272,7 @@ BY_NAME: dict[str, dict[str, float]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BY_NAME)
 def test_weights_by_layers_names_are_peft_s(name, both):
     both.call("load_lora_weights", WIDE, "elk")
@@ -366,6 +367,7 @@ def test_parts_give_each_layer_what_diffusers_gives_it(by_name):
         assert sum(found) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_the_same_calls_do_what_peft_does(name, both):
     both.compare()

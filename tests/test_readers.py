@@ -348,6 +348,7 @@ def test_threads_that_read_and_close_at_once(file, reader):
         assert set(told) <= set(allowed)
 
 
+@pytest.mark.slow
 def test_a_buffer_lives_while_it_is_read(file, reader, readers):
     reading, dest = read_slowly(readers, reader)
     alive = weakref.ref(dest)

@@ -79,6 +79,7 @@ def test_merge_commands(command: str, tmp_path: Path) -> None:
     assert (tmp_path / output[1]).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("qwenlora map")])
 def test_map_commands(command: str, tmp_path: Path) -> None:
     write_lora(tmp_path / "style.safetensors", 3072, 4)

@@ -273,6 +273,7 @@ def by_hand(model, probe, stack_at, *, shares=SHARES, **settings):
     return outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("mode", ["linear", "steps"])
 def test_each_step_is_as_composed_by_hand(model, probe, files, composed, rescalings, mode, offload):

@@ -143,6 +143,7 @@ def worker_of(pipeline, files):
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slow_threads", [False, True])
 def test_the_worker_never_mixes_stacks(dense, files, slow_threads):
     few = {name: files[name] for name in list(files)[:6]}

@@ -198,6 +198,7 @@ def files():
     return {name: in_blocks(add) for name, add in ADAPTERS.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS, ids=named)
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_every_adapter_is_exact(adapter, model, untouched, files, changes, run, probe):
@@ -279,6 +280,7 @@ SPELLINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("form", [ZImageForm.FUSED, ZImageForm.STOCK, ZImageForm.COMFYUI])
 def test_every_spelling_leaves_the_same_bits(spelling, form, made, probe):
@@ -295,6 +297,7 @@ def test_every_spelling_leaves_the_same_bits(spelling, form, made, probe):
 # ---- who calls a layer ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ZImageForm)
 def test_a_whole_lokr_runs_beside_every_layer(form, made):
     file = in_blocks(
@@ -596,6 +599,7 @@ def test_what_is_no_number_and_no_set_is_told(made, files, run):
 # ---- all that Qwen-Image has ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ZImageForm)
 def test_strengths_sets_and_copies(form, made, files, changes, run, probe):
     model = made(form)
@@ -736,6 +740,7 @@ def after_each_call(pipeline, dense):
     return [*made, picture(pipeline)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", PIPELINED)
 def test_the_pipelines_methods_do_what_peft_does(form, made, dense, pictures):
     pipeline = pipeline_of(made(form))
@@ -747,6 +752,7 @@ def test_the_pipelines_methods_do_what_peft_does(form, made, dense, pictures):
     qwenlora.detach(pipeline)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weights",
     [

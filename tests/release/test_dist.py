@@ -165,6 +165,7 @@ def clone(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("maturin", path=sysconfig.get_path("scripts")) is None, reason="needs maturin"
 )

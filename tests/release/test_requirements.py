@@ -85,12 +85,14 @@ def test_pip_changes_nothing_else(torch_host: Environment, index: Path, what: li
     assert torch_host.packages() == {*HOST.items(), ("qwenlora", VERSION)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", UV)
 def test_uv_changes_nothing_else(torch_host: Environment, index: Path, what: list[str]) -> None:
     torch_host.uv("install", "--find-links", index, *what)
     assert torch_host.packages() == {*HOST.items(), ("qwenlora", VERSION)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", ["", "[torch]"])
 @pytest.mark.parametrize("tool", ["pip", "uv"])
 def test_the_file_itself_changes_nothing_else(
