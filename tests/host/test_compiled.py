@@ -162,6 +162,28 @@ def test_run_before_the_first_lora(nodes, graphs, lora, way):
     assert graphs.count == count
 
 
+@pytest.mark.parametrize("way", [MODEL, BLOCKS])
+def test_attention_that_breaks_the_graph(nodes, graphs, lora, nunchaku, monkeypatch, way):
+    """Some kernels do: what lies behind them is traced apart."""
+    whole = nunchaku.optimized_attention_masked
+
+    def breaking(*args, **kwargs):
+        torch._dynamo.graph_break()
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(nunchaku, "optimized_attention_masked", breaking)
+    model = nodes.compile(nodes.bench.model, way)
+    nodes.check(model)
+    assert graphs.count > 1
+    one = nodes.lora(model, load(A))
+    for _ in range(2):
+        nodes.check(one, (lora.a, 1.0))
+        nodes.check(model)
+    count = graphs.count
+    nodes.check(nodes.lora(model, load(A, 0.5)), (lora.a, 0.5))
+    assert graphs.count == count
+
+
 @pytest.mark.slow
 def test_blocks_with_inductor(small, lora):
     nodes = Compiler(small, "inductor")
