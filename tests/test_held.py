@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from collections import deque
 
 import pytest
 import torch
@@ -117,3 +118,19 @@ def test_its_deltas_go_with_it(make_model):
     gc.collect()
     qwenlora.compose_loras(model, HeldTensors(pair(1)))
     assert cache.pieces.nbytes == kept
+
+
+def test_two_compositions_begin_at_once(model, monkeypatch):
+    """What was forgotten goes with the one that comes to it first."""
+
+    class Shared(deque):
+        def popleft(self):
+            """Another thread has just taken all."""
+            self.clear()
+            return super().popleft()
+
+    shared = Shared()
+    monkeypatch.setattr(cache, "_FORGOTTEN", shared)
+    shared.append(HeldTensors(pair()).token)
+    assert qwenlora.compose_loras(model, HeldTensors(pair(1))).complete
+    assert not shared

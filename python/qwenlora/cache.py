@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from qwenlora.source.read_ahead import files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable, Hashable, Iterator
 
     from qwenlora import _core
 
@@ -212,14 +212,20 @@ def forget(identity: Hashable) -> None:
 
 def begin_composition() -> None:
     """A composition begins: what was forgotten goes, and what it uses now stays while it lasts."""
-    forgotten = set()
-    while _FORGOTTEN:
-        forgotten.add(_FORGOTTEN.popleft())
-    for identity in forgotten:
+    for identity in set(_taken(_FORGOTTEN)):
         pieces.drop_where(partial(_is_of, identity))
         on_device.drop_where(partial(_is_on_device_of, identity))
     pieces.turn()
     on_device.turn()
+
+
+def _taken(queue: deque[Hashable]) -> Iterator[Hashable]:
+    """What a queue holds, taken out of it; another thread may take some of it."""
+    while True:
+        try:
+            yield queue.popleft()
+        except IndexError:
+            return
 
 
 def kept_bytes(identity: Hashable) -> int:
