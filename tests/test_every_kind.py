@@ -313,6 +313,7 @@ def test_the_formulas_are_those_of_the_reference():
 # ---- every kind ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_alone_and_at_another_strength(name, base, layers, files, probe):
     """A deep copy goes on alone, too."""

@@ -20,6 +20,8 @@ from qwenlora.plan.documents import SlotKind
 from .adapter_files import AdapterFile, Module, modules_of
 from .test_merge import PREFIX, deltas_of, error
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("diffusers.models.transformers.transformer_z_image")
 
 BLOCK = "layers.0"
@@ -175,7 +177,6 @@ IN_TURN = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("naming", "kind"), IN_TURN)
 def test_a_16_bit_base_by_every_name(naming, kind, dense, modules, merged):
     renamed, prefix = NAMINGS[naming]
@@ -216,7 +217,6 @@ def diffusers_name(name):
     return name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS[::3])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_quantized_base_by_every_name(form, kind, quantized, merged):
@@ -241,7 +241,6 @@ def test_refiners_that_are_not_quantized(form, quantized, merged):
     assert (report.base.modules, report.base.estimated) == (len(names) + 1, 1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("form", [ZImageForm.CALLED, ZImageForm.COMFYUI])
 def test_packed_4_bit_values_are_dequantized(form, quantized, merged):
     model = quantized(form, precision=Precision.W4A4)

@@ -28,6 +28,8 @@ from qwenlora.slots.whole import slot_of
 from .parts import Dense, install, random_part, shape_of, sum_of
 from .z_image_attention import attended, call, rotation, turned
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("diffusers.models.transformers.transformer_z_image")
 
 WIDTH = 384
@@ -158,7 +160,6 @@ def test_a_part_adds_what_it_says(kind, form, made):
     assert torch.equal(call(attention, x), before)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=named)
 def test_on_quantized_layers_the_delta_arrives(kind, made):
     """Of the projection itself, which is what attention gets."""
@@ -218,7 +219,6 @@ def test_copies_and_pickles_are_opened(kind, form, made):
         assert torch.equal(call(own, x), before)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("form", LAYERS, ids=named)
 def test_compiled_models_run_what_is_there(form, made):
     model, x = made(form), inputs()

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from .environment import Environment
 
+pytestmark = pytest.mark.slow
+
 HOST = {"torch": "2.9.1+cpu", "numpy": "1.26.4", "safetensors": "0.6.2"}
 NEWER = {"torch": "2.10.0", "numpy": "2.3.0", "safetensors": "0.7.0"}
 VERSION = qwenlora.__version__
@@ -78,21 +80,18 @@ UV = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("what", PIP)
 def test_pip_changes_nothing_else(torch_host: Environment, index: Path, what: list[str]) -> None:
     torch_host.pip("install", "--find-links", index, *what)
     assert torch_host.packages() == {*HOST.items(), ("qwenlora", VERSION)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("what", UV)
 def test_uv_changes_nothing_else(torch_host: Environment, index: Path, what: list[str]) -> None:
     torch_host.uv("install", "--find-links", index, *what)
     assert torch_host.packages() == {*HOST.items(), ("qwenlora", VERSION)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("extra", ["", "[torch]"])
 @pytest.mark.parametrize("tool", ["pip", "uv"])
 def test_the_file_itself_changes_nothing_else(
@@ -289,7 +288,6 @@ def test_importing_the_package_imports_nothing(bare: Environment) -> None:
     assert bare.run("-m", "qwenlora", "--version").stdout == f"qwenlora {VERSION}\n"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="links need a right that few have on Windows")
 def test_smoke_with_torch_alone(bare: Environment) -> None:
     """The light demo on the real torch, without the packages of the full one."""
