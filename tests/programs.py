@@ -23,24 +23,37 @@ if TYPE_CHECKING:
 IMPORTED = ("torch", "safetensors.torch", "qwenlora.emulation")
 
 
+# Threads that wait for each other would take longer than layers of the tests' sizes.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+CAN_COPY = sys.platform == "linux"
+"""Whether a process can be copied safely; elsewhere each program has a new one."""
+
+
 class Programs:
     """The process that is copied. It runs nothing itself: a copy begins without threads."""
 
     def __init__(self) -> None:
-        # Threads that wait for each other would take longer than layers of the tests' sizes.
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        self._process: subprocess.Popen[str] | None = None
+        if CAN_COPY:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **ENVIRONMENT},
+            )
 
     def run(
         self, program: Path, *arguments: object, environment: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run a Python program to its end, as `python PROGRAM ARGUMENTS` does."""
         words = [str(program), *map(str, arguments)]
+        if self._process is None:
+            environment = {**os.environ, **ENVIRONMENT, **(environment or {})}
+            command = [sys.executable, *words]
+            return subprocess.run(
+                command, capture_output=True, text=True, check=False, env=environment
+            )
         with tempfile.TemporaryDirectory() as folder:
             request = {"words": words, "folder": folder, "environment": dict(environment or {})}
             assert self._process.stdin is not None
@@ -53,7 +66,8 @@ class Programs:
 
     def close(self) -> None:
         """End the process."""
-        self._process.communicate()
+        if self._process is not None:
+            self._process.communicate()
 
 
 def run_copy(request: dict[str, Any]) -> int:
