@@ -9,6 +9,7 @@ import pytest
 
 from .conftest import WAYS
 from .frontends import Frontend, Renderer
+from .workbench import NOWHERE
 
 if TYPE_CHECKING:
     from .workbench import Workbench
@@ -27,7 +28,6 @@ _SET = """([id, name, value]) => {
     widget.value = value;
     widget.callback?.(value);
 }"""
-_NOWHERE = (1250, 700)
 _LINE_HEIGHT = 22
 _SHOWN_IN = 60.0
 """Seconds in which a busy machine shows a report."""
@@ -63,7 +63,7 @@ def wait_for(bench: Workbench, *wanted: str) -> None:
 def choose(bench: Workbench, node: Any, name: str, value: Any) -> None:
     """Change a widget; the click elsewhere is what the page takes for the end of an edit."""
     bench.page.evaluate(_SET, [node, name, value])
-    bench.page.mouse.click(*_NOWHERE)
+    bench.page.mouse.click(*NOWHERE)
 
 
 def saved_values(workflow: dict[str, Any]) -> dict[str, list[Any] | None]:
@@ -162,7 +162,7 @@ def test_results_from_the_cache_have_their_reports(part, workbench):
     bench.queue()
     wait_for(bench, "complete", "amber")
     bench.page.evaluate("(id) => { app.graph.getNodeById(id).mode = 4; }", first)
-    bench.page.mouse.click(*_NOWHERE)
+    bench.page.mouse.click(*NOWHERE)
     wait_for(bench, "stale", "stale")
     bench.queue()
     wait_for(bench, "stale", "amber")

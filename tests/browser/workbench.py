@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .comfy_process import ComfyProcess
 
 SIZE = {"width": 1500, "height": 1000}
-_NOWHERE = (1250, 700)
+NOWHERE = (1250, 700)
 """A place on the page without anything that looks at the mouse."""
 _CLEARED_IN = 4.0
 """Seconds in which what is shown of the test before goes by itself."""
@@ -218,7 +218,7 @@ class Workbench:
         for event, hear in self._heard:
             self.page.remove_listener(event, hear)
         self._heard.clear()
-        self.page.mouse.move(*_NOWHERE)
+        self.page.mouse.move(*NOWHERE)
         self.page.evaluate(_AS_FRESH, self._kept)
         end = time.monotonic() + _CLEARED_IN
         while self.page.evaluate(_STATE) != self._fresh:

@@ -91,7 +91,8 @@ class Structure:
             [(own.parameters, own.name) for own in telling],
             [target.module._buffers for target in own],
         )
-        self._values = _ComposedValues(own)
+        self._layers = list({id(slot.module): (slot.path, slot.module) for slot in own}.values())
+        self._values = _ComposedValues(self._layers)
         self.placed: PlacedStack | None = None
         self.kept = KeptSets()
         self._results: dict[Hashable, object] = {}
@@ -172,7 +173,7 @@ class Structure:
     def look(self) -> None:
         """Remember the slots' current tensors as the ones that a composition left there."""
         self._watch.look()
-        self._values = _ComposedValues(self.targets.values())
+        self._values = _ComposedValues(self._layers)
 
     def is_current(self, model: nn.Module) -> bool:
         """Tell if every module, and every tensor of every slot, is where it was.
@@ -276,13 +277,13 @@ def _telling(targets: Iterable[Target]) -> Iterator[_Telling]:
 class _ComposedValues:
     """The stored values that a composition changed: biases, norms' weights, embeddings' tables."""
 
-    def __init__(self, targets: Iterable[Target]) -> None:
-        # A fused module keeps the values of several slots.
-        modules = {id(own.module): (own.path, own.module) for own in targets}
+    def __init__(self, layers: Iterable[tuple[str, nn.Module]]) -> None:
+        """Each module once, with the path of a slot of it."""
         changed = [
             (path, module, name)
-            for path, module in modules.values()
-            for name in module.__dict__.get(BASE_VALUES, ())
+            for path, module in layers
+            if BASE_VALUES in module.__dict__
+            for name in module.__dict__[BASE_VALUES]
         ]
         self._names = [f"{path}.{name}" for path, _, name in changed]
         places = [

@@ -79,7 +79,7 @@ mod tests {
     use super::Countdown;
 
     #[test]
-    fn a_countdown_tells_its_outcome_when_all_pieces_are_done() {
+    fn a_countdown_tells_its_outcome_when_all_tasks_are_done() {
         let countdown = Countdown::new(4, Vec::new());
         assert!(!countdown.finish(2, |done| done.push(1)));
         assert_eq!(countdown.wait(Duration::ZERO, |done| done.clone()), None);

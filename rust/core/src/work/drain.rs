@@ -215,7 +215,7 @@ mod loom_models {
     }
 
     #[test]
-    fn every_piece_is_done_once() {
+    fn every_task_is_done_once() {
         check(|| assert_eq!(worked(&[]), ([1; TASKS], Ok(()))));
     }
 

@@ -108,7 +108,7 @@ fn spawn(act: impl FnOnce() + 'static) -> thread::JoinHandle<()> {
     thread::spawn(act)
 }
 
-fn every_piece_is_done_once<const IN_TURN: bool>(threads: usize) {
+fn every_task_is_done_once<const IN_TURN: bool>(threads: usize) {
     check(move || {
         let (crew, memory) = (crew::<Writing<IN_TURN>>(threads), memory());
         let begun = begin(&crew, &memory, &BOTH, None);
@@ -120,15 +120,15 @@ fn every_piece_is_done_once<const IN_TURN: bool>(threads: usize) {
 }
 
 #[test]
-fn every_piece_is_done_once_by_one_thread() {
-    every_piece_is_done_once::<true>(1);
-    every_piece_is_done_once::<false>(1);
+fn every_task_is_done_once_by_one_thread() {
+    every_task_is_done_once::<true>(1);
+    every_task_is_done_once::<false>(1);
 }
 
 #[test]
-fn every_piece_is_done_once_by_two_threads() {
-    every_piece_is_done_once::<true>(2);
-    every_piece_is_done_once::<false>(2);
+fn every_task_is_done_once_by_two_threads() {
+    every_task_is_done_once::<true>(2);
+    every_task_is_done_once::<false>(2);
 }
 
 #[test]
@@ -290,7 +290,7 @@ fn a_crew_is_closed_while_others_begin() {
 }
 
 #[test]
-fn a_piece_that_fails_ends_its_request_alone() {
+fn a_task_that_fails_ends_its_request_alone() {
     check(|| {
         let (crew, one, other) = (crew::<Reading>(2), memory(), memory());
         let first = begin(&crew, &one, &[Task::Failing(0), Task::Written(1)], None);
@@ -317,7 +317,7 @@ fn a_request_fails_once() {
 }
 
 #[test]
-fn a_piece_that_panics_is_told_and_its_thread_goes_on() {
+fn a_task_that_panics_is_told_and_its_thread_goes_on() {
     check(|| {
         let (crew, one, other) = (crew::<Filling>(1), memory(), memory());
         let tasks = [Task::Panicking(0), Task::Written(1)];
