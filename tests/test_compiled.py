@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import pickle
 import shutil
+from collections import OrderedDict
 
 import pytest
 import torch
+from torch._C._dynamo.guards import dict_version
 from torch._dynamo.testing import CompileCounter
 
 import qwenlora
-from qwenlora import ComfyQwenImageWrapper
+from qwenlora import ComfyQwenImageWrapper, _core
 from qwenlora.emulation import EmulatedConfig, Precision, random_transformer
 from qwenlora.errors import UnsupportedModelError
 from qwenlora.model.subclass import is_marked, mark_hooked, plain_class, unmark_hooked
@@ -248,6 +250,7 @@ def test_a_default_stack_reaches_what_was_compiled_before(way, wanted):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++: apt-get install g++")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 def test_code_of_inductor(wanted):
     """Of the whole model; tests/test_lite.py has that of its blocks."""
@@ -256,6 +259,53 @@ def test_code_of_inductor(wanted):
         subject = whole(make(), "inductor")
         for name in ("base", "both modulations", "base"):
             assert error(brought(subject, name), wanted[name]) < 1e-4, name
+
+
+# ---- the size that tells ----
+
+
+@pytest.mark.parametrize("way", [whole, blocks_in_place])
+def test_another_rank_inside_a_layer_is_traced(way, wanted):
+    """The oldest PyTorch looks at no size of a parameter whose dictionary is as it was."""
+    subject = way(make(), "eager")
+    for name in ("base", "attention", "base", "attention"):
+        assert error(brought(subject, name), wanted[name]) < CLOSE, name
+
+
+def test_another_rank_is_another_version_of_the_parameters():
+    """And the same rank is not, whatever the strength and the file."""
+    model = make()
+    layers = {path: own for path, own in model.named_modules() if hasattr(own, "proj_down")}
+    entries = {path: [*own._parameters.items()] for path, own in layers.items()}
+
+    def versions():
+        return {path: dict_version(own._parameters) for path, own in layers.items()}
+
+    def changed_by(stack):
+        before = versions()
+        qwenlora.compose_loras(model, stack)
+        assert {path: [*own._parameters.items()] for path, own in layers.items()} == entries
+        return {path for path, version in versions().items() if version != before[path]}
+
+    trained = {BLOCK + "attn.to_qkv", BLOCK + "attn.to_out.0"}
+    attention = STACKS["attention"][0]
+    other = {key: -tensor for key, tensor in attention.items()}
+    assert changed_by([]) == set()
+    assert changed_by([attention]) == trained
+    for stack in ([(attention, 0.5)], [other], [(attention, -2.0)]):
+        assert changed_by(stack) == set()
+    assert changed_by([attention, other] * 3) == trained
+    assert changed_by([]) == trained
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict])
+def test_a_touched_dictionary_is_as_it_was(kind):
+    held = kind(weight=1, bias=None)
+    before, again = dict_version(held), dict_version(held)
+    _core.touch(held)
+    assert again == before != dict_version(held)
+    assert [*held.items()] == [("weight", 1), ("bias", None)]
+    assert [*reversed(held)] == ["bias", "weight"]
 
 
 # ---- the type that tells ----

@@ -212,6 +212,7 @@ def svdq_rows(
     *,
     threads: int,
 ) -> None: ...
+def touch(parameters: dict[str, nn.Parameter | None]) -> None: ...
 def unpack_factor(
     source: _Bytes,
     dest: _Bytes,

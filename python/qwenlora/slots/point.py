@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qwenlora import _core
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -24,14 +26,11 @@ def point_all(
 ) -> None:
     """Let a parameter of each module hold another tensor; see `point`."""
     if plain:
-        for parameter, tensor in zip(old, new, strict=True):
-            parameter.data = tensor
+        for module, parameter, tensor in zip(modules, old, new, strict=True):
+            _hold(module, parameter, tensor)
         return
-    for module, parameter, tensor in zip(modules, old, new, strict=True):
-        if parameter.is_inference():
-            point(module, name, tensor)
-        else:
-            parameter.data = tensor
+    for module, tensor in zip(modules, new, strict=True):
+        point(module, name, tensor)
 
 
 def point(module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -42,7 +41,7 @@ def point(module: nn.Module, name: str, tensor: Tensor) -> None:
     """
     current: Tensor = getattr(module, name)
     if not current.is_inference():
-        current.data = tensor
+        _hold(module, current, tensor)
     elif isinstance(current, torch.nn.Parameter):
         setattr(module, name, torch.nn.Parameter(tensor, requires_grad=current.requires_grad))
     else:
@@ -52,6 +51,19 @@ def point(module: nn.Module, name: str, tensor: Tensor) -> None:
 def point_back(module: nn.Module, name: str, parameter: Tensor, data: Tensor) -> None:
     """Let a parameter hold what it held."""
     if getattr(module, name) is parameter:
-        parameter.data = data
+        _hold(module, parameter, data)
     else:
         setattr(module, name, parameter)
+
+
+def _hold(module: nn.Module, parameter: Tensor, tensor: Tensor) -> None:
+    """Let a parameter of a module hold another tensor, and compiled code look at its size.
+
+    Guards take a parameter for what it was as long as the dictionary around it has the same version
+    (`torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags`), so did they in PyTorch 2.5,
+    2.6 and 2.9 to 2.11: a graph ran that was traced for another rank.
+    """
+    if parameter.shape != tensor.shape:
+        # First: an interrupt between the two lines leaves a guard that looks, and finds nothing.
+        _core.touch(module._parameters)
+    parameter.data = tensor

@@ -17,6 +17,7 @@ mod pack;
 mod reader;
 mod signals;
 mod stack_plan;
+mod touch;
 mod watch;
 mod weight;
 
@@ -39,6 +40,8 @@ mod _core {
     use super::reader::{Readers, Reading, TensorReader};
     #[pymodule_export]
     use super::stack_plan::{PlannedStack, SlotMap, known_slots, layer_kinds, plan_stack};
+    #[pymodule_export]
+    use super::touch::touch;
     #[pymodule_export]
     use super::watch::Watch;
     #[pymodule_export]
