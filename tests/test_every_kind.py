@@ -36,8 +36,11 @@ if TYPE_CHECKING:
     from .adapter_files import Module, Stack
     from .z_image_attention import FusedAttention
 
-EXACT = 1e-5
-"""Relative error of a delta that is a difference of float32 outputs ten times its size."""
+EXACT = 2e-6
+"""Error of what changes in a float32 output, as a share of the output: the change is a difference.
+
+It is 1.3 % of the output at the least. Measured, with the instructions of several CPUs: 7e-7.
+"""
 WIDTH = 256
 FEW, ENOUGH, MANY = 24, 64, 512
 """Tokens that a layer is called with: many where its rounding is to even out."""
@@ -192,12 +195,13 @@ class Layers:
         return dict.fromkeys(called)
 
     def errors(self, model: nn.Module, stack: Stack) -> dict[str, float]:
-        """The relative error of the delta of each layer that a stack changes."""
+        """The error of what a stack changes in each output, as a share of the output."""
         errors = {}
         for path in self.changed(stack):
-            found = self.output(model, path) - self._outputs[path]
+            before, after = self._outputs[path], self.output(model, path)
             expected = self.expected(path, stack) - self._expected[path]
-            errors[path] = float((found - expected).norm() / expected.norm())
+            size = max(before.norm(), after.norm())
+            errors[path] = float((after - before - expected).norm() / size)
         return errors
 
     def assert_holds(self, model: nn.Module, stack: Stack) -> None:
@@ -270,7 +274,7 @@ def test_the_base_s_weights_are_what_its_layers_compute_with(layers):
     for path in layers._paths():
         expected = layers._expected[path]
         error = float((layers._outputs[path] - expected).norm() / expected.norm())
-        assert error < 2e-6, path
+        assert error < EXACT, path
 
 
 def test_the_formulas_are_those_of_the_reference():

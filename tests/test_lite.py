@@ -506,6 +506,7 @@ COMPILED = {
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled(name, model, quantized, run):
