@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import enum
+import functools
 import gc
 import importlib
 import os
@@ -400,7 +402,10 @@ def make_model(
     precision: Precision = Precision.EXACT,
     seed: int = 0,
 ):
-    """A tiny emulated transformer; in float32 it computes exactly what its weights say."""
+    """A tiny emulated transformer; in float32 it computes exactly what its weights say.
+
+    Of each kind one is made, and copies of it are given away.
+    """
     config = EmulatedConfig(
         num_layers=num_layers,
         heads=2,
@@ -411,6 +416,11 @@ def make_model(
         precision=precision,
         dtype=dtype,
     )
+    return copy.deepcopy(_made(config, seed))
+
+
+@functools.cache
+def _made(config: EmulatedConfig, seed: int):
     return random_transformer(config, seed=seed)
 
 

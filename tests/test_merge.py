@@ -7,6 +7,7 @@ its own.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import weakref
@@ -48,16 +49,23 @@ PREFIX = "diffusion_model."
 @pytest.fixture
 def tiny(make_model):
     """Makes a model the known one, by default that of `make_model`."""
-    real = known.known_slots("qwen-image")
 
     def swap(model=None):
-        targets = find_targets(model or make_model(num_layers=2), {})
-        swap.slots = {
-            p: known.KnownSlot(t.row, real[p].parts) for p, t in targets.items() if p in real
-        }
+        swap.slots = slots_of(model) if model else slots_of_two_blocks(make_model)
 
     swap()
     return swap
+
+
+def slots_of(model):
+    real = known.known_slots("qwen-image")
+    targets = find_targets(model, {})
+    return {p: known.KnownSlot(t.row, real[p].parts) for p, t in targets.items() if p in real}
+
+
+@functools.cache
+def slots_of_two_blocks(make_model):
+    return slots_of(make_model(num_layers=2))
 
 
 @pytest.fixture
