@@ -242,6 +242,7 @@ def size(model) -> int:
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_bytes_are_what_was_planned(name, base, layers, tmp_path):
     modules = [layers.modules[own] for own in TRAINED]

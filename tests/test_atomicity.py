@@ -177,6 +177,7 @@ def test_a_fault_at_every_allocation(placement, error, scene, previous, monkeypa
     scene.check_next()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [0, 1, 3, 8, 17, 20])
 def test_a_device_that_stays_full(call, scene, previous, monkeypatch):
     # Restoring allocates, too: with no memory at all the base still comes back.

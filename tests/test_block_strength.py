@@ -392,6 +392,7 @@ def test_beside_blocks_that_are_off_under_offload(dtype, file, bases, probe, res
     assert differing(model, copied(bases, dtype, 1), probe) == SAME
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resident", [None, 2])
 def test_blocks_are_turned_off_and_on(resident, full, bases, probe):
     model = copied(bases, torch.bfloat16, resident)

@@ -263,8 +263,15 @@ def test_code_of_inductor(wanted):
 
 # ---- the size that tells ----
 
+IS_OLD = not hasattr(torch, "accelerator")
+"""PyTorch 2.5."""
+OF_SIZES = [
+    pytest.param(way, marks=() if IS_OLD else pytest.mark.slow) for way in (whole, blocks_in_place)
+]
+"""Quick where it once failed, so that `make test-oldest` runs it."""
 
-@pytest.mark.parametrize("way", [whole, blocks_in_place])
+
+@pytest.mark.parametrize("way", OF_SIZES)
 def test_another_rank_inside_a_layer_is_traced(way, wanted):
     """The oldest PyTorch looks at no size of a parameter whose dictionary is as it was."""
     subject = way(make(), "eager")

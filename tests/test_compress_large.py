@@ -314,6 +314,7 @@ def test_a_model_holds_what_the_report_says(large, in_batches, stack, make_model
     assert report.saved_bytes > 0 == report.saved_bus_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_batches", [False, True])
 @pytest.mark.parametrize("max_rank", [24, "auto"])
 def test_the_same_over_any_history(large, in_batches, max_rank, stack, make_model, probe, resize):

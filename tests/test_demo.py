@@ -121,6 +121,7 @@ def test_the_light_form_keeps_its_files(capsys, tmp_path):
     assert {"diffusers.safetensors", "lightning.safetensors", "kohya.safetensors"} <= kept
 
 
+@pytest.mark.slow
 def test_the_light_form_fails_where_the_engine_is_wrong(capsys, monkeypatch):
     monkeypatch.setattr(measure.Meter, "differences", lambda *_: ["a tensor"])
     right = place.factor_runs

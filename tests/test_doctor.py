@@ -649,6 +649,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @needs_sh
 @pytest.mark.parametrize("wrong", CASES)
 def test_one_thing_wrong_is_found_alone_with_what_mends_it(machine, wrong):

@@ -241,6 +241,7 @@ def test_only_the_mlp_linears_are_not_called_as_modules(dense_model, inputs):
     assert leaves - called == {path for path in leaves if "_mlp.net." in path}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", list(Precision))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_random_models_are_reproducible_and_tame(inputs, precision, dtype):
@@ -664,6 +665,7 @@ def test_layers_without_a_packed_layout_cannot_be_built():
 # ---- life as a module ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", list(Precision))
 def test_deep_copy_and_state_dict_keep_the_output(dense_model, inputs, precision):
     options = {**EXACT_FLOAT32, "precision": precision}

@@ -279,6 +279,7 @@ def test_deltas_that_cancel_lose_nothing(Draft, kind):
         assert (slot.energy_lost, slot.energy) == (0.0, 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lokr", "loha", "full"])
 @pytest.mark.parametrize("second", [1.0, -0.5])
 @pytest.mark.parametrize("max_rank", [None, 16])

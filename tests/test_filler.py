@@ -288,6 +288,7 @@ TRIES = 20
 """A thread may be so late that all was filled before the interrupt came: then once more."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", ["waits again", "lets go", "closes"])
 def test_a_wait_that_is_interrupted_loses_nothing(after, interrupted):
     dest = slow_memory()
@@ -332,6 +333,7 @@ def test_what_waits_for_memory_in_use_can_be_interrupted(interrupted):
     pytest.fail("nothing was interrupted")
 
 
+@pytest.mark.slow
 def test_a_filler_that_is_interrupted_can_be_closed(own, interrupted):
     dests = [slow_memory() for _ in range(2)]
     for dest in dests:

@@ -84,6 +84,7 @@ def test_small_values_keep_their_bits(
     assert max(found.values()) < 1e-3, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shared", [False, True])
 def test_every_way_leaves_the_same_bits(device, shared, base, Draft, probe, tmp_path):

@@ -251,6 +251,7 @@ def test_the_lock_is_free_after_an_interruption_at_every_instruction(before, nex
     assert count > 100
 
 
+@pytest.mark.slow
 def test_an_interruption_while_another_thread_holds_it():
     lock = ModelLock()
 

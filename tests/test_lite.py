@@ -116,6 +116,7 @@ def test_the_quantized_model_computes_what_the_dense_one_does(quantized, dense, 
     assert type(layer).forward.__code__.co_filename.endswith("utils.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("w4a4", torch.bfloat16), ("w4a4", torch.float16)]
 )
@@ -312,6 +313,7 @@ class Boom(RuntimeError):
     """Raised by a test in the middle of a composition."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", list(qwenlora.Placement))
 @pytest.mark.parametrize("at", [0, 5, 20, 27])
 def test_an_error_leaves_ranks_and_tensors_together(placement, at, model, dense, probe):

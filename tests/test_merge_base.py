@@ -235,6 +235,7 @@ KINDS = {
 LOW_RANK = ("GLoRA", "HRA")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", PLACES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_becomes_plain(kind, target, base, merged):
@@ -352,6 +353,7 @@ def test_without_a_base_a_kind_is_left_out_by_name(kind, base, merged):
         assert error(deltas_of(path)["proj_out"], delta) < FLOAT32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", PLACES)
 @pytest.mark.parametrize("form", ["16-bit", "exact", "W4A4"])
 def test_factors_on_a_bias_need_diffs(form, target, make_model, merged):

@@ -140,6 +140,7 @@ def test_a_part_adds_what_it_says(kind, side, make_model):
     assert torch.equal(run(mlp, x), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["first", "second"])
 @pytest.mark.parametrize("kind", KINDS, ids=named)
 @pytest.mark.parametrize("precision", [COARSE, MICRO], ids=["int4", "nvfp4"])

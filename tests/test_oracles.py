@@ -554,6 +554,7 @@ def test_bfloat16_model_output_is_as_near_as_the_tool_s(dense, half_model, input
 # ---- stacks and strengths ----
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 @pytest.mark.parametrize("strengths", [(0.8, -0.5), (-1.3, 0.25)])
 def test_stack_is_diffusers_set_adapters(dense, model, inputs, tmp_path, strengths):
@@ -569,6 +570,7 @@ def test_stack_is_diffusers_set_adapters(dense, model, inputs, tmp_path, strengt
     assert relative_error(model(**inputs).sample - before, expected) < MODEL_BOUND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [-1.0, 0.1, math.pi])
 def test_strength_is_the_tool_s_weight(dense, model, tmp_path, strength):
     case = by_model(dense, tmp_path, targets=ALL_LINEAR, use_rslora=True)

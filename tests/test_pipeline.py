@@ -410,6 +410,7 @@ TRANSFORMER_SEQUENCES: dict[str, list[tuple[Any, ...]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMER_SEQUENCES)
 def test_the_same_calls_on_the_transformer(name, both):
     for call, *args in TRANSFORMER_SEQUENCES[name]:
@@ -548,6 +549,7 @@ def test_scale_of_zero_forgets_no_weight(pipeline):
 # ---- scale in a call ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.5, 1.0, -2, 0.0])
 def test_scale_in_a_call_is_peft_s(both, scale):
     both.call("load_lora_weights", A, "elk")
@@ -996,6 +998,7 @@ def test_calls_in_inference_mode(pipeline):
         pipeline.unload_lora_weights()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eager", [False, True])
 def test_threads_change_and_run_one_transformer(make_pipeline, eager):
     """Each picture is of one of the sets that were asked for, never of a mixture."""

@@ -130,6 +130,7 @@ def test_a_folder_by_peft_with_its_scale(dense, pipeline, tmp_path, weight_name)
     assert torch.equal(loaded(pipeline, tmp_path / "again"), found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "options", "error", "message"),
     [

@@ -96,6 +96,7 @@ def test_history_leaves_no_trace(base, pool, probe, first, second, first_rank, m
     assert_same(probe, model, base)
 
 
+@pytest.mark.slow
 @given(stack=stacks, max_rank=ranks, previous=stacks)
 def test_both_placements_give_the_same(base, pool, probe, stack, max_rank, previous):
     models = []
@@ -208,6 +209,7 @@ def test_order_changes_only_the_order_of_ranks(base, pool, probe, stack, seed):
         assert torch.allclose(*deltas, rtol=0, atol=1e-12 * float(deltas[0].norm() + 1))
 
 
+@pytest.mark.slow
 @given(index=st.integers(0, POOL_SIZE - 1), strength=strengths, power=st.integers(-3, 3))
 def test_strength_is_linear(base, pool, index, strength, power):
     """A power of two in the strength moves no mantissa: the tensors are exact multiples."""

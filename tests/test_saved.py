@@ -140,6 +140,7 @@ def through_deepcopy(model):
     return copy.deepcopy(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("kind", ["base", "composed"])
 @pytest.mark.parametrize("way", [lambda m: m, through_deepcopy, through_pickle, nn.ModuleList])

@@ -335,6 +335,7 @@ def test_adapters_that_read_the_base_weight(model, probe, composed, rescalings, 
     assert rescalings == []
 
 
+@pytest.mark.slow
 def test_compressed_slots(model, probe, files, rescalings):
     options = {"max_rank": 16}
     expected = by_hand(
@@ -396,6 +397,7 @@ def test_step_caches_are_forgotten_where_the_factor_changes(model, probe, files)
     assert kept == [share not in (0.0, 0.5) for share in SHARES]
 
 
+@pytest.mark.slow
 def test_scale_and_copies(model, probe, files):
     expected = by_hand(model, probe, lambda _: (files[0], 0.375))[0]
     runtime = ComfyQwenImageWrapper.of(model)

@@ -181,6 +181,7 @@ def test_a_runtime_after_cache_dit(make, forward, cached, two, probe):
     assert close(forward(model, two[0]), expected)
 
 
+@pytest.mark.slow
 def test_a_then_b_equals_fresh_b_with_cache_dit(lazy, make, forward, cached, two, probe):
     cached(lazy)
     for loras in (two[0], two[1], (), [two[0], (two[1], -0.5)], two[0]):

@@ -312,6 +312,7 @@ def test_a_whole_lokr_runs_beside_every_layer(form, made):
         assert not slot.rank_added, slot.path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", UNSEEN)
 def test_the_kernel_is_kept_where_that_is_asked_for(form, made, files):
     model = made(form)
@@ -649,6 +650,7 @@ def test_ranks_are_capped_and_told(form, made, dense):
     assert any(slot.path.endswith(FUSED_QKV[form]) for slot in cut)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ZImageForm)
 def test_a_group_and_single_slots_leave_the_same_bits(form, made, dense, probe, tmp_path):
     from qwenlora.group.partition import apart
@@ -662,6 +664,7 @@ def test_a_group_and_single_slots_leave_the_same_bits(form, made, dense, probe, 
     assert probe.values(model) == probe.values(other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [ZImageForm.FUSED, ZImageForm.STOCK])
 @pytest.mark.parametrize("offload", ["model", "group"])
 def test_offload_that_moves_what_is_there(offload, form, made, files, changes, run):
@@ -788,6 +791,7 @@ def test_weights_by_layers_names_are_exact_or_refused(whole, weights, made, dens
     assert float((found - base - change).norm() / change.norm()) < DELTA_BOUND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [ZImageForm.FUSED, ZImageForm.COMFYUI])
 def test_a_step_cache_keeps_no_residual_of_other_loras(form, made, files, run, monkeypatch):
     monkeypatch.setenv("CACHE_DIT_LOG_LEVEL", "error")

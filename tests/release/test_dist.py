@@ -111,6 +111,7 @@ def test_the_screen_says_what_was_not_run(capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_python_that_is_nowhere_is_said(monkeypatch, capsys):
     said = "no Python `3.99`: .*No interpreter found for Python 3.99.*"
     with pytest.raises(trial.NoInterpreter, match=said):
@@ -124,11 +125,13 @@ def test_a_python_that_is_nowhere_is_said(monkeypatch, capsys):
     assert last == "dist: 0 checks passed, not run: Python 3.99"
 
 
+@pytest.mark.slow
 def test_a_wheel_works_in_a_fresh_environment(wheel, tmp_path):
     said = trial.try_wheel(wheel, sys.executable, tmp_path)
     assert re.fullmatch(r"Python 3\.\d+\.\d+\w*", said)
 
 
+@pytest.mark.slow
 def test_a_wheel_whose_library_is_broken_does_not_pass(wheel, tmp_path):
     broken = tmp_path / wheel.name
     shutil.copy(wheel, broken)
