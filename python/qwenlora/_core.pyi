@@ -37,6 +37,7 @@ __all__ = [
     "row_norms",
     "run_keys",
     "svdq_rows",
+    "touch",
     "unpack_factor",
 ]
 
