@@ -59,9 +59,9 @@ def point_back(module: nn.Module, name: str, parameter: Tensor, data: Tensor) ->
 def _hold(module: nn.Module, parameter: Tensor, tensor: Tensor) -> None:
     """Let a parameter of a module hold another tensor, and compiled code look at its size.
 
-    Guards take a parameter for what it was as long as the dictionary around it has the same version
-    (`torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags`), so did they in PyTorch 2.5,
-    2.6 and 2.9 to 2.11: a graph ran that was traced for another rank.
+    Guards may take a parameter for what it was while the dictionary around it has the same version
+    (`torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags`). PyTorch 2.5, 2.6 and 2.9 to
+    2.11 would run a graph that was traced for another rank.
     """
     if parameter.shape != tensor.shape:
         # First: an interrupt between the two lines leaves a guard that looks, and finds nothing.
