@@ -19,6 +19,8 @@ from qwenlora.errors import UnsupportedModelError
 from qwenlora.model.subclass import is_marked, mark_hooked, plain_class, unmark_hooked
 from qwenlora.slots.branch import add_side_branch
 
+from .conftest import OLD_TORCH
+
 BLOCK = "transformer_blocks.0."
 CLOSE = 1e-5
 """Relative error of float32 sums in another order."""
@@ -263,10 +265,9 @@ def test_code_of_inductor(wanted):
 
 # ---- the size that tells ----
 
-IS_OLD = not hasattr(torch, "accelerator")
-"""PyTorch 2.5."""
 OF_SIZES = [
-    pytest.param(way, marks=() if IS_OLD else pytest.mark.slow) for way in (whole, blocks_in_place)
+    pytest.param(way, marks=() if OLD_TORCH else pytest.mark.slow)
+    for way in (whole, blocks_in_place)
 ]
 """Quick where it once failed, so that `make test-oldest` runs it."""
 

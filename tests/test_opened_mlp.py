@@ -268,17 +268,18 @@ def test_compiled_models_run_what_is_there(kind, precision, make_model):
     model = make_model(**precision)
     mlp, targets = model.get_submodule(MLP), slots(model)
     x = inputs(targets[0])
+    near = 0.0 if precision is FINE else NEAR
     torch._dynamo.reset()
     compiled = torch.compile(mlp, backend="eager")
     before = run(mlp, x)
-    assert error(run(compiled, x), before) < NEAR
+    assert error(run(compiled, x), before) <= near
     for target in targets:
         install(target, [part(target, kind)])
         found = run(mlp, x)
         assert error(found, before) > 10 * NEAR
-        assert error(run(compiled, x), found) < NEAR
+        assert error(run(compiled, x), found) <= near
         slot_of(target).restore()
-        assert error(run(compiled, x), before) < NEAR
+        assert error(run(compiled, x), before) <= near
 
 
 @pytest.mark.parametrize("stage", ["set_branch", "set_as_needed"])
